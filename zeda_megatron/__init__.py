@@ -1,0 +1,3 @@
+"""ZEDA on Megatron-Core: a static Mixture-of-Experts model becomes a dynamic one."""
+
+__version__ = "0.1.0"

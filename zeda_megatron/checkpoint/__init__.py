@@ -1,0 +1,1 @@
+"""HF and Megatron checkpoints: streaming files, conversion, training state."""

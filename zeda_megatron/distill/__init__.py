@@ -1,0 +1,1 @@
+"""Frozen teacher, losses, stages 0, 1 and 2."""

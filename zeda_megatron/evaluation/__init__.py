@@ -1,0 +1,1 @@
+"""Baselines, metrics, FLOP accounting, report."""

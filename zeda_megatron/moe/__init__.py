@@ -1,0 +1,1 @@
+"""Zero experts: routing, group loss, dispatch, experts, layer spec, statistics."""
