@@ -1,0 +1,70 @@
+"""Configuration of zero experts. Small frozen dataclasses, a docstring under each field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UserError
+
+ZERO_EXPERT_TYPES = ("zero", "copy", "learned")
+GROUP_LOSS_VARIANTS = ("routed", "authors")
+GROUP_LOSS_SCOPES = ("tp_cp", "tp_dp_cp")
+
+
+@dataclass(frozen=True)
+class ZeroExpertConfig:
+    """Zero experts of every MoE layer and the loss that steers their share (arXiv 2605.18643, section 3)."""
+
+    num_zero_experts: int = 0
+    """Nz: router rows added behind the N rows of the real experts. 0 leaves the model static."""
+
+    zero_experts_type: str = "zero"
+    """`zero`: output 0, no parameters. `copy`: output = input (the paper shows that it fails; for study).
+    `learned`: a bias vector per zero expert that starts at exactly 0."""
+
+    group_loss_coeff: float = 0.0
+    """alpha: coefficient of the group-level balancing loss (paper: 0.1). 0 switches it off."""
+
+    moe_zero_expert_weight: float = 2.0
+    """w: the group loss is least at a zero share of w*Nz / (N + w*Nz)."""
+
+    group_loss_variant: str = "routed"
+    """`routed`: count the slots that were really routed. `authors`: count a fresh top-k of the scores, without
+    expert bias, padding included (what the paper's code does)."""
+
+    group_loss_scope: str = "tp_cp"
+    """Ranks over which slots are counted: one micro-batch (`tp_cp`) or all data-parallel ones (`tp_dp_cp`)."""
+
+    renormalize_after_drop: bool = False
+    """Rescale the weights of the real picks to their sum before the drop. Costs 1.7 points in the paper."""
+
+    def validate(self, num_moe_experts: int | None, topk: int) -> None:
+        """Raise `UserError` naming the flag that cannot work."""
+        if num_moe_experts is None:
+            raise UserError("zero experts need a Mixture-of-Experts model; this one has no experts")
+        if topk > num_moe_experts:
+            raise UserError(
+                f"--moe-router-topk {topk} is larger than the number of experts, {num_moe_experts}"
+            )
+        if self.num_zero_experts < 0:
+            raise UserError(f"--num-zero-experts {self.num_zero_experts} must not be negative")
+        for flag, value, allowed in (
+            ("--zero-experts-type", self.zero_experts_type, ZERO_EXPERT_TYPES),
+            ("--group-loss-variant", self.group_loss_variant, GROUP_LOSS_VARIANTS),
+            ("--group-loss-scope", self.group_loss_scope, GROUP_LOSS_SCOPES),
+        ):
+            if value not in allowed:
+                raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.group_loss_coeff:
+            if self.num_zero_experts <= 0:
+                raise UserError(
+                    "the group loss (grouped_aux_loss) needs zero experts: "
+                    f"--num-zero-experts is {self.num_zero_experts}, give a positive number"
+                )
+            if self.moe_zero_expert_weight <= 0:
+                raise UserError(f"--moe-zero-expert-weight {self.moe_zero_expert_weight} must be positive")
+
+    def target_share(self, num_moe_experts: int) -> float:
+        """Zero share at which the group loss is least: w*Nz / (N + w*Nz)."""
+        weighted = self.moe_zero_expert_weight * self.num_zero_experts
+        return weighted / (num_moe_experts + weighted)

@@ -1,0 +1,84 @@
+"""What the rest of the project knows of a model: read from an HF config, one registry line per architecture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import qwen3_moe
+
+REGISTRY = {name: qwen3_moe for name in qwen3_moe.ARCHITECTURES}
+MODEL_TYPES = {name: qwen3_moe for name in qwen3_moe.MODEL_TYPES}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's geometry."""
+
+    name: str
+    """HF architecture class, e.g. `Qwen3MoeForCausalLM`."""
+    hf: dict[str, Any] = field(repr=False)
+    """The whole HF config."""
+    megatron: dict[str, Any] = field(repr=False)
+    """Keyword arguments of Megatron's `TransformerConfig`."""
+    vocab_size: int
+    """Rows of the embedding."""
+    rotary_base: float
+    """Base of the rotary embedding."""
+    max_position_embeddings: int
+    """Longest sequence the model was made for."""
+    tie_word_embeddings: bool
+    """LM head = embedding."""
+    num_zero_experts: int
+    """Zero experts already in the checkpoint (`zce_nums`), 0 for a static model."""
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of an HF folder as a dict. Raises `UserError` naming the file."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give the folder of a Hugging Face model")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
+    """Read an HF folder (or an already loaded config dict). Raises `UserError` for unknown architectures."""
+    where = "config" if isinstance(source, dict) else str(Path(source) / "config.json")
+    hf = source if isinstance(source, dict) else read_hf_config(source)
+    name = (hf.get("architectures") or [""])[0]
+    model = REGISTRY.get(name) or (MODEL_TYPES.get(hf.get("model_type", "")) if not name else None)
+    if model is None:
+        raise UserError(
+            f"{where}: architecture {name or hf.get('model_type')!r} is unknown; known: {', '.join(REGISTRY)}"
+        )
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(
+            f"{where}: rope_type {rope.get('rope_type') or rope.get('type')!r} is not supported, only 'default'"
+        )
+    try:
+        megatron = model.transformer_config_kwargs(hf)
+        vocab = hf["vocab_size"]
+    except KeyError as error:
+        raise UserError(f"{where}: key {error} is missing") from None
+    if megatron["moe_router_topk"] > megatron["num_moe_experts"]:
+        raise UserError(
+            f"{where}: num_experts_per_tok {megatron['moe_router_topk']} is larger than num_experts "
+            f"{megatron['num_moe_experts']}"
+        )
+    return Architecture(
+        name=name or model.ARCHITECTURES[0],
+        hf=hf,
+        megatron=megatron,
+        vocab_size=vocab,
+        rotary_base=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        max_position_embeddings=hf.get("max_position_embeddings", 4096),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        num_zero_experts=sum(hf.get("zce_nums") or [0]) if "PlusPlus" in name or hf.get("zce_nums") else 0,
+    )

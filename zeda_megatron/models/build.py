@@ -1,0 +1,135 @@
+"""Build a Megatron GPTModel for an architecture, static or with zero experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ..config import ZeroExpertConfig
+from ..moe.dispatch import install_dispatchers
+from ..moe.spec import apply_zero_experts
+from ..runtime.process_groups import ParallelConfig
+from .architecture import Architecture
+from .layer_spec import decoder_block_spec, has_transformer_engine
+
+
+class ZedaGPTModel(GPTModel):
+    """GPTModel that can stop before the LM head, so that the loss meets the vocabulary in chunks.
+
+    With `return_hidden` on, the last pipeline stage returns hidden states [S, B, H] (after the final norm; the
+    local part under sequence parallelism) instead of logits.
+    """
+
+    return_hidden = False
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        if self.return_hidden and self.post_process:
+            return hidden_states
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows of the LM head, [V/tp, H]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(
+    arch: Architecture,
+    parallel: ParallelConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    overrides: dict[str, Any] | None = None,
+) -> TransformerConfig:
+    """Megatron's config of an architecture on a parallel layout.
+
+    Fusions that need CUDA extensions are off; `overrides` (Megatron's field names) win over everything.
+    """
+    parallel = parallel or ParallelConfig()
+    te = has_transformer_engine()
+    fields = {
+        **arch.megatron,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        # Megatron demands sequence parallelism for MoE training under tensor parallelism.
+        "sequence_parallel": parallel.tensor_model_parallel_size > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": te,
+        "moe_permute_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "batch_p2p_comm": False,
+        **(overrides or {}),
+    }
+    return TransformerConfig(**fields)
+
+
+def build_gpt_model(
+    arch: Architecture,
+    config: TransformerConfig,
+    zero: ZeroExpertConfig | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    expert_backend: str = "auto",
+    use_te: bool | None = None,
+) -> ZedaGPTModel:
+    """Build this rank's part of the model, on the current device, with Megatron's initial weights.
+
+    Args:
+        arch: geometry. config: from `transformer_config`.
+        zero: zero experts; None or `num_zero_experts=0` builds the stock static model.
+        expert_backend: product of the local experts, see `moe.experts`.
+    """
+    zero = zero or ZeroExpertConfig()
+    zero.validate(config.num_moe_experts, config.moe_router_topk)
+    block = decoder_block_spec(config, vp_stage=vp_stage, use_te=use_te)
+    block = apply_zero_experts(block, zero, expert_backend)
+    divisor = config.tensor_model_parallel_size
+    model = ZedaGPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=math.ceil(arch.vocab_size / divisor) * divisor,
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_base=arch.rotary_base,
+        vp_stage=vp_stage,
+    )
+    install_dispatchers(model)
+    mark_expert_parameters(model)
+    if torch.cuda.is_available():
+        model.cuda(torch.cuda.current_device())
+    return model
+
+
+def mark_expert_parameters(model: torch.nn.Module) -> None:
+    """Give expert parameters `allreduce=False` on every layout.
+
+    Megatron sets it only with expert parallelism; with TP > 1, EP = 1 and ETP = 1 replicas of an expert would
+    get different gradients and drift apart silently, and optimizer states would not reshard.
+    """
+    for name, parameter in model.named_parameters():
+        if ".local_experts." in name or ".mlp.experts." in name:
+            parameter.allreduce = False

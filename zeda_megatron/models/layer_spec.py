@@ -1,0 +1,51 @@
+"""The layer spec of a GPT model: Transformer Engine's where it is installed, ours otherwise."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from .local_layers import SDPAttention, SPRMSNorm
+
+
+def has_transformer_engine() -> bool:
+    """Transformer Engine is installed and there is a GPU to use it on."""
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def decoder_block_spec(
+    config, vp_stage: int | None = None, use_te: bool | None = None
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage builds.
+
+    Args:
+        config: Megatron's `TransformerConfig` (RMSNorm models).
+        use_te: force or forbid Transformer Engine; None decides by `has_transformer_engine`.
+    """
+    use_te = has_transformer_engine() if use_te is None else use_te
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if use_te:
+        return block
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = SPRMSNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = SDPAttention
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, IdentityOp) is not IdentityOp:
+                setattr(attention, name, SPRMSNorm)
+        # Checkpoint keys as Transformer Engine's spec writes them: it fuses the input norm into linear_qkv, and
+        # the norm before a dense MLP into linear_fc1, but not the norm before a MoE layer.
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        if not hasattr(parts.mlp.submodules, "router"):
+            keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        if not config.multi_latent_attention:
+            parts.sharded_state_dict_keys_map = keys
+    block.layer_norm = SPRMSNorm
+    return block

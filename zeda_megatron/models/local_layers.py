@@ -1,0 +1,97 @@
+"""Norm and core attention of the local layer spec, used where Transformer Engine is absent."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch.nn import functional as F
+
+from ..errors import UserError
+
+
+class SPRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that may run under sequence parallelism; Megatron's torch wrapper refuses to."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class SDPAttention(MegatronModule):
+    """Core attention through `F.scaled_dot_product_attention`: grouped queries, packed sequences, KV cache.
+
+    Query, key and value may have different head sizes (multi-latent attention).
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise UserError(
+                "--context-parallel-size > 1 needs Transformer Engine's attention; the local layer spec has none"
+            )
+        self.layer_number = max(1, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params=None,
+    ) -> torch.Tensor:
+        """[S, B, heads, D] -> [S, B, heads*D]; packed: [T, heads, D] -> [T, heads*D].
+
+        An explicit `attention_mask` (True = hidden, [B, 1, Sq, Sk]) is honoured; otherwise the mask is causal,
+        or absent for `no_mask` (decoding one token against the cache).
+        """
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            ends = packed_seq_params.cu_seqlens_q.tolist()
+            parts = [
+                self._attend(*(x[a:b].unsqueeze(1) for x in (query, key, value)), None, True)
+                for a, b in zip(ends, ends[1:])
+                if b > a
+            ]
+            return torch.cat(parts).squeeze(1)
+        kind = attn_mask_type or self.attn_mask_type
+        return self._attend(query, key, value, attention_mask, kind == AttnMaskType.causal)
+
+    def _attend(self, query, key, value, mask, causal: bool) -> torch.Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        if mask is not None:
+            mask = ~mask
+            if causal and mask.shape[-1] == q.shape[2]:
+                mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal and mask is None,
+            scale=self.softmax_scale,
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

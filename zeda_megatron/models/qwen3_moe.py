@@ -1,0 +1,43 @@
+"""Qwen3-MoE: Hugging Face config to Megatron config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen3MoePlusPlusForCausalLM")
+MODEL_TYPES = ("qwen3_moe", "qwen3_moe_plus_plus")
+
+
+def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of Megatron's `TransformerConfig` for an HF `config.json` (as a dict)."""
+    layers, step = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1)
+    dense = set(hf.get("mlp_only_layers") or [])
+    sparse = [int(i not in dense and (i + 1) % step == 0) for i in range(layers)]
+    return {
+        "num_layers": layers,
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_query_groups": hf["num_key_value_heads"],
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": bool(hf.get("attention_bias", False)),
+        "hidden_dropout": 0.0,
+        "attention_dropout": hf.get("attention_dropout", 0.0),
+        # transformers 5 writes the second name.
+        "num_moe_experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        # norm_topk_prob: softmax over all, then renormalised over the K picks = softmax over the picks.
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        "moe_router_score_function": "softmax",
+        "moe_layer_freq": sparse,
+        "init_method_std": hf.get("initializer_range", 0.02),
+    }

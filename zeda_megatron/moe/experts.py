@@ -1,0 +1,56 @@
+"""Experts of the local layer spec: Megatron's parameters and checkpoint names, a faster product."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
+
+from ..errors import UserError
+from ..ops.grouped_mlp import BACKENDS, grouped_mlp
+
+
+class GroupedExperts(SequentialMLP):
+    """`SequentialMLP` whose forward hands all local experts to one operator.
+
+    Parameters, names and checkpoints are those of `SequentialMLP` (`local_experts.<e>.linear_fc1.weight`, ...).
+    Falls back to the stock loop where the operator does not apply (biases, other activations, expert tensor
+    parallelism, quantised training).
+    """
+
+    def __init__(self, num_local_experts, config, submodules, pg_collection=None, *, backend: str = "auto"):
+        super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection)
+        self.backend = choose_backend(backend)
+        self.plain = (
+            config.gated_linear_unit
+            and config.activation_func is torch.nn.functional.silu
+            and not config.add_bias_linear
+            and config.activation_func_clamp_value is None
+            and not config.glu_linear_offset
+            and not config.fp8
+            and not config.fp4
+            and not config.moe_apply_probs_on_input
+            and self.tp_group.size() == 1
+        )
+
+    def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
+        """rows [R, H] sorted by expert, counts [E_local], probs [R] -> ([R, H], None)."""
+        if not self.plain or self.backend == "loop":
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        output = grouped_mlp(
+            permuted_local_hidden_states,
+            permuted_probs,
+            tokens_per_expert.tolist(),
+            [expert.linear_fc1.weight for expert in self.local_experts],
+            [expert.linear_fc2.weight for expert in self.local_experts],
+            self.backend,
+        )
+        return output, None
+
+
+def choose_backend(name: str) -> str:
+    """`auto` takes grouped_mm with CUDA and the fused loop on the CPU. Raises `UserError` for unknown names."""
+    if name == "auto":
+        return "grouped_mm" if torch.cuda.is_available() else "fused_loop"
+    if name not in BACKENDS:
+        raise UserError(f"--expert-backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    return name

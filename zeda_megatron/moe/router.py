@@ -1,0 +1,216 @@
+"""The router of a dynamic MoE layer: top-k over N real and Nz zero experts, zero slots dropped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from .group_loss import group_loss
+from .pick_rules import PickRule, apply_pick_rule
+from .stats import RoutingStats, routers
+from .zero_output import ZeroExpertOutput
+
+
+class ZeroExpertRouter(TopKRouter):
+    """Megatron's top-k router, widened by Nz zero experts and sliced back to the N real ones.
+
+    The rest of the MoE layer never learns of the zero experts: it gets probabilities and a routing map of shape
+    [T, N] in which slots that chose a zero expert are simply missing. Their weight is not given to the others
+    (arXiv 2605.18643, Table 6).
+
+    Attributes:
+        zero_mask: route over the N real experts only; the layer is then bit-equal to the static one.
+        pick_rule: optional rule that thins out the picks (baselines).
+        routing_stats: counts since the last reset.
+    """
+
+    def __init__(self, config, pg_collection=None, *, zero: ZeroExpertConfig, **kwargs):
+        zero.validate(config.num_moe_experts, config.moe_router_topk)
+        refuse_conflicts(config, zero)
+        wide = copy.copy(config)
+        wide.num_moe_experts = config.num_moe_experts + zero.num_zero_experts
+        # Megatron must not run its per-expert losses over zero experts; ours is attached below.
+        wide.moe_router_load_balancing_type, wide.moe_aux_loss_coeff = "none", 0.0
+        super().__init__(config=wide, pg_collection=pg_collection, **kwargs)
+        self.zero = zero
+        self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_experts
+        self.zero_mask = False
+        self.pick_rule: PickRule | None = None
+        self.routing_stats = RoutingStats()
+        self.zero_output = None
+        if zero.zero_experts_type != "zero" and zero.num_zero_experts:
+            self.zero_output = ZeroExpertOutput(
+                zero.zero_experts_type,
+                zero.num_zero_experts,
+                config.hidden_size,
+                config.params_dtype,
+                config.sequence_parallel,
+            )
+
+    @property
+    def group_loss_ranks(self) -> int:
+        """Ranks whose parts add up to one group loss."""
+        return (self.tp_dp_cp_group if self.zero.group_loss_scope == "tp_dp_cp" else self.tp_cp_group).size()
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """[S, B, H] -> logits [S, B, N+Nz]; [S, B, N] with the mask on, where zero rows are not multiplied at
+        all: a wider GEMM may round differently."""
+        if not self.zero_mask or self.num_zero == 0:
+            return super().gating(input)
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
+        bias = None if self.bias is None else self.bias[: self.num_real]
+        return router_gating_linear(input, self.weight[: self.num_real], bias, dtype)
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        """Route. logits [S, B, E] with E = N+Nz (N with the mask on); padding_mask True = padding.
+
+        Returns:
+            probs [T, N] and map [T, N] (bool) of the real experts.
+        """
+        logits_TE = logits.reshape(-1, logits.shape[-1])
+        padding_T = self._local_padding(padding_mask, logits_TE.shape[0])
+        logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
+        bias = self.expert_bias
+        probs_TE, map_TE = topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=None if bias is None else bias[: logits_TE.shape[1]],
+            fused=self.config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+        probs_TN, map_TN = probs_TE[:, : self.num_real].contiguous(), map_TE[:, : self.num_real].contiguous()
+        if self.zero.renormalize_after_drop:
+            total = probs_TE.sum(1, keepdim=True)
+            probs_TN = probs_TN * (total / probs_TN.sum(1, keepdim=True).clamp(min=1e-20))
+        if self.zero_output is not None and not self.zero_mask:
+            self.zero_output.probs_TZ = probs_TE[:, self.num_real :]
+        if self.pick_rule is not None:
+            probs_TN, map_TN = apply_pick_rule(self.pick_rule, probs_TN, map_TN, self.topk)
+        learning = self.training and torch.is_grad_enabled()
+        if learning or not self.training:  # the first pass of a recomputed block counts nothing
+            self.routing_stats.count(map_TN.sum(1), None if padding_T is None else ~padding_T, self.topk)
+        if learning and self.zero.group_loss_coeff and not self.zero_mask:
+            probs_TN = self._attach_group_loss(probs_TN, logits_TE, map_TE, padding_T)
+        return probs_TN, map_TN
+
+    def _attach_group_loss(self, probs_TN, logits_TE, map_TE, padding_T):
+        if self.score_function == "softmax":
+            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+        else:
+            scores_TE = torch.sigmoid(logits_TE.float())
+            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        if self.zero.group_loss_variant == "authors":
+            # Their loss counts a fresh top-k of the scores, without expert bias, padding included.
+            picks = scores_TE.topk(self.topk, dim=1).indices
+            map_TE = torch.zeros_like(map_TE).scatter(1, picks, True)
+            padding_T = None
+        if padding_T is not None:
+            map_TE = map_TE & ~padding_T[:, None]
+            scores_TE = scores_TE * ~padding_T[:, None]
+        slots_E = map_TE.sum(0)
+        tokens = map_TE.shape[0] if padding_T is None else (~padding_T).sum()
+        counts = torch.stack(
+            [
+                slots_E[: self.num_real].sum(),
+                slots_E[self.num_real :].sum(),
+                torch.as_tensor(tokens, device=slots_E.device),
+            ]
+        ).float()
+        local_tokens = counts[2].clone()
+        group = self.tp_dp_cp_group if self.zero.group_loss_scope == "tp_dp_cp" else self.tp_cp_group
+        if group.size() > 1:
+            torch.distributed.all_reduce(counts, group=group)
+        real, zero, total = counts.unbind()
+        part = group_loss(
+            real, zero, total, scores_TE, self.num_real, self.num_zero, self.zero.moe_zero_expert_weight
+        )
+        self.routing_stats.add_group_loss(part)
+        part = part * self.zero.group_loss_coeff
+        if self.zero.group_loss_scope == "tp_dp_cp":
+            # Data-parallel gradients are averaged, so each rank's part counts once per data-parallel rank.
+            part = part * (group.size() / self.tp_cp_group.size())
+        if self.calculate_per_token_loss:
+            # Gradients are divided by the number of tokens later; undo it, over the ranks of the loss.
+            part = part * local_tokens * self.tp_cp_group.size()
+        return MoEAuxLossAutoScaler.apply(probs_TN, part)
+
+    def _local_padding(self, padding_mask, num_tokens: int):
+        """Flatten [S, B] to [T]; take this rank's part where Megatron handed over the whole sequence.
+
+        Megatron scatters the mask on the first pipeline stage only.
+        """
+        if padding_mask is None:
+            return None
+        flat = padding_mask.reshape(-1)
+        if flat.numel() == num_tokens:
+            return flat
+        ranks = self.tp_group.size()
+        if flat.numel() != num_tokens * ranks:
+            raise ValueError(f"padding mask has {flat.numel()} entries for {num_tokens} tokens")
+        return flat.chunk(ranks)[self.tp_group.rank()]
+
+
+def refuse_conflicts(config, zero: ZeroExpertConfig) -> None:
+    """Raise `UserError` for settings of a Megatron config that zero experts cannot live with."""
+    if zero.num_zero_experts == 0:
+        return
+    if config.moe_expert_capacity_factor is not None:
+        raise UserError(
+            "--moe-expert-capacity-factor cannot be combined with zero experts (dropless routing only)"
+        )
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coeffs = config.moe_aux_loss_coeff
+    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs] * len(kinds)
+    for kind, coeff in zip(kinds, coeffs):
+        if kind not in ("none", "grouped_aux_loss") and coeff:
+            raise UserError(
+                f"--moe-router-load-balancing-type {kind} treats zero experts like real ones and pulls their share "
+                "to Nz/(N+Nz); use grouped_aux_loss, or --moe-aux-loss-coeff 0"
+            )
+    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+        raise UserError(
+            "--moe-router-bias-update-rate must be 0 with zero experts: bias updates work against the group loss"
+        )
+
+
+def set_zero_mask(model_chunks, on: bool) -> None:
+    """Switch the zero experts of all layers off (True: the model is the static one) or on (False)."""
+    for router in routers(model_chunks):
+        router.zero_mask = on
+
+
+def set_pick_rule(model_chunks, rule: PickRule | None) -> None:
+    """Give all layers a pick rule, or take it away."""
+    for router in routers(model_chunks):
+        router.pick_rule = rule
+
+
+@contextmanager
+def zero_mask(model_chunks, on: bool = True) -> Iterator[None]:
+    """`with zero_mask(model): ...` runs the static model inside a dynamic one."""
+    before = [(router, router.zero_mask, router.pick_rule) for router in routers(model_chunks)]
+    set_zero_mask(model_chunks, on)
+    if on:
+        set_pick_rule(model_chunks, None)
+    try:
+        yield
+    finally:
+        for router, mask, rule in before:
+            router.zero_mask, router.pick_rule = mask, rule

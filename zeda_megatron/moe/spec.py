@@ -1,0 +1,52 @@
+"""`apply_zero_experts`: give any Megatron GPT layer spec zero experts, without forking a layer."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from ..config import ZeroExpertConfig
+from .experts import GroupedExperts
+from .router import ZeroExpertRouter
+
+
+def apply_zero_experts(spec, zero: ZeroExpertConfig, expert_backend: str | None = None):
+    """Return a copy of a layer spec (or block spec) whose MoE layers route over zero experts too.
+
+    Args:
+        spec: a `ModuleSpec` of a transformer layer, a `TransformerBlockSubmodules`, or a list of layer specs.
+            Dense layers pass through unchanged.
+        zero: the zero experts; with `num_zero_experts=0` the router is left alone.
+        expert_backend: if given, `SequentialMLP` experts become `GroupedExperts` with this backend
+            (`auto`, `fused_loop`, `grouped_mm`, `loop`).
+
+    After building the model call `moe.dispatch.install_dispatchers(model)`.
+    """
+    if isinstance(spec, list):
+        return [apply_zero_experts(layer, zero, expert_backend) for layer in spec]
+    spec = copy.deepcopy(spec)
+    if isinstance(spec, TransformerBlockSubmodules):
+        spec.layer_specs = apply_zero_experts(spec.layer_specs, zero, expert_backend)
+        return spec
+    moe = _moe_submodules(spec)
+    if moe is None:
+        return spec
+    if zero.num_zero_experts:
+        moe.router = partial(ZeroExpertRouter, zero=zero)
+    if expert_backend is not None and moe.experts.module is SequentialMLP:
+        moe.experts.module = GroupedExperts
+        moe.experts.params = {**(moe.experts.params or {}), "backend": expert_backend}
+    return spec
+
+
+def _moe_submodules(layer: ModuleSpec):
+    mlp = getattr(layer.submodules, "mlp", None)
+    # Newer cores hand out functools.partial(MoELayer, submodules=...) instead of a ModuleSpec.
+    submodules = (
+        mlp.keywords.get("submodules") if isinstance(mlp, partial) else getattr(mlp, "submodules", None)
+    )
+    return submodules if hasattr(submodules, "router") else None

@@ -1,0 +1,291 @@
+"""Megatron-Core on CPU and gloo: the one module of this project that patches anything.
+
+Megatron-Core 0.16 names the CUDA device in many places. On a machine without CUDA, `install()` gives every
+`megatron.core.*` module a stand-in for its global `torch` whose factories allocate on the CPU and whose
+`.cuda` answers harmlessly. User code keeps the real torch. With CUDA present `install()` does nothing, so the
+GPU path is stock Megatron.
+
+Call it before the first `megatron.core` import; modules imported later are covered by an import hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ..errors import UserError
+
+SUPPORTED = ("0.16",)
+_PREFIX = "megatron.core"
+
+
+def needed() -> bool:
+    """True where Megatron has to run without CUDA."""
+    return not torch.cuda.is_available()
+
+
+def install() -> bool:
+    """Make Megatron-Core run on the CPU. Idempotent; returns False (and does nothing) where CUDA is present."""
+    if not needed():
+        return False
+    if any(isinstance(finder, _CoreFinder) for finder in sys.meta_path):
+        return True
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        raise UserError("megatron-core is not installed: pip install megatron-core==0.16.1") from None
+    if not found.startswith(SUPPORTED):
+        raise UserError(
+            f"megatron-core {found} has no CPU runtime here (supported: {', '.join(SUPPORTED)}.x): "
+            "pip install megatron-core==0.16.1"
+        )
+    sys.meta_path.insert(0, _CoreFinder())
+    for name, module in list(sys.modules.items()):
+        if name == _PREFIX or name.startswith(_PREFIX + "."):
+            _adapt(module)
+    _patch_tensor_methods()
+    return True
+
+
+class _NoStream:
+    """A CUDA stream or event that has nothing to wait for."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def record_event(self, event=None):
+        return event or _NoStream()
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *args, **kwargs) -> None:
+        return None
+
+    synchronize = wait_stream = wait_event = wait = record = _nothing
+
+
+class _CudaNamespace(types.ModuleType):
+    """What Megatron sees as `torch.cuda` on a machine without CUDA."""
+
+    Stream = Event = _NoStream
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(*args, **kwargs) -> _NoStream:
+        return _NO_STREAM
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(stream):
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def synchronize(*args, **kwargs) -> None:
+        return None
+
+    @staticmethod
+    def is_current_stream_capturing() -> bool:
+        return False
+
+    @staticmethod
+    def get_rng_state(*args, **kwargs) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state, *args, **kwargs) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @staticmethod
+    def empty_cache() -> None:
+        return None
+
+    @staticmethod
+    def memory_allocated(*args, **kwargs) -> int:
+        return 0
+
+    max_memory_allocated = memory_allocated
+
+
+_NO_STREAM = _NoStream()
+_CUDA = _CudaNamespace()
+_FACTORIES = (
+    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint "
+    "randn randn_like tensor zeros zeros_like"
+).split()
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    def make(*args, **kwargs):
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class _TorchProxy(types.ModuleType):
+    """`torch` with CPU factories and a harmless `.cuda`."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CUDA
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+_TORCH = _TorchProxy()
+
+
+class _CoreFinder(importlib.abc.MetaPathFinder):
+    """Adapts each `megatron.core` module right after it was imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _PREFIX and not name.startswith(_PREFIX + "."):
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _AdaptingLoader(spec.loader)
+                return spec
+        return None
+
+
+class _AdaptingLoader(importlib.abc.Loader):
+    def __init__(self, loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        self._loader.exec_module(module)
+        _adapt(module)
+
+
+def _adapt(module: types.ModuleType) -> None:
+    if getattr(module, "torch", None) is torch:
+        module.torch = _TORCH
+    extra = _EXTRA.get(module.__name__)
+    if extra is not None:
+        extra(module)
+
+
+def _no_jit(module) -> None:
+    # torch.compile needs a C++ compiler and buys nothing here; must happen before others bind `jit_fuser`.
+    module.disable_jit_fuser()
+
+
+def _define_te_names(module) -> None:
+    # moe_utils uses these names without Transformer Engine and raises NameError (fixed upstream in 0.19).
+    for name in (
+        "fused_compute_score_for_moe_aux_loss fused_moe_aux_loss fused_permute fused_permute_with_probs "
+        "fused_sort_chunks_by_index fused_sort_chunks_by_index_with_probs fused_topk_with_score_function "
+        "fused_unpermute te_general_gemm"
+    ).split():
+        if not hasattr(module, name):
+            setattr(module, name, None)
+
+
+def _splits_as_lists(module) -> None:
+    # all_to_all_single wants Python or numpy integers; upstream converts CUDA tensors only.
+    stock = module.maybe_move_tensor_to_cpu
+
+    def move(tensor, as_numpy: bool = False, record_stream: bool = False):
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return stock(tensor, as_numpy=as_numpy, record_stream=False)
+
+    module.maybe_move_tensor_to_cpu = move
+
+
+def _uneven_gather(module) -> None:
+    # gloo's all_gather refuses pieces of different sizes: pad, gather, cut.
+    stock = module._gather_along_first_dim
+
+    def gather(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1 or len(set(output_split_sizes)) == 1:
+            return stock(input_, group, output_split_sizes, use_global_buffer)
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros((longest, *input_.shape[1:]))
+        padded[: input_.shape[0]] = input_
+        pieces = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(pieces, padded, group=group)
+        return torch.cat([piece[:n] for piece, n in zip(pieces, output_split_sizes)], dim=0)
+
+    module._gather_along_first_dim = gather
+
+
+def _mla_without_te(module) -> None:
+    # Importing succeeds with TELinear=None and HAVE_TE=True, then isinstance() fails.
+    if getattr(module, "TELinear", None) is None:
+        module.HAVE_TE = False
+
+
+_EXTRA: dict[str, Callable] = {
+    "megatron.core.jit": _no_jit,
+    "megatron.core.transformer.moe.moe_utils": _define_te_names,
+    "megatron.core.transformer.moe.token_dispatcher": _splits_as_lists,
+    "megatron.core.tensor_parallel.mappings": _uneven_gather,
+    "megatron.core.transformer.multi_latent_attention": _mla_without_te,
+}
+
+_CUDA_TYPE = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _called_by_megatron() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith(_PREFIX)
+
+
+def _patch_tensor_methods() -> None:
+    """`Tensor.type()` and `.cuda()` answer for a GPU when Megatron asks, and as always when others do."""
+    stock_type, stock_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def tensor_type(self, *args, **kwargs):
+        if not args and not kwargs and self.dtype in _CUDA_TYPE and _called_by_megatron():
+            return _CUDA_TYPE[self.dtype]
+        return stock_type(self, *args, **kwargs)
+
+    def tensor_cuda(self, *args, **kwargs):
+        return self if _called_by_megatron() else stock_cuda(self, *args, **kwargs)
+
+    torch.Tensor.type, torch.Tensor.cuda = tensor_type, tensor_cuda

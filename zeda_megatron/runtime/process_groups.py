@@ -1,0 +1,119 @@
+"""Start-up of torch.distributed and of Megatron's process groups: NCCL with CUDA, gloo without."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from ..errors import UserError
+from . import cpu
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the parallel dimensions; names are Megatron's."""
+
+    tensor_model_parallel_size: int = 1
+    """Tensor parallelism (attention, dense parts, vocabulary)."""
+
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+
+    context_parallel_size: int = 1
+    """Context parallelism (sequence split inside attention)."""
+
+    expert_model_parallel_size: int = 1
+    """Expert parallelism: the real experts of a layer are spread over this many ranks."""
+
+    expert_tensor_parallel_size: int = 1
+    """Tensor parallelism inside one expert."""
+
+    distributed_timeout_minutes: int = 10
+    """A collective that takes longer than this ends the run."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+
+def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
+    """Start the default group (from torchrun's or Slurm's variables, or alone) and Megatron's groups.
+
+    Raises `UserError` if the sizes do not divide the number of processes.
+    """
+    cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, world, local = _place()
+    expert_size = (
+        parallel.expert_model_parallel_size
+        * parallel.expert_tensor_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
+    for name, size in (
+        ("tensor x pipeline x context parallel size", parallel.model_parallel_size),
+        ("expert x expert-tensor x pipeline parallel size", expert_size),
+    ):
+        if world % size:
+            raise UserError(f"{name} = {size} does not divide the number of processes, {world}")
+    if not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        if "MASTER_ADDR" not in os.environ:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
+    # Seeds differ between pipeline stages and, inside Megatron's tracker, between tensor and expert ranks.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def destroy() -> None:
+    """End Megatron's groups and the default group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def _place() -> tuple[int, int, int]:
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    return 0, 1, 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
