@@ -1,0 +1,157 @@
+"""Cost sheet of one model: parameters, FLOPs per token, roofline; static against dynamic, as text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..errors import UserError
+from .flops import flop_ratio, flops_per_token
+from .geometry import Geometry
+from .roofline import BYTES, Gpu, gpu, predict
+
+BATCHES = (1, 8, 32, 64, 256)
+
+
+def cost_sheet(
+    geometry: Geometry,
+    device: Gpu,
+    zero_share: float,
+    zero_rows: int,
+    context: int,
+    tokens: tuple[int, ...],
+    batches: tuple[int, ...] = BATCHES,
+) -> dict:
+    """All figures of one model as a JSON-ready dict.
+
+    `context` is the number of attended positions in the FLOP table and the cache length in decoding; `tokens`
+    are the prefill sizes, `batches` the decoding batches of the roofline.
+    """
+    static = flops_per_token(geometry, context)
+    dynamic = flops_per_token(geometry, context, zero_share, zero_rows)
+    lines = predict(geometry, device, zero_share, zero_rows, context, batches, tokens)
+    return {
+        "model": {
+            "model_type": geometry.model_type,
+            "layers": geometry.layers,
+            "moe_layers": geometry.moe_layers,
+            "experts": geometry.experts,
+            "topk": geometry.topk,
+            "zero_experts": zero_rows,
+        },
+        "zero_share": zero_share,
+        "context": context,
+        "parameters": {
+            "total": geometry.parameters,
+            "active_static": geometry.active_parameters(),
+            "active_dynamic": geometry.active_parameters(zero_share),
+        },
+        "weight_bytes": {
+            "total": BYTES * geometry.parameters,
+            "routed_experts": BYTES * geometry.routed_parameters,
+        },
+        "flops_per_token": {"static": static.as_dict(), "dynamic": dynamic.as_dict()},
+        "expert_flops": dynamic.routed_experts / static.routed_experts if static.routed_experts else 1.0,
+        "flop_ratio": flop_ratio(geometry, context, zero_share, zero_rows),
+        "gpu": {
+            "name": device.name,
+            "flops": device.flops,
+            "bandwidth": device.bandwidth,
+            "source": device.source,
+        },
+        "roofline": [
+            {
+                "phase": line.phase,
+                "tokens": line.tokens,
+                "static_ms": line.static_ms,
+                "dynamic_ms": line.dynamic_ms,
+                "speedup": line.speedup,
+                "static_experts": line.static_experts,
+                "dynamic_experts": line.dynamic_experts,
+            }
+            for line in lines
+        ],
+    }
+
+
+def format_cost_sheet(sheet: dict) -> str:
+    """The dict of `cost_sheet` as a table for the terminal."""
+    model, params, weights, device = (sheet[k] for k in ("model", "parameters", "weight_bytes", "gpu"))
+    out = [
+        f"{model['model_type']}: {model['layers']} layers ({model['moe_layers']} with experts), "
+        f"{model['experts']} experts, top-{model['topk']}, {model['zero_experts']} zero experts, "
+        f"zero share {sheet['zero_share']:.3g}",
+        f"  parameters {params['total'] / 1e9:.2f} B, active {params['active_static'] / 1e9:.2f} B static, "
+        f"{params['active_dynamic'] / 1e9:.2f} B dynamic",
+        f"  weights    {weights['total'] / 1e9:.1f} GB bf16, {weights['routed_experts'] / 1e9:.1f} GB of it "
+        "routed experts (zero experts do not shrink them)",
+        "",
+        f"FLOPs per token, attending to {sheet['context']:,} positions   [GFLOP]",
+        f"  {'':24}{'static':>10}{'':8}{'dynamic':>10}",
+    ]
+    static, dynamic = sheet["flops_per_token"]["static"], sheet["flops_per_token"]["dynamic"]
+    for part, value in static.items():
+        if value or part == "total":
+            name, of_all = part.replace("_", " "), value / static["total"]
+            out.append(f"  {name:24}{value / 1e9:10.3f}{of_all:8.1%}{dynamic[part] / 1e9:10.3f}")
+    out += [
+        f"  expert FLOPs left {sheet['expert_flops']:.1%} of the static model's; "
+        f"static/dynamic in all {sheet['flop_ratio']:.2f}x",
+        "",
+        f"Roofline, {device['name']}: {device['flops'] / 1e12:.5g} TFLOP/s dense bf16, "
+        f"{device['bandwidth'] / 1e12:.4g} TB/s ({device['source']})",
+        f"  {'phase':10}{'tokens':>8}{'static ms':>12}{'dynamic ms':>12}{'speed-up':>10}   "
+        "distinct experts read per layer",
+    ]
+    for line in sheet["roofline"]:
+        out.append(
+            f"  {line['phase']:10}{line['tokens']:8,}{line['static_ms']:12.2f}{line['dynamic_ms']:12.2f}"
+            f"{line['speedup']:9.2f}x   {line['static_experts']:.0f} -> {line['dynamic_experts']:.0f}"
+        )
+    out += [
+        f"  decode: one new token per sequence, {sheet['context']:,} cached positions. "
+        f"prefill: causal sequences of {sheet['context']:,}, last logits.",
+        "  A bound under uniform routing (no launches, no communication): predicted, not measured.",
+    ]
+    return "\n".join(out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flops.py", description="FLOPs, bytes, roofline and predicted speed-up of a MoE model"
+    )
+    add = parser.add_argument
+    add("--hf", required=True, metavar="DIR", help="folder with a HF config.json (no weights needed)")
+    add("--zero-share", type=float, default=0.5, metavar="Z", help="share of zero picks (0.5)")
+    add("--num-zero-experts", type=int, metavar="N", help="router rows added (the checkpoint's, or N/2)")
+    add("--tokens", type=int, nargs="+", default=[4096, 16384, 65536], metavar="T", help="prefill sizes")
+    add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="decoding batches")
+    add("--context", type=int, default=4096, metavar="C", help="positions attended to (4096)")
+    add("--gpu", default="h100", help="h100, h200 or a100 (h100)")
+    add("--tflops", type=float, help="measured dense bf16 TFLOP/s instead of the datasheet's")
+    add("--tbps", type=float, help="measured TB/s of memory instead of the datasheet's")
+    add("--json", action="store_true", help="print JSON")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of tools/flops.py."""
+    args = _parser().parse_args(argv)
+    for flag, values in (("--tokens", args.tokens), ("--batch", args.batch), ("--context", [args.context])):
+        if min(values) < 1:
+            raise UserError(f"{flag} {min(values)}: must be 1 or more")
+    geometry = Geometry.read(args.hf)
+    zero_rows = args.num_zero_experts
+    if zero_rows is None:
+        zero_rows = geometry.zero_experts or geometry.experts // 2
+    if zero_rows < 0:
+        raise UserError(f"--num-zero-experts {zero_rows}: must be 0 or more")
+    flops = None if args.tflops is None else args.tflops * 1e12
+    bandwidth = None if args.tbps is None else args.tbps * 1e12
+    device = gpu(args.gpu, flops, bandwidth)
+    sheet = cost_sheet(
+        geometry, device, args.zero_share, zero_rows, args.context, tuple(args.tokens), tuple(args.batch)
+    )
+    print(json.dumps(sheet, indent=2) if args.json else format_cost_sheet(sheet))
+    return 0
