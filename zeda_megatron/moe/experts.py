@@ -30,6 +30,9 @@ class GroupedExperts(SequentialMLP):
             and not config.fp4
             and not config.moe_apply_probs_on_input
             and self.tp_group.size() == 1
+            # grouped_mm wants rows that start at multiples of 16 bytes.
+            and (config.hidden_size * config.params_dtype.itemsize) % 16 == 0
+            and (config.moe_ffn_hidden_size * config.params_dtype.itemsize) % 16 == 0
         )
 
     def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
@@ -48,9 +51,9 @@ class GroupedExperts(SequentialMLP):
 
 
 def choose_backend(name: str) -> str:
-    """`auto` takes grouped_mm with CUDA and the fused loop on the CPU. Raises `UserError` for unknown names."""
+    """`auto` takes grouped_mm, on both devices. Raises `UserError` for unknown names."""
     if name == "auto":
-        return "grouped_mm" if torch.cuda.is_available() else "fused_loop"
+        return "grouped_mm"
     if name not in BACKENDS:
         raise UserError(f"--expert-backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     return name

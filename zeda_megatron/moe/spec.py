@@ -22,7 +22,7 @@ def apply_zero_experts(spec, zero: ZeroExpertConfig, expert_backend: str | None 
             Dense layers pass through unchanged.
         zero: the zero experts; with `num_zero_experts=0` the router is left alone.
         expert_backend: if given, `SequentialMLP` experts become `GroupedExperts` with this backend
-            (`auto`, `fused_loop`, `grouped_mm`, `loop`).
+            (`auto`, `grouped_mm`, `loop`).
 
     After building the model call `moe.dispatch.install_dispatchers(model)`.
     """

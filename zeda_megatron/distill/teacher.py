@@ -1,0 +1,118 @@
+"""The frozen teacher: a pipeline of its own beside the student, forward only, hidden states kept.
+
+Memory modes (`--teacher-memory`): `own` keeps a second copy of the weights, `offload` parks that copy in host
+memory between passes, `shared` borrows the student's weights where only routers train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ..data.packing import PackedBatch
+from ..moe.router import zero_mask
+from ..moe.stats import routers
+
+
+class Teacher:
+    """A frozen model that gives the hidden states of the last layer (after the final norm).
+
+    Args:
+        model_chunks: unwrapped model chunks of this pipeline rank; for `shared`, the student's own.
+        mode: own, offload or shared.
+    """
+
+    def __init__(self, model_chunks: list[torch.nn.Module], mode: str):
+        self.model_chunks, self.mode = model_chunks, mode
+        self._router_weights: list[torch.Tensor] = []
+        if mode == "shared":
+            # Routers train, so the teacher needs their first weights: N x H per layer, all it costs.
+            self._router_weights = [r.weight.detach().clone() for r in routers(model_chunks)]
+        else:
+            for chunk in model_chunks:
+                chunk.eval().requires_grad_(False)
+            if mode == "offload":
+                self._move("cpu")
+
+    def hidden_states(
+        self, batches: list[PackedBatch], seq_length: int, forward: Callable[[Any, PackedBatch], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Run the teacher over micro-batches through the pipeline.
+
+        Args:
+            forward: runs one model chunk on one batch.
+
+        Returns:
+            On the last pipeline stage one [S, B, H] tensor per micro-batch (this rank's part under sequence
+            parallelism); elsewhere an empty list. Never a tensor of the size of the vocabulary.
+        """
+
+        def forward_step(iterator, model):
+            return forward(model, next(iterator)), lambda hidden, non_loss_data=False: hidden
+
+        with torch.no_grad(), self._in_place():
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in self.model_chunks],
+                model=self.model_chunks,
+                num_microbatches=len(batches),
+                seq_length=seq_length,
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return outputs if parallel_state.is_pipeline_last_stage() else []
+
+    def head_weight(self) -> torch.Tensor:
+        """The teacher's LM head on the last stage, on the device of the computation."""
+        weight = self.model_chunks[-1].head_weight().detach()
+        return weight.cuda() if self.mode == "offload" and torch.cuda.is_available() else weight
+
+    def weight_hash(self) -> str:
+        """SHA-256 over what the teacher computes with on this rank; equal before and after training."""
+        digest = hashlib.sha256()
+        with self._in_place():
+            for chunk in self.model_chunks:
+                for name, parameter in sorted(chunk.named_parameters()):
+                    digest.update(name.encode())
+                    digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Teacher's weights in place, zero experts masked, evaluation mode; restored afterwards."""
+        training = [chunk.training for chunk in self.model_chunks]
+        for chunk in self.model_chunks:
+            chunk.eval()
+            chunk.return_hidden = True
+        mine = routers(self.model_chunks)
+        student = [router.weight.data for router in mine] if self.mode == "shared" else []
+        stats = [router.routing_stats for router in mine]
+        for router, weight in zip(mine, self._router_weights):
+            router.weight.data = weight
+        for router in mine:
+            router.routing_stats = type(router.routing_stats)()
+        if self.mode == "offload":
+            self._move("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            with zero_mask(self.model_chunks):
+                yield
+        finally:
+            if self.mode == "offload":
+                self._move("cpu")
+            for router, weight in zip(mine, student):
+                router.weight.data = weight
+            for router, kept in zip(mine, stats):
+                router.routing_stats = kept
+            for chunk, was_training in zip(self.model_chunks, training):
+                chunk.train(was_training)
+
+    def _move(self, device: str) -> None:
+        for chunk in self.model_chunks:
+            chunk.to(device)

@@ -1,0 +1,37 @@
+"""Entry point of training: `torchrun launch/pretrain_zeda.sh --config FILE.yaml [--flag value ...]`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from .arguments import parse
+from .errors import run_main
+from .runtime import cpu
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse options, start the process groups, run the stage. Returns the exit code."""
+    cpu.install()
+    # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    from .runtime import process_groups
+    from .training.options import GROUPS, Options
+
+    options = Options(**parse(sys.argv[1:] if argv is None else argv, GROUPS, prog="pretrain_zeda"))
+    options.validate()
+    process_groups.initialize(options.parallel, options.optimizer.seed)
+    try:
+        if options.model.stage == "0":
+            from .distill.stage0 import run_stage0
+
+            return run_stage0(options)
+        from .training.loop import TrainingRun
+
+        return TrainingRun(options).run()
+    finally:
+        process_groups.destroy()
+
+
+if __name__ == "__main__":
+    run_main(main)

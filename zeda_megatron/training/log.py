@@ -1,0 +1,90 @@
+"""What a run writes down: metrics.jsonl (every step, full precision), TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoint.state import truncate_metrics
+from .options import RunOptions
+
+_TENSORBOARD = {
+    "loss": "loss",
+    "ce": "lm loss",
+    "kl": "zeda/teacher_student_kl",
+    "kd_loss": "zeda/kd_loss",
+    "group_loss": "zeda/group_loss",
+    "zero_share": "zeda/zero_share",
+    "top1_agreement": "zeda/top1_agreement",
+    "grad_norm": "grad-norm",
+    "lr": "learning-rate",
+    "tokens_per_second": "throughput/tokens_per_second",
+}
+
+
+class RunLog:
+    """Logs on one rank; silent on the others."""
+
+    def __init__(self, options: RunOptions, active: bool, first_step: int, last_step: int):
+        self.options, self.active = options, active
+        self.file = self.writer = self.bar = None
+        if not active:
+            return
+        if options.save:
+            folder = Path(options.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "metrics.jsonl"
+            truncate_metrics(path, first_step)
+            self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        target = options.tensorboard_dir or (options.save and str(Path(options.save) / "tensorboard"))
+        if target:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(target, purge_step=first_step + 1 if first_step else None)
+        if options.progress:
+            self.bar = tqdm(
+                total=last_step,
+                initial=first_step,
+                unit="step",
+                file=sys.stderr,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
+
+    def step(self, step: int, metrics: dict, zero_share_by_layer: list[float | None]) -> None:
+        """Record one step."""
+        if not self.active:
+            return
+        line = {"step": step, **metrics}
+        if any(share is not None for share in zero_share_by_layer):
+            line["zero_share_by_layer"] = zero_share_by_layer
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+        if self.writer and step % self.options.log_interval == 0:
+            for name, tag in _TENSORBOARD.items():
+                if metrics.get(name) is not None:
+                    self.writer.add_scalar(tag, metrics[name], step)
+            for i, share in enumerate(zero_share_by_layer):
+                if share is not None:
+                    self.writer.add_scalar(f"zeda/zero_share_layer_{i}", share, step)
+        if self.bar is not None:
+            shown = {"loss": f"{metrics['loss']:.4f}"}
+            if metrics.get("kl") is not None:
+                shown["kl"] = f"{metrics['kl']:.4f}"
+            shown["zero"] = f"{metrics['zero_share']:.1%}"
+            shown["tok/s"] = f"{metrics['tokens_per_second']:,.0f}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        for part in (self.bar, self.writer, self.file):
+            if part is not None:
+                part.close()

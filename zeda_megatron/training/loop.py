@@ -1,0 +1,191 @@
+"""The training loop: rows in, steps, logs, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from ..checkpoint.hf_config import copy_side_files, static_config, write_config
+from ..checkpoint.hf_files import read_json
+from ..checkpoint.state import (
+    find_checkpoint,
+    load_checkpoint,
+    model_state,
+    require_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from ..data.packing import PackedDataset
+from ..data.conversation import tokenize_rollouts
+from ..data.prompts import load_rollouts
+from ..data.tokenizers import load_tokenizer
+from ..distill.losses import LossConfig
+from ..errors import UserError
+from ..moe import stats
+from ..runtime.process_groups import device
+from .log import RunLog
+from .options import Options
+from .setup import Student, build_optimizer, build_student, build_teacher, hf_folder
+from .signals import StopRequest
+from .step import Stepper
+
+
+class TrainingRun:
+    """A run of stage 1 (or of plain training, `--stage pretrain`)."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.dataset = build_dataset(options)
+        self.student = build_student(options)
+        has_teacher = options.model.stage != "pretrain"
+        self.teacher = build_teacher(options, self.student) if has_teacher else None
+        self.optimizer, self.schedule = build_optimizer(options.optimizer, self.student, options.model.bf16)
+        loss = LossConfig(
+            kind=options.distill.distill_loss if has_teacher else "ce",
+            beta=options.distill.distill_beta,
+            temperature=options.distill.distill_temperature,
+            chunk_tokens=options.distill.loss_chunk_tokens,
+        )
+        self.stepper = Stepper(self.student, self.teacher, self.optimizer, loss, options.data.seq_length)
+        self.iteration = 0
+        self.consumed_rows = 0
+        self.consumed_tokens = 0
+        self._resume()
+
+    def run(self) -> int:
+        """Train to --train-iters (or to a signal). Returns the exit code."""
+        options, run = self.options.optimizer, self.options.run
+        log = RunLog(run, torch.distributed.get_rank() == 0, self.iteration, options.train_iters)
+        saved_at = self.iteration
+        try:
+            with StopRequest() as stop:
+                while self.iteration < options.train_iters:
+                    self._one_step(log)
+                    stopping = stop.agreed() or (
+                        run.exit_interval and self.iteration % run.exit_interval == 0
+                    )
+                    due = run.save_interval and self.iteration % run.save_interval == 0
+                    if run.save and (due or stopping or self.iteration == options.train_iters):
+                        self.save()
+                        saved_at = self.iteration
+                    if stopping:
+                        where = (
+                            f"saved step {saved_at}" if run.save else "nothing saved: --save was not given"
+                        )
+                        log.say(f"stopped at step {self.iteration} on request; {where}")
+                        break
+        finally:
+            log.close()
+        return 0
+
+    def _one_step(self, log: RunLog) -> None:
+        started = time.perf_counter()
+        lr = self.schedule.get_lr(self.optimizer.param_groups[0]) if self.iteration else None
+        metrics = self.stepper.step(self._rows())
+        self.schedule.step(increment=1)
+        self.iteration += 1
+        self.consumed_rows += self.options.optimizer.global_batch_size
+        self.consumed_tokens += int(metrics["tokens"])
+        report = stats.collect(self.student.chunks, self.student.chunks[0].config.num_layers, device())
+        zero = self.student.zero
+        metrics["kd_loss"] = metrics["loss"]
+        metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
+        metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
+        metrics["zero_share"] = report.zero_share
+        metrics["lr"] = lr if lr is not None else self.schedule.get_lr(self.optimizer.param_groups[0])
+        metrics["consumed_tokens"] = self.consumed_tokens
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+        log.step(self.iteration, metrics, report.zero_share_by_layer)
+
+    def _rows(self) -> list:
+        """This data-parallel rank's rows of the next global batch."""
+        rank = parallel_state.get_data_parallel_rank()
+        size = parallel_state.get_data_parallel_world_size()
+        first, count = self.consumed_rows, self.options.optimizer.global_batch_size
+        return [self.dataset[row] for row in range(first + rank, first + count, size)]
+
+    def state(self, is_loading: bool = False) -> dict[str, Any]:
+        """Everything that a resumed run needs, as a Megatron sharded state dict."""
+        model = model_state(self.student.chunks)
+        return {
+            **model,
+            "optimizer": self.optimizer.sharded_state_dict(
+                model if len(self.student.chunks) > 1 else model["model"], is_loading=is_loading
+            ),
+            "schedule": self.schedule.state_dict(),
+            "progress": {
+                "iteration": self.iteration,
+                "consumed_rows": self.consumed_rows,
+                "consumed_tokens": self.consumed_tokens,
+            },
+            "data": self.dataset.fingerprint(),
+        }
+
+    def save(self) -> None:
+        """Write `iter_*`, and beside it what export and evaluation need to know."""
+        run = self.options.run
+        save_checkpoint(run.save, self.iteration, self.state(), keep=run.most_recent_k)
+        if torch.distributed.get_rank() == 0:
+            write_side_files(Path(run.save), self.options, self.student)
+
+    def _resume(self) -> None:
+        run = self.options.run
+        if run.load:
+            folder, flag = require_checkpoint(run.load, "--load"), "--load"
+        else:
+            folder, flag = (
+                (find_checkpoint(run.save) if run.save and Path(run.save).is_dir() else None),
+                "--save",
+            )
+        if folder is None:
+            return
+        loaded = load_checkpoint(folder, self.state(is_loading=True), flag)
+        if loaded.get("data") != self.dataset.fingerprint():
+            raise UserError(
+                f"{flag} {folder}: was trained on other data (--data-path, --seq-length or --seed differ); "
+                "resume with the same, or start in a new --save folder"
+            )
+        for name, chunk in zip(model_state(self.student.chunks), self.student.chunks):
+            chunk.load_state_dict(loaded[name], strict=True)
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.schedule.load_state_dict(loaded["schedule"])
+        progress = loaded["progress"]
+        self.iteration = progress["iteration"]
+        self.consumed_rows = progress["consumed_rows"]
+        self.consumed_tokens = progress["consumed_tokens"]
+
+
+def build_dataset(options: Options) -> PackedDataset:
+    """Tokenise the rollouts and plan their packing; equal on all ranks."""
+    data = options.data
+    tokenizer = load_tokenizer(
+        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
+    )
+    samples = tokenize_rollouts(
+        load_rollouts(data.data_path), tokenizer, data.seq_length, data.overlong, ", ".join(data.data_path)
+    )
+    data_ranks = parallel_state.get_data_parallel_world_size()
+    if options.optimizer.global_batch_size % data_ranks:
+        raise UserError(
+            f"--global-batch-size {options.optimizer.global_batch_size} is not a multiple of the {data_ranks} "
+            "data-parallel ranks"
+        )
+    return PackedDataset(samples, data.seq_length, tokenizer.pad_id, options.optimizer.seed)
+
+
+def write_side_files(root: Path, options: Options, student: Student) -> None:
+    """`hf_config/` (config and tokenizer) and `zeda.json` (zero experts), as the converter writes them."""
+    source = hf_folder(options.model)
+    copy_side_files(source, root / "hf_config")
+    write_config(root / "hf_config", static_config(read_json(source / "config.json")))
+    about = {
+        "num_zero_experts": student.zero.num_zero_experts,
+        "zero_experts_type": student.zero.zero_experts_type,
+    }
+    write_atomically(root / "zeda.json", json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,286 @@
+"""Options of a training run. Each field is a flag and a YAML key (see `arguments.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from ..runtime.process_groups import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model and its zero experts."""
+
+    stage: str = "1"
+    """What to run. `pretrain`: no teacher, cross-entropy. `0`: the teacher answers prompts. `1`: distillation on
+    its answers."""
+
+    hf_config: str | None = None
+    """Folder of the HF model (config.json gives the architecture). Default: hf_config/ of the checkpoint."""
+
+    pretrained_checkpoint: str | None = None
+    """Megatron checkpoint to start from (from tools/checkpoint_convert.py). None: random weights."""
+
+    num_zero_experts: int | None = None
+    """Nz. Default: as many as the checkpoint has."""
+
+    zero_experts_type: str = "zero"
+    """zero, copy or learned."""
+
+    moe_zero_expert_weight: float = 2.0
+    """w: the group loss is least at a zero share of w*Nz/(N+w*Nz)."""
+
+    moe_router_load_balancing_type: str = "grouped_aux_loss"
+    """grouped_aux_loss (zero experts), aux_loss or seq_aux_loss (static models), none."""
+
+    moe_aux_loss_coeff: float = 0.1
+    """Coefficient of that loss (alpha)."""
+
+    group_loss_variant: str = "routed"
+    """routed: count real slots. authors: count as the paper's code does."""
+
+    group_loss_scope: str = "tp_cp"
+    """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""
+
+    renormalize_after_drop: bool = False
+    """Rescale the real weights after dropping zero slots (for study; costs quality)."""
+
+    moe_pick_rule: str | None = None
+    """Thin out the student's picks: topk=2 (NET), skip=0.4, top_p=0.7, each with optional ',renormalize'."""
+
+    expert_backend: str = "auto"
+    """Product of the local experts: auto, grouped_mm, loop."""
+
+    moe_token_dispatcher_type: str = "alltoall"
+    """alltoall or allgather."""
+
+    trainable: str = "all"
+    """all, or router (only the routers train)."""
+
+    bf16: bool = False
+    """bfloat16 weights and activations with fp32 master weights; otherwise fp32."""
+
+    recompute_granularity: str | None = None
+    """None, full or selective activation recomputation."""
+
+    def zero(self, num_zero_experts: int) -> ZeroExpertConfig:
+        """The zero-expert config of this run."""
+        grouped = self.moe_router_load_balancing_type == "grouped_aux_loss"
+        return ZeroExpertConfig(
+            num_zero_experts=num_zero_experts,
+            zero_experts_type=self.zero_experts_type,
+            group_loss_coeff=self.moe_aux_loss_coeff if grouped else 0.0,
+            moe_zero_expert_weight=self.moe_zero_expert_weight,
+            group_loss_variant=self.group_loss_variant,
+            group_loss_scope=self.group_loss_scope,
+            renormalize_after_drop=self.renormalize_after_drop,
+        )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Text and tokens."""
+
+    data_path: list[str] | None = None
+    """Rollout files (jsonl with `messages`), or prompt files for stage 0."""
+
+    tokenizer_model: str | None = None
+    """HF folder or sentencepiece .model. Default: the folder of --hf-config."""
+
+    tokenizer_type: str = "auto"
+    """auto, hf or sentencepiece."""
+
+    chat_template_file: str | None = None
+    """jinja2 chat template that replaces the tokenizer's."""
+
+    seq_length: int = 2048
+    """Tokens of one packed row; a micro-batch is one row."""
+
+    overlong: str = "error"
+    """What to do with a conversation longer than a row: error, skip or truncate."""
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Teacher and loss."""
+
+    distill_loss: str = "forward_kl"
+    """ce (the paper's stage 1), forward_kl, reverse_kl or jsd."""
+
+    distill_beta: float = 0.5
+    """beta of jsd."""
+
+    distill_temperature: float = 1.0
+    """Divides both logits."""
+
+    loss_chunk_tokens: int = 1024
+    """Tokens whose logits exist at a time."""
+
+    teacher_load: str | None = None
+    """Checkpoint of the teacher. Default: --pretrained-checkpoint."""
+
+    teacher_memory: str = "own"
+    """own: a second copy of the weights. offload: that copy waits in host memory. shared: with --trainable
+    router, the student's own weights with the zero experts masked."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer and schedule; defaults are the paper's stage 1."""
+
+    train_iters: int = 100
+    """Optimizer steps."""
+
+    global_batch_size: int = 128
+    """Packed rows per step over all data-parallel ranks."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+
+    lr_decay_style: str = "cosine"
+    """constant, linear or cosine."""
+
+    lr_warmup_fraction: float = 0.1
+    """Share of the steps that warm up."""
+
+    weight_decay: float = 0.1
+    """AdamW's weight decay."""
+
+    adam_beta1: float = 0.9
+    """beta1."""
+
+    adam_beta2: float = 0.98
+    """beta2."""
+
+    adam_eps: float = 1e-8
+    """epsilon."""
+
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer states over data-parallel ranks."""
+
+    seed: int = 1234
+    """Seed of initial weights and data order."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Checkpoints, logging, end of the run."""
+
+    save: str | None = None
+    """Folder of checkpoints, metrics.jsonl and TensorBoard files."""
+
+    load: str | None = None
+    """Folder to resume from. Default: --save, if it holds a checkpoint."""
+
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+
+    most_recent_k: int = 0
+    """Keep only the newest k checkpoints; 0 keeps all."""
+
+    tensorboard_dir: str | None = None
+    """Default: tensorboard/ in --save."""
+
+    log_interval: int = 1
+    """Steps between TensorBoard entries; metrics.jsonl gets every step."""
+
+    progress: bool = True
+    """Progress bar on rank 0."""
+
+    exit_interval: int = 0
+    """Stop (and save) when the step is a multiple of this; 0 never."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Stage 0: the teacher's answers."""
+
+    rollout_path: str | None = None
+    """jsonl file that answers are appended to."""
+
+    max_new_tokens: int = 256
+    """Longest answer."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+
+    top_p: float = 1.0
+    """Nucleus sampling."""
+
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is all."""
+
+    generate_batch_size: int = 32
+    """Prompts answered at a time."""
+
+    samples_per_prompt: int = 1
+    """Answers per prompt."""
+
+
+GROUPS = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "distill": DistillOptions,
+    "optimizer": OptimizerOptions,
+    "run": RunOptions,
+    "generate": GenerateOptions,
+    "parallel": ParallelConfig,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of a run."""
+
+    model: ModelOptions
+    data: DataOptions
+    distill: DistillOptions
+    optimizer: OptimizerOptions
+    run: RunOptions
+    generate: GenerateOptions
+    parallel: ParallelConfig
+
+    def validate(self) -> None:
+        """Raise `UserError` for what cannot work, before anything is built."""
+        for flag, value, allowed in (
+            ("--stage", self.model.stage, ("pretrain", "0", "1")),
+            ("--trainable", self.model.trainable, ("all", "router")),
+            ("--teacher-memory", self.distill.teacher_memory, ("own", "offload", "shared")),
+            ("--overlong", self.data.overlong, ("error", "skip", "truncate")),
+            ("--lr-decay-style", self.optimizer.lr_decay_style, ("constant", "linear", "cosine")),
+            (
+                "--moe-router-load-balancing-type",
+                self.model.moe_router_load_balancing_type,
+                ("grouped_aux_loss", "aux_loss", "seq_aux_loss", "none"),
+            ),
+        ):
+            if value not in allowed:
+                raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        for flag, value in (
+            ("--train-iters", self.optimizer.train_iters),
+            ("--global-batch-size", self.optimizer.global_batch_size),
+            ("--seq-length", self.data.seq_length),
+            ("--max-new-tokens", self.generate.max_new_tokens),
+            ("--generate-batch-size", self.generate.generate_batch_size),
+            ("--samples-per-prompt", self.generate.samples_per_prompt),
+        ):
+            if value < 1:
+                raise UserError(f"{flag} {value} must be at least 1")
+        if not self.data.data_path:
+            raise UserError("--data-path is missing: give one or more jsonl files")
+        if self.model.stage == "0" and not self.generate.rollout_path:
+            raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")
+        if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
+            raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")
+        if self.model.recompute_granularity == "selective" and self.model.zero_experts_type != "zero":
+            raise UserError(
+                "--recompute-granularity selective is not supported with copy or learned zero experts"
+            )

@@ -1,0 +1,183 @@
+"""From options to live objects: model, teacher, optimizer, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+from ..checkpoint.hf_files import read_json
+from ..checkpoint.state import load_weights, require_checkpoint
+from ..config import ZeroExpertConfig
+from ..distill.teacher import Teacher
+from ..errors import UserError
+from ..models.architecture import Architecture, read_architecture
+from ..models.build import build_gpt_model, transformer_config
+from ..moe.pick_rules import parse_pick_rule
+from ..moe.router import set_pick_rule
+from .options import ModelOptions, Options, OptimizerOptions
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that trains."""
+
+    chunks: list[torch.nn.Module]
+    """Bare model chunks (checkpoints, routers)."""
+    wrapped: list[torch.nn.Module]
+    """The same under Megatron's DDP (forward and backward)."""
+    arch: Architecture
+    """Its geometry."""
+    zero: ZeroExpertConfig
+    """Its zero experts."""
+
+
+def hf_folder(options: ModelOptions) -> Path:
+    """Folder with config.json and tokenizer: --hf-config, or hf_config/ beside the checkpoint."""
+    if options.hf_config:
+        return Path(options.hf_config)
+    if options.pretrained_checkpoint:
+        beside = Path(options.pretrained_checkpoint) / "hf_config"
+        if beside.is_dir():
+            return beside
+        raise UserError(f"{beside} is missing: give --hf-config, the folder of the HF model")
+    raise UserError("--hf-config is missing: give the folder of the HF model")
+
+
+def num_zero_experts(options: ModelOptions, arch: Architecture) -> int:
+    """--num-zero-experts, or as many as the checkpoint was converted with."""
+    if options.num_zero_experts is not None:
+        return options.num_zero_experts
+    about = Path(options.pretrained_checkpoint or "") / "zeda.json"
+    if options.pretrained_checkpoint and about.is_file():
+        return read_json(about).get("num_zero_experts", 0)
+    return arch.num_zero_experts
+
+
+def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -> list[torch.nn.Module]:
+    """Bare model chunks of this pipeline rank, with Megatron's initial weights."""
+    grouped = options.model.moe_router_load_balancing_type == "grouped_aux_loss"
+    overrides = {
+        "moe_token_dispatcher_type": options.model.moe_token_dispatcher_type,
+        "moe_router_load_balancing_type": "none" if grouped else options.model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": 0.0 if grouped else options.model.moe_aux_loss_coeff,
+        "recompute_granularity": options.model.recompute_granularity,
+    }
+    if options.model.recompute_granularity == "full":
+        overrides |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    elif options.model.recompute_granularity == "selective":
+        overrides |= {"recompute_modules": ["moe"]}
+    dtype = torch.bfloat16 if options.model.bf16 else torch.float32
+    config = transformer_config(arch, options.parallel, dtype, overrides)
+    model = build_gpt_model(
+        arch,
+        config,
+        zero,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        expert_backend=options.model.expert_backend,
+    )
+    return [model]
+
+
+def build_student(options: Options) -> Student:
+    """Build, load and wrap the student."""
+    arch = read_architecture(hf_folder(options.model))
+    zero = options.model.zero(num_zero_experts(options.model, arch))
+    chunks = build_chunks(options, arch, zero)
+    if options.model.pretrained_checkpoint:
+        folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
+        load_weights(chunks, folder, "--pretrained-checkpoint")
+    if options.model.trainable == "router":
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(".router." in name)
+    if options.model.moe_pick_rule:
+        if not zero.num_zero_experts:
+            raise UserError(
+                "--moe-pick-rule needs --num-zero-experts of at least 1 (they are masked by the rule)"
+            )
+        set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=options.optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = []
+    for chunk in chunks:
+        chunk.return_hidden = True
+        config = get_model_config(chunk)
+        module = Float16Module(config, chunk) if options.model.bf16 else chunk
+        wrapped.append(DistributedDataParallel(config, ddp, module))
+    config = get_model_config(chunks[0])
+    config.finalize_model_grads_func = finalize_model_grads
+    return Student(chunks, wrapped, arch, zero)
+
+
+def build_teacher(options: Options, student: Student) -> Teacher:
+    """The frozen teacher in its memory mode, loaded from --teacher-load (default: where the student started)."""
+    mode = options.distill.teacher_memory
+    source = options.distill.teacher_load or options.model.pretrained_checkpoint
+    if source is None:
+        raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
+    if mode == "shared":
+        if options.distill.teacher_load not in (None, options.model.pretrained_checkpoint):
+            raise UserError(
+                "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal it"
+            )
+        return Teacher(student.chunks, mode)
+    chunks = build_chunks(options, student.arch, student.zero)
+    load_weights(chunks, require_checkpoint(source, "--teacher-load"), "--teacher-load")
+    if options.model.bf16:
+        for chunk in chunks:
+            chunk.bfloat16()
+    return Teacher(chunks, mode)
+
+
+def build_optimizer(
+    options: OptimizerOptions, student: Student, bf16: bool
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, student.wrapped, use_gloo_process_groups=False)
+    get_model_config(student.chunks[0]).grad_scale_func = optimizer.scale_loss
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=round(options.lr_warmup_fraction * options.train_iters),
+        lr_decay_steps=options.train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=options.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, schedule

@@ -1,0 +1,39 @@
+"""SIGTERM and SIGUSR1 ask a run to save and end; all ranks decide together at the end of a step."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+
+from ..runtime.process_groups import device
+
+
+class StopRequest:
+    """Remembers signals. Use as a context manager so that the old handlers come back."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._old[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame) -> None:
+        self.received = number
+
+    def agreed(self) -> bool:
+        """True on all ranks as soon as any of them was signalled."""
+        if torch.distributed.get_world_size() == 1:
+            return bool(self.received)
+        flag = torch.tensor([self.received], device=device())
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,0 +1,131 @@
+"""One optimizer step: teacher pipeline, student pipeline, update."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ..data.packing import PackedBatch
+from ..distill.losses import LossConfig, distill_loss
+from ..distill.teacher import Teacher
+from ..runtime.process_groups import device
+from .setup import Student
+
+
+def forward_model(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Run one model chunk on one packed row; sequences inside the row do not see each other."""
+    to = partial(torch.Tensor.to, device=device(), non_blocking=True)
+    ends = to(batch.cu_seqlens)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    return model(
+        to(batch.tokens),
+        to(batch.position_ids),
+        None,
+        packed_seq_params=packed,
+        padding_mask=to(batch.padding_mask),
+    )
+
+
+class Stepper:
+    """Runs optimizer steps of the distillation (or, without a teacher, of plain training)."""
+
+    METRICS = ("weight", "loss", "ce", "teacher_ce", "kl", "top1_agreement")
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None,
+        optimizer: MegatronOptimizer,
+        loss: LossConfig,
+        seq_length: int,
+    ):
+        self.student, self.teacher, self.optimizer = student, teacher, optimizer
+        self.loss, self.seq_length = loss, seq_length
+
+    def step(self, batches: list[PackedBatch]) -> dict[str, float]:
+        """Train on this data-parallel rank's micro-batches.
+
+        The loss is a mean over all response tokens of the global batch: they are counted first, so gradients do
+        not depend on how the batch is cut into micro-batches and ranks.
+
+        Returns:
+            Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens` and `grad_norm`.
+        """
+        for chunk in self.student.wrapped:
+            chunk.zero_grad_buffer()
+            chunk.train()
+        self.optimizer.zero_grad()
+        hidden = self.teacher.hidden_states(batches, self.seq_length, forward_model) if self.teacher else []
+        data_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().to(device())
+        if data_ranks.size() > 1:
+            torch.distributed.all_reduce(tokens, group=data_ranks)
+        # Megatron divides by the number of micro-batches, its DDP by the number of data-parallel ranks.
+        scale = len(batches) * data_ranks.size() / tokens.clamp(min=1)
+        pairs = iter(zip(batches, hidden or [None] * len(batches), strict=True))
+
+        def forward_step(iterator, model):
+            batch, teacher_hidden = next(iterator)
+            return forward_model(model, batch), partial(self._loss, batch, teacher_hidden, scale)
+
+        sums = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[pairs],
+            model=self.student.wrapped,
+            num_microbatches=len(batches),
+            seq_length=self.seq_length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        ok, grad_norm, _ = self.optimizer.step()
+        metrics = self._reduce(sums)
+        metrics["grad_norm"] = float(grad_norm or 0.0)
+        metrics["updated"] = float(ok)
+        return metrics
+
+    def _loss(self, batch, teacher_hidden, scale, student_hidden):
+        model = self.student.chunks[-1]
+        head = model.head_weight()
+        loss, sums = distill_loss(
+            student_hidden.to(head.dtype),  # Megatron's bf16 wrapper hands out fp32
+            head,
+            teacher_hidden,
+            None if teacher_hidden is None else self.teacher.head_weight(),
+            batch.labels.to(student_hidden.device),
+            batch.loss_mask.to(student_hidden.device),
+            self.loss,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=model.config.sequence_parallel,
+            vocab_size=self.student.arch.vocab_size,
+        )
+        logged = {"loss": loss.detach(), **sums}
+        return loss * scale, torch.ones((), dtype=torch.int), logged
+
+    def _reduce(self, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Add up over micro-batches and ranks, divide by the tokens. Same result on every rank."""
+        total = torch.zeros(len(self.METRICS), dtype=torch.float64)
+        if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+            for entry in sums:
+                total += torch.tensor(
+                    [float(entry.get(name, 0.0)) for name in self.METRICS], dtype=torch.float64
+                )
+        if torch.distributed.get_world_size() > 1:
+            total = total.to(device())
+            torch.distributed.all_reduce(total)
+        values = dict(zip(self.METRICS, total.tolist()))
+        tokens = values.pop("weight")
+        means = {name: value / max(tokens, 1.0) for name, value in values.items()}
+        if self.teacher is None:
+            means = {name: means[name] for name in ("loss", "ce")}
+        return {**means, "tokens": tokens}
