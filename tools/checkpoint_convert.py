@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Convert checkpoints between Hugging Face and Megatron, or compare the two, tensor by tensor.
+
+    python tools/checkpoint_convert.py hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S]
+    python tools/checkpoint_convert.py megatron-to-hf --megatron DIR --hf-template DIR --out DIR
+    python tools/checkpoint_convert.py verify --hf DIR --megatron DIR
+
+One process, CPU, one parameter in memory at a time. See docs of zeda_megatron/checkpoint/convert.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from zeda_megatron.errors import run_main
+from zeda_megatron.runtime import cpu
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; argparse itself reports wrong flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    to_megatron = commands.add_parser("hf-to-megatron", help="import, optionally widening the routers")
+    to_megatron.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model folder")
+    to_megatron.add_argument("--num-zero-experts", type=int, metavar="N", help="zero experts to add")
+    to_megatron.add_argument("--zero-experts-type", default="zero", choices=["zero", "copy", "learned"])
+    to_megatron.add_argument("--seed", type=int, default=1234, help="seed of the new router rows")
+
+    to_hf = commands.add_parser("megatron-to-hf", help="export, written on any parallel layout")
+    to_hf.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or one iteration of it")
+    to_hf.add_argument(
+        "--hf-template", required=True, metavar="DIR", help="config, tokenizer, generation config"
+    )
+    to_hf.add_argument("--max-shard-bytes", type=int, default=2_000_000_000, metavar="BYTES")
+
+    check = commands.add_parser("verify", help="compare; exit code 1 on any difference")
+    check.add_argument("--hf", required=True, metavar="DIR")
+    check.add_argument("--megatron", required=True, metavar="DIR")
+
+    for command in (to_megatron, to_hf):
+        command.add_argument("--out", required=True, metavar="DIR", help="new folder; appears when complete")
+        command.add_argument("--dtype", default="keep", choices=["keep", "bf16", "fp16", "fp32"])
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace an existing checkpoint at --out"
+        )
+    for command in (to_megatron, to_hf, check):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse()
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    cpu.install()
+    from zeda_megatron.checkpoint import convert
+
+    started = time.monotonic()
+    if args.command == "verify":
+        differences = convert.verify(args.hf, args.megatron)
+        for line in differences[:10]:
+            print(f"different: {line}", file=sys.stderr)
+        if differences:
+            print(f"{len(differences)} tensors differ", file=sys.stderr)
+            return 1
+        print(f"all tensors of {args.hf} are in {args.megatron}, bit for bit")
+        return 0
+    if args.command == "hf-to-megatron":
+        summary = convert.hf_to_megatron(
+            args.hf,
+            args.out,
+            args.num_zero_experts,
+            args.zero_experts_type,
+            args.seed,
+            args.dtype,
+            args.overwrite,
+        )
+    else:
+        summary = convert.megatron_to_hf(
+            args.megatron, args.hf_template, args.out, args.max_shard_bytes, args.dtype, args.overwrite
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"wrote {args.out}: {summary.tensors} tensors, {summary.nbytes / 1e9:.3f} GB, "
+        f"{summary.zero.num_zero_experts} zero experts per layer, {time.monotonic() - started:.1f} s, "
+        f"peak memory {peak:.2f} GB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,48 @@
+"""Bits of tensors: comparing, hashing, casting."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from ..errors import UserError
+
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, as a flat uint8 tensor."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Same type, shape and bits (NaN equals NaN, 0.0 differs from -0.0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
+
+
+def caster(dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function behind `--dtype`: `keep`, `bf16`, `fp16` or `fp32`; integers stay."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    wanted = DTYPES[dtype]
+    return lambda tensor: tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor
+
+
+class HashingRead:
+    """Reads tensors and remembers their SHA-256, so that hashing the source costs no second pass."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]):
+        self._read = read
+        self._lines: dict[str, str] = {}
+
+    def __call__(self, key: str) -> torch.Tensor:
+        tensor = self._read(key)
+        digest = hashlib.sha256(raw(tensor).numpy()).hexdigest()
+        self._lines[key] = f"{key} {tensor.dtype} {list(tensor.shape)} {digest}"
+        return tensor
+
+    def digest(self) -> str:
+        """One hash over all tensors that were read; sharding and order do not matter."""
+        return hashlib.sha256("\n".join(sorted(self._lines.values())).encode()).hexdigest()

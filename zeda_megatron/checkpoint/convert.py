@@ -1,0 +1,210 @@
+"""Hugging Face <-> Megatron, streaming: one parameter in memory at a time, every original bit kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from ..models.architecture import read_architecture
+from ..models.weight_map import Added, ModelDims, WeightMapping
+from ..models.weight_maps import dims_of, weight_map_of
+from .bits import HashingRead, caster, same_bits
+from .hf_config import (
+    copy_side_files,
+    dynamic_config,
+    static_config,
+    with_dtype,
+    write_config,
+    zero_experts_of,
+)
+from .hf_files import DEFAULT_SHARD_BYTES, HFReader, HFWriter, read_json
+from .layout import Layout, Parameter, model_layout
+from .megatron_model import ZEDA_NAME, MegatronModel
+from .staging import check_target, staged_folder
+from .state import TRACKER
+from .torch_dist_files import TorchDistWriter
+
+HF_CONFIG_NAME = "hf_config"
+RELEASE_NAME = "release"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    tensors: int
+    """Tensors written (of the target's format)."""
+    nbytes: int
+    """Their size."""
+    zero: ZeroExpertConfig
+    """Zero experts of the result."""
+
+
+def hf_to_megatron(
+    hf: str | os.PathLike,
+    out: str | os.PathLike,
+    num_zero_experts: int | None = None,
+    zero_experts_type: str = "zero",
+    seed: int = 1234,
+    dtype: str = "keep",
+    overwrite: bool = False,
+) -> Summary:
+    """Import a Hugging Face folder as a Megatron torch_dist checkpoint.
+
+    Writes OUT/release/, OUT/latest_checkpointed_iteration.txt, OUT/hf_config/ and OUT/zeda.json. With
+    `num_zero_experts` the routers are widened by seeded rows (`models.zero_rows`); all else keeps its bits.
+
+    Raises:
+        UserError: anything wrong with the source or the target; nothing is left behind then.
+    """
+    check_target(Path(out), overwrite)
+    reader, cast = HFReader(hf), caster(dtype)
+    arch = read_architecture(hf)
+    zero = _wanted_zero_experts(reader, num_zero_experts, zero_experts_type)
+    zero.validate(arch.megatron["num_moe_experts"], arch.megatron["moe_router_topk"])
+    layout = model_layout(arch, zero)
+    weights, dims = weight_map_of(arch), dims_of(arch, seed)
+    bound = weights.bind(layout.shapes(), reader.keys(), dims, str(reader.folder))
+    _check_source(reader, layout, bound, dims, weights.tied)
+    read, nbytes = HashingRead(reader.read), 0
+    with staged_folder(out, overwrite) as staging:
+        (staging / RELEASE_NAME).mkdir()
+        with TorchDistWriter(staging / RELEASE_NAME) as writer:
+            for parameter in tqdm(layout.parameters, desc="import", disable=None):
+                tensor = cast(_import_one(reader, read, bound[parameter.name], parameter, dims))
+                nbytes += tensor.nbytes
+                for box, part in zip(parameter.boxes, _rows(tensor, parameter)):
+                    writer.add(box, part)
+            for key in layout.objects:
+                writer.add_empty_object(key)
+            writer.finish({"iteration": 0, "checkpoint_version": 3.0})
+        copy_side_files(reader.folder, staging / HF_CONFIG_NAME)
+        write_config(staging / HF_CONFIG_NAME, with_dtype(static_config(reader.config), dtype))
+        facts = {
+            "num_zero_experts": zero.num_zero_experts,
+            "zero_experts_type": zero.zero_experts_type,
+            "seed": seed,
+            "dtype": dtype,
+            "source_architecture": arch.name,
+            "source_sha256": read.digest(),
+        }
+        (staging / ZEDA_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        (staging / TRACKER).write_text(RELEASE_NAME + "\n")
+    return Summary(len(layout.parameters), nbytes, zero)
+
+
+def megatron_to_hf(
+    megatron: str | os.PathLike,
+    hf_template: str | os.PathLike,
+    out: str | os.PathLike,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: str = "keep",
+    overwrite: bool = False,
+) -> Summary:
+    """Export a torch_dist checkpoint, written on any parallel layout, as a Hugging Face folder.
+
+    `hf_template` gives config, tokenizer and generation config. A dynamic model gets the authors' config keys
+    and our modeling file; a static one comes out as the plain architecture.
+
+    Raises:
+        UserError: checkpoint and template do not fit, or the target is in use; nothing is left behind then.
+    """
+    check_target(Path(out), overwrite)
+    template, cast = Path(hf_template), caster(dtype)
+    arch, config = read_architecture(template), read_json(template / "config.json")
+    model = MegatronModel(Path(megatron), arch, config)
+    weights, dims = weight_map_of(arch), dims_of(arch)
+    with staged_folder(out, overwrite) as staging:
+        writer = HFWriter(staging, max_shard_bytes)
+        for parameter in tqdm(model.layout.parameters, desc="export", disable=None):
+            tensor = model.read(parameter)
+            for key, part in weights.for_mcore_name(parameter.name).to_hf(tensor, dims).items():
+                writer.add(key, cast(part))
+        count = writer.finish()
+        copy_side_files(template, staging)
+        write_config(staging, with_dtype(dynamic_config(config, model.zero), dtype))
+    return Summary(count, writer.total_bytes, model.zero)
+
+
+def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
+    """Compare every tensor of a Hugging Face folder with a Megatron checkpoint, bit for bit.
+
+    Zero experts that only the checkpoint has are allowed: the original router rows come first, unchanged.
+
+    Returns:
+        One line per differing tensor, empty if there is none.
+
+    Raises:
+        UserError: one of the two is incomplete, or they are not the same architecture.
+    """
+    reader, arch = HFReader(hf), read_architecture(hf)
+    model = MegatronModel(Path(megatron), arch, reader.config)
+    weights, dims = weight_map_of(arch), dims_of(arch)
+    bound = weights.bind(model.layout.shapes(), reader.keys(), dims, str(reader.folder))
+    differences = []
+    for parameter in tqdm(model.layout.parameters, desc="verify", disable=None):
+        parts = bound[parameter.name].to_hf(model.read(parameter), dims)
+        for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
+            if key in reader:
+                differences += _difference(reader.read(key), parts[key], key, allowed)
+    return differences
+
+
+def _difference(original: torch.Tensor, ours: torch.Tensor, key: str, allowed) -> list[str]:
+    if tuple(original.shape) not in allowed:
+        return [f"{key}: shape {list(original.shape)} became {list(ours.shape)}"]
+    ours = ours[: original.shape[0]]
+    if original.dtype != ours.dtype:
+        return [f"{key}: type {original.dtype} became {ours.dtype}"]
+    if same_bits(original, ours):
+        return []
+    changed = (original != ours).sum().item()
+    return [f"{key}: {changed} of {original.numel()} values differ"]
+
+
+def _wanted_zero_experts(reader: HFReader, count: int | None, kind: str) -> ZeroExpertConfig:
+    present = zero_experts_of(reader.config)
+    if count is None:
+        return present
+    have = (present.num_zero_experts, present.zero_experts_type)
+    if have[0] and (count, kind) != have:
+        raise UserError(
+            f"--num-zero-experts {count}: {reader.folder} already has {have[0]} zero experts "
+            f"of type {have[1]}; leave the flag away"
+        )
+    return ZeroExpertConfig(num_zero_experts=count, zero_experts_type=kind) if count else ZeroExpertConfig()
+
+
+def _check_source(
+    reader: HFReader, layout: Layout, bound: dict[str, WeightMapping], dims: ModelDims, tied: dict[str, str]
+) -> None:
+    """Check every shape, and that a repeated (tied) tensor really repeats, before anything is written."""
+    used = set()
+    for parameter in layout.parameters:
+        for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
+            used.add(key)
+            if key in reader:
+                reader.check_shape(key, allowed)
+    for key, original in tied.items():
+        if key in reader and key not in used and not same_bits(reader.read(key), reader.read(original)):
+            raise UserError(f"{reader.folder}: config ties {key} to {original}, but the two tensors differ")
+
+
+def _import_one(
+    reader: HFReader, read: HashingRead, mapping: WeightMapping, parameter: Parameter, dims: ModelDims
+) -> torch.Tensor:
+    if isinstance(mapping, Added) and mapping.hf not in reader:
+        return torch.zeros(parameter.shape, dtype=reader.dtype(reader.keys()[0]))
+    return mapping.to_mcore(read, parameter.shape, dims)
+
+
+def _rows(tensor: torch.Tensor, parameter: Parameter) -> tuple[torch.Tensor, ...]:
+    """Cut a parameter into the rows of its boxes."""
+    return tensor.split([box.shape[-tensor.dim()] for box in parameter.boxes])

@@ -1,0 +1,121 @@
+"""config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from .bits import DTYPES
+
+_NATIVE_TYPES = {"qwen3_moe_plus_plus": "qwen3_moe", "glm4_moe_lite_plus_plus": "glm4_moe_lite"}
+_DYNAMIC = {
+    "Qwen3MoeForCausalLM": "Qwen3MoePlusPlusForCausalLM",
+    "Glm4MoeLiteForCausalLM": "Glm4MoeLitePlusPlusForCausalLM",
+}
+_MODELING_FILES = {
+    "Qwen3MoePlusPlusForCausalLM": "modeling_qwen3_moe_zero.py",
+    "Glm4MoeLitePlusPlusForCausalLM": "modeling_glm4_moe_lite_zero.py",
+}
+_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask")
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "*.tiktoken",
+    "sentencepiece*",
+    "LICENSE*",
+)
+
+
+def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
+    """Zero experts that a Hugging Face config describes; none for a static model.
+
+    Raises:
+        UserError: `zce_nums` and `zce_types` disagree, or name a kind we do not have.
+    """
+    nums = config.get("zce_nums") or []
+    kinds = config.get("zce_types") or (["zero"] if nums else [])
+    if len(nums) != len(kinds) or any(not isinstance(n, int) or n < 0 for n in nums):
+        raise UserError(f"config.json: zce_nums {nums} and zce_types {kinds} must be lists of equal length")
+    if len(set(kinds)) > 1:
+        raise UserError(f"config.json: zce_types {kinds} mixes several kinds; only one kind can be converted")
+    if not sum(nums):
+        return ZeroExpertConfig()
+    if kinds[0] not in ("zero", "copy", "learned"):
+        raise UserError(f"config.json: zce_types {kinds} is not supported; known: zero, copy, learned")
+    return ZeroExpertConfig(num_zero_experts=sum(nums), zero_experts_type=kinds[0])
+
+
+def static_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without zero experts, with the native model type and architecture."""
+    native = {name: static for static, name in _DYNAMIC.items()}
+    result = {key: value for key, value in config.items() if key not in _ZERO_KEYS}
+    result["model_type"] = _NATIVE_TYPES.get(config.get("model_type", ""), config.get("model_type"))
+    if config.get("architectures"):
+        result["architectures"] = [native.get(name, name) for name in config["architectures"]]
+    auto_map = {key: value for key, value in result.pop("auto_map", {}).items() if not _is_ours(value)}
+    if auto_map:
+        result["auto_map"] = auto_map
+    return result
+
+
+def _is_ours(reference: Any) -> bool:
+    return isinstance(reference, str) and reference.split(".")[-1] in _MODELING_FILES
+
+
+def dynamic_config(config: dict[str, Any], zero: ZeroExpertConfig) -> dict[str, Any]:
+    """The config of a model with these zero experts; `static_config` if there are none.
+
+    `model_type` stays native: transformers knows how to merge that type's per-expert keys, and engines key
+    their fast paths on it.
+    """
+    result = static_config(config)
+    if not zero.num_zero_experts:
+        return result
+    static_name = (result.get("architectures") or [""])[0]
+    name = _DYNAMIC.get(static_name)
+    if name is None:
+        raise UserError(f"config.json: architecture {static_name!r} has no form with zero experts")
+    module = _MODELING_FILES[name].removesuffix(".py")
+    return {
+        **result,
+        "architectures": [name],
+        "auto_map": {**result.get("auto_map", {}), "AutoModelForCausalLM": f"{module}.{name}"},
+        "zce_nums": [zero.num_zero_experts],
+        "zce_types": [zero.zero_experts_type],
+        "use_zce_mask": False,
+    }
+
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config after a conversion with `--dtype` (`keep` changes nothing)."""
+    if DTYPES[dtype] is None:
+        return config
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: str(DTYPES[dtype]).removeprefix("torch.")}
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json, and the modeling file where the config asks for ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    file = _MODELING_FILES.get((config.get("architectures") or [""])[0])
+    if file is not None:
+        shutil.copyfile(Path(__file__).parents[1] / "serving" / file, folder / file)
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, generation config, chat template and licence; returns the names."""
+    target.mkdir(parents=True, exist_ok=True)
+    found = sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    return [path.name for path in found]

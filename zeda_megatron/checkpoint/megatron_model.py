@@ -1,0 +1,88 @@
+"""What a torch_dist checkpoint holds, seen as the parameters of one architecture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from ..models.architecture import Architecture
+from .hf_config import zero_experts_of
+from .hf_files import read_json
+from .layout import Layout, Parameter, model_layout, stacked
+from .torch_dist_files import TorchDistReader
+
+ZEDA_NAME = "zeda.json"
+_MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
+_ROUTER_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.weight")
+
+
+class MegatronModel:
+    """Unsharded parameters of a checkpoint, read one by one.
+
+    Args:
+        folder: checkpoint folder (or the iteration's folder inside it).
+        arch: architecture of the Hugging Face template.
+        config: its config.json.
+
+    Raises:
+        UserError: incomplete checkpoint, or one that does not belong to this config.
+    """
+
+    def __init__(self, folder: Path, arch: Architecture, config: dict[str, Any]):
+        self._arch = arch
+        self._reader = TorchDistReader(folder)
+        self.folder = self._reader.folder
+        self.zero = self._zero_experts(folder, config)
+        self.layout: Layout = model_layout(arch, self.zero)
+        self._check_keys()
+
+    def read(self, parameter: Parameter) -> torch.Tensor:
+        """One parameter, unsharded, in its stored type."""
+        boxes = [self._stored(box) for box in parameter.boxes]
+        parts = [self._reader.read(box).reshape(-1, *parameter.shape[1:]) for box in boxes]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(parameter.shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of the parameter `name`."""
+        parameter = next(parameter for parameter in self.layout.parameters if parameter.name == name)
+        return self._reader.dtype(self._stored(parameter.boxes[0]).key)
+
+    def _stored(self, box):
+        """The box itself, or its place in a checkpoint that stacks all layers in one tensor."""
+        return box if box.key in self._reader else stacked(box, self._arch.megatron["num_layers"])
+
+    def _check_keys(self) -> None:
+        known = {self._stored(box).key for parameter in self.layout.parameters for box in parameter.boxes}
+        extra = sorted(key for key in filter(_MODEL_KEY.match, self._reader.keys()) if key not in known)
+        if extra:
+            raise UserError(
+                f"{self.folder}: holds {len(extra)} tensors that the config lacks, e.g. {extra[0]}; "
+                "give the config.json that belongs to this checkpoint"
+            )
+
+    def _zero_experts(self, root: Path, config: dict[str, Any]) -> ZeroExpertConfig:
+        keys = self._reader.keys()
+        routers = [key for key in keys if _ROUTER_KEY.fullmatch(key)]
+        if not routers:
+            raise UserError(f"{self.folder}: holds no router weights; it is no Mixture-of-Experts model")
+        real = self._arch.megatron["num_moe_experts"]
+        rows = self._reader.shape(routers[0])[-2]
+        if rows < real:
+            raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")
+        if rows == real:
+            return ZeroExpertConfig()
+        if any(key.endswith("mlp.router.zero_output.bias") for key in keys):
+            return ZeroExpertConfig(rows - real, "learned")
+        for folder in (root, self.folder, self.folder.parent):
+            if (folder / ZEDA_NAME).is_file():
+                return ZeroExpertConfig(rows - real, self._kind(folder))
+        return ZeroExpertConfig(rows - real, zero_experts_of(config).zero_experts_type)
+
+    @staticmethod
+    def _kind(folder: Path) -> str:
+        return read_json(folder / ZEDA_NAME).get("zero_experts_type", "zero")

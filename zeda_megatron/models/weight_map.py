@@ -1,0 +1,257 @@
+"""Declarative maps between Hugging Face and Megatron weights, on whole (unsharded) tensors.
+
+A model's map is a list of small mapping objects whose names carry the wildcards `{layer}` and `{expert}`.
+The names of the Megatron model decide which of them apply: a dense layer picks the dense MLP's mapping, an
+MoE layer the experts'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+from ..errors import UserError
+from .zero_rows import widen
+
+Shape = tuple[int, ...]
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The numbers that names and shapes do not tell."""
+
+    num_query_groups: int
+    """Key/value heads."""
+
+    head_dim: int
+    """Channels of one attention head."""
+
+    num_real_experts: int = 0
+    """N: router rows of the static model."""
+
+    seed: int = 0
+    """Seed of new zero rows."""
+
+
+class WeightMapping(Protocol):
+    """One Megatron tensor and the Hugging Face tensors it is made of."""
+
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        """For a Megatron tensor of `shape`: each Hugging Face key with the shapes it may have on disk."""
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        """Build the Megatron tensor of `shape`; `read(key)` loads one Hugging Face tensor."""
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        """Take it apart again; the parts may be views."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The same tensor under two names."""
+
+    hf: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return {self.hf: (shape,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return read(self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value projection in one: per query group [its q heads; its k; its v] on dim 0.
+
+    Weights [(heads + 2 groups) * head_dim, H] and biases [(heads + 2 groups) * head_dim].
+    """
+
+    q: str
+    k: str
+    v: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        rows, *rest = shape
+        kv_rows = dims.num_query_groups * dims.head_dim
+        q_shape, kv_shape = (rows - 2 * kv_rows, *rest), (kv_rows, *rest)
+        return {self.q: (q_shape,), self.k: (kv_shape,), self.v: (kv_shape,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        groups, rest = dims.num_query_groups, shape[1:]
+        parts = [read(key).reshape(groups, -1, *rest) for key in (self.q, self.k, self.v)]
+        return torch.cat(parts, dim=1).reshape(shape)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        rest, d = tensor.shape[1:], dims.head_dim
+        grouped = tensor.reshape(dims.num_query_groups, -1, *rest)
+        cuts = [grouped.shape[1] - 2 * d, d, d]
+        parts = [part.reshape(-1, *rest) for part in grouped.split(cuts, dim=1)]
+        return dict(zip((self.q, self.k, self.v), parts))
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate and up projection of a gated MLP, [2F, H] = [gate; up]."""
+
+    gate: str
+    up: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        half = (shape[0] // 2, *shape[1:])
+        return {self.gate: (half,), self.up: (half,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return torch.cat([read(self.gate), read(self.up)])
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        gate, up = tensor.chunk(2)
+        return {self.gate: gate, self.up: up}
+
+
+@dataclass(frozen=True)
+class Router:
+    """Router weight [N+Nz, H] or score bias [N+Nz], zero rows last.
+
+    A static checkpoint has N rows: the missing ones are drawn (`zero_rows`). One that has N+Nz is kept.
+    """
+
+    hf: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        static = (dims.num_real_experts, *shape[1:])
+        return {self.hf: (shape,) if static == shape else (static, shape)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return widen(read(self.hf), shape[0], dims.seed, self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class Added:
+    """A parameter that static checkpoints lack (of `learned` zero experts): zeros unless the file has it."""
+
+    hf: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return {self.hf: (shape,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return read(self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {self.hf: tensor}
+
+
+@lru_cache(maxsize=4096)
+def _pattern(template: str) -> re.Pattern:
+    quoted = re.escape(template)
+    for wildcard in ("layer", "expert"):
+        quoted = quoted.replace(re.escape(f"{{{wildcard}}}"), rf"(?P<{wildcard}>\d+)")
+    return re.compile(quoted)
+
+
+def _bind(mapping: WeightMapping, numbers: dict[str, str]) -> WeightMapping:
+    filled = {f.name: getattr(mapping, f.name).format(**numbers) for f in dataclasses.fields(mapping)}
+    return dataclasses.replace(mapping, **filled)
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """All mappings of one architecture."""
+
+    mappings: tuple[WeightMapping, ...]
+    """Templates; each Megatron name must match exactly one."""
+
+    tied: dict[str, str] = field(default_factory=dict)
+    """Hugging Face keys that repeat another key where the model shares the two."""
+
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of Hugging Face keys that carry no weight of the model (full match)."""
+
+    def for_mcore_name(self, name: str) -> WeightMapping:
+        """The mapping of one Megatron parameter, wildcards filled in.
+
+        Raises:
+            UserError: no mapping knows this name.
+        """
+        for mapping in self.mappings:
+            match = _pattern(mapping.mcore).fullmatch(name)
+            if match:
+                return _bind(mapping, match.groupdict())
+        raise UserError(f"Megatron parameter {name} has no counterpart in this architecture's weight map")
+
+    def bind(
+        self,
+        shapes: dict[str, Shape],
+        hf_keys: Iterable[str],
+        dims: ModelDims,
+        source: str = "the checkpoint",
+    ) -> dict[str, WeightMapping]:
+        """Find the mapping of every Megatron parameter and check that every Hugging Face key is used once.
+
+        Args:
+            shapes: global shape of every Megatron parameter (and persistent buffer).
+            hf_keys: keys of the Hugging Face checkpoint.
+            source: what the errors call that checkpoint.
+
+        Returns:
+            Megatron name -> mapping, in the order of `shapes`.
+
+        Raises:
+            UserError: listing the first keys that are missing, unknown or used twice.
+        """
+        bound = {name: self.for_mcore_name(name) for name in shapes}
+        left = set(hf_keys)
+        used: set[str] = set()
+        missing = []
+        for name, mapping in bound.items():
+            for key in mapping.hf_shapes(shapes[name], dims):
+                if key in used:
+                    raise UserError(
+                        f"{source}: tensor {key} is used twice (again for Megatron parameter {name})"
+                    )
+                used.add(key)
+                if key not in left and not isinstance(mapping, Added):
+                    missing.append(key)
+        if missing:
+            raise UserError(f"{source}: {len(missing)} tensors are missing: {_first(missing)}")
+        unknown = sorted(
+            key for key in left - used if not self.is_repeat(key, used) and not self.is_ignored(key)
+        )
+        if unknown:
+            raise UserError(
+                f"{source}: {len(unknown)} tensors do not belong to this architecture: {_first(unknown)}"
+            )
+        return bound
+
+    def is_repeat(self, key: str, used: Iterable[str]) -> bool:
+        """True if `key` only repeats a tied tensor."""
+        return key not in used and self.tied.get(key) in used
+
+    def is_ignored(self, key: str) -> bool:
+        """True if `key` carries no weight of the model."""
+        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
+
+
+def _first(keys: list[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
