@@ -1,0 +1,49 @@
+"""How each arm of the comparison is described, grouped and coloured; the same everywhere in a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a report says of an arm besides its figures."""
+
+    note: str
+    """One short line."""
+    baseline: bool = False
+    """Not ours: something a reader could have done instead."""
+    trained: bool = True
+    light: str = "#5c6b7a"
+    """Colour on a light page."""
+    dark: str = "#a3b1bf"
+    """Colour on a dark page."""
+
+
+ARMS = {
+    "paired_kl": Arm(
+        "a zero expert beside every real one, distilled (KL)", False, True, "#d9480f", "#ff922b"
+    ),
+    "zeda_stage1_kl": Arm("shared zero experts, distilled (KL)", False, True, "#1864ab", "#4dabf7"),
+    "zeda_stage1_ce": Arm("shared zero experts, the paper's stage 1 (CE)", False, True, "#0c8599", "#3bc9db"),
+    "zeda_stage2": Arm("stage 1, then on-policy distillation", False, True, "#6741d9", "#b197fc"),
+    "logw_threshold_kl": Arm(
+        "threshold on the routing weight, distilled (KL)", False, True, "#2b8a3e", "#69db7c"
+    ),
+    "paired_untrained": Arm("paired zero experts, fitted only", False, False, "#e08a5b", "#c77b4f"),
+    "injected_untrained": Arm("shared zero experts, as converted", False, False, "#7aa6cf", "#6b93b8"),
+    "net_kl": Arm("top-k halved, the same distillation (KL)", True, True, "#343a40", "#e9ecef"),
+    "adamoe": Arm("null experts with AdaMoE's loss, distilled", True, True, "#5c940d", "#a9e34b"),
+    "beam_kl": Arm("learned mask in BEAM's manner, distilled", True, True, "#c2255c", "#f783ac"),
+    "static_topk_half": Arm("top-k halved, untrained", True, False, "#868e96", "#909aa3"),
+    "dynamic_skipping": Arm("second pick dropped when small (NAEE)", True, False, "#99752b", "#d0a94f"),
+    "top_p": Arm("smallest set with probability p", True, False, "#7f6a5c", "#b8a394"),
+}
+_OTHERS = (("#0b7285", "#66d9e8"), ("#862e9c", "#da77f2"), ("#e67700", "#ffd43b"), ("#364fc7", "#91a7ff"))
+
+
+def legend(names: list[str]) -> dict[str, Arm]:
+    """Arms by name, in the order given; names not known above get a colour and no note."""
+    others = [name for name in names if name not in ARMS]
+    spare = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
+    return {name: ARMS.get(name) or Arm("", False, True, *spare[name]) for name in names}

@@ -1,0 +1,136 @@
+"""The report of a comparison: report.json for programs, report.html for people, a table for the terminal.
+
+A report is `{"environment": {...}, "teacher": METRICS, "arms": {NAME: METRICS}, "commands": [...]}`. METRICS
+has the keys below, None where a figure was not measured, and may have more:
+
+* `by_kind`: {kind of text: {"ce", "kl", "zero_share", "exact_match"}}
+* `zero_share_by_layer`: one share per layer
+* `kl_to_teacher_std`: spread over seeds; `seeds`: how many
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from .finding import finding
+from .page import render
+
+METRICS = (
+    "ce",
+    "kl_to_teacher",
+    "top1_agreement",
+    "exact_match",
+    "zero_share",
+    "expert_flops",
+    "adapt_tokens",
+    "adapt_seconds",
+)
+KEYS = ("environment", "teacher", "arms", "commands")
+
+
+def write_report(report: dict, history: dict[str, list[dict]], out_dir: str | Path) -> tuple[Path, Path]:
+    """Write `report.json` and a self-contained `report.html` into `out_dir`; returns both paths.
+
+    Args:
+        report: as above; missing METRICS keys become None; so do NaN and infinity (JSON has neither).
+        history: per trained arm the lines of its metrics.jsonl (`step`, `kd_loss`, `zero_share`, ...).
+        out_dir: created if needed. Files are replaced in one move, never half written.
+
+    Raises:
+        ValueError: the report lacks one of its four keys or has another one.
+        UserError: `out_dir` cannot be written.
+    """
+    report = complete(report)
+    out = Path(out_dir)
+    texts = {
+        out / "report.json": json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+        out / "report.html": render(report, _plain(history), sorted_arms(report)),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            part = path.with_suffix(path.suffix + ".part")
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write the report there ({error.strerror})") from None
+    return out / "report.json", out / "report.html"
+
+
+def complete(report: dict) -> dict:
+    """A copy with every METRICS key present and every number finite or None."""
+    if set(report) != set(KEYS):
+        raise ValueError(
+            f"a report has exactly the keys {', '.join(KEYS)}; got {', '.join(map(str, report))}"
+        )
+    empty = dict.fromkeys(METRICS)
+    return {
+        "environment": _plain(report["environment"]),
+        "teacher": {**empty, **_plain(report["teacher"])},
+        "arms": {str(name): {**empty, **_plain(metrics)} for name, metrics in report["arms"].items()},
+        "commands": [str(command) for command in report["commands"]],
+    }
+
+
+def sorted_arms(report: dict) -> list[str]:
+    """Arm names, closest to the teacher first; arms without a KL last."""
+
+    def key(name: str) -> tuple:
+        kl = report["arms"][name].get("kl_to_teacher")
+        return (kl is None, kl or 0.0, name)
+
+    return sorted(report["arms"], key=key)
+
+
+COLUMNS = (
+    ("zero share", "zero_share", "{:.3f}"),
+    ("expert FLOPs", "expert_flops", "{:.3f}"),
+    ("KL", "kl_to_teacher", "{:.4f}"),
+    ("CE", "ce", "{:.4f}"),
+    ("top-1", "top1_agreement", "{:.3f}"),
+    ("exact", "exact_match", "{:.3f}"),
+    ("tokens", "adapt_tokens", "{:,.0f}"),
+    ("seconds", "adapt_seconds", "{:,.0f}"),
+)
+
+
+def format_table(report: dict) -> str:
+    """The result table and the finding as plain text for the terminal."""
+    report = complete(report)
+    found = finding(report)
+    rows = [["arm", *(title for title, _, _ in COLUMNS)]]
+    for name in ("teacher", *sorted_arms(report)):
+        metrics = report["teacher"] if name == "teacher" else report["arms"][name]
+        cells = ["-" if metrics[key] is None else form.format(metrics[key]) for _, key, form in COLUMNS]
+        rows.append([f"{name} *" if name == found.best else name, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    notes = [found.sentence, *([found.caveat] if found.caveat else [])]
+    if found.best:
+        notes.append(
+            "(* lowest KL among the arms that skip about half; KL and CE in nats per token, held out)"
+        )
+    return "\n".join([*lines, "", *notes])
+
+
+def _plain(value):
+    """JSON-ready copy: numbers finite or None, numpy and torch scalars as Python numbers, paths as text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int) else str(value)
