@@ -42,8 +42,8 @@ def routes(machine: Machine) -> list[Route]:
         _experts(machine, te),
         Route(
             "permutation",
-            "Transformer Engine, fused" if te else "Megatron-Core, unfused",
-            "with --moe-permute-fusion; unfused without the flag" if te else no_te,
+            "Megatron-Core, unfused",  # models/build.py
+            "the default; moe_permute_fusion takes Transformer Engine's fused one" if te else no_te,
         ),
         _optimizer(machine),
     ]
@@ -59,7 +59,12 @@ def _experts(machine: Machine, te: bool) -> Route:
         return Route(
             "experts", "Transformer Engine, grouped GEMM", "Transformer Engine and a CUDA device found"
         )
-    return Route("experts", "grouped_mm", "torch's grouped GEMM; other ways by --expert-backend")
+    return Route(
+        "experts",
+        "grouped_mm",
+        "torch's grouped GEMM: "
+        + ("no CUDA device needed" if not machine.has_gpu else "no Transformer Engine"),
+    )
 
 
 def _optimizer(machine: Machine) -> Route:
