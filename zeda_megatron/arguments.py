@@ -107,7 +107,7 @@ def _read_yaml(file: str, fields: dict) -> dict[str, Any]:
 
 
 def _convert(file: str, key: str, value: Any, kind: type) -> Any:
-    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
         return value
     try:
         if kind is float and not isinstance(value, bool):

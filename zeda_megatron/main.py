@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     process_groups.initialize(options.parallel, options.optimizer.seed)
     try:
         if options.model.stage == "0":
-            from .distill.stage0 import run_stage0
+            from .training.stage0 import run_stage0
 
             return run_stage0(options)
         from .training.loop import TrainingRun

@@ -230,10 +230,12 @@ class HFWriter:
         if self._buffer or not self._shards:
             self._flush()
         count = len(self._shards)
+        mode = self.folder.stat().st_mode & 0o666  # safetensors writes 0600, which colleagues cannot read
         weight_map = {}
         for number, keys in enumerate(self._shards):
             name = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / name)
+            (self.folder / name).chmod(mode)
             weight_map.update(dict.fromkeys(keys, name))
         if count > 1:
             index = {

@@ -9,6 +9,7 @@ import torch
 
 from ..config import ZeroExpertConfig
 from ..models.architecture import Architecture
+from ..runtime import cpu
 from ..runtime.process_groups import ParallelConfig, initialize
 
 
@@ -60,6 +61,11 @@ def model_layout(arch: Architecture, zero: ZeroExpertConfig) -> Layout:
     Needs a world of one process (started here if there is none): with it, local shapes are global ones. The
     checkpoint's keys do not depend on the parallel layout, so this describes files of any layout.
     """
+    cpu.install()
+    if not torch.distributed.is_initialized():
+        # A private group: variables of torchrun or Slurm around this process do not concern a conversion.
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     initialize(ParallelConfig())
     if torch.distributed.get_world_size() != 1:
         raise RuntimeError("checkpoint conversion runs in a single process, not under torchrun")

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..config import ZeroExpertConfig
 from ..moe.dispatch import install_dispatchers
-from ..moe.spec import apply_zero_experts
+from ..moe.spec import apply_grouped_experts, apply_zero_experts
 from ..runtime.process_groups import ParallelConfig
 from .architecture import Architecture
 from .layer_spec import decoder_block_spec, has_transformer_engine
@@ -95,13 +95,15 @@ def build_gpt_model(
 
     Args:
         arch: geometry. config: from `transformer_config`.
-        zero: zero experts; None or `num_zero_experts=0` builds the stock static model.
+        zero: zero experts; None builds the static model with Megatron's own router.
         expert_backend: product of the local experts, see `moe.experts`.
     """
-    zero = zero or ZeroExpertConfig()
-    zero.validate(config.num_moe_experts, config.moe_router_topk)
     block = decoder_block_spec(config, vp_stage=vp_stage, use_te=use_te)
-    block = apply_zero_experts(block, zero, expert_backend)
+    if zero is None:
+        block = apply_grouped_experts(block, expert_backend)
+    else:
+        zero.validate(config.num_moe_experts, config.moe_router_topk)
+        block = apply_zero_experts(block, zero, expert_backend)
     divisor = config.tensor_model_parallel_size
     model = ZedaGPTModel(
         config=config,

@@ -29,7 +29,6 @@ QWEN3_MOE_WEIGHTS = WeightMap(
         Direct(_HF + "self_attn.q_norm.weight", _MC + "self_attention.q_layernorm.weight"),
         Direct(_HF + "self_attn.k_norm.weight", _MC + "self_attention.k_layernorm.weight"),
         Direct(_HF + "self_attn.o_proj.weight", _MC + "self_attention.linear_proj.weight"),
-        Direct(_HF + "self_attn.o_proj.bias", _MC + "self_attention.linear_proj.bias"),
         Direct(_HF + "post_attention_layernorm.weight", _MC + "pre_mlp_layernorm.weight"),
         # MoE layers
         Router(_HF + "mlp.gate.weight", _MC + "mlp.router.weight"),

@@ -168,8 +168,6 @@ class ZeroExpertRouter(TopKRouter):
 
 def refuse_conflicts(config, zero: ZeroExpertConfig) -> None:
     """Raise `UserError` for settings of a Megatron config that zero experts cannot live with."""
-    if zero.num_zero_experts == 0:
-        return
     if config.moe_expert_capacity_factor is not None:
         raise UserError(
             "--moe-expert-capacity-factor cannot be combined with zero experts (dropless routing only)"

@@ -20,7 +20,8 @@ def apply_zero_experts(spec, zero: ZeroExpertConfig, expert_backend: str | None 
     Args:
         spec: a `ModuleSpec` of a transformer layer, a `TransformerBlockSubmodules`, or a list of layer specs.
             Dense layers pass through unchanged.
-        zero: the zero experts; with `num_zero_experts=0` the router is left alone.
+        zero: the zero experts. `num_zero_experts=0` is fine: the router then routes like the stock one, but
+            counts slots and takes pick rules.
         expert_backend: if given, `SequentialMLP` experts become `GroupedExperts` with this backend
             (`auto`, `grouped_mm`, `loop`).
 
@@ -35,12 +36,27 @@ def apply_zero_experts(spec, zero: ZeroExpertConfig, expert_backend: str | None 
     moe = _moe_submodules(spec)
     if moe is None:
         return spec
-    if zero.num_zero_experts:
-        moe.router = partial(ZeroExpertRouter, zero=zero)
+    moe.router = partial(ZeroExpertRouter, zero=zero)
+    _use_grouped_experts(moe, expert_backend)
+    return spec
+
+
+def apply_grouped_experts(
+    spec: TransformerBlockSubmodules, expert_backend: str
+) -> TransformerBlockSubmodules:
+    """Return a copy of a block spec whose `SequentialMLP` experts are `GroupedExperts`; routers stay stock."""
+    spec = copy.deepcopy(spec)
+    for layer in spec.layer_specs:
+        moe = _moe_submodules(layer)
+        if moe is not None:
+            _use_grouped_experts(moe, expert_backend)
+    return spec
+
+
+def _use_grouped_experts(moe, expert_backend: str | None) -> None:
     if expert_backend is not None and moe.experts.module is SequentialMLP:
         moe.experts.module = GroupedExperts
         moe.experts.params = {**(moe.experts.params or {}), "backend": expert_backend}
-    return spec
 
 
 def _moe_submodules(layer: ModuleSpec):

@@ -107,8 +107,10 @@ class _FusedDistillLoss(torch.autograd.Function):
         dtype = compute_dtype(hidden_TH.dtype)
         kept_K = weights_T.nonzero().squeeze(1)
         labels_K, weights_K = labels_T[kept_K], weights_T[kept_K].to(dtype)
-        if ((labels_K < 0) | (labels_K >= plan.vocab_size)).any():
-            raise ValueError(f"a label with weight lies outside the vocabulary of {plan.vocab_size}")
+        outside_K = (labels_K < 0) | (labels_K >= plan.vocab_size)
+        if outside_K.any():
+            worst = labels_K[outside_K][0].item()
+            raise ValueError(f"label {worst} (weight not 0) lies outside the vocabulary of {plan.vocab_size}")
 
         # Padding is cut off rather than masked: no column ever holds an infinity.
         head_VH = weight_VH[: plan.true_columns]
@@ -135,6 +137,7 @@ class _FusedDistillLoss(torch.autograd.Function):
                 grad_hidden_TH[kept_C] = dlogits_CV @ head_VH
             if grad_weight_VH is not None:
                 _add_outer(grad_weight_VH[: plan.true_columns], dlogits_CV, hidden_CH)
+            del dlogits_CV  # or it would live through the next chunk
 
         # One sum over all tokens, not a sum of chunk sums: the chunk size leaves no trace in it.
         loss, *sums = (torch.cat(values_XK, dim=1) * weights_K).sum(dim=1).unbind()

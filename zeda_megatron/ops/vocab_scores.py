@@ -72,7 +72,7 @@ def all_gather(stats_PC: torch.Tensor, tp_group: dist.ProcessGroup | None) -> to
     if tp_group is None or tp_group.size() == 1:
         return stats_PC[None]
     gathered_RPC = stats_PC.new_empty(tp_group.size(), *stats_PC.shape)
-    dist.all_gather_into_tensor(gathered_RPC.flatten(0, 1), stats_PC, group=tp_group)
+    dist.all_gather(list(gathered_RPC.unbind()), stats_PC.contiguous(), group=tp_group)
     return gathered_RPC
 
 

@@ -3,11 +3,11 @@
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Each MoE layer routes over N real and Nz zero experts: softmax over the K best of N+Nz logits, then slots
-that chose a zero expert are dropped. Their weight is not given to the others, and nothing is computed for them.
+that chose a zero expert are dropped. Their weight is not given to the others; nothing is computed for them.
 
-config.json: `zce_nums` [Nz], `zce_types` ["zero" | "copy" | "learned"], `use_zce_mask` (True: route over the N
-real experts only, which is the static model). `model_type` stays `qwen3_moe`, so that transformers merges the
-per-expert weights on loading as for the stock model.
+config.json: `zce_nums` [Nz], `zce_types` ["zero" | "copy" | "learned"], `use_zce_mask` (True: route over the
+N real experts only, which is the static model). `model_type` stays `qwen3_moe`, so that transformers merges
+the per-expert weights on loading as for the stock model.
 
 transformers looks for the text `@use_experts_implementation` in this file before it lets a user choose
 `experts_implementation`: here "eager" means a loop over experts, everything else one grouped product.

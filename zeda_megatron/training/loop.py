@@ -20,8 +20,8 @@ from ..checkpoint.state import (
     save_checkpoint,
     write_atomically,
 )
-from ..data.packing import PackedDataset
 from ..data.conversation import tokenize_rollouts
+from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import load_tokenizer
 from ..distill.losses import LossConfig

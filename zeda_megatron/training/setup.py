@@ -26,7 +26,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router import set_pick_rule
-from .options import ModelOptions, Options, OptimizerOptions
+from .options import ModelOptions, OptimizerOptions, Options
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def num_zero_experts(options: ModelOptions, arch: Architecture) -> int:
 
 def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -> list[torch.nn.Module]:
     """Bare model chunks of this pipeline rank, with Megatron's initial weights."""
-    grouped = options.model.moe_router_load_balancing_type == "grouped_aux_loss"
+    balancing = options.model.moe_router_load_balancing_type
+    # Per-expert losses belong to Megatron's own router; ours has the group loss and refuses them.
+    per_expert = balancing in ("aux_loss", "seq_aux_loss")
     overrides = {
         "moe_token_dispatcher_type": options.model.moe_token_dispatcher_type,
-        "moe_router_load_balancing_type": "none" if grouped else options.model.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": 0.0 if grouped else options.model.moe_aux_loss_coeff,
+        "moe_router_load_balancing_type": balancing if per_expert else "none",
+        "moe_aux_loss_coeff": options.model.moe_aux_loss_coeff if per_expert else 0.0,
         "recompute_granularity": options.model.recompute_granularity,
     }
     if options.model.recompute_granularity == "full":
@@ -83,7 +85,7 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
     model = build_gpt_model(
         arch,
         config,
-        zero,
+        None if per_expert and not zero.num_zero_experts and not options.model.moe_pick_rule else zero,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         expert_backend=options.model.expert_backend,
@@ -104,10 +106,6 @@ def build_student(options: Options) -> Student:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(".router." in name)
     if options.model.moe_pick_rule:
-        if not zero.num_zero_experts:
-            raise UserError(
-                "--moe-pick-rule needs --num-zero-experts of at least 1 (they are masked by the rule)"
-            )
         set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

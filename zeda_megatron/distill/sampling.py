@@ -1,0 +1,93 @@
+"""Choosing the next token: temperature, top-k, top-p, one random stream per answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are sampled."""
+
+    max_new_tokens: int = 256
+    """Longest answer, the end token included."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is all."""
+    seed: int = 1234
+    """Seed of all random streams."""
+
+    def __post_init__(self) -> None:
+        for flag, ok in (
+            (f"--max-new-tokens {self.max_new_tokens} must be at least 1", self.max_new_tokens >= 1),
+            (f"--temperature {self.temperature} must not be negative", self.temperature >= 0),
+            (f"--top-p {self.top_p} must be above 0 and at most 1", 0 < self.top_p <= 1),
+            (f"--top-k {self.top_k} must not be negative", self.top_k >= 0),
+        ):
+            if not ok:
+                raise UserError(flag)
+
+
+def filter_logits(logits_BV: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """Logits at the sampling temperature, -inf where top-k or top-p cut. float32 [B, V]; temperature > 0."""
+    logits_BV = logits_BV.float() / config.temperature
+    if config.top_k and config.top_k < logits_BV.shape[1]:
+        lowest = logits_BV.topk(config.top_k, dim=1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < lowest, float("-inf"))
+    if config.top_p < 1:
+        ordered, index = logits_BV.sort(dim=1, descending=True)
+        probs = ordered.softmax(dim=1)
+        # Keep tokens until the mass before them reaches p; the likeliest always stays.
+        cut = probs.cumsum(dim=1) - probs >= config.top_p
+        logits_BV = logits_BV.masked_fill(torch.zeros_like(cut).scatter(1, index, cut), float("-inf"))
+    return logits_BV
+
+
+class Sampler:
+    """Draws tokens for a batch. Answer i has its own random stream, so batching does not change it.
+
+    Args:
+        config: how to sample.
+        stream_ids: one integer per row; together with the seed it fixes the row's random numbers.
+    """
+
+    def __init__(self, config: SamplingConfig, stream_ids: list[int], device: torch.device):
+        self.config = config
+        self._streams = []
+        if config.temperature > 0:
+            for stream_id in stream_ids:
+                stream = torch.Generator(device=device)
+                stream.manual_seed((config.seed * 1_000_003 + stream_id) % 2**63)
+                self._streams.append(stream)
+
+    def __call__(self, logits_BV: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their log-probabilities under the sampling distribution for some rows of the batch.
+
+        Args:
+            logits_BV: [B, V]. rows: numbers of the rows to draw for (others keep their streams).
+
+        Returns:
+            tokens [len(rows)] int64, log-probabilities [len(rows)] float32.
+        """
+        picked = logits_BV[rows]
+        if self.config.temperature == 0:
+            logp = picked.float().log_softmax(dim=1)
+            tokens = picked.argmax(dim=1)
+        else:
+            logp = filter_logits(picked, self.config).log_softmax(dim=1)
+            # The Gumbel trick: argmax(log p + noise) is a draw from p.
+            noise = torch.stack(
+                [
+                    torch.empty(logp.shape[1], device=logp.device).exponential_(generator=self._streams[row])
+                    for row in rows
+                ]
+            )
+            tokens = (logp - noise.log()).argmax(dim=1)
+        return tokens, logp.gather(1, tokens[:, None]).squeeze(1)

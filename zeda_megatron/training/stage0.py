@@ -1,0 +1,67 @@
+"""Runs stage 0 from options: build the teacher, answer the prompts, append to the rollout file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.state import load_weights, require_checkpoint
+from ..data.tokenizers import load_tokenizer
+from ..distill.rollout import BuiltinEngine
+from ..distill.sampling import SamplingConfig
+from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
+from ..errors import UserError
+from ..models.architecture import read_architecture
+from ..moe.router import set_zero_mask
+from .options import Options
+from .setup import build_chunks, hf_folder, num_zero_experts
+from .signals import StopRequest
+
+
+def run_stage0(options: Options) -> int:
+    """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
+    sampling = SamplingConfig(
+        max_new_tokens=options.generate.max_new_tokens,
+        temperature=options.generate.temperature,
+        top_p=options.generate.top_p,
+        top_k=options.generate.top_k,
+        seed=options.optimizer.seed,
+    )
+    source = options.distill.teacher_load or options.model.pretrained_checkpoint
+    if source is None:
+        raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
+    arch = read_architecture(hf_folder(options.model))
+    tokenizer = load_tokenizer(
+        options.data.tokenizer_model or hf_folder(options.model),
+        options.data.tokenizer_type,
+        options.data.chat_template_file,
+    )
+    questions = make_questions(
+        options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
+    )
+    file = RolloutFile(
+        options.generate.rollout_path, sampling_settings(sampling, Path(source).resolve().name)
+    )
+    rank0 = torch.distributed.get_rank() == 0
+    if rank0:
+        file.open()
+    chunks = build_chunks(options, arch, options.model.zero(num_zero_experts(options.model, arch)))
+    load_weights(chunks, require_checkpoint(source, "--pretrained-checkpoint"), "--pretrained-checkpoint")
+    set_zero_mask(chunks, True)  # the teacher is the static model
+    engine = BuiltinEngine(chunks[0], tokenizer.eos_ids, tokenizer.pad_id, arch.max_position_embeddings)
+    with StopRequest() as stop:
+        count = answer_questions(
+            questions,
+            engine,
+            tokenizer,
+            sampling,
+            file,
+            options.generate.generate_batch_size,
+            progress=options.run.progress,
+            should_stop=stop.agreed,
+        )
+    if rank0:
+        left = len(questions) - len(file.answered)
+        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
+    return 0
