@@ -1,0 +1,91 @@
+"""Conversion needs memory for a few tensors, not for the model."""
+
+import ctypes
+import gc
+import json
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from tiny_models import TINY
+
+from zeda_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
+from zeda_megatron.checkpoint.hf_files import HFWriter
+from zeda_megatron.checkpoint.layout import model_layout
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.models.architecture import read_architecture
+from zeda_megatron.models.weight_maps import dims_of, weight_map_of
+
+CONFIG = TINY | dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    vocab_size=12_000,
+    hidden_size=512,
+    num_hidden_layers=5,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=32,
+    num_experts=32,
+    moe_intermediate_size=256,
+)
+SHARD = 20_000_000
+
+
+def synthetic_folder(folder):
+    """Random weights in shards, never all in memory; returns their size in bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    arch = read_architecture(folder)
+    writer = HFWriter(folder, SHARD)
+    for parameter in model_layout(arch, ZeroExpertConfig()).parameters:
+        mapping = weight_map_of(arch).for_mcore_name(parameter.name)
+        for key, shapes in mapping.hf_shapes(parameter.shape, dims_of(arch)).items():
+            writer.add(key, torch.randn(shapes[0]))
+    writer.finish()
+    return writer.total_bytes
+
+
+class PeakMemory:
+    """Highest resident memory above that at the start, sampled every few milliseconds."""
+
+    def __enter__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # give freed blocks back, or they would hide new ones
+        self.process, self.stop = psutil.Process(), False
+        self.start = self.peak = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.stop:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+            time.sleep(0.002)
+
+    def __exit__(self, *exception):
+        self.stop = True
+        self.thread.join()
+        self.extra = self.peak - self.start
+
+
+@pytest.mark.parametrize("step", ["import", "export", "verify"])
+def test_peak_memory_is_a_small_part_of_the_model(tmp_path, step, record_property):
+    size = synthetic_folder(tmp_path / "hf")
+    assert size > 300e6
+    steps = {
+        "import": lambda: hf_to_megatron(tmp_path / "hf", tmp_path / "m", num_zero_experts=16),
+        "export": lambda: megatron_to_hf(tmp_path / "m", tmp_path / "hf", tmp_path / "out", SHARD),
+        "verify": lambda: verify(tmp_path / "hf", tmp_path / "m"),
+    }
+    if step != "import":
+        steps["import"]()
+    with PeakMemory() as memory:
+        result = steps[step]()
+    record_property("model_MB", size / 1e6)
+    record_property("extra_MB", memory.extra / 1e6)
+    print(f"{step}: model {size / 1e6:.0f} MB, peak extra memory {memory.extra / 1e6:.0f} MB")
+    # largest tensor 25 MB; a few copies of it and, on export, one shard
+    assert memory.extra < size / 3
+    assert step != "verify" or result == []
