@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, help="folder of the downloaded prose (default: OUT/cache)")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--tokens", type=int, default=14_000_000, help="size aimed at for train.jsonl")
+    parser.add_argument("--tokens", type=int, default=30_000_000, help="size aimed at for train.jsonl")
     parser.add_argument("--max-length", type=int, default=256, help="longest sample in tokens")
     parser.add_argument("--vocab-size", type=int, default=2048, help="special tokens included")
     parser.add_argument("--prompts", type=int, default=4000, help="prompts for adaptation")

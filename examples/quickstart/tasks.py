@@ -14,14 +14,6 @@ import reasoning_gym
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "word_sequence_reversal": {"min_words": 3, "max_words": 5},
-    "number_sorting": {
-        "min_numbers": 3,
-        "max_numbers": 4,
-        "min_decimals": 0,
-        "max_decimals": 0,
-        "min_value": 0,
-        "max_value": 99,
-    },
     "number_filtering": {
         "min_numbers": 3,
         "max_numbers": 4,
