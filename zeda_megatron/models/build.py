@@ -121,7 +121,8 @@ def build_gpt_model(
     )
     install_dispatchers(model)
     mark_expert_parameters(model)
-    if torch.cuda.is_available():
+    # The converter builds on the meta device to learn keys and shapes.
+    if torch.cuda.is_available() and not next(model.parameters()).is_meta:
         model.cuda(torch.cuda.current_device())
     return model
 
