@@ -1,0 +1,142 @@
+"""launch/pretrain_zeda.sh starts training in every way that its head names."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "pretrain_zeda.sh"
+FOREIGN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ZEDA_ENV",
+    "PYTHONPATH",
+    "ENVIRONMENT",
+)
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    """This process' environment without what a launcher has set; `python` and `torchrun` are this Python's."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in FOREIGN and not name.startswith(("SLURM_", "TORCHELASTIC_", "PET_"))
+    }
+    bin_folder = str(Path(sys.executable).parent)
+    return kept | {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+    }
+
+
+def train(command: list, cwd: Path, environment: dict[str, str], **more: str) -> subprocess.CompletedProcess:
+    """Run to the end from another folder than the checkout."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment | more,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def steps(save: Path) -> list[int]:
+    file = save / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_literal_torchrun_command_trains(tiny, tmp_path, environment, processes):
+    command = ["torchrun", "--nproc-per-node", processes, SCRIPT, "--config", tiny / "run.yaml"]
+    if processes == 2:  # so that two tests at a time do not meet on torchrun's default port
+        command.insert(1, "--standalone")
+    done = train([*command, "--save", tmp_path / "run"], tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "run") == [1, 2, 3]
+
+
+def test_flags_win_over_yaml_and_one_task_of_srun_needs_no_torchrun(tiny, tmp_path, environment):
+    command = [
+        "bash",
+        SCRIPT,
+        "--config",
+        tiny / "run.yaml",
+        "--save",
+        tmp_path / "run",
+        "--train-iters",
+        "2",
+    ]
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    done = train(command, tmp_path, environment, **slurm)
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_two_tasks_of_srun_find_each_other(tiny, tmp_path, environment):
+    command = ["bash", str(SCRIPT), "--config", str(tiny / "run.yaml"), "--save", str(tmp_path / "run")]
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment | slurm | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    errors = [task.communicate(timeout=240)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert steps(tmp_path / "run") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_bash_process_saves_and_exits_0(tiny, tmp_path, environment, processes):
+    save = tmp_path / "run"
+    command = ["bash", SCRIPT, "--config", tiny / "run.yaml", "--save", save, "--train-iters", "1000000"]
+    with subprocess.Popen(
+        [str(part) for part in command],
+        cwd=tmp_path,
+        env=environment | {"NPROC_PER_NODE": str(processes)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        while not steps(save) and run.poll() is None:
+            time.sleep(0.2)
+        run.send_signal(signal.SIGTERM)
+        errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, errors
+    last = steps(save)[-1]
+    assert (save / f"iter_{last:07d}").is_dir()
+    assert f"stopped at step {last} on request; saved step {last}" in errors
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, environment, processes):
+    (tmp_path / "run.yaml").write_text("train_itres: 3\n")
+    done = train(
+        ["bash", SCRIPT, "--config", "run.yaml"], tmp_path, environment, NPROC_PER_NODE=str(processes)
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: run.yaml: unknown key 'train_itres'; did you mean 'train_iters'?\n"
+
+
+def test_under_torchrun_its_report_ends_with_the_user_error(tmp_path, environment):
+    done = train(["torchrun", "--nproc-per-node", 1, SCRIPT, "--lr", "fast"], tmp_path, environment)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "argument --lr: invalid float value: 'fast'" in line]
+    assert said[0].startswith("error: ")
+    assert said[-1] in done.stderr.splitlines()[-2]
+    assert 'pretrain_zeda.sh", line' not in done.stderr  # the traceback is torchrun's own, none is ours

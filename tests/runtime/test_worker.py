@@ -1,0 +1,61 @@
+"""One voice for a user's mistake, however many processes meet it."""
+
+import json
+
+import pytest
+
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
+
+
+def wrong() -> int:
+    raise UserError("--lr fast: not a number")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run"])
+    for name in ("RANK", "TORCHELASTIC_ERROR_FILE", "ZEDA_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_the_exit_code_is_that_of_main(returned, code):
+    with pytest.raises(SystemExit) as end:
+        run_worker(lambda: returned)
+    assert end.value.code == code
+
+
+def test_rank_0_speaks_at_once(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_worker(wrong, patience=1e9)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --lr fast: not a number\n"
+
+
+def test_other_ranks_let_rank_0_speak_first_and_then_say_who_they_are(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("time.sleep", slept.append)
+    with pytest.raises(SystemExit) as end:
+        run_worker(wrong, patience=4.5)
+    assert end.value.code == 2 and slept == [4.5]
+    assert capsys.readouterr().err == "error: rank 3: --lr fast: not a number\n"
+
+
+def test_torchruns_own_reader_finds_the_message(monkeypatch, tmp_path):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit):
+        run_worker(wrong)
+    assert json.loads(file.read_text())
+    report = str(ChildFailedError("run", {0: ProcessFailure(0, 1, 2, str(file))}))
+    assert "traceback : error: --lr fast: not a number" in report
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run", "--debug"])
+    with pytest.raises(UserError):
+        run_worker(wrong)

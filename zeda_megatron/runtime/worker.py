@@ -1,0 +1,44 @@
+"""Entry of a process that may be one of many: a user's mistake is told once, and torchrun's report repeats it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from ..errors import UserError
+
+PATIENCE_SECONDS = 5.0
+"""How long ranks above 0 wait before they speak: nearly always rank 0 met the same mistake and ends the run."""
+
+
+def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECONDS) -> None:
+    """Run `main` and exit with its code; 2 and one line on stderr for a `UserError`.
+
+    Rank 0 prints at once. The others, if nobody has ended them after `patience` seconds, print their own line
+    with their rank: the mistake is on their host only, such as a missing file. `--debug` on the command line (or
+    ZEDA_DEBUG=1) lets the traceback through.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        code = main()
+    except UserError as error:
+        if "--debug" in sys.argv or os.environ.get("ZEDA_DEBUG") == "1":
+            raise
+        if rank:
+            time.sleep(patience)
+        _tell_torchrun(f"error: {error}")
+        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the line where torchrun looks for a worker's error: its report then ends with it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with open(file, "w", encoding="utf-8") as handle:
+            json.dump({"message": about}, handle)
