@@ -37,7 +37,10 @@ def grouped_mlp(
     hidden = F.grouped_mm(rows_RH, torch.stack(fc1_weights).transpose(1, 2), offs=ends)
     gate, up = hidden.chunk(2, dim=-1)
     acted = (F.silu(gate) * up * probs_R[:, None]).to(rows_RH.dtype)
-    return F.grouped_mm(acted, torch.stack(fc2_weights).transpose(1, 2), offs=ends)
+    output_RH = F.grouped_mm(acted, torch.stack(fc2_weights).transpose(1, 2), offs=ends)
+    if output_RH.requires_grad:
+        output_RH.register_hook(torch.Tensor.contiguous)  # its backward refuses an expanded gradient
+    return output_RH
 
 
 def reference_grouped_mlp(rows_RH, probs_R, counts, fc1_weights, fc2_weights) -> torch.Tensor:

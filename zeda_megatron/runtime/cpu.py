@@ -251,6 +251,17 @@ def _uneven_gather(module) -> None:
     module._gather_along_first_dim = gather
 
 
+def _cpu_generator(module) -> None:
+    # Activation recomputation and the tensor-parallel generators keep "the CUDA state": here it is the CPU's.
+    def get_state(device=None, clone: bool = False, graph_safe: bool = False):
+        return torch.get_rng_state()
+
+    def set_state(new_state, device=None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    module._get_cuda_rng_state, module._set_cuda_rng_state = get_state, set_state
+
+
 def _mla_without_te(module) -> None:
     # Importing succeeds with TELinear=None and HAVE_TE=True, then isinstance() fails.
     if getattr(module, "TELinear", None) is None:
@@ -262,6 +273,7 @@ _EXTRA: dict[str, Callable] = {
     "megatron.core.transformer.moe.moe_utils": _define_te_names,
     "megatron.core.transformer.moe.token_dispatcher": _splits_as_lists,
     "megatron.core.tensor_parallel.mappings": _uneven_gather,
+    "megatron.core.tensor_parallel.random": _cpu_generator,
     "megatron.core.transformer.multi_latent_attention": _mla_without_te,
 }
 

@@ -1,0 +1,202 @@
+"""A whole MoE layer against a dense loop over experts: what is sent, what comes back, all gradients."""
+
+import pytest
+import tiny
+import torch
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.errors import UserError
+from zeda_megatron.moe.dispatch import install_dispatchers
+from zeda_megatron.moe.router import zero_mask
+
+N, NZ, K = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"]
+DISPATCHERS = ("alltoall", "allgather")
+BACKENDS = ("loop", "grouped_mm")
+
+
+def make(dispatcher="alltoall", backend="loop", fusion=False, **zero):
+    overrides = {"moe_token_dispatcher_type": dispatcher, "moe_permute_fusion": fusion}
+    return tiny.moe_layer(ZeroExpertConfig(**({"num_zero_experts": NZ} | zero)), overrides, backend)
+
+
+def all_gradients(output, layer, hidden, seed=3):
+    coefficients = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
+    wanted = [hidden, *layer.parameters()]
+    return torch.autograd.grad((output * coefficients).sum(), wanted, materialize_grads=True)
+
+
+def dense_output(layer, hidden):
+    flat_TH = hidden.reshape(-1, hidden.shape[-1])
+    routed = tiny.dense_routing(flat_TH @ layer.router.weight.t(), K, N)
+    return tiny.dense_experts(flat_TH, routed.real_TN, tiny.expert_weights(layer)).view_as(hidden), routed
+
+
+def rows_seen_by_experts(layer, hidden):
+    seen = []
+    handle = layer.experts.register_forward_pre_hook(
+        lambda module, args: seen.append((args[0].shape[0], args[1]))
+    )
+    layer(hidden)
+    handle.remove()
+    return seen[0]
+
+
+def prefer(layer, experts, hidden, strength=50.0):
+    """Make every token pick `experts` first, by a direction that all tokens share."""
+    with torch.no_grad():
+        direction_H = hidden.reshape(-1, hidden.shape[-1]).mean(0)
+        hidden += 3 * direction_H / direction_H.norm()
+        for expert in experts:
+            layer.router.weight[expert] = strength * direction_H / direction_H.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_output_and_all_gradients_equal_a_dense_loop_over_experts(dispatcher, backend):
+    layer, hidden = make(dispatcher, backend), tiny.hidden_states()
+    output, _ = layer(hidden)
+    expected, _ = dense_output(layer, hidden)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    mine, reference = all_gradients(output, layer, hidden), all_gradients(expected, layer, hidden)
+    torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_when_all_picks_are_zero_experts_the_layer_adds_nothing(dispatcher, backend):
+    layer, hidden = make(dispatcher, backend), tiny.hidden_states()
+    prefer(layer, [N, N + 1, N + 2], hidden)
+    output, _ = layer(hidden)
+    assert torch.equal(output, torch.zeros_like(output))
+    assert rows_seen_by_experts(layer, hidden)[0] == 0
+    for gradient in all_gradients(output, layer, hidden):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert all(p.grad is not None for p in backward(layer, hidden))  # Megatron's DDP waits for every gradient
+
+
+def backward(layer, hidden):
+    layer(hidden)[0].sum().backward()
+    return [weight for pair in tiny.expert_weights(layer) for weight in pair]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_experts_without_tokens_get_zero_gradients(dispatcher, backend):
+    layer, hidden = make(dispatcher, backend), tiny.hidden_states()
+    prefer(layer, [1, 6, N], hidden)
+    output, _ = layer(hidden)
+    expected, routed = dense_output(layer, hidden)
+    assert routed.map_TE.any(0).nonzero().flatten().tolist() == [1, 6, N]
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        all_gradients(output, layer, hidden), all_gradients(expected, layer, hidden), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_rows_dispatched_are_the_real_slots(dispatcher):
+    layer, hidden = make(dispatcher), tiny.hidden_states()
+    _, routed = dense_output(layer, hidden)
+    slots_N = routed.map_TE[:, :N].sum(0)
+    rows, counts = rows_seen_by_experts(layer, hidden)
+    assert rows == int(slots_N.sum()) < K * 13
+    assert counts.tolist() == slots_N.tolist()
+
+
+def test_num_out_tokens_is_the_true_count():
+    layer, hidden = make(), tiny.hidden_states()
+    layer(hidden)
+    _, routed = dense_output(layer, hidden)
+    assert layer.token_dispatcher.num_out_tokens == int(routed.map_TE[:, :N].sum())
+    stock = tiny.moe_layer()
+    stock(hidden)
+    assert type(stock.token_dispatcher) is MoEAlltoAllTokenDispatcher
+    assert stock.token_dispatcher.num_out_tokens == K * 13  # what upstream assumes
+
+
+class FusedKernels:
+    """Stand-ins that behave like the fused CUDA kernels: the output has exactly `num_out_tokens` rows, and a
+    row that no slot fills holds garbage."""
+
+    def __init__(self, monkeypatch):
+        self.allocated = []
+        monkeypatch.setattr(moe_utils, "HAVE_TE", True)
+        for name in ("permute_with_probs", "permute", "unpermute", "sort_chunks_by_index"):
+            monkeypatch.setattr(moe_utils, f"fused_{name}", getattr(self, name))
+        monkeypatch.setattr(moe_utils, "fused_sort_chunks_by_index_with_probs", self.sort_with_probs)
+
+    def permute_with_probs(self, tokens, probs, routing_map, num_out_tokens):
+        size = int(num_out_tokens)
+        self.allocated.append(size)
+        where = routing_map.t().nonzero()
+        rows = tokens.new_full((size, tokens.shape[1]), float("nan"))
+        weights = probs.new_full((size,), float("nan"))
+        rows = rows.index_put((torch.arange(len(where)),), tokens[where[:, 1]])
+        weights = weights.index_put((torch.arange(len(where)),), probs[where[:, 1], where[:, 0]])
+        return rows, weights, where[:, 1]
+
+    def permute(self, tokens, routing_map, num_out_tokens):
+        rows, _, where = self.permute_with_probs(tokens, routing_map.float(), routing_map, num_out_tokens)
+        return rows, where
+
+    def unpermute(self, rows, where, merging_probs=None, restore_shape=None):
+        assert merging_probs is None
+        return rows.new_zeros(restore_shape).index_add(0, where, rows)
+
+    def sort_chunks_by_index(self, rows, sizes, order):
+        pieces = rows.split(sizes.tolist())
+        return torch.cat([pieces[i] for i in order.tolist()])
+
+    def sort_with_probs(self, rows, probs, sizes, order):
+        return self.sort_chunks_by_index(rows, sizes, order), self.sort_chunks_by_index(probs, sizes, order)
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_permute_fusion_may_stay_on(monkeypatch, dispatcher):
+    kernels = FusedKernels(monkeypatch)
+    layer, hidden = make(dispatcher, fusion=True), tiny.hidden_states()
+    output, _ = layer(hidden)
+    expected, routed = dense_output(layer, hidden)
+    assert kernels.allocated == [int(routed.map_TE[:, :N].sum())]
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        all_gradients(output, layer, hidden), all_gradients(expected, layer, hidden), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_masked_layer_is_bit_equal_to_megatrons_own_layer(dispatcher, backend):
+    layer, stock = make(dispatcher, backend), tiny.moe_layer(None, {"moe_token_dispatcher_type": dispatcher})
+    if backend == "grouped_mm":
+        stock = tiny.moe_layer(ZeroExpertConfig(0), {"moe_token_dispatcher_type": dispatcher}, backend)
+    weights = {name: value for name, value in layer.state_dict().items() if torch.is_tensor(value)}
+    weights["router.weight"] = weights["router.weight"][:N]
+    stock.load_state_dict(weights, strict=False)
+    hidden = tiny.hidden_states()
+    with zero_mask(layer):
+        assert torch.equal(layer(hidden)[0], stock(hidden)[0])
+    assert not torch.equal(layer(hidden)[0], stock(hidden)[0])
+
+
+def test_shared_experts_are_added_as_usual():
+    overrides = {"moe_shared_expert_intermediate_size": 16}
+    layer, hidden = tiny.moe_layer(ZeroExpertConfig(NZ), overrides), tiny.hidden_states()
+    expected, _ = dense_output(layer, hidden)
+    shared = layer.shared_experts
+    gate, up = (hidden @ shared.linear_fc1.weight.t()).chunk(2, -1)
+    expected = expected + (torch.nn.functional.silu(gate) * up) @ shared.linear_fc2.weight.t()
+    torch.testing.assert_close(layer(hidden)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dispatcher_with_a_fixed_number_of_rows_is_refused():
+    layer = make()
+
+    class Strange(MoEAlltoAllTokenDispatcher):
+        pass
+
+    layer.token_dispatcher.__class__ = Strange
+    with pytest.raises(UserError, match="moe-token-dispatcher-type"):
+        install_dispatchers(layer)

@@ -1,0 +1,99 @@
+"""The grouped product against a loop over experts, and its place in Megatron's checkpoints."""
+
+import pytest
+import tiny
+import torch
+
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.errors import UserError
+from zeda_megatron.ops.grouped_mlp import grouped_mlp
+
+H, F = 32, 16
+
+
+def inputs(counts, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) * 0.5).to(dtype).requires_grad_()
+
+    rows = sum(counts)
+    fc1, fc2 = [draw(2 * F, H) for _ in counts], [draw(H, F) for _ in counts]
+    return draw(rows, H), draw(rows), fc1, fc2
+
+
+def dense(rows_RH, probs_R, counts, fc1, fc2):
+    """Each row through each expert, then only its own kept."""
+    owner_R = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    weights_RE = torch.nn.functional.one_hot(owner_R, len(counts)).to(rows_RH.dtype) * probs_R[:, None]
+    return tiny.dense_experts(rows_RH, weights_RE, list(zip(fc1, fc2)))
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("counts", [[3, 5, 2], [0, 7, 0, 1], [4, 0], [0, 0, 6], [0, 0]])
+def test_outputs_and_gradients_equal_a_dense_loop(backend, counts):
+    rows_RH, probs_R, fc1, fc2 = inputs(counts)
+    wanted = [rows_RH, probs_R, *fc1, *fc2]
+    mine = grouped_mlp(rows_RH, probs_R, counts, fc1, fc2, backend)
+    expected = dense(rows_RH, probs_R, counts, fc1, fc2)
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    coefficients = torch.randn(mine.shape, generator=torch.Generator().manual_seed(9))
+    grads = [
+        torch.autograd.grad((out * coefficients).sum(), wanted, materialize_grads=True)
+        for out in (mine, expected)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_an_expanded_gradient_is_fine(backend):
+    counts = [3, 0, 4]
+    rows_RH, probs_R, fc1, fc2 = inputs(counts)
+    wanted = [rows_RH, *fc1, *fc2]
+    mine = torch.autograd.grad(grouped_mlp(rows_RH, probs_R, counts, fc1, fc2, backend).sum(), wanted)
+    expected = torch.autograd.grad(
+        dense(rows_RH, probs_R, counts, fc1, fc2).sum(), wanted, materialize_grads=True
+    )
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_bfloat16_stays_near_the_float32_result(backend):
+    counts = [5, 0, 9]
+    rows_RH, probs_R, fc1, fc2 = inputs(counts, torch.bfloat16)
+    wanted = [rows_RH, *fc1, *fc2]
+    mine = grouped_mlp(rows_RH, probs_R.float(), counts, fc1, fc2, backend)
+    assert mine.dtype == torch.bfloat16
+    exact = dense(
+        rows_RH.float(), probs_R.float(), counts, [w.float() for w in fc1], [w.float() for w in fc2]
+    )
+    torch.testing.assert_close(mine.float(), exact, rtol=0.05, atol=0.05)
+    for a, b in zip(
+        torch.autograd.grad(mine.float().square().sum(), wanted),
+        torch.autograd.grad(exact.square().sum(), wanted, materialize_grads=True),
+    ):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * max(1.0, float(b.abs().max())))
+
+
+def test_layer_with_grouped_experts_has_the_same_checkpoint_names():
+    plain = tiny.moe_layer(ZeroExpertConfig(4))
+    grouped = tiny.moe_layer(ZeroExpertConfig(4), backend="grouped_mm")
+    stock = tiny.moe_layer(None)
+    assert list(plain.state_dict()) == list(grouped.state_dict()) == list(stock.state_dict())
+    assert plain.sharded_state_dict().keys() == grouped.sharded_state_dict().keys()
+    assert grouped.experts.plain and grouped.experts.backend == "grouped_mm"
+
+
+def test_what_the_operator_cannot_do_falls_back_to_megatrons_loop():
+    hidden = tiny.hidden_states(size=36)
+    changes = {"hidden_size": 36, "moe_intermediate_size": 18}  # rows that start at no multiple of 16 bytes
+    outputs = [
+        tiny.moe_layer(ZeroExpertConfig(4), backend=backend, **changes)(hidden)[0]
+        for backend in ("loop", "grouped_mm")
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_unknown_backend_is_a_user_error():
+    with pytest.raises(UserError, match="--expert-backend 'fast'"):
+        tiny.moe_layer(ZeroExpertConfig(4), backend="fast")

@@ -1,0 +1,87 @@
+"""Zero shares against a direct count of the routing maps."""
+
+import pytest
+import tiny
+import torch
+
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.moe import stats
+
+N, NZ, K = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"]
+CPU = torch.device("cpu")
+
+
+def model(*layer_numbers, **zero):
+    """Some routers of a four-layer model."""
+    made = torch.nn.ModuleList()
+    for number in layer_numbers:
+        router = tiny.router(ZeroExpertConfig(NZ, **zero), seed=number)
+        router.set_layer_number(number)
+        made.append(router)
+    return made
+
+
+def count(router, hidden, valid_T=None):
+    """(zero slots, slots) of one pass, counted on the dense routing."""
+    map_TE = tiny.dense_routing(hidden.reshape(-1, hidden.shape[-1]) @ router.weight.t(), K, N).map_TE
+    if valid_T is not None:
+        map_TE = map_TE[valid_T]
+    return int(map_TE[:, N:].sum()), int(map_TE.sum())
+
+
+def test_share_equals_a_direct_count_over_passes_and_layers():
+    routers = model(3, 1)  # stored out of order, layers 2 and 4 are dense
+    inputs = [tiny.hidden_states(13, seed=1), tiny.hidden_states(5, seed=2)]
+    valid_T = torch.arange(13) < 10
+    expected = {1: [0, 0], 3: [0, 0]}
+    for router in routers:
+        for hidden, valid in zip(inputs, (valid_T, None)):
+            router(hidden, None if valid is None else ~valid[:, None])
+            for i, n in enumerate(count(router, hidden, valid)):
+                expected[router.layer_number][i] += n
+    report = stats.collect(routers, 4, CPU)
+    shares = [None if i not in expected else expected[i][0] / expected[i][1] for i in (1, 2, 3, 4)]
+    assert report.zero_share_by_layer == shares
+    zero, slots = (sum(pair[i] for pair in expected.values()) for i in (0, 1))
+    assert report.zero_share == pytest.approx(zero / slots) and 0 < zero < slots
+
+
+def test_collecting_starts_anew_unless_told_not_to():
+    routers = model(1)
+    routers[0](tiny.hidden_states())
+    kept = stats.collect(routers, 2, CPU, reset_after=False)
+    assert stats.collect(routers, 2, CPU) == kept
+    assert stats.collect(routers, 2, CPU).zero_share_by_layer == [None, None]
+
+
+def test_group_loss_is_the_mean_over_micro_batches_of_the_sum_over_layers():
+    routers = model(1, 2, group_loss_coeff=0.1)
+    losses = torch.zeros(2, 3)
+    for i, router in enumerate(routers):
+        for j in range(3):
+            router.routing_stats.reset()
+            router(tiny.hidden_states(seed=j))
+            losses[i, j] = router.routing_stats.group_loss
+        router.routing_stats.reset()
+        for j in range(3):
+            router(tiny.hidden_states(seed=j))
+    assert stats.collect(routers, 2, CPU).group_loss == pytest.approx(float(losses.mean(1).sum()), rel=1e-6)
+
+
+def test_tokens_are_recorded_on_request():
+    routers = model(1)
+    hidden = tiny.hidden_states()
+    routers[0](hidden)
+    assert routers[0].routing_stats.real_picks_T == []
+    routers[0].routing_stats.record_tokens = True
+    map_TE = tiny.dense_routing(hidden.reshape(13, -1) @ routers[0].weight.t(), K, N).map_TE
+    for _ in range(2):
+        routers[0](hidden)
+    assert [t.tolist() for t in routers[0].routing_stats.real_picks_T] == [map_TE[:, :N].sum(1).tolist()] * 2
+    stats.reset(routers)
+    assert routers[0].routing_stats.real_picks_T == []
+
+
+def test_a_model_without_zero_experts_reports_nothing():
+    report = stats.collect(torch.nn.Linear(2, 2), 3, CPU)
+    assert report.zero_share == 0.0 and report.zero_share_by_layer == [None] * 3 and report.group_loss == 0.0

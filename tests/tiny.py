@@ -1,0 +1,147 @@
+"""Tiny models and their parts for the tests: made by transformers and Megatron, never by the code under test."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+TINY = dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+)
+"""Geometry of all tiny models: 8 experts, top-3."""
+
+
+def hf_model(seed: int = 0, std: float = 0.3, **changes) -> Qwen3MoeForCausalLM:
+    """A random Qwen3-MoE in which every weight is drawn, the norms too."""
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(TINY | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=std)
+    model.tie_weights()
+    return model.eval()
+
+
+def architecture(**changes):
+    """Our reading of the tiny config."""
+    from zeda_megatron.models.architecture import read_architecture
+
+    return read_architecture(
+        Qwen3MoeConfig(**(TINY | changes)).to_dict() | {"architectures": TINY["architectures"]}
+    )
+
+
+def megatron_config(overrides: dict | None = None, dtype: torch.dtype = torch.float32, **changes):
+    """Megatron's config of the tiny model; `overrides` are Megatron's field names, `changes` Hugging Face's."""
+    from zeda_megatron.models.build import transformer_config
+
+    return transformer_config(architecture(**changes), dtype=dtype, overrides=overrides)
+
+
+def draw(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
+    """Random values for all parameters (and expert biases), so that nothing is zero or equal by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(module.named_parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        for name, buffer in sorted(module.named_buffers()):
+            if name.endswith("expert_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
+
+
+def router(zero, overrides: dict | None = None, seed: int = 0, **changes):
+    """A router with zero experts, alone, its weights drawn."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from zeda_megatron.moe.router import ZeroExpertRouter
+
+    made = ZeroExpertRouter(megatron_config(overrides, **changes), get_default_pg_collection(), zero=zero)
+    made.set_layer_number(1)
+    draw(made, seed)
+    return made
+
+
+def moe_layer(zero=None, overrides: dict | None = None, backend: str = "loop", seed: int = 0, **changes):
+    """One MoE layer of the tiny model (zero=None: Megatron's own router), its weights drawn."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    from zeda_megatron.models.layer_spec import decoder_block_spec
+    from zeda_megatron.moe.dispatch import install_dispatchers
+    from zeda_megatron.moe.spec import apply_zero_experts
+
+    config = megatron_config(overrides, **changes)
+    block = decoder_block_spec(config)
+    if zero is not None:
+        block = apply_zero_experts(block, zero, backend)
+    layer = build_module(block.layer_specs[0].submodules.mlp, config=config)
+    layer.set_layer_number(1)
+    install_dispatchers(layer)
+    draw(layer, seed)
+    return layer
+
+
+def hidden_states(tokens: int = 13, seed: int = 1, size: int = TINY["hidden_size"]) -> torch.Tensor:
+    """Random [S, 1, H] input that wants a gradient."""
+    return torch.randn(tokens, 1, size, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def dense_routing(
+    logits_TE: torch.Tensor, topk: int, num_real: int, kind: str = "softmax", bias=None, scale=1.0
+):
+    """The definition, token by token: weights [T, E] of the picks, zero experts included, not renormalised.
+
+    kind: softmax (over the K picks), pre_softmax (over all, then top-k), sigmoid (picked by score + bias,
+    weighted by score / sum of the picked scores).
+    """
+    rows = []
+    for logits_E in logits_TE:
+        scores_E = {"softmax": logits_E, "pre_softmax": logits_E.softmax(0), "sigmoid": logits_E.sigmoid()}[
+            kind
+        ]
+        ranking_E = (scores_E if bias is None else scores_E + bias).detach()
+        picks = sorted(range(len(ranking_E)), key=lambda e: -float(ranking_E[e]))[:topk]
+        picked_K = torch.stack([scores_E[e] for e in picks])
+        if kind == "softmax":
+            picked_K = picked_K.softmax(0)
+        elif kind == "sigmoid":
+            picked_K = picked_K / picked_K.sum()
+        row = [torch.zeros(()) for _ in ranking_E]
+        for e, weight in zip(picks, picked_K):
+            row[e] = weight * scale
+        rows.append(torch.stack(row))
+    weights_TE = torch.stack(rows)
+    return SimpleNamespace(
+        weights_TE=weights_TE,
+        map_TE=weights_TE.detach() != 0,
+        real_TN=weights_TE[:, :num_real],
+    )
+
+
+def dense_experts(hidden_TH: torch.Tensor, weights_TN: torch.Tensor, experts: list) -> torch.Tensor:
+    """Every expert on every token, weighted: sum_e w_e * fc2_e(silu(gate_e x) * up_e x). experts: (fc1, fc2)."""
+    out_TH = torch.zeros_like(hidden_TH)
+    for e, (fc1, fc2) in enumerate(experts):
+        gate, up = (hidden_TH @ fc1.t()).chunk(2, dim=-1)
+        out_TH = out_TH + weights_TN[:, e, None] * ((torch.nn.functional.silu(gate) * up) @ fc2.t())
+    return out_TH
+
+
+def expert_weights(layer) -> list:
+    """(fc1, fc2) parameters of a layer's experts."""
+    return [(e.linear_fc1.weight, e.linear_fc2.weight) for e in layer.experts.local_experts]
