@@ -41,7 +41,7 @@ def install() -> bool:
         found = version("megatron-core")
     except PackageNotFoundError:
         raise UserError("megatron-core is not installed: pip install megatron-core==0.16.1") from None
-    if not found.startswith(SUPPORTED):
+    if not found.startswith(tuple(f"{series}." for series in SUPPORTED)):
         raise UserError(
             f"megatron-core {found} has no CPU runtime here (supported: {', '.join(SUPPORTED)}.x): "
             "pip install megatron-core==0.16.1"

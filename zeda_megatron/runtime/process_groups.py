@@ -45,11 +45,14 @@ class ParallelConfig:
 def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
     """Start the default group (from torchrun's or Slurm's variables, or alone) and Megatron's groups.
 
-    Raises `UserError` if the sizes do not divide the number of processes.
+    Raises `UserError` for a size below 1 and if the sizes do not divide the number of processes.
     """
     cpu.install()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state, rerun_state_machine, tensor_parallel
 
+    for name, size in vars(parallel).items():
+        if size < 1:
+            raise UserError(f"--{name.replace('_', '-')} {size} must be at least 1")
     rank, world, local = _place()
     expert_size = (
         parallel.expert_model_parallel_size
@@ -82,6 +85,9 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
+        # Megatron would make the same one later, with a warning that means nothing to a user.
+        rerun_state_machine.destroy_rerun_state_machine()
+        rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.DISABLED)
     # Seeds differ between pipeline stages and, inside Megatron's tracker, between tensor and expert ranks.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
@@ -90,8 +96,9 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
 
 def destroy() -> None:
     """End Megatron's groups and the default group."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, rerun_state_machine
 
+    rerun_state_machine.destroy_rerun_state_machine()
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
