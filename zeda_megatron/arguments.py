@@ -24,6 +24,20 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice; the second would win silently."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} stands here twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse(
     argv: Sequence[str],
     groups: dict[str, type],
@@ -41,28 +55,48 @@ def parse(
     Returns:
         title -> instance. Raises `UserError` for unknown flags, unknown YAML keys and values of the wrong type.
     """
-    parser = _Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(prog=prog, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the same names; flags win")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    fields: dict[str, tuple[str, type, Any]] = {}
+    fields: dict[str, _Field] = {}
     for title, cls in groups.items():
         section = parser.add_argument_group(title)
         hints, docs = typing.get_type_hints(cls), field_docs(cls)
         for field in dataclasses.fields(cls):
             if field.name in fields:
                 raise ValueError(f"field {field.name} stands in two groups")
-            kind = _plain_type(hints[field.name])
-            fields[field.name] = (title, kind, None)
-            _add_flag(section, field.name, kind, docs.get(field.name, ""))
-    given = {k: v for k, v in vars(parser.parse_args(list(argv))).items() if v is not None}
+            kind, optional = _plain_type(hints[field.name])
+            fields[field.name] = _Field(title, kind, optional)
+            default = (defaults or {}).get(field.name, field.default)
+            text = docs.get(field.name, "") + ("" if default is None else f" (default: {default})")
+            _add_flag(section, field.name, kind, text)
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}" + _suggestion(unknown[0], fields) + " (see --help)")
+    given = {k: v for k, v in vars(known).items() if v is not None}
     config = given.pop("config", None)
     given.pop("debug", None)
     values = {**(defaults or {}), **(_read_yaml(config, fields) if config else {}), **given}
     made = {}
     for title, cls in groups.items():
-        mine = {name: value for name, value in values.items() if fields[name][0] == title}
+        mine = {name: value for name, value in values.items() if fields[name].title == title}
         made[title] = cls(**mine)
     return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    title: str
+    """Group it belongs to."""
+    kind: type
+    """Type of its value."""
+    optional: bool
+    """May be None."""
+
+
+def _suggestion(word: str, fields: dict[str, _Field]) -> str:
+    near = difflib.get_close_matches(word.split("=")[0].strip("-").replace("-", "_"), fields, n=1)
+    return f"; did you mean --{near[0].replace('_', '-')}?" if word.startswith("-") and near else ""
 
 
 def _add_flag(section, name: str, kind: type, text: str) -> None:
@@ -78,18 +112,21 @@ def _add_flag(section, name: str, kind: type, text: str) -> None:
         )
 
 
-def _plain_type(hint) -> type:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+def _plain_type(hint) -> tuple[type, bool]:
+    optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if optional:
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return list if typing.get_origin(hint) in (list, tuple) else hint
+    return (list if typing.get_origin(hint) in (list, tuple) else hint), optional
 
 
-def _read_yaml(file: str, fields: dict) -> dict[str, Any]:
+def _read_yaml(file: str, fields: dict[str, _Field]) -> dict[str, Any]:
     path = Path(file)
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys) or {}
     except FileNotFoundError:
         raise UserError(f"--config {file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -102,11 +139,17 @@ def _read_yaml(file: str, fields: dict) -> dict[str, Any]:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             raise UserError(f"{file}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        values[name] = _convert(file, key, value, fields[name][1])
+        if name in values:
+            raise UserError(f"{file}: key {key!r} is given twice")
+        if value is None and not fields[name].optional:
+            raise UserError(f"{file}: key {key!r} has no value")
+        values[name] = _convert(file, key, value, fields[name].kind)
     return values
 
 
 def _convert(file: str, key: str, value: Any, kind: type) -> Any:
+    if kind is list and value is not None:
+        return [_convert(file, key, item, str) for item in (value if isinstance(value, list) else [value])]
     if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
         return value
     try:
@@ -114,8 +157,6 @@ def _convert(file: str, key: str, value: Any, kind: type) -> Any:
             return float(value)  # YAML reads 1e-5 as text
         if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
-        if kind is list:
-            return [value]
     except (TypeError, ValueError):
         pass
     raise UserError(f"{file}: key {key!r} wants {kind.__name__}, got {value!r}")

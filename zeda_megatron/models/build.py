@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..config import ZeroExpertConfig
+from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
 from ..moe.spec import apply_grouped_experts, apply_zero_experts
 from ..runtime.process_groups import ParallelConfig
@@ -47,8 +48,10 @@ def transformer_config(
     """Megatron's config of an architecture on a parallel layout.
 
     Fusions that need CUDA extensions are off; `overrides` (Megatron's field names) win over everything.
+    Raises `UserError` for a layout that does not divide the model.
     """
     parallel = parallel or ParallelConfig()
+    check_layout(arch, parallel)
     te = has_transformer_engine()
     fields = {
         **arch.megatron,
@@ -79,6 +82,23 @@ def transformer_config(
         **(overrides or {}),
     }
     return TransformerConfig(**fields)
+
+
+def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Raise `UserError` if a parallel size does not divide what it splits."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    fields = arch.megatron
+    for flag, size, what, whole in (
+        ("--tensor-model-parallel-size", tp, "attention heads", fields["num_attention_heads"]),
+        ("--tensor-model-parallel-size", tp, "key/value heads", fields.get("num_query_groups")),
+        ("--tensor-model-parallel-size", tp, "channels of the dense MLP", fields["ffn_hidden_size"]),
+        ("--pipeline-model-parallel-size", pp, "layers", fields["num_layers"]),
+        ("--expert-model-parallel-size", ep, "experts", fields["num_moe_experts"]),
+        ("--expert-tensor-parallel-size", etp, "channels of an expert", fields["moe_ffn_hidden_size"]),
+    ):
+        if whole and whole % size:
+            raise UserError(f"{flag} {size} does not divide the model's {whole} {what}")
 
 
 def build_gpt_model(

@@ -24,7 +24,6 @@ from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import load_tokenizer
-from ..distill.losses import LossConfig
 from ..errors import UserError
 from ..moe import stats
 from ..runtime.process_groups import device
@@ -45,13 +44,9 @@ class TrainingRun:
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
         self.optimizer, self.schedule = build_optimizer(options.optimizer, self.student, options.model.bf16)
-        loss = LossConfig(
-            kind=options.distill.distill_loss if has_teacher else "ce",
-            beta=options.distill.distill_beta,
-            temperature=options.distill.distill_temperature,
-            chunk_tokens=options.distill.loss_chunk_tokens,
+        self.stepper = Stepper(
+            self.student, self.teacher, self.optimizer, options.loss(), options.data.seq_length
         )
-        self.stepper = Stepper(self.student, self.teacher, self.optimizer, loss, options.data.seq_length)
         self.iteration = 0
         self.consumed_rows = 0
         self.consumed_tokens = 0

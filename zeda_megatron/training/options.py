@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import ZeroExpertConfig
+from ..config import GROUP_LOSS_SCOPES, GROUP_LOSS_VARIANTS, ZERO_EXPERT_TYPES, ZeroExpertConfig
+from ..distill.losses import LossConfig
 from ..errors import UserError
+from ..moe.experts import choose_backend
+from ..moe.pick_rules import parse_pick_rule
 from ..runtime.process_groups import ParallelConfig
 
 
@@ -248,6 +251,25 @@ class Options:
     generate: GenerateOptions
     parallel: ParallelConfig
 
+    def loss(self) -> LossConfig:
+        """The loss of the last stage. Raises `UserError` naming the flag."""
+        try:
+            return LossConfig(
+                kind="ce" if self.model.stage == "pretrain" else self.distill.distill_loss,
+                beta=self.distill.distill_beta,
+                temperature=self.distill.distill_temperature,
+                chunk_tokens=self.distill.loss_chunk_tokens,
+            )
+        except UserError as error:
+            names = {
+                "kind": "--distill-loss",
+                "beta": "--distill-beta",
+                "temperature": "--distill-temperature",
+            }
+            word = str(error).split()[1]
+            flag = names.get(word, "--loss-chunk-tokens")
+            raise UserError(f"{flag}: {error}") from None
+
     def validate(self) -> None:
         """Raise `UserError` for what cannot work, before anything is built."""
         for flag, value, allowed in (
@@ -261,6 +283,11 @@ class Options:
                 self.model.moe_router_load_balancing_type,
                 ("grouped_aux_loss", "aux_loss", "seq_aux_loss", "none"),
             ),
+            ("--moe-token-dispatcher-type", self.model.moe_token_dispatcher_type, ("alltoall", "allgather")),
+            ("--zero-experts-type", self.model.zero_experts_type, ZERO_EXPERT_TYPES),
+            ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
+            ("--group-loss-scope", self.model.group_loss_scope, GROUP_LOSS_SCOPES),
+            ("--recompute-granularity", self.model.recompute_granularity or "full", ("full", "selective")),
         ):
             if value not in allowed:
                 raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
@@ -274,6 +301,38 @@ class Options:
         ):
             if value < 1:
                 raise UserError(f"{flag} {value} must be at least 1")
+        for flag, value in (
+            ("--lr", self.optimizer.lr),
+            ("--min-lr", self.optimizer.min_lr),
+            ("--weight-decay", self.optimizer.weight_decay),
+            ("--clip-grad", self.optimizer.clip_grad),
+            ("--save-interval", self.run.save_interval),
+            ("--exit-interval", self.run.exit_interval),
+            ("--most-recent-k", self.run.most_recent_k),
+        ):
+            if not value >= 0:
+                raise UserError(f"{flag} {value} must not be negative")
+        if self.run.log_interval < 1:
+            raise UserError(f"--log-interval {self.run.log_interval} must be at least 1")
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise UserError(f"--min-lr {self.optimizer.min_lr} is larger than --lr {self.optimizer.lr}")
+        if not 0 <= self.optimizer.lr_warmup_fraction < 1:
+            raise UserError(
+                f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction} must be at least 0 and below 1"
+            )
+        if self.parallel.context_parallel_size > 1:
+            raise UserError(
+                "--context-parallel-size > 1 is not supported: packed rows are not split over ranks"
+            )
+        if self.data.seq_length % self.parallel.tensor_model_parallel_size:
+            raise UserError(
+                f"--seq-length {self.data.seq_length} must be a multiple of --tensor-model-parallel-size "
+                f"{self.parallel.tensor_model_parallel_size}: sequence parallelism splits the rows"
+            )
+        choose_backend(self.model.expert_backend)
+        if self.model.moe_pick_rule is not None:
+            parse_pick_rule(self.model.moe_pick_rule)
+        self.loss()
         if not self.data.data_path:
             raise UserError("--data-path is missing: give one or more jsonl files")
         if self.model.stage == "0" and not self.generate.rollout_path:

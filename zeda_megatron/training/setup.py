@@ -168,7 +168,7 @@ def build_optimizer(
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=round(options.lr_warmup_fraction * options.train_iters),
+        lr_warmup_steps=min(round(options.lr_warmup_fraction * options.train_iters), options.train_iters - 1),
         lr_decay_steps=options.train_iters,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
