@@ -145,3 +145,38 @@ def dense_experts(hidden_TH: torch.Tensor, weights_TN: torch.Tensor, experts: li
 def expert_weights(layer) -> list:
     """(fc1, fc2) parameters of a layer's experts."""
     return [(e.linear_fc1.weight, e.linear_fc2.weight) for e in layer.experts.local_experts]
+
+
+def hf_reader(model):
+    """`read(key)` of a model in memory, with the keys that it has on disk (one tensor per expert)."""
+    state = model.state_dict()
+
+    def read(key: str) -> torch.Tensor:
+        if ".experts." not in key:
+            return state[key]
+        layer, _, rest = key.partition(".experts.")
+        expert, name, _ = rest.split(".")
+        if name == "down_proj":
+            return state[f"{layer}.experts.down_proj"][int(expert)]
+        gate, up = state[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)
+        return gate if name == "gate_proj" else up
+
+    return read
+
+
+def megatron_model(hf, zero=None, backend: str = "auto", overrides: dict | None = None, dtype=torch.float32):
+    """The Megatron model with the weights of a Hugging Face model; zero rows are drawn with a seed."""
+    from zeda_megatron.models.architecture import read_architecture
+    from zeda_megatron.models.build import build_gpt_model, transformer_config
+    from zeda_megatron.models.weight_maps import dims_of, weight_map_of
+
+    arch = read_architecture(hf.config.to_dict() | {"architectures": TINY["architectures"]})
+    model = build_gpt_model(
+        arch, transformer_config(arch, dtype=dtype, overrides=overrides), zero, expert_backend=backend
+    )
+    weights, dims, read = weight_map_of(arch), dims_of(arch, seed=3), hf_reader(hf)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "zero_output" not in name:
+                parameter.copy_(weights.for_mcore_name(name).to_mcore(read, parameter.shape, dims))
+    return model.eval()

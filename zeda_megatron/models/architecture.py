@@ -48,7 +48,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
-    """Read an HF folder (or an already loaded config dict). Raises `UserError` for unknown architectures."""
+    """Read an HF folder (or an already loaded config dict). Raises `UserError` for unknown architectures
+    and for settings that the Megatron model would not follow."""
     where = "config" if isinstance(source, dict) else str(Path(source) / "config.json")
     hf = source if isinstance(source, dict) else read_hf_config(source)
     name = (hf.get("architectures") or [""])[0]
@@ -62,6 +63,9 @@ def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
         raise UserError(
             f"{where}: rope_type {rope.get('rope_type') or rope.get('type')!r} is not supported, only 'default'"
         )
+    for key, value in getattr(model, "REQUIRED", {}).items():
+        if hf.get(key, value) != value:
+            raise UserError(f"{where}: {key} {hf[key]!r} is not supported, only {value!r}")
     try:
         megatron = model.transformer_config_kwargs(hf)
         vocab = hf["vocab_size"]

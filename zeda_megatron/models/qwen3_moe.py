@@ -8,6 +8,8 @@ import torch
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen3MoePlusPlusForCausalLM")
 MODEL_TYPES = ("qwen3_moe", "qwen3_moe_plus_plus")
+REQUIRED = {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+"""Config keys that must have this value where they are given; no published model has another."""
 
 
 def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +30,6 @@ def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": bool(hf.get("attention_bias", False)),
         "hidden_dropout": 0.0,
         "attention_dropout": hf.get("attention_dropout", 0.0),
         # transformers 5 writes the second name.
