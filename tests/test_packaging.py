@@ -1,0 +1,114 @@
+"""What is installed is what the repository holds, and the metadata keeps its promises."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "zeda_megatron"
+TOP = {
+    *(PACKAGE, "examples", "launch", "kernels", "tools", "tests", "docs", ".ci"),
+    *("setup.cfg", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore"),
+}
+"""Everything at the top of the repository."""
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(text: str) -> list[Requirement]:
+    return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def tracked() -> list[Path]:
+    """Files that git knows; without git (a downloaded archive) everything that is not ignored by name."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+    skipped = re.compile(
+        r"(^|/)(\.git|\.venv|\.\w+_cache|__pycache__|[^/]*\.egg-info|build|dist|runs|out|shared)/"
+    )
+    files = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return [path for path in files if not skipped.search(str(path))]
+
+
+def test_the_top_level_holds_what_the_plan_names_and_nothing_else():
+    found = {path.parts[0] for path in tracked()}
+    assert found - TOP == set(), "not in the plan"
+    # docs/ and README.md come with their first content.
+    assert TOP - found <= {"docs", "README.md"}, "missing"
+
+
+def test_every_requirement_is_valid_and_every_extra_is_there(setup_cfg):
+    needed = {requirement.name for requirement in requirements(setup_cfg["options"]["install_requires"])}
+    assert {"torch", "transformers", "psutil"} <= needed
+    core = [r for r in requirements(setup_cfg["options"]["install_requires"]) if r.name == "megatron-core"]
+    assert [str(r.specifier) for r in core] == ["==0.16.1"]  # the version that the CPU runtime knows
+    extras = setup_cfg["options.extras_require"]
+    assert {"te", "apex", "modelopt", "kernels", "serve", "quickstart", "test"} <= set(extras)
+    for name in extras:
+        assert requirements(extras[name]) or name == "apex", name
+
+
+def test_no_extra_installs_the_unrelated_apex_of_pypi(setup_cfg):
+    extras = setup_cfg["options.extras_require"]
+    named = [r.name for name in extras for r in requirements(extras[name])]
+    assert "apex" not in named
+    assert requirements(extras["apex"]) == []
+
+
+def test_tools_of_the_tests_are_pinned(setup_cfg):
+    pins = {r.name: str(r.specifier) for r in requirements(setup_cfg["options.extras_require"]["test"])}
+    for tool in ("pytest", "pytest-timeout", "ruff"):
+        assert pins[tool].startswith("=="), tool
+
+
+def test_an_installation_holds_every_file_of_the_package(tmp_path):
+    source = tmp_path / "source"  # a build leaves folders behind: not in the checkout
+    for path in tracked():
+        if path.parts[0] == PACKAGE or len(path.parts) == 1:
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, source / path)
+    (source / "README.md").touch()
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    done = subprocess.run(
+        [
+            *pip,
+            "--disable-pip-version-check",
+            "--no-compile",
+            "--target",
+            str(tmp_path / "site"),
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PIP_CONFIG_FILE": os.devnull},
+    )
+    assert done.returncode == 0, done.stderr
+    installed = {
+        p.relative_to(tmp_path / "site") for p in (tmp_path / "site" / PACKAGE).rglob("*") if p.is_file()
+    }
+    assert installed == {path for path in tracked() if path.parts[0] == PACKAGE}
+    assert Path(PACKAGE, "serving", "modeling_qwen3_moe_zero.py") in installed
