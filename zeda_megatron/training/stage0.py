@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def run_stage0(options: Options) -> int:
     rank0 = torch.distributed.get_rank() == 0
     if rank0:
         file.open()
-    chunks = build_chunks(options, arch, options.model.zero(num_zero_experts(options.model, arch)))
+    # Nothing is learned here, so a static checkpoint needs no word about the group loss.
+    zero = replace(options.model.zero(num_zero_experts(options.model, arch)), group_loss_coeff=0.0)
+    chunks = build_chunks(options, arch, zero)
     load_weights(chunks, require_checkpoint(source, "--pretrained-checkpoint"), "--pretrained-checkpoint")
     set_zero_mask(chunks, True)  # the teacher is the static model
     engine = BuiltinEngine(chunks[0], tokenizer.eos_ids, tokenizer.pad_id, arch.max_position_embeddings)

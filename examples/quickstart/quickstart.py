@@ -1,0 +1,258 @@
+"""The whole walk on a small trained teacher: convert, stage 0, stage 1, export, reopen, measure, report.
+
+Called by run.sh. Every step is one of the project's own commands, run as a user would run it and printed; a step
+whose result exists is not run again, so an interrupted quickstart goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import arms as arm_list
+from arms import EXPORTED, Arm
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes"
+    )
+    parser.add_argument("--arms", help="comma-separated names (default: all of the short run)")
+    parser.add_argument("--full", action="store_true", help="three seeds and the frontier as well")
+    parser.add_argument(
+        "--teacher", type=Path, default=HERE / "teacher", help="HF folder of the static model"
+    )
+    parser.add_argument("--prompts", type=Path, default=HERE / "data" / "prompts.jsonl")
+    parser.add_argument("--heldout", type=Path, default=HERE / "data" / "heldout.jsonl")
+    parser.add_argument("--train-iters", type=int, help="steps per arm (default: stage1.yaml)")
+    parser.add_argument("--workers", type=int, default=2, help="arms trained or measured at a time")
+    return parser.parse_args()
+
+
+class Walk:
+    """Runs commands, remembers them, stops at the first that fails."""
+
+    def __init__(self, out: Path):
+        self.out, self.commands = out, []
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+    def run(self, title: str, command: list[str], made: Path, processes: int = 1) -> None:
+        """Run a command unless `made` exists. Its output goes to OUT/logs/<title>.log."""
+        shown = shlex.join([_short(part) for part in command])
+        self.commands.append(shown)
+        if made.exists():
+            print(f"  {title}: already there ({_short(made)})", flush=True)
+            return
+        log = self.out / "logs" / f"{re.sub(r'[^a-z0-9_.]+', '_', title.lower()).strip('_')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        with open(log, "w") as file:
+            env = {**self.env, "NPROC_PER_NODE": str(processes)}
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=ROOT
+            ).returncode
+        if code:
+            tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
+            raise SystemExit(
+                f"error: {title} failed (exit code {code}); command:\n  {shown}\n{tail}\n(whole log: {log})"
+            )
+        print(f"  {title}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _short(part) -> str:
+    text = str(part)
+    for folder, name in ((str(ROOT) + "/", ""), (sys.executable, "python")):
+        text = text.replace(folder, name)
+    return text
+
+
+def convert(walk: Walk, teacher: Path) -> None:
+    tool = [
+        sys.executable,
+        str(ROOT / "tools" / "checkpoint_convert.py"),
+        "hf-to-megatron",
+        "--hf",
+        str(teacher),
+    ]
+    common = ["--dtype", "fp32"]
+    walk.run("convert static", [*tool, "--out", str(walk.out / "static"), *common], walk.out / "static")
+    walk.run(
+        "convert dynamic",
+        [*tool, "--out", str(walk.out / "dynamic"), "--num-zero-experts", "8", "--seed", "1234", *common],
+        walk.out / "dynamic",
+    )
+
+
+def answer(walk: Walk, prompts: Path) -> None:
+    done = walk.out / "rollouts.done"
+    command = ["bash", str(ROOT / "launch" / "pretrain_zeda.sh"), "--config", str(HERE / "stage0.yaml")]
+    command += ["--pretrained-checkpoint", str(walk.out / "static"), "--data-path", str(prompts)]
+    command += ["--rollout-path", str(walk.out / "rollouts.jsonl")]
+    walk.run("stage 0 (the teacher answers)", command, done, processes=2)
+    done.touch()
+
+
+def train(walk: Walk, arm: Arm, train_iters: int | None) -> None:
+    if not arm.train:
+        return
+    save = walk.out / "arms" / arm.name
+    command = ["bash", str(ROOT / "launch" / "pretrain_zeda.sh"), "--config", str(HERE / "stage1.yaml")]
+    command += [
+        "--pretrained-checkpoint",
+        str(walk.out / arm.start),
+        "--data-path",
+        str(walk.out / "rollouts.jsonl"),
+    ]
+    command += [part for pair in arm.train.items() for part in pair]
+    command += ["--train-iters", str(train_iters)] if train_iters else []
+    walk.run(f"train {arm.name}", [*command, "--save", str(save)], save / "latest_checkpointed_iteration.txt")
+
+
+def measure(walk: Walk, arm: Arm | None, heldout: Path) -> dict:
+    name = arm.name if arm else "teacher"
+    out = walk.out / "measured" / f"{name}.json"
+    command = [
+        sys.executable,
+        "-m",
+        "zeda_megatron.evaluation.measure",
+        "--teacher",
+        str(walk.out / "static"),
+    ]
+    command += ["--heldout", str(heldout), "--calibration", str(walk.out / "rollouts.jsonl")]
+    if arm:
+        source = walk.out / "arms" / arm.name if arm.train else walk.out / arm.start
+        command += ["--student", str(source)] + [part for pair in arm.measure.items() for part in pair]
+    walk.run(f"measure {name}", [*command, "--out", str(out)], out)
+    return json.loads(out.read_text())
+
+
+def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
+    trained, hf, check = (
+        walk.out / "arms" / EXPORTED,
+        walk.out / "hf",
+        walk.out / "measured" / "export_check.json",
+    )
+    tool = [sys.executable, str(ROOT / "tools" / "checkpoint_convert.py"), "megatron-to-hf"]
+    paths = ["--megatron", str(trained), "--hf-template", str(teacher), "--out", str(hf)]
+    walk.run("export to Hugging Face format", [*tool, *paths], hf)
+    reopen = [sys.executable, "-m", "zeda_megatron.evaluation.export_check", "--megatron", str(trained)]
+    walk.run(
+        "reopen with transformers",
+        [*reopen, "--hf", str(hf), "--heldout", str(heldout), "--out", str(check)],
+        check,
+    )
+    return json.loads(check.read_text())
+
+
+def history_of(walk: Walk, arm: Arm) -> list[dict]:
+    path = walk.out / "arms" / arm.name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def add_spread(arms: dict[str, dict]) -> None:
+    """Where an arm ran with several seeds: mean and standard deviation of its KL and CE, on the first one."""
+    for name in list(arms):
+        family = [arms[other] for other in arms if other == name or other.startswith(f"{name}_seed")]
+        if len(family) > 1 and "_seed" not in name:
+            first = arms[name]
+            for key in ("kl_to_teacher", "ce"):
+                values = [member[key] for member in family]
+                first[f"{key}_mean"], first[f"{key}_std"] = mean(values), stdev(values)
+            first["seeds"] = len(family)
+
+
+def environment() -> dict:
+    from importlib.metadata import version
+
+    import torch
+
+    packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {"python": platform.python_version(), **packages, "device": device}
+
+
+def chosen(args: argparse.Namespace) -> list[Arm]:
+    available = {arm.name: arm for arm in arm_list.FULL}
+    if not args.arms:
+        return list(arm_list.FULL if args.full else arm_list.DEFAULT)
+    unknown = [name for name in args.arms.split(",") if name not in available]
+    if unknown:
+        raise SystemExit(f"error: --arms {unknown[0]!r} is unknown; choose among {', '.join(available)}")
+    return [available[name] for name in args.arms.split(",")]
+
+
+def main() -> int:
+    args = parse_arguments()
+    arms = chosen(args)
+    for flag, path in (("--teacher", args.teacher), ("--prompts", args.prompts), ("--heldout", args.heldout)):
+        if not path.exists():
+            raise SystemExit(f"error: {flag} {path}: no such file or folder")
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    walk = Walk(out)
+    print(f"quickstart -> {out}", flush=True)
+    convert(walk, args.teacher.resolve())
+    answer(walk, args.prompts.resolve())
+    heldout = args.heldout.resolve()
+
+    def work(arm: Arm | None) -> dict:
+        if arm:
+            train(walk, arm, args.train_iters)
+        return measure(walk, arm, heldout)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        # Trained arms first: they take longest.
+        ordered = sorted(arms, key=lambda arm: not arm.train)
+        measured = dict(zip(["teacher", *(arm.name for arm in ordered)], pool.map(work, [None, *ordered])))
+    results = {}
+    for arm in arms:
+        lines = history_of(walk, arm)
+        results[arm.name] = {
+            **measured[arm.name],
+            "adapt_tokens": lines[-1]["consumed_tokens"] if lines else 0,
+            "adapt_seconds": sum(line["seconds"] for line in lines),
+        }
+    add_spread(results)
+    about = environment()
+    if EXPORTED in results:
+        about["export_check"] = export(walk, args.teacher.resolve(), heldout)
+    report = {
+        "environment": about,
+        "teacher": measured["teacher"],
+        "arms": results,
+        "commands": walk.commands,
+    }
+    from zeda_megatron.evaluation.report import format_table, write_report
+
+    _, page = write_report(report, {arm.name: history_of(walk, arm) for arm in arms if arm.train}, out)
+    print()
+    print(format_table(report))
+    if "export_check" in about:
+        check = about["export_check"]
+        print(
+            f"\nreopened with transformers: {check['equal_answers']} of {check['prompts']} greedy answers equal, "
+            f"largest logit difference {check['max_logit_difference']:.1e}"
+        )
+    print(f"\n{time.perf_counter() - started:.0f} s; report: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

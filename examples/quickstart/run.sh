@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole walk on a small trained teacher and real text; prints a table and writes a report.
+#
+#   bash examples/quickstart/run.sh [--out DIR] [--arms a,b,...] [--full]
+#
+# Makes .venv and installs what is missing. Under ten minutes on two cores after installation; --full takes longer.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$HERE/../../launch/venv.sh"
+zeda_venv
+exec "$PYTHON" "$HERE/quickstart.py" "$@"
