@@ -7,6 +7,7 @@ whole. The tracker names the newest one; if it is missing or stale, the newest w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -149,8 +150,6 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     kept = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError, KeyError):
-            import json
-
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
     write_atomically(path, "".join(line + "\n" for line in kept))

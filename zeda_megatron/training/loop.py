@@ -80,7 +80,7 @@ class TrainingRun:
 
     def _one_step(self, log: RunLog) -> None:
         started = time.perf_counter()
-        lr = self.schedule.get_lr(self.optimizer.param_groups[0]) if self.iteration else None
+        lr = self.optimizer.param_groups[0]["lr"]
         metrics = self.stepper.step(self._rows())
         self.schedule.step(increment=1)
         self.iteration += 1
@@ -92,7 +92,7 @@ class TrainingRun:
         metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
         metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
         metrics["zero_share"] = report.zero_share
-        metrics["lr"] = lr if lr is not None else self.schedule.get_lr(self.optimizer.param_groups[0])
+        metrics["lr"] = lr
         metrics["consumed_tokens"] = self.consumed_tokens
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]

@@ -1,0 +1,237 @@
+"""Measure one arm against its teacher: held-out loss, distance to the teacher, right answers, zero share.
+
+python -m zeda_megatron.evaluation.measure --student DIR --teacher DIR --heldout FILE --out metrics.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..arguments import parse
+from ..errors import UserError, run_main
+from ..runtime import cpu, process_groups
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What to measure."""
+
+    teacher: str | None = None
+    """Megatron checkpoint of the static model (or a widened one; its zero experts are masked)."""
+
+    student: str | None = None
+    """Megatron checkpoint of the arm. Default: the teacher itself."""
+
+    mask: bool = False
+    """Mask the student's zero experts (static model, for pick rules)."""
+
+    moe_pick_rule: str | None = None
+    """topk=2, skip=0.4 or top_p=0.7. `skip` and `top_p` without a number are tuned to --target-share."""
+
+    target_share: float = 0.5
+    """Zero share that a rule is tuned to, on --calibration."""
+
+    calibration: str | None = None
+    """Rollout file that rules are tuned on (never the held-out one)."""
+
+    heldout: str | None = None
+    """Held-out conversations, jsonl with messages, kind and label."""
+
+    limit: int = 200
+    """Conversations per kind."""
+
+    seq_length: int = 2048
+    """Tokens of a packed row."""
+
+    max_new_tokens: int = 64
+    """Longest answer to a task."""
+
+    out: str | None = None
+    """JSON file for the result."""
+
+
+def measure(
+    student, teacher, held_out, vocab_size: int, tokenizer, seq_length: int, max_new_tokens: int
+) -> dict:
+    """METRICS of the report (without adapt_*), plus `by_kind` and `zero_share_by_layer`.
+
+    Args:
+        student: bare model chunk, its mask and pick rule set as the arm wants them.
+        teacher: `distill.teacher.Teacher`; may hold the same chunk.
+        held_out: `heldout.HeldOut`.
+    """
+    by_kind, layers = {}, None
+    total = defaultdict(float)
+    for kind, rows in held_out.rows_by_kind.items():
+        sums, report = _score(student, teacher, rows, vocab_size, seq_length)
+        slots = sums.pop("tokens_routed")
+        for name, value in sums.items():
+            total[name] += value
+        total["slots"] += slots
+        total["zero"] += slots * report.zero_share
+        shares = torch.tensor([math.nan if s is None else s for s in report.zero_share_by_layer])
+        layers = shares * slots if layers is None else layers + shares * slots
+        by_kind[kind] = {
+            "ce": sums["ce"] / sums["weight"],
+            "kl": sums["kl"] / sums["weight"],
+            "zero_share": report.zero_share,
+        }
+    right = _exact_match(student, held_out.tasks, tokenizer, max_new_tokens)
+    for kind, value in right.items():
+        by_kind[kind]["exact_match"] = value
+    share = total["zero"] / total["slots"]
+    return {
+        "ce": total["ce"] / total["weight"],
+        "kl_to_teacher": total["kl"] / total["weight"],
+        "top1_agreement": total["top1_agreement"] / total["weight"],
+        "exact_match": sum(right.values()) / len(right) if right else None,
+        "zero_share": share,
+        "expert_flops": 1.0 - share,
+        "by_kind": by_kind,
+        "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / total["slots"]).tolist()],
+    }
+
+
+@torch.no_grad()
+def _score(student, teacher, rows, vocab_size, seq_length):
+    from ..distill.losses import LossConfig, distill_loss
+    from ..moe import stats
+    from ..training.step import forward_model
+
+    expected = teacher.hidden_states(rows, seq_length, forward_model)
+    student.eval()
+    student.return_hidden = True
+    stats.reset(student)
+    sums = defaultdict(float)
+    head = student.head_weight()
+    for row, hidden in zip(rows, expected, strict=True):
+        got = forward_model(student, row)
+        _, metrics = distill_loss(
+            got.to(head.dtype),
+            head,
+            hidden,
+            teacher.head_weight(),
+            row.labels.to(got.device),
+            row.loss_mask.to(got.device),
+            LossConfig("forward_kl"),
+            vocab_size=vocab_size,
+        )
+        for name, value in metrics.items():
+            sums[name] += float(value)
+        sums["tokens_routed"] += float((~row.padding_mask).sum())
+    return sums, stats.collect(student, student.config.num_layers, process_groups.device())
+
+
+def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int = 64) -> dict[str, float]:
+    """Share of right greedy answers per family; texts are stripped and compared."""
+    from ..distill.rollout import BuiltinEngine
+    from ..distill.sampling import SamplingConfig
+
+    length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
+    engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length)
+    greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
+    hits, counts = defaultdict(int), defaultdict(int)
+    tasks = sorted(tasks, key=lambda task: len(task.prompt_ids))
+    for start in range(0, len(tasks), batch_size):
+        batch = tasks[start : start + batch_size]
+        made = engine.generate([task.prompt_ids for task in batch], greedy, [0] * len(batch))
+        for task, generation in zip(batch, made):
+            counts[task.kind] += 1
+            hits[task.kind] += tokenizer.decode(generation.response_ids).strip() == task.label
+    return {kind: hits[kind] / counts[kind] for kind in counts}
+
+
+def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float:
+    """Number of a `skip` or `top_p` rule that gives the target share on these rows (bisection)."""
+    from ..moe import stats
+    from ..moe.pick_rules import parse_pick_rule
+    from ..moe.router import set_pick_rule
+    from ..training.step import forward_model
+
+    student.eval()
+    student.return_hidden = True
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        value = (low + high) / 2
+        set_pick_rule(student, parse_pick_rule(f"{name}={value}"))
+        stats.reset(student)
+        with torch.no_grad():
+            for row in rows:
+                forward_model(student, row)
+        share = stats.collect(student, student.config.num_layers, process_groups.device()).zero_share
+        # A larger ratio skips more, a larger p skips less.
+        if (share < target) == (name == "skip"):
+            low = value
+        else:
+            high = value
+    return (low + high) / 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Prints the metrics and writes them to --out."""
+    options = parse(sys.argv[1:] if argv is None else argv, {"measure": MeasureOptions}, prog="measure")[
+        "measure"
+    ]
+    for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
+        if value is None:
+            raise UserError(f"{flag} is missing")
+    cpu.install()
+    process_groups.initialize(process_groups.ParallelConfig())
+    try:
+        result = measure_arm(options)
+    finally:
+        process_groups.destroy()
+    text = json.dumps(result, indent=2)
+    if options.out:
+        from ..checkpoint.state import write_atomically
+
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(options.out), text + "\n")
+    print(text)
+    return 0
+
+
+def measure_arm(options: MeasureOptions) -> dict:
+    """Load teacher and student, tune the rule if asked to, measure."""
+    from ..distill.teacher import Teacher
+    from ..moe.pick_rules import parse_pick_rule
+    from ..moe.router import set_pick_rule, set_zero_mask
+    from .heldout import load_held_out
+    from .models import load_model, load_rows
+
+    teacher_model = load_model(options.teacher)
+    student_model = load_model(options.student) if options.student else teacher_model
+    student, tokenizer = student_model.chunk, teacher_model.tokenizer
+    teacher = Teacher([teacher_model.chunk], "own")
+    set_zero_mask(student, options.mask)
+    rule = options.moe_pick_rule
+    if rule in ("skip", "top_p"):
+        if not options.calibration:
+            raise UserError(
+                f"--moe-pick-rule {rule} without a number needs --calibration, a rollout file to tune it on"
+            )
+        rows = load_rows(options.calibration, tokenizer, options.seq_length, count=8)
+        rule = f"{rule}={tune_rule(student, rule, rows, options.target_share):.6f}"
+    set_pick_rule(student, parse_pick_rule(rule) if rule else None)
+    held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
+    result = measure(
+        student,
+        teacher,
+        held_out,
+        teacher_model.arch.vocab_size,
+        tokenizer,
+        options.seq_length,
+        options.max_new_tokens,
+    )
+    return {**result, **({"rule": rule} if rule else {})}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,51 @@
+"""Load a Megatron checkpoint for measuring: one process, fp32, evaluation mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.hf_files import read_json
+from ..checkpoint.state import load_weights, require_checkpoint
+from ..config import ZeroExpertConfig
+from ..data.conversation import tokenize_rollouts
+from ..data.packing import PackedBatch, PackedDataset
+from ..data.prompts import load_rollouts
+from ..data.tokenizers import ChatTokenizer, load_tokenizer
+from ..errors import UserError
+from ..models.architecture import Architecture, read_architecture
+from ..models.build import build_gpt_model, transformer_config
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    chunk: torch.nn.Module
+    """Bare GPTModel."""
+    arch: Architecture
+    """Its geometry."""
+    tokenizer: ChatTokenizer
+    """Its tokenizer."""
+
+
+def load_model(folder: str) -> LoadedModel:
+    """Load a checkpoint folder written by the converter or by training (needs its hf_config/ and zeda.json)."""
+    root = Path(folder)
+    if not (root / "hf_config").is_dir():
+        raise UserError(f"{root / 'hf_config'} is missing: is {root} a checkpoint of this project?")
+    arch = read_architecture(root / "hf_config")
+    about = read_json(root / "zeda.json") if (root / "zeda.json").is_file() else {}
+    zero = ZeroExpertConfig(about.get("num_zero_experts", 0), about.get("zero_experts_type", "zero"))
+    chunk = build_gpt_model(arch, transformer_config(arch), zero)
+    load_weights([chunk], require_checkpoint(root, "checkpoint"), "checkpoint")
+    return LoadedModel(chunk.eval(), arch, load_tokenizer(root / "hf_config"))
+
+
+def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:
+    """The first packed rows of a rollout file."""
+    samples = tokenize_rollouts(load_rollouts(file), tokenizer, seq_length, "skip", file)
+    packed = PackedDataset(samples, seq_length, tokenizer.pad_id, seed=0)
+    return [packed[i] for i in range(min(count, packed.rows_in_epoch(0)))]
