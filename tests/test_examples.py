@@ -1,0 +1,153 @@
+"""What the examples and documents tell a user to type is understood by the programs they name."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from zeda_megatron.arguments import parse
+from zeda_megatron.errors import UserError
+from zeda_megatron.training.options import GROUPS, Options
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
+LAUNCH = "launch/pretrain_zeda.sh"
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands(text: str, is_script: bool) -> list[list[str]]:
+    """Commands of a script, or of a page's bash blocks, as lists of words without redirections and comments."""
+    blocks = [text] if is_script else re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        inner = re.search(r"\$\((python .*)\)", line)
+        with contextlib.suppress(ValueError):  # lines such as here-documents are not for us
+            words = shlex.split(inner[1] if inner else line, comments=True)
+            found.append(words[: next((i for i, w in enumerate(words) if w in (">", "|", "&&", ";")), None)])
+    return [words for words in found if words]
+
+
+def documented() -> list:
+    """(page, words) of every command that starts training or one of the Python tools."""
+    return [
+        pytest.param(words, id=f"{name(page)}:{' '.join(words)[:60]}")
+        for page in PAGES + SCRIPTS
+        for words in commands(page.read_text(), page.suffix == ".sh")
+        if program(words)
+    ]
+
+
+def program(words: list[str]) -> tuple[str, list[str]] | None:
+    """The file of ours that a command runs, from the repository's top, and its arguments."""
+    for place, word in enumerate(words):
+        file = re.sub(r"^\$\{?(ROOT|HERE)\}?/", "", word)
+        if file == LAUNCH or re.fullmatch(r"(tools|examples)/[\w/]+\.py", file):
+            return file, words[place + 1 :]
+    return None
+
+
+def without_variables(words: list[str]) -> list[str]:
+    """`$WORK/run` stands for any path. A bare `$STEPS` holds flags, and "$@" is the caller's: left out."""
+    kept = [word for word in words if word not in ("$@", "$*", "$STEPS")]
+    return [re.sub(r"\$\{?\w+(:?[-=?][^}]*)?\}?", "1", word) for word in kept]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
+def test_every_yaml_file_is_understood(config):
+    rest = ["--data-path", "x.jsonl", "--rollout-path", "y.jsonl"]
+    Options(**parse(["--config", str(config), *rest], GROUPS)).validate()
+
+
+@pytest.mark.parametrize("words", documented())
+def test_every_documented_command_is_understood(words, monkeypatch):
+    file, arguments = program(words)
+    assert (ROOT / file).is_file()
+    monkeypatch.chdir(ROOT)
+    arguments = without_variables(arguments)
+    if file == LAUNCH:
+        real = [a for a in arguments if a.endswith((".yaml", ".yml")) and (ROOT / a).is_file()]
+        placeholder = [a for a in arguments if a.endswith((".yaml", ".yml")) and not (ROOT / a).is_file()]
+        assert not [a for a in placeholder if a.startswith("examples/")], "no such configuration"
+        if real or not placeholder:
+            parse(arguments, GROUPS)
+        return
+    flags = {a.split("=")[0] for a in arguments if a.startswith("--")}
+    command = arguments[:1] if file == "tools/checkpoint_convert.py" else []
+    known = set(re.findall(r"--[a-z][\w-]*", help_text(file, command)))
+    assert flags <= known
+
+
+def help_text(file: str, command: list[str]) -> str:
+    said = io.StringIO()
+    old = sys.argv
+    sys.argv = [file, *command, "--help"]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+    finally:
+        sys.argv = old
+    return said.getvalue()
+
+
+def test_the_walk_of_the_large_example_is_complete():
+    """Convert, stage 0, stage 1, export, each with the flags it cannot do without."""
+    page = (ROOT / "examples/qwen3_30b_a3b/README.md").read_text()
+    steps = [program(words) for words in commands(page, False) if program(words)]
+    order = [arguments[0] if file.startswith("tools/check") else file for file, arguments in steps]
+    walk = ["hf-to-megatron", "verify", LAUNCH, "examples/qwen3_30b_a3b/plan.py", LAUNCH, "megatron-to-hf"]
+    assert order[: len(walk)] == walk
+    for file, arguments in steps:
+        if file == LAUNCH:
+            options = Options(**parse(without_variables(arguments), GROUPS))
+            options.validate()
+            assert options.model.pretrained_checkpoint
+            assert options.model.stage == "0" or options.run.save
+
+
+def test_the_papers_stage_1_is_what_the_file_says():
+    options = Options(**parse(["--config", str(ROOT / "examples/qwen3_30b_a3b/stage1.yaml")], GROUPS))
+    optimizer, model = options.optimizer, options.model
+    assert (optimizer.lr, optimizer.min_lr, optimizer.lr_warmup_fraction) == (2e-5, 0.0, 0.1)
+    assert (optimizer.weight_decay, optimizer.adam_beta1, optimizer.adam_beta2) == (0.1, 0.9, 0.98)
+    assert (model.moe_zero_expert_weight, model.moe_aux_loss_coeff) == (2.0, 0.1)
+    assert options.data.seq_length == 65536
+    assert optimizer.train_iters == -(-60_000 // 128)
+
+
+@pytest.mark.parametrize("line", ["--pretrained-checkpont x", "--config examples/none.yaml"])
+def test_this_check_sees_a_wrong_command(line):
+    with pytest.raises((UserError, AssertionError)):
+        test_every_documented_command_is_understood([LAUNCH, *line.split()], pytest.MonkeyPatch())
+
+
+def test_plan_counts_rows_as_training_packs_them(tmp_path, capsys, monkeypatch):
+    """Eight conversations of one length, three to a row of 80 tokens: three rows."""
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "examples/qwen3_30b_a3b/plan.py")
+    plan = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plan)
+
+    class Letters:
+        pad_id = 0
+
+    class Sample:
+        tokens, is_response, kind = [1] * 25, [True] * 25, ""
+
+    monkeypatch.setattr(plan, "load_tokenizer", lambda folder: Letters())
+    monkeypatch.setattr(plan, "load_rollouts", lambda files: None)
+    monkeypatch.setattr(plan, "tokenize_rollouts", lambda *_: [Sample()] * 8)
+    flags = ["--data-path", "a", "--tokenizer-model", "b", "--seq-length", "80", "--data-parallel-size", "1"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags, "--conversations", "6"])
+    assert plan.main() == 0
+    assert capsys.readouterr().out == "--global-batch-size 2 --train-iters 2\n"
