@@ -49,7 +49,7 @@ def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> st
         _section(
             "By kind of text",
             "Darker is more. The zero share shows where a model finds experts it can do without.",
-            f'<div class="panels two">{"".join(kinds)}</div>' if any(kinds) else "",
+            f'<div class="panels one">{"".join(kinds)}</div>' if any(kinds) else "",
         ),
         _section("Zero share per layer", "Dashed: the arm's mean.", layer_plots(report, order, arms)),
         _section(

@@ -48,7 +48,7 @@ td.top{font-weight:700}
 .key.square{border-radius:2px}
 .key.hollow{background:transparent;border:2.5px solid var(--c)}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,310px),1fr));gap:24px 28px}
-.panels.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr))}
+.panels.one{grid-template-columns:1fr}
 .panels>*{min-width:0;display:flex;flex-direction:column}
 .panels>*>svg{margin-top:auto}
 .small{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,165px),1fr));gap:18px 26px}
