@@ -5,7 +5,7 @@
 #   torchrun --nproc-per-node 8 launch/pretrain_zeda.sh --config FILE.yaml [--flag value ...]
 #   bash launch/pretrain_zeda.sh --config FILE.yaml [--flag value ...]        one node: all GPUs, or one CPU process
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 bash launch/pretrain_zeda.sh ...   on each node with its own rank
-#   srun bash launch/pretrain_zeda.sh ...                                     one Slurm task is one process
+#   srun bash launch/pretrain_zeda.sh ...                                     several Slurm tasks: one process each
 #
 # Environment: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON; more in launch/env.sh.
 # SIGTERM and SIGUSR1 make the run save and exit 0. Exit code: that of the training, 2 for a wrong option or file.
@@ -31,9 +31,13 @@ gpus() { # GPUs that this process may use
   fi
 }
 
-from_slurm() { # a task of srun is one process: Slurm has started them all, torchrun is not needed
+one_of_many() { # a task of srun; the script given to sbatch sees the same variables, but no step of srun
+  [[ -n ${SLURM_PROCID:-} && ${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}} -gt 1 ]] &&
+    [[ ${ENVIRONMENT:-} != BATCH || -n ${SLURM_STEP_ID:-} ]]
+}
+
+from_slurm() { # each task is one process: Slurm has started them all, torchrun is not needed
   local tasks=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
-  ((tasks > 1)) || alone "$@"
   export RANK=$SLURM_PROCID WORLD_SIZE=$tasks LOCAL_RANK=${SLURM_LOCALID:?is missing: start with srun}
   if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=127.0.0.1
@@ -62,15 +66,11 @@ by_torchrun() { # one node: --standalone finds a free port; several: the caller 
   exec "$python" -u -m zeda_megatron.runtime.elastic "${place[@]}" --nproc-per-node "$1" "$script" "${@:2}"
 }
 
-batch_script() { # the script given to sbatch sees Slurm's variables too, but is no task of srun
-  [[ ${ENVIRONMENT:-} == BATCH && -z ${SLURM_STEP_ID:-} ]]
-}
-
 start() {
   local processes=${NPROC_PER_NODE:-}
   if [[ -n ${TORCHELASTIC_RUN_ID:-} && -n ${LOCAL_RANK:-} ]]; then
     exec "$python" -u "$script" "$@" # torchrun --no-python
-  elif [[ -n ${SLURM_PROCID:-} && -n ${SLURM_NTASKS:-} ]] && ! batch_script; then
+  elif one_of_many; then
     from_slurm "$@"
   fi
   [[ -n $processes ]] || processes=$(gpus)

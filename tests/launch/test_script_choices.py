@@ -129,11 +129,19 @@ def test_without_scontrol_the_master_must_be_named(launch):
 
 
 def test_the_script_given_to_sbatch_is_no_task_of_srun(launch):
-    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "ENVIRONMENT": "BATCH"}
-    _, arguments, _, _ = launch(**batch, NPROC_PER_NODE="8")
-    assert "--standalone" in arguments
-    _, arguments, _, _ = launch(**batch, NPROC_PER_NODE="8", SLURM_STEP_ID="0")
-    assert arguments == ["-u", str(SCRIPT)]
+    """It sees SLURM_PROCID=0 and the job's SLURM_NTASKS, and would wait for tasks that nobody starts."""
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "ENVIRONMENT": "BATCH"}
+    _, arguments, variables, _ = launch(**batch, NPROC_PER_NODE="8")
+    assert "--standalone" in arguments and variables["RANK"] == "unset"
+    _, arguments, variables, _ = launch(**batch, NPROC_PER_NODE="8", SLURM_STEP_ID="0")
+    assert arguments == ["-u", str(SCRIPT)] and variables["WORLD_SIZE"] == "8"
+
+
+def test_a_single_task_is_a_node_like_any_other(launch):
+    """`srun --pty bash` on a node with GPUs, and a step of one task in a job of several."""
+    one = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
+    assert launch(**one)[1] == ["-u", str(SCRIPT)]
+    assert "--standalone" in launch(**one, CUDA_VISIBLE_DEVICES="0,1")[1]
 
 
 def test_help_is_printed_once(launch):
