@@ -1,13 +1,17 @@
 """Shared by all tests: the CPU runtime goes in before any Megatron import."""
 
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import tempfile
 
 import pytest
 
-from zeda_megatron.runtime import cpu
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Copies that `datasets` makes of test files go when the tests end.
+_CACHE = tempfile.TemporaryDirectory(prefix="zeda-datasets-")
+os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
+
+from zeda_megatron.runtime import cpu  # noqa: E402
 
 cpu.install()
 
@@ -18,3 +22,11 @@ def one_process():
     from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
 
     initialize(ParallelConfig())
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny HF model, its Megatron checkpoints and data, on disk."""
+    from tiny_world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
 import types
@@ -162,6 +163,7 @@ def _convert(file: str, key: str, value: Any, kind: type) -> Any:
     raise UserError(f"{file}: key {key!r} wants {kind.__name__}, got {value!r}")
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, for help texts."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body

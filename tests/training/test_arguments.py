@@ -143,11 +143,8 @@ def test_help_shows_text_and_default_of_every_flag(capsys):
             ["--moe-token-dispatcher-type 'flex'", "alltoall, allgather"],
         ),
         (["--recompute-granularity", "some"], ["--recompute-granularity 'some'", "full, selective"]),
-        (
-            ["--recompute-granularity", "selective", "--zero-experts-type", "copy"],
-            ["--recompute-granularity selective"],
-        ),
         (["--distill-loss", "kl"], ["--distill-loss", "'kl'", "forward_kl"]),
+        (["--zero-experts-type", "x"], ["--zero-experts-type 'x'", "zero, copy, learned"]),
         (["--expert-backend", "x"], ["--expert-backend 'x'"]),
         (["--group-loss-variant", "x"], ["--group-loss-variant 'x'"]),
         (["--context-parallel-size", "2"], ["--context-parallel-size"]),

@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import UserError
 
@@ -52,9 +54,16 @@ def find_checkpoint(root: str | Path) -> Path | None:
         )
         if name and is_complete(named):
             return named
-    whole = [p for p in root.glob("iter_*") if _ITERATION.fullmatch(p.name) and is_complete(p)]
-    whole += [p for p in (root / "release",) if is_complete(p)]
-    return max(whole, key=lambda p: (p.name != "release", p.name), default=None)
+    whole = [folder for folder in _iterations(root) if is_complete(folder)]
+    if whole:
+        return whole[-1]
+    return root / "release" if is_complete(root / "release") else None
+
+
+def _iterations(root: Path) -> list[Path]:
+    """Folders `iter_*`, oldest first."""
+    found = ((_ITERATION.fullmatch(folder.name), folder) for folder in root.glob("iter_*"))
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found if match)]
 
 
 def require_checkpoint(root: str | Path, flag: str) -> Path:
@@ -84,44 +93,71 @@ def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], kee
 
     Args:
         state: Megatron sharded state dict (`model`, `optimizer`) plus plain values that are equal on all ranks.
-        keep: keep only the newest so many `iter_*` folders; 0 keeps all.
+        keep: keep only so many `iter_*` folders, this one and the newest; 0 keeps all.
     """
     root = Path(root)
     final = root / f"iter_{iteration:07d}"
     partial = root / f".{final.name}.partial"
     if _is_rank0():
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in (*root.glob(".iter_*.partial"), *root.glob(".iter_*.deleted")):
+            shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    dist_checkpointing.save(state, str(partial))
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"--save {root}: cannot be written ({_first_line(cause)})") from error
     barrier()
     if _is_rank0():
-        if final.exists():
-            shutil.rmtree(final)
+        replaced = _set_aside(final) if final.exists() else None
         os.replace(partial, final)
         write_atomically(root / TRACKER, str(iteration))
-        if keep > 0:
-            folders = sorted(p for p in root.glob("iter_*") if _ITERATION.fullmatch(p.name))
-            for old in folders[:-keep]:
+        others = [folder for folder in _iterations(root) if folder != final]
+        surplus = others[: len(others) - (keep - 1)] if keep > 0 else []
+        for old in (replaced, *map(_set_aside, surplus)):
+            if old is not None:
                 shutil.rmtree(old, ignore_errors=True)
     barrier()
     return final
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename before deleting: a process killed meanwhile leaves no half folder that is called `iter_*`."""
+    aside = folder.with_name(f".{folder.name}.deleted")
+    os.replace(folder, aside)
+    return aside
 
 
 def load_checkpoint(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
     """Load `folder` into a sharded state dict. Raises `UserError` naming folder and reason."""
     try:
         return dist_checkpointing.load(state, str(folder))
-    except CheckpointingException as error:
-        raise UserError(f"{flag} {folder}: does not fit this model: {_first_line(error)}") from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{flag} {folder}: cannot be read ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+    except CheckpointException as error:  # a BaseException: what went wrong on some ranks
+        cause = next(iter(error.failures.values()))[0]
+    except (
+        CheckpointingException,
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        UnpicklingError,
+    ) as error:
+        cause = error
+    if isinstance(cause, (CheckpointingException, KeyError)):
+        raise UserError(f"{flag} {folder}: does not fit this model: {_first_line(cause)}") from cause
+    raise UserError(
+        f"{flag} {folder}: cannot be read ({type(cause).__name__}: {_first_line(cause)})"
+    ) from cause
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    # Megatron would list every tensor that it did find.
+    name, missing, _ = text.partition(" from model not in state dict")
+    if missing:
+        return f"it has no {name}"
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 

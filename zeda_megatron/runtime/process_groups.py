@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -85,9 +86,7 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
-        # Megatron would make the same one later, with a warning that means nothing to a user.
-        rerun_state_machine.destroy_rerun_state_machine()
-        rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.DISABLED)
+        _disable_reruns(rerun_state_machine)
     # Seeds differ between pipeline stages and, inside Megatron's tracker, between tensor and expert ranks.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
@@ -111,6 +110,16 @@ def device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def _disable_reruns(module) -> None:
+    # Megatron would do the same later, with warnings that mean nothing to a user.
+    logger = logging.getLogger(module.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    module.destroy_rerun_state_machine()
+    module.initialize_rerun_state_machine(mode=module.RerunMode.DISABLED)
+    logger.setLevel(level)
 
 
 def _place() -> tuple[int, int, int]:

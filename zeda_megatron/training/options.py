@@ -29,8 +29,8 @@ class ModelOptions:
     num_zero_experts: int | None = None
     """Nz. Default: as many as the checkpoint has."""
 
-    zero_experts_type: str = "zero"
-    """zero, copy or learned."""
+    zero_experts_type: str | None = None
+    """zero, copy or learned. Default: as the checkpoint was converted."""
 
     moe_zero_expert_weight: float = 2.0
     """w: the group loss is least at a zero share of w*Nz/(N+w*Nz)."""
@@ -68,12 +68,12 @@ class ModelOptions:
     recompute_granularity: str | None = None
     """None, full or selective activation recomputation."""
 
-    def zero(self, num_zero_experts: int) -> ZeroExpertConfig:
+    def zero(self, num_zero_experts: int, zero_experts_type: str) -> ZeroExpertConfig:
         """The zero-expert config of this run."""
         grouped = self.moe_router_load_balancing_type == "grouped_aux_loss"
         return ZeroExpertConfig(
             num_zero_experts=num_zero_experts,
-            zero_experts_type=self.zero_experts_type,
+            zero_experts_type=zero_experts_type,
             group_loss_coeff=self.moe_aux_loss_coeff if grouped else 0.0,
             moe_zero_expert_weight=self.moe_zero_expert_weight,
             group_loss_variant=self.group_loss_variant,
@@ -284,7 +284,7 @@ class Options:
                 ("grouped_aux_loss", "aux_loss", "seq_aux_loss", "none"),
             ),
             ("--moe-token-dispatcher-type", self.model.moe_token_dispatcher_type, ("alltoall", "allgather")),
-            ("--zero-experts-type", self.model.zero_experts_type, ZERO_EXPERT_TYPES),
+            ("--zero-experts-type", self.model.zero_experts_type or "zero", ZERO_EXPERT_TYPES),
             ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.model.group_loss_scope, GROUP_LOSS_SCOPES),
             ("--recompute-granularity", self.model.recompute_granularity or "full", ("full", "selective")),
@@ -339,7 +339,3 @@ class Options:
             raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")
         if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
             raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")
-        if self.model.recompute_granularity == "selective" and self.model.zero_experts_type != "zero":
-            raise UserError(
-                "--recompute-granularity selective is not supported with copy or learned zero experts"
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,21 +48,45 @@ def hf_folder(options: ModelOptions) -> Path:
     if options.hf_config:
         return Path(options.hf_config)
     if options.pretrained_checkpoint:
-        beside = Path(options.pretrained_checkpoint) / "hf_config"
-        if beside.is_dir():
+        beside = _beside(options.pretrained_checkpoint, "hf_config")
+        if beside is not None:
             return beside
-        raise UserError(f"{beside} is missing: give --hf-config, the folder of the HF model")
+        raise UserError(
+            f"{Path(options.pretrained_checkpoint) / 'hf_config'} is missing: give --hf-config, the folder of the "
+            "HF model"
+        )
     raise UserError("--hf-config is missing: give the folder of the HF model")
 
 
-def num_zero_experts(options: ModelOptions, arch: Architecture) -> int:
-    """--num-zero-experts, or as many as the checkpoint was converted with."""
+def zero_experts(
+    options: ModelOptions, arch: Architecture, checkpoint: str | None = None
+) -> ZeroExpertConfig:
+    """Zero experts of the run: what the flags say, else what the checkpoint was converted with.
+
+    Raises `UserError` for flags that would drop parameters of the checkpoint.
+    """
+    checkpoint = checkpoint or options.pretrained_checkpoint
+    number, kind = arch.num_zero_experts, "zero"
+    about = _beside(checkpoint, "zeda.json") if checkpoint else None
+    if about is not None:
+        facts = read_json(about)
+        number, kind = facts.get("num_zero_experts", 0), facts.get("zero_experts_type", "zero")
+    if kind == "learned" and options.zero_experts_type not in (None, kind):
+        raise UserError(
+            f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has learned zero experts, which this "
+            "would drop; leave the flag away"
+        )
     if options.num_zero_experts is not None:
-        return options.num_zero_experts
-    about = Path(options.pretrained_checkpoint or "") / "zeda.json"
-    if options.pretrained_checkpoint and about.is_file():
-        return read_json(about).get("num_zero_experts", 0)
-    return arch.num_zero_experts
+        number = options.num_zero_experts
+    return options.zero(number, options.zero_experts_type or kind)
+
+
+def _beside(checkpoint: str, name: str) -> Path | None:
+    """A file or folder in a checkpoint folder, or one above a given `iter_*` or `release` folder."""
+    folder = Path(checkpoint)
+    if folder.name == "release" or folder.name.startswith("iter_"):
+        folder = folder.parent
+    return folder / name if (folder / name).exists() else None
 
 
 def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -> list[torch.nn.Module]:
@@ -96,7 +120,11 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
 def build_student(options: Options) -> Student:
     """Build, load and wrap the student."""
     arch = read_architecture(hf_folder(options.model))
-    zero = options.model.zero(num_zero_experts(options.model, arch))
+    zero = zero_experts(options.model, arch)
+    if options.model.recompute_granularity == "selective" and zero.zero_experts_type != "zero":
+        raise UserError(
+            f"--recompute-granularity selective is not supported with {zero.zero_experts_type} zero experts; use full"
+        )
     chunks = build_chunks(options, arch, zero)
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
@@ -136,7 +164,12 @@ def build_teacher(options: Options, student: Student) -> Teacher:
                 "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal it"
             )
         return Teacher(student.chunks, mode)
-    chunks = build_chunks(options, student.arch, student.zero)
+    zero = student.zero
+    if options.distill.teacher_load and _beside(source, "zeda.json"):
+        # The teacher may be the static checkpoint: its zero experts are masked anyway.
+        plain = replace(options.model, num_zero_experts=None, zero_experts_type=None)
+        zero = zero_experts(plain, student.arch, source)
+    chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
     load_weights(chunks, require_checkpoint(source, "--teacher-load"), "--teacher-load")
     if options.model.bf16:
         for chunk in chunks:

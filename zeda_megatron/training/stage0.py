@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.router import set_zero_mask
 from .options import Options
-from .setup import build_chunks, hf_folder, num_zero_experts
+from .setup import build_chunks, hf_folder, zero_experts
 from .signals import StopRequest
 
 
@@ -48,7 +48,7 @@ def run_stage0(options: Options) -> int:
     if rank0:
         file.open()
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
-    zero = replace(options.model.zero(num_zero_experts(options.model, arch)), group_loss_coeff=0.0)
+    zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
     load_weights(chunks, require_checkpoint(source, "--pretrained-checkpoint"), "--pretrained-checkpoint")
     set_zero_mask(chunks, True)  # the teacher is the static model

@@ -1,0 +1,135 @@
+"""A whole tiny world on disk: an HF model with tokenizer, its Megatron checkpoints, rollouts and prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+WORDS = "one two three red green blue cat dog bird runs sleeps eats the a and then 1 2 3 4 5 6 7 8 9".split()
+MODEL = {"vocab_size": 272, "max_position_embeddings": 256}
+"""Bytes, three markers and some rows of padding that no tokenizer knows."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths of everything."""
+
+    hf: Path
+    """Hugging Face folder: weights, config, byte tokenizer with a chat template."""
+    static: Path
+    """Megatron checkpoint without zero experts."""
+    dynamic: Path
+    """The same with 4 zero experts."""
+    rollouts: Path
+    """Conversations (jsonl)."""
+    prompts: Path
+    """Questions (jsonl)."""
+
+
+def make_world(folder: Path, **changes) -> World:
+    """Write the files; `changes` are config keys of the model."""
+    from zeda_megatron.checkpoint.convert import hf_to_megatron
+
+    world = World(*(folder / name for name in ("hf", "static", "dynamic", "rollouts.jsonl", "prompts.jsonl")))
+    tiny.hf_model(std=0.1, **(MODEL | changes)).save_pretrained(world.hf)
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", "<|pad|>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=CHATML
+    ).save_pretrained(world.hf)
+    hf_to_megatron(world.hf, world.static)
+    hf_to_megatron(world.hf, world.dynamic, num_zero_experts=4)
+    draw = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(words))
+
+    rows = [{"role": "user", "content": text(draw.randint(1, 4))} for _ in range(60)]
+    world.rollouts.write_text(
+        "".join(
+            json.dumps({"messages": [row, {"role": "assistant", "content": text(draw.randint(1, 12))}]})
+            + "\n"
+            for row in rows
+        )
+    )
+    world.prompts.write_text(
+        "".join(json.dumps({"prompt": text(i % 5 + 1), "label": i}) + "\n" for i in range(9))
+    )
+    return world
+
+
+def options(world: World, *flags: str, **values):
+    """Options of a stage 1 run of the dynamic model; keyword arguments are fields."""
+    from zeda_megatron.arguments import parse
+    from zeda_megatron.training.options import GROUPS, Options
+
+    fields = {
+        "pretrained_checkpoint": world.dynamic,
+        "data_path": world.rollouts,
+        "seq_length": 128,
+        "global_batch_size": 4,
+        "train_iters": 6,
+        "lr": 1e-2,
+        "loss_chunk_tokens": 32,
+    } | values
+    argv = ["--no-progress", *flags]
+    for name, value in fields.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(flag if value else "--no-" + flag[2:])
+        elif value is not None:
+            argv += [flag, str(value)]
+    made = Options(**parse(argv, GROUPS))
+    made.validate()
+    return made
+
+
+def start(world: World, *flags: str, **values):
+    """A `TrainingRun`, ready to go, in this process."""
+    from zeda_megatron.training.loop import TrainingRun
+
+    return TrainingRun(options(world, *flags, **values))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state, by path."""
+    found = {}
+    if torch.is_tensor(value):
+        found[prefix] = value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            found |= tensors(item, f"{prefix}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            found |= tensors(item, f"{prefix}/{i}")
+    return found
+
+
+def snapshot(run) -> dict[str, torch.Tensor]:
+    """Copies of all weights and optimizer states of a run."""
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "model": [chunk.state_dict() for chunk in run.student.chunks],
+    }
+    return {name: tensor.detach().clone() for name, tensor in tensors(state).items()}
