@@ -59,3 +59,13 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run", "--debug"])
     with pytest.raises(UserError):
         run_worker(wrong)
+
+
+def test_ctrl_c_leaves_no_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_worker(interrupted)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
 
     Rank 0 prints at once. The others, if nobody has ended them after `patience` seconds, print their own line
     with their rank: the mistake is on their host only, such as a missing file. `--debug` on the command line (or
-    ZEDA_DEBUG=1) lets the traceback through.
+    ZEDA_DEBUG=1) lets the traceback through. Ctrl-C ends with 130, as shells expect.
     """
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -32,6 +33,10 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
         _tell_torchrun(f"error: {error}")
         print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if not rank:
+            print("interrupted: what was not saved is lost (SIGTERM would save)", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(code or 0)
 
 
