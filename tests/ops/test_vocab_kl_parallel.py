@@ -75,6 +75,16 @@ def check_collectives_per_chunk(group, kind, expected):
     assert (gather.call_count, reduce.call_count) == (3, 3 * (expected - 1)), kind
 
 
+def check_agreement_compares_global_columns(rank, group):
+    """The teacher's best column is the student's on the other rank, at the same place there."""
+    hidden_TH, weight_VH, *_, labels_T, _ = inputs(torch.float32, VOCAB)
+    other_VH = weight_VH.roll(VOCAB // RANKS, dims=0)
+    mine = slice(rank * VOCAB // RANKS, (rank + 1) * VOCAB // RANKS)
+    tensors = (hidden_TH, weight_VH[mine], hidden_TH, other_VH[mine], labels_T, torch.ones(TOKENS))
+    _, metrics, *_ = run(fused_distill_loss, *tensors, kind="forward_kl", tp_group=group)
+    assert metrics["top1_agreement"] == 0
+
+
 def worker(rank, folder):
     group = start(rank, folder)
     for kind in KINDS:
@@ -84,6 +94,7 @@ def worker(rank, folder):
         check_split_equals_whole(rank, group, kind, 9, torch.float32, 3e-6)  # the last rank is all padding
         check_split_equals_whole(rank, group, kind, VOCAB, torch.float64, 1e-12, whole_numbers=True)  # ties
         check_collectives_per_chunk(group, kind, expected=2 if kind == "jsd" else 1)
+    check_agreement_compares_global_columns(rank, group)
     dist.destroy_process_group()
     # Not the interpreter's own exit: there gloo's threads may still let go of a tensor, which aborts the process
     # (https://github.com/pytorch/pytorch/pull/179291). A failed check has raised before.
