@@ -26,7 +26,7 @@ class LossConfig:
     temperature: float = 1.0
     """Divides the logits of both models. The loss is not multiplied by its square."""
     chunk_tokens: int = 1024
-    """Tokens whose logits exist at the same time: about 20 bytes * chunk_tokens * vocabulary / TP."""
+    """Tokens whose logits exist at the same time: 16 to 20 bytes * chunk_tokens * vocabulary / TP."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
