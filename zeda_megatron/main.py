@@ -13,8 +13,7 @@ from .runtime import cpu
 def main(argv: list[str] | None = None) -> int:
     """Parse options, start the process groups, run the stage. Returns the exit code."""
     cpu.install()
-    # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    _quiet()
     from .runtime import process_groups
     from .training.options import GROUPS, Options
 
@@ -31,6 +30,15 @@ def main(argv: list[str] | None = None) -> int:
         return TrainingRun(options).run()
     finally:
         process_groups.destroy()
+
+
+def _quiet() -> None:
+    """Silence what a user can do nothing about, and nothing else."""
+    # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
+    for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""The entry point as a process: what the terminal shows, exit codes, signals."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_world
+import torch
+
+from zeda_megatron.checkpoint.state import find_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(*flags: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONWARNINGS", None)
+    command = [sys.executable, "-m", "zeda_megatron.main", *map(str, flags)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def flags_of(world, save, **values) -> list[str]:
+    fields = {"seq_length": 128, "global_batch_size": 4, "lr": 1e-2, "loss_chunk_tokens": 32} | values
+    flags = ["--pretrained-checkpoint", world.dynamic, "--data-path", world.rollouts, "--save", save]
+    return flags + [
+        part for name, value in fields.items() for part in ("--" + name.replace("_", "-"), str(value))
+    ]
+
+
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= count):
+        time.sleep(0.05)
+
+
+def test_a_run_shows_its_progress_bar_alone_and_sigterm_ends_it_with_0(world, tmp_path):
+    process = start(*flags_of(world, tmp_path, train_iters=5000, save_interval=2))
+    wait_for_steps(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    step = len(tiny_world.read_metrics(tmp_path))
+    assert find_checkpoint(tmp_path).name == f"iter_{step:07d}" and 3 <= step < 5000
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
+    bar, rest = [line for line in lines if "/5000" in line], [line for line in lines if "/5000" not in line]
+    assert bar and rest == [f"stopped at step {step} on request; saved step {step}"]
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--num-zero-expert", "3"],
+            "error: unknown argument --num-zero-expert; did you mean --num-zero-experts?",
+        ),
+        (
+            ["--data-path", "/nowhere.jsonl", "--pretrained-checkpoint", "DYNAMIC"],
+            "error: /nowhere.jsonl: no such file",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(world, flags, words):
+    process = start(*[str(world.dynamic) if flag == "DYNAMIC" else flag for flag in flags])
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 2 and out == ""
+    assert err.startswith(words) and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_loses_nothing_that_was_saved(world, tmp_path, one_process):
+    """A run that saves after every step is killed again and again; the end equals the run that was not."""
+    straight = tiny_world.start(world, save=tmp_path / "straight", train_iters=12)
+    straight.run()
+    draw, folder, saved, kills = random.Random(0), tmp_path / "killed", 0, 0
+    flags = flags_of(world, folder, train_iters=12, save_interval=1)
+    while saved < 12:
+        process = start(*flags, "--no-progress")
+        wait_for_steps(folder, saved + 1, process)
+        time.sleep(draw.random() * 2)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, err = process.communicate(timeout=200)
+        assert "Traceback" not in err
+        found = find_checkpoint(folder)
+        now = int(found.name.split("_")[1]) if found else 0
+        assert now >= saved
+        saved = now
+    assert kills > 2
+    end = tiny_world.start(world, save=folder, train_iters=12)
+    for name, tensor in tiny_world.snapshot(straight).items():
+        assert torch.equal(tiny_world.snapshot(end)[name], tensor), name
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert tiny_world.read_metrics(folder) == tiny_world.read_metrics(tmp_path / "straight")
+    shutil.rmtree(folder)
