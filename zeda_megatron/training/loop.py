@@ -25,6 +25,7 @@ from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import load_tokenizer
 from ..errors import UserError
+from ..models.architecture import read_architecture
 from ..moe import stats
 from ..runtime.process_groups import device
 from .log import RunLog
@@ -162,6 +163,12 @@ def build_dataset(options: Options) -> PackedDataset:
     tokenizer = load_tokenizer(
         data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
     )
+    arch = read_architecture(hf_folder(options.model))
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {arch.vocab_size} rows: "
+            "give the tokenizer that belongs to the model with --tokenizer-model"
+        )
     samples = tokenize_rollouts(
         load_rollouts(data.data_path), tokenizer, data.seq_length, data.overlong, ", ".join(data.data_path)
     )
