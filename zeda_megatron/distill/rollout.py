@@ -45,9 +45,17 @@ class BuiltinEngine:
         stop_ids: token ids that end an answer.
         pad_id: fed where a row has nothing to say.
         max_length: longest prompt plus answer.
+        vocab_size: ids from here on are never sampled: an embedding may have rows that no tokenizer knows.
     """
 
-    def __init__(self, model: torch.nn.Module, stop_ids: set[int], pad_id: int, max_length: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        stop_ids: set[int],
+        pad_id: int,
+        max_length: int,
+        vocab_size: int | None = None,
+    ):
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             raise UserError(
                 "generation needs --pipeline-model-parallel-size 1; use tensor or expert parallelism"
@@ -55,6 +63,7 @@ class BuiltinEngine:
         if parallel_state.get_context_parallel_world_size() > 1:
             raise UserError("generation needs --context-parallel-size 1")
         self.model, self.stop_ids, self.pad_id, self.max_length = model, stop_ids, pad_id, max_length
+        self.vocab_size = vocab_size
 
     @torch.no_grad()
     def generate(
@@ -118,7 +127,7 @@ class _Batch:
         else:
             self.context.enable_prefill_mode()
         logits = model(tokens, positions, None, inference_context=self.context, runtime_gather_output=True)
-        return logits[:, -1]
+        return logits[:, -1, : self.engine.vocab_size]
 
     def _extend(self, logits_BV: torch.Tensor, at: int) -> None:
         """Fill position `at`: from the prompt, or sampled."""

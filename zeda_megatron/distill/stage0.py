@@ -73,7 +73,7 @@ class RolloutFile:
                 raise UserError(
                     f"{self.path} exists but {self.meta.name} does not: give another --rollout-path"
                 )
-            before = json.loads(self.meta.read_text())
+            before = self._settings_before()
             for name, value in self.settings.items():
                 if before.get(name) != value:
                     raise UserError(
@@ -83,6 +83,15 @@ class RolloutFile:
             self._read()
         else:
             self.meta.write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    def _settings_before(self) -> dict:
+        try:
+            before = json.loads(self.meta.read_text())
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{self.meta}: not readable; repair it, or give another --rollout-path")
+        return before
 
     def _read(self) -> None:
         with open(self.path, "rb+") as file:

@@ -48,9 +48,9 @@ def hf_folder(options: ModelOptions) -> Path:
     if options.hf_config:
         return Path(options.hf_config)
     if options.pretrained_checkpoint:
-        beside = _beside(options.pretrained_checkpoint, "hf_config")
-        if beside is not None:
-            return beside
+        folder = beside(options.pretrained_checkpoint, "hf_config")
+        if folder is not None:
+            return folder
         raise UserError(
             f"{Path(options.pretrained_checkpoint) / 'hf_config'} is missing: give --hf-config, the folder of the "
             "HF model"
@@ -67,7 +67,7 @@ def zero_experts(
     """
     checkpoint = checkpoint or options.pretrained_checkpoint
     number, kind = arch.num_zero_experts, "zero"
-    about = _beside(checkpoint, "zeda.json") if checkpoint else None
+    about = beside(checkpoint, "zeda.json") if checkpoint else None
     if about is not None:
         facts = read_json(about)
         number, kind = facts.get("num_zero_experts", 0), facts.get("zero_experts_type", "zero")
@@ -81,7 +81,7 @@ def zero_experts(
     return options.zero(number, options.zero_experts_type or kind)
 
 
-def _beside(checkpoint: str, name: str) -> Path | None:
+def beside(checkpoint: str, name: str) -> Path | None:
     """A file or folder in a checkpoint folder, or one above a given `iter_*` or `release` folder."""
     folder = Path(checkpoint)
     if folder.name == "release" or folder.name.startswith("iter_"):
@@ -165,7 +165,7 @@ def build_teacher(options: Options, student: Student) -> Teacher:
             )
         return Teacher(student.chunks, mode)
     zero = student.zero
-    if options.distill.teacher_load and _beside(source, "zeda.json"):
+    if options.distill.teacher_load and beside(source, "zeda.json"):
         # The teacher may be the static checkpoint: its zero experts are masked anyway.
         plain = replace(options.model, num_zero_experts=None, zero_experts_type=None)
         zero = zero_experts(plain, student.arch, source)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..data.tokenizers import load_tokenizer
 from ..distill.rollout import BuiltinEngine
@@ -16,7 +17,7 @@ from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.router import set_zero_mask
 from .options import Options
-from .setup import build_chunks, hf_folder, zero_experts
+from .setup import beside, build_chunks, hf_folder, zero_experts
 from .signals import StopRequest
 
 
@@ -41,18 +42,23 @@ def run_stage0(options: Options) -> int:
     questions = make_questions(
         options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
     )
-    file = RolloutFile(
-        options.generate.rollout_path, sampling_settings(sampling, Path(source).resolve().name)
-    )
+    folder = require_checkpoint(source, "--pretrained-checkpoint")
+    file = RolloutFile(options.generate.rollout_path, sampling_settings(sampling, teacher_id(source, folder)))
     rank0 = torch.distributed.get_rank() == 0
     if rank0:
         file.open()
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
-    load_weights(chunks, require_checkpoint(source, "--pretrained-checkpoint"), "--pretrained-checkpoint")
+    load_weights(chunks, folder, "--pretrained-checkpoint")
     set_zero_mask(chunks, True)  # the teacher is the static model
-    engine = BuiltinEngine(chunks[0], tokenizer.eos_ids, tokenizer.pad_id, arch.max_position_embeddings)
+    engine = BuiltinEngine(
+        chunks[0],
+        tokenizer.eos_ids,
+        tokenizer.pad_id,
+        arch.max_position_embeddings,
+        min(tokenizer.vocab_size, arch.vocab_size),
+    )
     with StopRequest() as stop:
         count = answer_questions(
             questions,
@@ -65,6 +71,13 @@ def run_stage0(options: Options) -> int:
             should_stop=stop.agreed,
         )
     if rank0:
-        left = len(questions) - len(file.answered)
+        left = sum(question.key not in file.answered for question in questions)
         print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
     return 0
+
+
+def teacher_id(source: str, folder: Path) -> str:
+    """What tells one teacher from another: hash of the converted model, else the names of its folders."""
+    about = beside(source, "zeda.json")
+    facts = read_json(about) if about is not None else {}
+    return facts.get("source_sha256") or f"{folder.resolve().parent.name}/{folder.name}"

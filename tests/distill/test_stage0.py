@@ -1,0 +1,254 @@
+"""Stage 0: every question is answered once, whatever interrupts it."""
+
+import json
+
+import pytest
+import tiny_world
+
+from zeda_megatron.data.prompts import load_rollouts
+from zeda_megatron.data.tokenizers import load_tokenizer
+from zeda_megatron.distill.rollout import BuiltinEngine
+from zeda_megatron.distill.sampling import SamplingConfig
+from zeda_megatron.distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
+from zeda_megatron.errors import UserError
+from zeda_megatron.training.stage0 import run_stage0
+
+pytestmark = pytest.mark.usefixtures("one_process")
+SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, seed=5)
+
+
+class Counting:
+    """An engine that notes what it is asked, and may die."""
+
+    def __init__(self, engine, die_at=None):
+        self.engine, self.asked, self.die_at = engine, [], die_at
+
+    def generate(self, prompts, sampling, stream_ids):
+        if self.die_at is not None and len(self.asked) >= self.die_at:
+            raise KeyboardInterrupt
+        self.asked += list(zip(map(tuple, prompts), stream_ids))
+        return self.engine.generate(prompts, sampling, stream_ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return load_tokenizer(world.hf)
+
+
+@pytest.fixture(scope="module")
+def engine(world, tokenizer):
+    import tiny
+
+    hf = tiny.hf_model(std=0.1, **tiny_world.MODEL)
+    return BuiltinEngine(tiny.megatron_model(hf), tokenizer.eos_ids, tokenizer.pad_id, max_length=64)
+
+
+def opened(path, sampling=SAMPLING, teacher="t"):
+    file = RolloutFile(path, sampling_settings(sampling, teacher))
+    file.open()
+    return file
+
+
+def answer(world, tokenizer, engine, path, batch_size=4, samples=2, sampling=SAMPLING, **kwargs):
+    questions = make_questions([str(world.prompts)], tokenizer, 64, samples)
+    return answer_questions(
+        questions, engine, tokenizer, sampling, opened(path, sampling), batch_size, progress=False, **kwargs
+    )
+
+
+def by_key(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    keys = [line["key"] for line in lines]
+    assert len(set(keys)) == len(keys)
+    return {line["key"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(world, tokenizer, engine, tmp_path_factory):
+    """All answers, without interruption."""
+    path = tmp_path_factory.mktemp("stage0") / "a.jsonl"
+    assert answer(world, tokenizer, engine, path) == 18
+    return by_key(path)
+
+
+def test_every_prompt_gets_its_answers_in_the_format_that_training_reads(world, whole, tmp_path, tokenizer):
+    prompts = [json.loads(line) for line in world.prompts.read_text().splitlines()]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in whole.values()))
+    rollouts = list(load_rollouts(path))
+    assert sorted(r.messages[0]["content"] for r in rollouts) == sorted(
+        p["prompt"] for p in prompts for _ in range(2)
+    )
+    for rollout in rollouts:
+        question, reply = rollout.messages
+        assert (question["role"], reply["role"]) == ("user", "assistant")
+        assert rollout.label == next(p["label"] for p in prompts if p["prompt"] == question["content"])
+        assert rollout.prompt_ids == tokenizer.chat_ids([question], add_generation_prompt=True)
+        assert reply["content"] == tokenizer.decode(rollout.response_ids)
+        assert 1 <= len(rollout.response_ids) <= 6
+        assert rollout.finish_reason == (
+            "stop" if rollout.response_ids[-1] in tokenizer.eos_ids else "length"
+        )
+
+
+def test_two_answers_to_one_prompt_differ(whole):
+    pairs = {}
+    for key, line in whole.items():
+        pairs.setdefault(key.rsplit("-", 1)[0], []).append(line["response_ids"])
+    assert all(len(pair) == 2 for pair in pairs.values()) and any(a != b for a, b in pairs.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_answers_do_not_depend_on_the_batch_size(world, tokenizer, engine, whole, tmp_path, batch_size):
+    answer(world, tokenizer, engine, tmp_path / "b.jsonl", batch_size)
+    assert by_key(tmp_path / "b.jsonl") == whole
+
+
+def test_interrupted_and_restarted_nothing_is_answered_twice(world, tokenizer, engine, whole, tmp_path):
+    path = tmp_path / "a.jsonl"
+    dying = Counting(engine, die_at=8)
+    with pytest.raises(KeyboardInterrupt):
+        answer(world, tokenizer, dying, path)
+    assert len(by_key(path)) == 8
+    rest = Counting(engine)
+    assert answer(world, tokenizer, rest, path) == 10
+    assert not set(dying.asked) & set(rest.asked)
+    assert by_key(path) == whole
+    idle = Counting(engine)
+    assert answer(world, tokenizer, idle, path) == 0 and idle.asked == []
+
+
+def test_a_stop_request_ends_after_the_batch(world, tokenizer, engine, whole, tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert answer(world, tokenizer, engine, path, should_stop=lambda: True) == 4
+    assert answer(world, tokenizer, engine, path) == 14
+    assert by_key(path) == whole
+
+
+@pytest.mark.parametrize("torn", ['{"key": "abc', '{"key": "abc"}', "\x00\x00", "{"])
+def test_a_torn_last_line_is_dropped(world, tokenizer, engine, whole, tmp_path, torn):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer(world, tokenizer, Counting(engine, die_at=8), path)
+    with open(path, "a") as file:
+        file.write(torn)
+    assert len(opened(path).answered) == 8
+    answer(world, tokenizer, engine, path)
+    assert by_key(path) == whole
+
+
+def test_a_broken_line_in_the_middle_is_a_user_error(world, tokenizer, engine, tmp_path):
+    path = tmp_path / "a.jsonl"
+    answer(world, tokenizer, engine, path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], '{"messages": []}\n', *lines[2:]]))
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: not a line of stage 0"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "teacher", "word"),
+    [
+        (SamplingConfig(7, seed=5), "t", "max_new_tokens = 6, now it is 7"),
+        (SamplingConfig(6, temperature=0.5, seed=5), "t", "temperature = 1.0, now it is 0.5"),
+        (SamplingConfig(6, seed=6), "t", "seed = 5, now it is 6"),
+        (SAMPLING, "other", "teacher = 't', now it is 'other'"),
+    ],
+)
+def test_answers_of_other_settings_are_not_mixed_in(
+    world, tokenizer, engine, tmp_path, sampling, teacher, word
+):
+    path = tmp_path / "a.jsonl"
+    answer(world, tokenizer, engine, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"a.jsonl was sampled with {word}: .*--rollout-path"):
+        opened(path, sampling, teacher)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("meta", [None, "{", "[]"])
+def test_a_file_without_its_settings_is_refused(world, tokenizer, engine, tmp_path, meta):
+    path = tmp_path / "a.jsonl"
+    answer(world, tokenizer, engine, path)
+    settings = tmp_path / "a.jsonl.meta.json"
+    settings.unlink()
+    if meta:
+        settings.write_text(meta)
+    with pytest.raises(UserError, match=r"a\.jsonl\.meta\.json"):
+        opened(path)
+
+
+def test_a_prompt_as_long_as_the_context_is_a_user_error(world, tokenizer):
+    lengths = [len(q.ids) for q in make_questions([str(world.prompts)], tokenizer, 64)]
+    make_questions([str(world.prompts)], tokenizer, max(lengths) + 1)
+    first = lengths.index(max(lengths)) + 1
+    with pytest.raises(
+        UserError, match=f"prompt {first} has {max(lengths)} tokens; the context of {max(lengths)} "
+    ):
+        make_questions([str(world.prompts)], tokenizer, max(lengths))
+
+
+def test_equal_prompts_are_questions_of_their_own(world, tokenizer, engine, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "one two"}\n' * 3 + '{"prompt": "cat"}\n')
+    questions = make_questions([str(prompts)], tokenizer, 64, samples_per_prompt=2)
+    assert len({q.key for q in questions}) == 8
+    made = opened(tmp_path / "a.jsonl")
+    answer_questions(questions, engine, tokenizer, SAMPLING, made, 3, progress=False)
+    assert len(by_key(tmp_path / "a.jsonl")) == 8
+
+
+def stage0_options(world, path, **values):
+    fields = {
+        "stage": "0",
+        "pretrained_checkpoint": world.static,
+        "data_path": world.prompts,
+        "rollout_path": path,
+        "max_new_tokens": 5,
+        "temperature": 0.0,
+    }
+    return tiny_world.options(world, **(fields | values))
+
+
+def test_stage_0_asks_the_static_model_whichever_checkpoint_it_gets(world, tmp_path, capsys):
+    for name in ("static", "dynamic"):
+        options = stage0_options(world, tmp_path / name, pretrained_checkpoint=getattr(world, name))
+        assert run_stage0(options) == 0
+    assert by_key(tmp_path / "static") == by_key(tmp_path / "dynamic")
+    assert f"{tmp_path / 'static'}: 9 answers now, 9 in all, 0 left" in capsys.readouterr().out
+
+
+def test_what_is_left_counts_the_questions_of_this_run(world, tmp_path, capsys):
+    run_stage0(stage0_options(world, tmp_path / "a"))
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
+    run_stage0(stage0_options(world, tmp_path / "a", data_path=fewer))
+    assert "0 answers now, 9 in all, 0 left" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_sampled(world, tokenizer, engine):
+    assert tokenizer.vocab_size == 259 < tiny_world.MODEL["vocab_size"]
+    hot, ids = SamplingConfig(max_new_tokens=40, temperature=50.0), list(range(30))
+    free = [t for g in engine.generate([[5]] * 30, hot, ids) for t in g.response_ids]
+    assert max(free) >= 259
+    careful = BuiltinEngine(engine.model, engine.stop_ids, engine.pad_id, 64, vocab_size=259)
+    assert max(t for g in careful.generate([[5]] * 30, hot, ids) for t in g.response_ids) == 258
+
+
+def test_teachers_are_told_apart_by_their_weights_and_not_by_their_folder(world, tmp_path):
+    import shutil
+
+    run_stage0(stage0_options(world, tmp_path / "a"))
+    elsewhere = shutil.copytree(world.static, tmp_path / "renamed")
+    run_stage0(stage0_options(world, tmp_path / "a", pretrained_checkpoint=elsewhere))
+    about = json.loads((elsewhere / "zeda.json").read_text())
+    (elsewhere / "zeda.json").write_text(json.dumps(about | {"source_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="teacher"):
+        run_stage0(stage0_options(world, tmp_path / "a", pretrained_checkpoint=elsewhere))
+
+
+def test_answers_of_stage_0_train_stage_1(world, tmp_path):
+    run_stage0(stage0_options(world, tmp_path / "a.jsonl", temperature=1.0))
+    run = tiny_world.start(world, data_path=tmp_path / "a.jsonl", train_iters=1, global_batch_size=1)
+    run.run()
+    assert run.consumed_tokens > 0
