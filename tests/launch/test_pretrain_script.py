@@ -25,6 +25,22 @@ FOREIGN = (
 )
 
 
+@pytest.fixture(scope="module")
+def config(world, tmp_path_factory) -> Path:
+    """A YAML file: three steps of stage 1 on the tiny world."""
+    file = tmp_path_factory.mktemp("config") / "run.yaml"
+    file.write_text(
+        "stage: 1\n"
+        f"pretrained_checkpoint: {world.dynamic}\n"
+        f"data_path: {world.rollouts}\n"
+        "seq_length: 128\n"
+        "global_batch_size: 2\n"
+        "train_iters: 3\n"
+        "progress: false\n"
+    )
+    return file
+
+
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
     """This process' environment without what a launcher has set; `python` and `torchrun` are this Python's."""
@@ -66,19 +82,19 @@ def steps(save: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_literal_torchrun_command_trains(tiny, tmp_path, environment, processes):
-    command = ["torchrun", "--nproc-per-node", processes, SCRIPT, "--config", tiny / "run.yaml"]
+def test_the_literal_torchrun_command_trains(config, tmp_path, environment, processes):
+    command = ["torchrun", "--nproc-per-node", processes, SCRIPT, "--config", config]
     done = train([*command, "--save", tmp_path / "run"], tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path / "run") == [1, 2, 3]
 
 
-def test_flags_win_over_yaml_and_one_task_of_srun_needs_no_torchrun(tiny, tmp_path, environment):
+def test_flags_win_over_yaml_and_one_task_of_srun_needs_no_torchrun(config, tmp_path, environment):
     command = [
         "bash",
         SCRIPT,
         "--config",
-        tiny / "run.yaml",
+        config,
         "--save",
         tmp_path / "run",
         "--train-iters",
@@ -90,8 +106,8 @@ def test_flags_win_over_yaml_and_one_task_of_srun_needs_no_torchrun(tiny, tmp_pa
     assert steps(tmp_path / "run") == [1, 2]
 
 
-def test_two_tasks_of_srun_find_each_other(tiny, tmp_path, environment):
-    command = ["bash", str(SCRIPT), "--config", str(tiny / "run.yaml"), "--save", str(tmp_path / "run")]
+def test_two_tasks_of_srun_find_each_other(config, tmp_path, environment):
+    command = ["bash", str(SCRIPT), "--config", str(config), "--save", str(tmp_path / "run")]
     slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}
     tasks = [
         subprocess.Popen(
@@ -109,9 +125,9 @@ def test_two_tasks_of_srun_find_each_other(tiny, tmp_path, environment):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_the_bash_process_saves_and_exits_0(tiny, tmp_path, environment, processes):
+def test_sigterm_to_the_bash_process_saves_and_exits_0(config, tmp_path, environment, processes):
     save = tmp_path / "run"
-    command = ["bash", SCRIPT, "--config", tiny / "run.yaml", "--save", save, "--train-iters", "1000000"]
+    command = ["bash", SCRIPT, "--config", config, "--save", save, "--train-iters", "1000000"]
     with subprocess.Popen(
         [str(part) for part in command],
         cwd=tmp_path,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..errors import UserError
 
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 20.0
 """How long ranks above 0 wait before they speak: nearly always rank 0 met the same mistake and ends the run."""
 
 
