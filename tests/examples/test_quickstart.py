@@ -1,0 +1,123 @@
+"""The quickstart: its teacher has really learned, and the walk gives a report."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart"
+TEACHER = QUICKSTART / "teacher"
+
+
+def held_out() -> list[dict]:
+    return [json.loads(line) for line in (QUICKSTART / "data" / "heldout.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(TEACHER)
+
+
+def test_the_committed_teacher_is_the_one_the_readme_describes():
+    weights = TEACHER / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert digest in (TEACHER / "README.md").read_text()
+    assert sum(file.stat().st_size for file in TEACHER.rglob("*") if file.is_file()) <= 12e6
+
+
+@torch.no_grad()
+def test_the_teacher_answers_held_out_questions_as_its_readme_says(teacher):
+    model, tokenizer = teacher
+    right, asked = defaultdict(int), defaultdict(int)
+    for line in held_out():
+        kind = line["kind"]
+        if kind in ("prose", "code") or asked[kind] >= 20:
+            continue
+        asked[kind] += 1
+        prompt = tokenizer.apply_chat_template(
+            line["messages"][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        made = model.generate(**prompt, max_new_tokens=48, do_sample=False)
+        text = tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        right[kind] += text.strip() == line["label"].strip()
+    table = dict(
+        re.findall(r"^\| (\w+) \| [\d.]+ \| (\d+)% \|$", (TEACHER / "README.md").read_text(), re.MULTILINE)
+    )
+    assert table.keys() == asked.keys()
+    for kind, percent in table.items():  # 20 of the 100 questions: three standard errors of that sample
+        p = int(percent) / 100
+        assert abs(right[kind] / asked[kind] - p) <= 3 * (max(p * (1 - p), 0.01) / 20) ** 0.5, (
+            kind,
+            right[kind],
+        )
+
+
+@torch.no_grad()
+def test_megatron_gives_the_logits_of_transformers_on_the_trained_teacher(teacher, one_process, tmp_path):
+    from zeda_megatron.checkpoint.convert import hf_to_megatron
+    from zeda_megatron.evaluation.models import load_model
+
+    model, tokenizer = teacher
+    hf_to_megatron(TEACHER, tmp_path / "static", dtype="fp32")
+    ours = load_model(str(tmp_path / "static")).chunk
+    for line in held_out()[:6]:
+        tokens = tokenizer.apply_chat_template(line["messages"], return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+        positions = torch.arange(tokens.shape[1])[None]
+        difference = ours(tokens, positions, None) - model(tokens).logits
+        assert difference.abs().max() < 1e-4
+
+
+def test_the_readme_shows_the_table_of_the_committed_report():
+    sys.path.insert(0, str(QUICKSTART))
+    from readme_table import markdown
+
+    report = json.loads((QUICKSTART / "results" / "report.json").read_text())
+    assert markdown(report) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join((QUICKSTART / "data" / "prompts.jsonl").read_text().splitlines(keepends=True)[:64])
+    )
+    few = tmp_path / "heldout.jsonl"
+    few.write_text("".join(json.dumps(line) + "\n" for line in held_out()[::20]))
+    command = [
+        sys.executable,
+        str(QUICKSTART / "quickstart.py"),
+        "--out",
+        str(tmp_path / "out"),
+        "--train-iters",
+        "4",
+    ]
+    command += [
+        "--arms",
+        "static_topk_half,net_kl,zeda_stage1_kl",
+        "--prompts",
+        str(prompts),
+        "--heldout",
+        str(few),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["teacher"]["kl_to_teacher"] == 0
+    assert set(report["arms"]) == {"static_topk_half", "net_kl", "zeda_stage1_kl"}
+    assert report["arms"]["net_kl"]["zero_share"] == pytest.approx(0.5)
+    check = report["environment"]["export_check"]
+    assert check["equal_answers"] == check["prompts"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
