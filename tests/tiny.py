@@ -180,3 +180,17 @@ def megatron_model(hf, zero=None, backend: str = "auto", overrides: dict | None 
             if "zero_output" not in name:
                 parameter.copy_(weights.for_mcore_name(name).to_mcore(read, parameter.shape, dims))
     return model.eval()
+
+
+def moe_layer_weights(zero, seed: int = 0) -> dict:
+    """Weights of a whole MoE layer: {"router": [N+Nz, H], "experts": [(fc1, fc2), ...]}, on any layout."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, width, experts = TINY["hidden_size"], TINY["moe_intermediate_size"], TINY["num_experts"]
+
+    def weight(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    return {
+        "router": weight(experts + zero.num_zero_experts, hidden),
+        "experts": [(weight(2 * width, hidden), weight(hidden, width)) for _ in range(experts)],
+    }

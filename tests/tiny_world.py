@@ -133,3 +133,24 @@ def snapshot(run) -> dict[str, torch.Tensor]:
         "model": [chunk.state_dict() for chunk in run.student.chunks],
     }
     return {name: tensor.detach().clone() for name, tensor in tensors(state).items()}
+
+
+def run_on_pairs(world: World, seq_length: int, scope: str):
+    """A run with a strong group loss, and this rank's rows of four sequences of 64 tokens each.
+
+    With seq_length 64 a row is one sequence, with 128 it holds two: what two data-parallel ranks see at a time.
+    """
+    from megatron.core import parallel_state
+
+    from zeda_megatron.data.packing import PackedDataset, TokenSample
+
+    draw = torch.Generator().manual_seed(0)
+    samples = [
+        TokenSample(torch.randint(0, 250, (64,), generator=draw).tolist(), [i >= first for i in range(64)])
+        for first in (5, 60, 30, 1)
+    ]
+    rows = PackedDataset(samples, seq_length, pad_id=0, seed=1)
+    values = {"group_loss_scope": scope, "moe_aux_loss_coeff": 20.0, "clip_grad": 0.0, "overlong": "skip"}
+    run = start(world, seq_length=seq_length, **values)
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return run, [rows[i] for i in range(rank, 256 // seq_length, ranks)]

@@ -80,6 +80,18 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(world, halfway, straight, 
     assert finish(world, copied(halfway, tmp_path), straight) == 3
 
 
+def test_resume_with_the_distributed_optimizer_is_bit_equal(world, tmp_path):
+    flags = {"use_distributed_optimizer": True, "train_iters": 4}
+    whole = tiny_world.start(world, save=tmp_path / "a", **flags)
+    whole.run()
+    tiny_world.start(world, save=tmp_path / "b", exit_interval=2, **flags).run()
+    resumed = tiny_world.start(world, save=tmp_path / "b", **flags)
+    assert resumed.iteration == 2
+    resumed.run()
+    assert tiny_world.read_metrics(tmp_path / "b") == tiny_world.read_metrics(tmp_path / "a")
+    assert_same(tiny_world.snapshot(resumed), tiny_world.snapshot(whole))
+
+
 def test_sigterm_saves_and_ends_with_0_and_a_later_resume_is_equal(world, straight, tmp_path, monkeypatch):
     run = tiny_world.start(world, save=tmp_path)
     step, before = run.stepper.step, signal.getsignal(signal.SIGTERM)

@@ -62,6 +62,12 @@ class BuiltinEngine:
             )
         if parallel_state.get_context_parallel_world_size() > 1:
             raise UserError("generation needs --context-parallel-size 1")
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        if ranks > 1 and model.config.moe_token_dispatcher_type == "allgather":
+            raise UserError(
+                "--moe-token-dispatcher-type allgather wants equally many tokens on all expert-parallel ranks, "
+                "which generation has not: use alltoall"
+            )
         self.model, self.stop_ids, self.pad_id, self.max_length = model, stop_ids, pad_id, max_length
         self.vocab_size = vocab_size
 
@@ -170,18 +176,21 @@ def _any_rank(flag: bool) -> bool:
 class _SequenceParallelOff:
     """Sequence parallelism off while generating: one new token cannot be split over tensor-parallel ranks."""
 
+    NAMES = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
+
     def __init__(self, model: torch.nn.Module):
         self.places = [
-            (holder, holder.sequence_parallel)
+            (holder, name, getattr(holder, name))
             for module in model.modules()
             for holder in (module, getattr(module, "config", None))
-            if hasattr(holder, "sequence_parallel")
+            for name in self.NAMES
+            if hasattr(holder, name)
         ]
 
     def __enter__(self) -> None:
-        for holder, _ in self.places:
-            holder.sequence_parallel = False
+        for holder, name, _ in self.places:
+            setattr(holder, name, False)
 
     def __exit__(self, *exception) -> None:
-        for holder, value in self.places:
-            holder.sequence_parallel = value
+        for holder, name, value in self.places:
+            setattr(holder, name, value)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -141,6 +142,7 @@ def build_gpt_model(
     )
     install_dispatchers(model)
     mark_expert_parameters(model)
+    draw_experts_apart(model, config)
     # The converter builds on the meta device to learn keys and shapes.
     if torch.cuda.is_available() and not next(model.parameters()).is_meta:
         model.cuda(torch.cuda.current_device())
@@ -154,5 +156,27 @@ def mark_expert_parameters(model: torch.nn.Module) -> None:
     get different gradients and drift apart silently, and optimizer states would not reshard.
     """
     for name, parameter in model.named_parameters():
-        if ".local_experts." in name or ".mlp.experts." in name:
+        if _is_expert(name):
             parameter.allreduce = False
+
+
+def draw_experts_apart(model: torch.nn.Module, config: TransformerConfig) -> None:
+    """Draw other initial experts on every expert-parallel rank.
+
+    Megatron's initialisation on the CPU uses one random stream, the same on all ranks: expert 0 of each rank
+    would be the same. (On the GPU it has a stream per rank.)
+    """
+    rank = parallel_state.get_expert_model_parallel_rank() if parallel_state.is_initialized() else 0
+    if not config.use_cpu_initialization or not config.perform_initialization or rank == 0:
+        return
+    slice_rank = parallel_state.get_expert_tensor_parallel_rank()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * rank + 7919 * slice_rank)
+        for name, parameter in model.named_parameters():
+            if _is_expert(name) and parameter.device.type == "cpu":
+                draw = config.output_layer_init_method if ".linear_fc2." in name else config.init_method
+                draw(parameter)
+
+
+def _is_expert(name: str) -> bool:
+    return ".local_experts." in name or ".mlp.experts." in name

@@ -29,6 +29,7 @@ from ..models.architecture import read_architecture
 from ..moe import stats
 from ..runtime.process_groups import device
 from .log import RunLog
+from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
 from .setup import Student, build_optimizer, build_student, build_teacher, hf_folder
 from .signals import StopRequest
@@ -81,7 +82,7 @@ class TrainingRun:
 
     def _one_step(self, log: RunLog) -> None:
         started = time.perf_counter()
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.schedule.get_lr({})
         metrics = self.stepper.step(self._rows())
         self.schedule.step(increment=1)
         self.iteration += 1
@@ -111,14 +112,15 @@ class TrainingRun:
         model = model_state(self.student.chunks)
         return {
             **model,
-            "optimizer": self.optimizer.sharded_state_dict(
-                model if len(self.student.chunks) > 1 else model["model"], is_loading=is_loading
+            "optimizer": sharded_optimizer_state(
+                self.optimizer, model if len(self.student.chunks) > 1 else model["model"], is_loading
             ),
             "schedule": self.schedule.state_dict(),
             "progress": {
                 "iteration": self.iteration,
                 "consumed_rows": self.consumed_rows,
                 "consumed_tokens": self.consumed_tokens,
+                "optimizer_step": optimizer_step(self.optimizer),
             },
             "data": self.dataset.fingerprint(),
         }
@@ -149,9 +151,9 @@ class TrainingRun:
             )
         for name, chunk in zip(model_state(self.student.chunks), self.student.chunks):
             chunk.load_state_dict(loaded[name], strict=True)
-        self.optimizer.load_state_dict(loaded["optimizer"])
-        self.schedule.load_state_dict(loaded["schedule"])
         progress = loaded["progress"]
+        load_optimizer_state(self.optimizer, loaded["optimizer"], progress.get("optimizer_step"))
+        self.schedule.load_state_dict(loaded["schedule"])
         self.iteration = progress["iteration"]
         self.consumed_rows = progress["consumed_rows"]
         self.consumed_tokens = progress["consumed_tokens"]

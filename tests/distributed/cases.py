@@ -1,0 +1,79 @@
+"""What the workers are asked to do. Default and slow cases run in one torchrun each."""
+
+from __future__ import annotations
+
+STEPS = {"train_iters": 3, "lr": 1e-3, "lr_warmup_fraction": 0.0}
+SAMPLED = {"max_new_tokens": 6, "temperature": 1.0, "generate_batch_size": 2}
+
+
+def case(name, do="train", world="plain", flags=None, slow=False, **layout):
+    """One case; keyword arguments are parallel sizes."""
+    flags = (STEPS if do in ("train", "interrupted") else {}) | (flags or {})
+    return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
+
+
+TRAIN = [
+    case("dp2"),
+    case("ep2 alltoall", ep=2),
+    case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}),
+    case("tp2 sp", tp=2),
+    case("tp2 etp2", tp=2, etp=2),
+    case("pp2", pp=2),
+    case("pp2 odd", world="odd", pp=2),
+    case("tp2 odd", world="odd", tp=2),
+    case("tp2 ep2", tp=2, ep=2, slow=True),
+    case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
+    case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
+    case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
+    case("tp2 offload", tp=2, flags={"teacher_memory": "offload"}, slow=True),
+]
+MASKED = [case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")]
+STARVED = [
+    case(
+        f"starved {dispatcher} {backend}",
+        "starved",
+        ep=2,
+        flags={"dispatcher": dispatcher, "backend": backend},
+    )
+    for dispatcher in ("alltoall", "allgather")
+    for backend in ("loop", "grouped_mm")
+]
+ANSWERS = [
+    case("answers dp2", "answers", flags=SAMPLED),
+    case("answers ep2", "answers", flags=SAMPLED, ep=2),
+    case("answers tp2", "answers", flags=SAMPLED, tp=2),
+    case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
+]
+SHARDED = {"use_distributed_optimizer": True}
+UNEVEN = [
+    case("uneven plain", "interrupted", world="odd", pp=2),
+    case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}),
+    case("uneven bf16", "interrupted", world="odd", pp=2, flags={"bf16": True}, slow=True),
+    case("uneven sharded", "interrupted", world="odd", pp=2, flags=SHARDED, slow=True),
+]
+OTHERS = [
+    case("interrupted ep2", "interrupted", ep=2),
+    case("sharded optimizer dp2", "interrupted", flags=SHARDED),
+    case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
+    case("bf16 ep2", ep=2, flags={"bf16": True}, slow=True),
+    case("wide scope dp2", "wide_scope"),
+    case("initial dp2", "initial"),
+    case("initial ep2", "initial", ep=2),
+    case(
+        "allgather answers ep2", "answers", flags=SAMPLED | {"moe_token_dispatcher_type": "allgather"}, ep=2
+    ),
+]
+RESUMED = [
+    case("resumed tp2", flags={"load": "HALFWAY"}, tp=2),
+    case("resumed ep2", flags={"load": "HALFWAY"}, ep=2, slow=True),
+    case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
+]
+TWO_PROCESSES = TRAIN + MASKED + STARVED + ANSWERS + UNEVEN + OTHERS + RESUMED
+FOUR_PROCESSES = [
+    case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
+    case("tp2 dp2 ep2", tp=2, ep=2, slow=True),
+    case("tp2 dp2 ep4", tp=2, ep=4, slow=True),
+    case("tp2 dp2", tp=2, slow=True),
+    case("pp2 ep2", pp=2, ep=2, slow=True),
+    case("ep2 dp2", ep=2, slow=True),
+]

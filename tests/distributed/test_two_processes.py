@@ -1,0 +1,136 @@
+"""Two processes against one: losses, gradient norms, weights, masks, stage 0, signals."""
+
+import json
+
+import pytest
+import tiny_world
+import torch
+from cases import ANSWERS, MASKED, OTHERS, RESUMED, SAMPLED, STARVED, TRAIN, UNEVEN
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+def each(cases, names=None):
+    """Parametrize over cases, slow ones marked."""
+    chosen = [case for case in cases if names is None or case["name"] in names]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, id=c["name"], marks=[pytest.mark.slow] * c["slow"]) for c in chosen]
+    )
+
+
+@each(TRAIN)
+def test_same_numbers_everywhere(assert_same_run, case):
+    assert_same_run(case)
+
+
+@each(RESUMED)
+def test_a_run_of_one_process_goes_on_under_another_layout(assert_same_run, case):
+    assert_same_run(case, first_step=3)
+
+
+@each(TRAIN)
+def test_the_teacher_does_not_move_on_any_rank(results, case):
+    assert all(rank["teacher_still"] for rank in results(case["name"]))
+
+
+@each(MASKED)
+def test_masked_student_is_the_teacher_on_every_layout(results, world, case):
+    from zeda_megatron.training.step import forward_model
+
+    ranks = results(case["name"])
+    assert all(rank["equal"] for rank in ranks)
+    assert [rank["count"] for rank in ranks] == ([0, 2] if "pp2" in case["name"] else [2, 2])
+    run = tiny_world.start(world, pretrained_checkpoint=world.static, moe_router_load_balancing_type="none")
+    for i in range(2):
+        expected = run.teacher.hidden_states([run.dataset[i]], 128, forward_model)[0].flatten(0, 1)
+        parts = [torch.tensor(rank["hidden"][i]) for rank in ranks if rank["count"]]
+        mine = torch.cat(parts) if "tp2" in case["name"] else parts[-1]
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+@each(STARVED)
+def test_a_rank_whose_tokens_pick_only_zero_experts_or_that_gets_no_token_neither_hangs_nor_drifts(
+    results, case
+):
+    for rank in results(case["name"]):
+        assert len(rank["worst"]) == 9
+        assert max(rank["worst"].values()) < 1e-4, rank["worst"]
+
+
+@each(ANSWERS)
+def test_stage_0_answers_the_same_on_every_layout(runs, results, world, tmp_path, case):
+    from zeda_megatron.training.stage0 import run_stage0
+
+    results(case["name"])
+    fields = {"stage": "0", "data_path": world.prompts, "rollout_path": tmp_path / "answers.jsonl"}
+    run_stage0(tiny_world.options(world, **fields, **SAMPLED))
+    files = (tmp_path / "answers.jsonl", runs(case["name"])[1] / "answers.jsonl")
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    one, two = ({line["key"]: line for line in part} for part in lines)
+    assert one == two and len(lines[0]) == len(lines[1]) == 9
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_same_step_and_a_resume_ends_equal(runs, results):
+    for rank in results("interrupted ep2"):
+        assert rank == {"code": 0, "stopped": 2, "resumed": 2, "end": 0}
+    folders = [runs(name)[1] for name in ("interrupted ep2", "ep2 alltoall")]
+    assert tiny_world.read_metrics(folders[0]) == tiny_world.read_metrics(folders[1])
+
+
+def assert_near(lines, wanted):
+    for mine, reference in zip(lines, wanted, strict=True):
+        for key in ("loss", "grad_norm", "zero_share"):
+            assert mine[key] == pytest.approx(reference[key], rel=1e-5), (mine["step"], key)
+
+
+@each(OTHERS, ("sharded optimizer dp2", "sharded optimizer ep2"))
+def test_distributed_optimizer_trains_and_resumes_like_the_plain_one(runs, results, alone, case):
+    for rank in results(case["name"]):
+        assert rank == {"code": 0, "stopped": 2, "resumed": 2, "end": 0}
+    assert_near(tiny_world.read_metrics(runs(case["name"])[1]), alone["plain"][0])
+
+
+@each(UNEVEN)
+def test_a_stage_without_moe_layers_saves_and_resumes_like_the_others(runs, results, alone, case):
+    for rank in results(case["name"]):
+        assert rank == {"code": 0, "stopped": 2, "resumed": 2, "end": 0}
+    lines = tiny_world.read_metrics(runs(case["name"])[1])
+    assert [line["zero_share_by_layer"][0] for line in lines] == [None] * 3
+    if case["name"] in ("uneven plain", "uneven sharded"):
+        assert_near(lines, alone["odd"][0])
+
+
+@each(OTHERS, ("bf16 ep2",))
+def test_bfloat16_stays_near_float32(runs, results, alone, case):
+    results(case["name"])
+    for mine, wanted in zip(tiny_world.read_metrics(runs(case["name"])[1]), alone["plain"][0], strict=True):
+        assert mine["ce"] == pytest.approx(wanted["ce"], rel=0.02) and mine["updated"] == 1.0
+
+
+def test_wide_scope_counts_the_slots_of_all_data_parallel_ranks(results, world):
+    """Two ranks with one sequence each get the gradients of one process with both in a row."""
+    ranks = results("wide scope dp2")
+    run, rows = tiny_world.run_on_pairs(world, 128, "tp_cp")
+    norm = run.stepper.step(rows)["grad_norm"]
+    wanted = {name: p.main_grad for name, p in run.student.chunks[0].named_parameters()}
+    for rank in ranks:
+        assert rank["wide norm"] == pytest.approx(norm, rel=1e-5)
+        assert rank["narrow norm"] != pytest.approx(norm, rel=1e-4)
+        for name, gradient in rank["gradients"].items():
+            torch.testing.assert_close(torch.tensor(gradient), wanted[name], rtol=1e-3, atol=1e-6)
+
+
+def test_generation_refuses_a_dispatcher_that_wants_equal_numbers_of_tokens(runs):
+    for rank in runs("allgather answers ep2")[0]:
+        assert rank["error"].startswith("UserError: --moe-token-dispatcher-type allgather")
+
+
+def test_data_parallel_ranks_begin_with_equal_weights(results):
+    first, second = results("initial dp2")
+    assert first == second and len(set(first["experts"])) == 8
+
+
+def test_experts_of_different_ranks_do_not_begin_equal(results):
+    first, second = results("initial ep2")
+    assert first["router"] == second["router"]
+    assert len(set(first["experts"] + second["experts"])) == 8

@@ -1,0 +1,204 @@
+"""One rank of a parallel run: `torchrun worker.py JOB.json`. Works through the cases that the job lists.
+
+Each case writes OUT/<name>.<rank>.json; an exception is written there too, so that a test can show it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+
+from zeda_megatron.runtime import cpu  # noqa: E402
+
+cpu.install()
+
+import tiny  # noqa: E402
+import tiny_world  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
+from zeda_megatron.moe.router import zero_mask  # noqa: E402
+from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
+from zeda_megatron.training.step import forward_model  # noqa: E402
+
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+def sizes_of(layout: dict) -> dict:
+    return {SIZES[key]: value for key, value in layout.items()}
+
+
+def train(world, out: Path, layout: dict, flags: dict) -> dict:
+    """A whole run with our own loop; its checkpoint and metrics stay in OUT."""
+    run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
+    before = run.teacher.weight_hash()
+    code = run.run()
+    return {"code": code, "iteration": run.iteration, "teacher_still": run.teacher.weight_hash() == before}
+
+
+def interrupted(world, out: Path, layout: dict, flags: dict) -> dict:
+    """The last rank alone gets SIGTERM in the second step; then the run is taken up again."""
+    run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
+    step, last = run.stepper.step, torch.distributed.get_world_size() - 1
+
+    def step_with_signal(batches):
+        if run.iteration == 1 and torch.distributed.get_rank() == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batches)
+
+    run.stepper.step = step_with_signal
+    code, stopped = run.run(), run.iteration
+    again = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
+    return {"code": code, "stopped": stopped, "resumed": again.iteration, "end": again.run()}
+
+
+def masked(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Hidden states of the masked student and of the static model on this layout."""
+    hidden = {}
+    for name, balancing in (("dynamic", "grouped_aux_loss"), ("static", "none")):
+        values = {"pretrained_checkpoint": getattr(world, name), "moe_router_load_balancing_type": balancing}
+        run = tiny_world.start(world, **sizes_of(layout), **(flags | values))
+        batches = [run.dataset[row] for row in range(2)]
+        run.teacher.model_chunks = run.student.chunks  # its forward pass, on the student's own weights
+        with zero_mask(run.student.chunks):
+            hidden[name] = run.teacher.hidden_states(batches, 128, forward_model)
+        if name == "dynamic":
+            run.student.chunks[0].eval()
+    equal = all(torch.equal(a, b) for a, b in zip(hidden["dynamic"], hidden["static"], strict=True))
+    return {
+        "count": len(hidden["static"]),
+        "equal": equal,
+        "hidden": [h.flatten(0, 1).tolist() for h in hidden["static"]],
+    }
+
+
+def starved(world, out: Path, layout: dict, flags: dict) -> dict:
+    """`zero`: the tokens of rank 1 pick zero experts only. `both zero`: all tokens do. `idle`: all tokens pick
+    experts of rank 0, so that rank 1 gets no token."""
+    rank, worst = torch.distributed.get_rank(), {}
+    for case in ("zero", "both zero", "idle"):
+        overrides = {"moe_token_dispatcher_type": flags["dispatcher"], "expert_model_parallel_size": 2}
+        layer = tiny.moe_layer(ZeroExpertConfig(4), overrides, backend=flags["backend"])
+        whole = tiny.moe_layer_weights(ZeroExpertConfig(4))
+        direction_H = torch.linspace(-1, 1, 32)
+        with torch.no_grad():
+            for weights in (layer.router.weight, whole["router"]):
+                loved = slice(0, 3) if case == "idle" else slice(8, 11)
+                weights[loved] = 40 * direction_H
+            first = 4 * rank
+            for e, (fc1, fc2) in enumerate(tiny.expert_weights(layer)):
+                fc1.copy_(whole["experts"][first + e][0])
+                fc2.copy_(whole["experts"][first + e][1])
+            layer.router.weight.copy_(whole["router"])
+        inputs = [tiny.hidden_states(13, seed=1).detach(), tiny.hidden_states(13, seed=2).detach()]
+        for i in range(2):
+            if case != "zero" or i == 1:
+                inputs[i] = inputs[i] * 0.1 + direction_H
+        mine = inputs[rank].clone().requires_grad_()
+        output, _ = layer(mine)
+        coefficients = [torch.randn(x.shape, generator=torch.Generator().manual_seed(5)) for x in inputs]
+        (output * coefficients[rank]).sum().backward()
+        # The whole layer, densely, over both ranks' tokens.
+        weights = [[fc.clone().requires_grad_() for fc in pair] for pair in whole["experts"]]
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        total, picks = 0.0, []
+        for x, c in zip(inputs, coefficients):
+            flat_TH = x.reshape(-1, 32)
+            routed = tiny.dense_routing(flat_TH @ whole["router"].t(), 3, 8)
+            picks.append([int(routed.map_TE[:, part].sum()) for part in (slice(0, 4), slice(4, 8))])
+            dense_TH = tiny.dense_experts(flat_TH, routed.real_TN, weights)
+            total = total + (dense_TH * c.reshape(-1, 32)).sum()
+            if x is inputs[rank]:
+                worst[f"{case} output"] = float((output.reshape(-1, 32) - dense_TH).abs().max())
+        total.backward()
+        # Rows from each rank to the experts of each rank.
+        some = picks[0][0] > 0 and picks[0][1] > 0
+        expected = {
+            "zero": some and picks[1] == [0, 0],
+            "both zero": picks == [[0, 0]] * 2,
+            "idle": picks == [[39, 0]] * 2,
+        }
+        assert expected[case], picks
+        worst[f"{case} input"] = float((mine.grad - inputs[rank].grad).abs().max())
+        for e, pair in enumerate(tiny.expert_weights(layer)):
+            for parameter, reference in zip(pair, weights[first + e]):
+                assert parameter.grad is not None, f"{case}: expert {e} has no gradient"
+                wanted = torch.zeros_like(parameter) if reference.grad is None else reference.grad
+                difference = float((parameter.grad - wanted).abs().max())
+                worst[f"{case} expert"] = max(difference, worst.get(f"{case} expert", 0.0))
+    return {"worst": worst}
+
+
+def answers(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Stage 0 on this layout."""
+    from zeda_megatron.training.stage0 import run_stage0
+
+    fields = {"stage": "0", "data_path": world.prompts, "rollout_path": out / "answers.jsonl"}
+    run_stage0(tiny_world.options(world, **fields, **sizes_of(layout), **flags))
+    return {}
+
+
+def wide_scope(world, out: Path, layout: dict, flags: dict) -> dict:
+    """One step whose group loss counts the slots of both ranks together, and one whose does not."""
+    made = {}
+    for name, scope in (("narrow", "tp_cp"), ("wide", "tp_dp_cp")):
+        run, rows = tiny_world.run_on_pairs(world, 64, scope)
+        made[f"{name} norm"] = run.stepper.step(rows)["grad_norm"]
+    gradients = {
+        n: p.main_grad.tolist() for n, p in run.student.chunks[0].named_parameters() if "router" in n
+    }
+    return made | {"gradients": gradients}
+
+
+def initial(world, out: Path, layout: dict, flags: dict) -> dict:
+    """First weights of `--stage pretrain`: are experts of different ranks different?"""
+    values = {"stage": "pretrain", "pretrained_checkpoint": None, "hf_config": world.hf}
+    balancing = {"moe_router_load_balancing_type": "none"}
+    run = tiny_world.start(world, **values, **balancing, **sizes_of(layout), **flags)
+    layer = run.student.chunks[0].decoder.layers[0].mlp
+    return {
+        "experts": [float(fc1.sum()) for fc1, _ in tiny.expert_weights(layer)],
+        "router": float(layer.router.weight.sum()),
+    }
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    out, rank = Path(job["out"]), int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    for case in job["cases"]:
+        world = tiny_world.World(
+            **{name: Path(path) for name, path in job["worlds"][case.get("world", "plain")].items()}
+        )
+        begun = time.process_time()
+        try:
+            if parallel_state.model_parallel_is_initialized():
+                parallel_state.destroy_model_parallel()
+            initialize(ParallelConfig(**sizes_of(case["layout"]), distributed_timeout_minutes=2))
+            made = globals()[case["do"]](world, out / case["name"], case["layout"], case["flags"])
+        except Exception as error:
+            made = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        if "error" in made and not case.get("may_fail"):
+            print(made["traceback"], file=sys.stderr, flush=True)
+        made["cpu"] = round(time.process_time() - begun, 2)
+        (out / f"{case['name']}.{rank}.json").write_text(json.dumps(made))
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

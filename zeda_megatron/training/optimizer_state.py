@@ -1,0 +1,135 @@
+"""Optimizer state in checkpoints: plain, or sharded over data-parallel ranks, on every parallel layout.
+
+Megatron keeps one optimizer for the dense parameters and one for the experts. Plain values (the step count and
+the hyperparameters) are written by rank 0 alone. If rank 0 has no experts, they are in no checkpoint and a resume
+fails; so the step count is saved apart, ranks leave out optimizers without parameters, and the loader completes
+what rank 0 could not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from ..errors import UserError
+from ..runtime.process_groups import device
+
+# One tensor per parameter, in the model's own shapes: readable on every layout. Megatron's default stores flat
+# pieces, which its own checkpoint library no longer accepts.
+_FORMAT = "fully_reshardable"
+_DENSE, _EXPERTS = 0, 1
+
+
+def optimizer_step(optimizer: MegatronOptimizer) -> int:
+    """Updates done so far, the same on all ranks; all processes call it."""
+    found = [0]
+    for part in _parts(optimizer).values():
+        found += [int(values["step"]) for values in part.optimizer.state.values() if "step" in values]
+        found += [
+            int(group["step"]) for group in part.optimizer.param_groups if group.get("step") is not None
+        ]
+    step = torch.tensor([max(found)], device=device())
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MAX)
+    return int(step)
+
+
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool
+) -> dict[int, Any]:
+    """Megatron sharded state dict of an optimizer; `is_loading` gives the frame that a load fills."""
+    states = {}
+    for number, part in _parts(optimizer).items():
+        if isinstance(part, DistributedOptimizer) and _is_plain_adam(part):
+            if is_loading:
+                _make_room(part)
+            if not part.optimizer.state:
+                raise UserError(
+                    "--use-distributed-optimizer: too few parameters train for all ranks to have a share; leave it off"
+                )
+        states[number] = part.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata={"distrib_optim_sharding_type": _FORMAT}
+        )
+        add_prefix_for_sharding(states[number], f"chained_{number}.")
+    return states
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, states: dict[int, Any], step: int | None) -> None:
+    """Put loaded state into an optimizer; `step` is what `optimizer_step` said when it was saved."""
+    for number, part in _parts(optimizer).items():
+        state = states[number]
+        if not _knows_step(state) and step is not None:
+            _complete(part, state, step)
+        if isinstance(part, DistributedOptimizer) and _is_plain_adam(part):
+            _load_sharded_adam(part, state)
+        else:
+            part.load_state_dict(state)
+
+
+def _parts(optimizer: MegatronOptimizer) -> dict[int, MegatronOptimizer]:
+    """The optimizers that have parameters on this pipeline and tensor-parallel rank."""
+    parts = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        sharded = isinstance(part, DistributedOptimizer)
+        if part.buffers if sharded else any(group["params"] for group in part.param_groups):
+            parts[_EXPERTS if part.param_groups[0]["is_expert_parallel"] else _DENSE] = part
+    return parts
+
+
+def _is_plain_adam(part: MegatronOptimizer) -> bool:
+    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _inner(state: dict[str, Any]) -> dict[str, Any]:
+    """Adam's own state: under `optimizer` where there are fp32 master weights beside it."""
+    return state.get("optimizer", state)
+
+
+def _knows_step(state: dict[str, Any]) -> bool:
+    inner = _inner(state)
+    groups = inner.get("param_groups") or [{}]
+    return "common_step" in inner.get("state", {}) or groups[0].get("step") is not None
+
+
+def _complete(part: MegatronOptimizer, state: dict[str, Any], step: int) -> None:
+    """Hyperparameters are those of this run."""
+    own_groups = [{k: v for k, v in g.items() if k != "params"} for g in part.optimizer.param_groups]
+    if not _is_plain_adam(part) or isinstance(part, DistributedOptimizer):
+        own_groups = [{**group, "step": step} for group in own_groups]
+    if isinstance(part, DistributedOptimizer):
+        state["optimizer"] = {"param_groups": own_groups}
+        state["param_state_sharding_type"] = _FORMAT
+        return
+    inner = _inner(state)
+    inner["param_groups"] = [{**own, **loaded} for own, loaded in zip(own_groups, inner["param_groups"])]
+    if _is_plain_adam(part):
+        inner["state"]["common_step"] = torch.tensor(float(step))
+
+
+def _make_room(part: DistributedOptimizer) -> None:
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in part.optimizer.state:
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
+                }
+
+
+def _load_sharded_adam(part: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """Megatron's loader expects a fused Adam, which keeps no step per parameter: load around it."""
+    tensors = state.pop("param_state")
+    part.load_state_dict(state)
+    adam = part.optimizer.state
+    steps = {parameter: values.pop("step") for parameter, values in adam.items()}
+    with torch.no_grad():
+        part.load_parameter_state_from_fully_reshardable(tensors)
+    for parameter, step in steps.items():
+        adam[parameter]["step"] = step.clone()  # Megatron hands all parameters one tensor
