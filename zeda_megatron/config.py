@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .errors import UserError
 
 ZERO_EXPERT_TYPES = ("zero", "copy", "learned")
+ZERO_EXPERT_ROUTINGS = ("shared", "paired")
+SCORE_TERMS = ("weight", "head", "residual")
 GROUP_LOSS_VARIANTS = ("routed", "authors")
 GROUP_LOSS_SCOPES = ("tp_cp", "tp_dp_cp")
 
@@ -21,6 +23,17 @@ class ZeroExpertConfig:
     zero_experts_type: str = "zero"
     """`zero`: output 0, no parameters. `copy`: output = input (the paper shows that it fails; for study).
     `learned`: a bias vector per zero expert that starts at exactly 0."""
+
+    zero_expert_routing: str = "shared"
+    """`shared`: the paper's Nz zero experts compete with all experts. `paired`: every real expert has its own,
+    which takes picks of small predicted contribution (`moe.paired`); Nz = N and no router rows are added."""
+
+    paired_score: str = "weight+head+residual"
+    """Terms of a pick's score under paired routing. `weight`: log of its routing weight. `head`: the predicted log
+    norm of the expert's output. `residual`: minus the log norm of the residual stream."""
+
+    paired_temperature: float = 1.0
+    """Width of the gate through which a paired head trains (straight-through)."""
 
     group_loss_coeff: float = 0.0
     """alpha: coefficient of the group-level balancing loss (paper: 0.1). 0 switches it off."""
@@ -38,6 +51,21 @@ class ZeroExpertConfig:
     renormalize_after_drop: bool = False
     """Rescale the weights of the real picks to their sum before the drop. Costs 1.7 points in the paper."""
 
+    @property
+    def paired(self) -> bool:
+        """Routing is paired, and there are zero experts."""
+        return self.zero_expert_routing == "paired" and self.num_zero_experts > 0
+
+    @property
+    def score_terms(self) -> tuple[str, ...]:
+        """`paired_score`, split."""
+        return tuple(self.paired_score.split("+"))
+
+    @property
+    def num_zero_rows(self) -> int:
+        """Rows added to the router's weight: Nz for shared routing, none for paired."""
+        return 0 if self.paired else self.num_zero_experts
+
     def validate(self, num_moe_experts: int | None, topk: int) -> None:
         """Raise `UserError` naming the flag that cannot work."""
         if num_moe_experts is None:
@@ -50,11 +78,14 @@ class ZeroExpertConfig:
             raise UserError(f"--num-zero-experts {self.num_zero_experts} must not be negative")
         for flag, value, allowed in (
             ("--zero-experts-type", self.zero_experts_type, ZERO_EXPERT_TYPES),
+            ("--zero-expert-routing", self.zero_expert_routing, ZERO_EXPERT_ROUTINGS),
             ("--group-loss-variant", self.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.group_loss_scope, GROUP_LOSS_SCOPES),
         ):
             if value not in allowed:
                 raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.zero_expert_routing == "paired":
+            self._validate_paired(num_moe_experts)
         if self.group_loss_coeff:
             if self.num_zero_experts <= 0:
                 raise UserError(
@@ -63,6 +94,29 @@ class ZeroExpertConfig:
                 )
             if self.moe_zero_expert_weight <= 0:
                 raise UserError(f"--moe-zero-expert-weight {self.moe_zero_expert_weight} must be positive")
+
+    def _validate_paired(self, num_moe_experts: int) -> None:
+        if self.num_zero_experts not in (0, num_moe_experts):
+            raise UserError(
+                f"--num-zero-experts {self.num_zero_experts}: paired routing has one zero expert per real one, "
+                f"{num_moe_experts}; leave the flag away"
+            )
+        if self.zero_experts_type != "zero":
+            raise UserError(
+                f"--zero-experts-type {self.zero_experts_type} is not supported with paired routing"
+            )
+        unknown = [term for term in self.score_terms if term not in SCORE_TERMS]
+        if unknown or len(set(self.score_terms)) != len(self.score_terms):
+            raise UserError(
+                f"--paired-score {self.paired_score!r} is unknown; join some of {', '.join(SCORE_TERMS)} with '+'"
+            )
+        if not self.paired_temperature > 0:
+            raise UserError(f"--paired-temperature {self.paired_temperature} must be positive")
+        if self.group_loss_coeff:
+            raise UserError(
+                "the group loss (grouped_aux_loss) steers shared zero experts; with paired routing use "
+                "--moe-router-load-balancing-type none and --target-zero-share"
+            )
 
     def target_share(self, num_moe_experts: int) -> float:
         """Zero share at which the group loss is least: w*Nz / (N + w*Nz)."""

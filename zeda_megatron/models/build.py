@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
+from ..moe.paired import install_residual_norms
 from ..moe.spec import apply_grouped_experts, apply_zero_experts
 from ..runtime.process_groups import ParallelConfig
 from .architecture import Architecture
@@ -141,6 +142,7 @@ def build_gpt_model(
         vp_stage=vp_stage,
     )
     install_dispatchers(model)
+    install_residual_norms(model)
     mark_expert_parameters(model)
     draw_experts_apart(model, config)
     # The converter builds on the meta device to learn keys and shapes.

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from .group_loss import group_loss
+from .paired import PairedZeroExperts
 from .pick_rules import PickRule, apply_pick_rule
 from .stats import RoutingStats, routers
 from .zero_output import ZeroExpertOutput
@@ -32,6 +33,8 @@ class ZeroExpertRouter(TopKRouter):
     Attributes:
         zero_mask: route over the N real experts only; the layer is then bit-equal to the static one.
         pick_rule: optional rule that thins out the picks (baselines).
+        paired: scores of paired zero experts, or None (shared routing).
+        zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
         routing_stats: counts since the last reset.
     """
 
@@ -39,16 +42,23 @@ class ZeroExpertRouter(TopKRouter):
         zero.validate(config.num_moe_experts, config.moe_router_topk)
         refuse_conflicts(config, zero)
         wide = copy.copy(config)
-        wide.num_moe_experts = config.num_moe_experts + zero.num_zero_experts
+        wide.num_moe_experts = config.num_moe_experts + zero.num_zero_rows
         # Megatron must not run its per-expert losses over zero experts; ours is attached below.
         wide.moe_router_load_balancing_type, wide.moe_aux_loss_coeff = "none", 0.0
         super().__init__(config=wide, pg_collection=pg_collection, **kwargs)
         self.zero = zero
-        self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_experts
+        self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
         self.zero_mask = False
+        self.zero_logit_bias = 0.0
         self.pick_rule: PickRule | None = None
         self.routing_stats = RoutingStats()
         self.zero_output = None
+        self.paired = None
+        if zero.paired:
+            self.paired = PairedZeroExperts(
+                zero, config.hidden_size, config.params_dtype, config.sequence_parallel
+            )
+            self._hidden_TH: torch.Tensor | None = None
         if zero.zero_experts_type != "zero" and zero.num_zero_experts:
             self.zero_output = ZeroExpertOutput(
                 zero.zero_experts_type,
@@ -66,8 +76,13 @@ class ZeroExpertRouter(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """[S, B, H] -> logits [S, B, N+Nz]; [S, B, N] with the mask on, where zero rows are not multiplied at
         all: a wider GEMM may round differently."""
+        if self.paired is not None and not self.zero_mask:
+            self._hidden_TH = input.reshape(-1, input.shape[-1])
         if not self.zero_mask or self.num_zero == 0:
-            return super().gating(input)
+            logits = super().gating(input)
+            if self.zero_logit_bias and self.num_zero:
+                logits[..., self.num_real :] += self.zero_logit_bias
+            return logits
         dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
         bias = None if self.bias is None else self.bias[: self.num_real]
         return router_gating_linear(input, self.weight[: self.num_real], bias, dtype)
@@ -103,11 +118,35 @@ class ZeroExpertRouter(TopKRouter):
         if self.pick_rule is not None:
             probs_TN, map_TN = apply_pick_rule(self.pick_rule, probs_TN, map_TN, self.topk)
         learning = self.training and torch.is_grad_enabled()
-        if learning or not self.training:  # the first pass of a recomputed block counts nothing
-            self.routing_stats.count(map_TN.sum(1), None if padding_T is None else ~padding_T, self.topk)
+        counting = learning or not self.training  # the first pass of a recomputed block counts nothing
+        valid_T = None if padding_T is None else ~padding_T
+        kept_TN = map_TN
+        if self.paired is not None and not self.zero_mask:
+            hidden_TH, self._hidden_TH = self._hidden_TH, None
+            score_TN = self.paired.scores(hidden_TH, probs_TN)
+            if counting:
+                self.routing_stats.add_scores(score_TN, map_TN, valid_T)
+            picks_TN = map_TN
+            probs_TN, map_TN, kept_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN)
+            if learning and gate_TN is not None and self.paired.sparsity_coeff:
+                probs_TN = self._attach_sparsity_loss(probs_TN, gate_TN, picks_TN, valid_T)
+        if counting:
+            self.routing_stats.count(kept_TN.sum(1), valid_T, self.topk)
         if learning and self.zero.group_loss_coeff and not self.zero_mask:
             probs_TN = self._attach_group_loss(probs_TN, logits_TE, map_TE, padding_T)
         return probs_TN, map_TN
+
+    def _attach_sparsity_loss(self, probs_TN, gate_TN, map_TN, valid_T):
+        """Attach coefficient * mean gate over this micro-batch's picks (BEAM's regulariser)."""
+        weight_TN = map_TN.float() if valid_T is None else map_TN.float() * valid_T[:, None]
+        sums = torch.stack([(gate_TN * weight_TN).sum(), weight_TN.sum()])
+        total, tokens = sums[1].detach().clone(), sums[1].detach() / self.topk
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(total, group=self.tp_cp_group)
+        part = self.paired.sparsity_coeff * sums[0] / total.clamp(min=1)
+        if self.calculate_per_token_loss:
+            part = part * tokens * self.tp_cp_group.size()
+        return MoEAuxLossAutoScaler.apply(probs_TN, part)
 
     def _attach_group_loss(self, probs_TN, logits_TE, map_TE, padding_T):
         if self.score_function == "softmax":

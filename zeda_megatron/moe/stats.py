@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+SCORE_RANGE = (-24.0, 24.0)
+"""Scores are logarithms of relative contributions (or a learned mask's logits)."""
+SCORE_BINS = 6144
+"""Bins of 1/128: one bin near the median holds about 0.3% of the picks, and quantiles interpolate in it."""
+
 
 @dataclass
 class RoutingStats:
@@ -22,6 +27,8 @@ class RoutingStats:
     """Sum of this rank's parts of the group loss, without alpha (0-d, float32)."""
     group_loss_calls: int = 0
     """Micro-batches summed in `group_loss`."""
+    score_counts: torch.Tensor | None = None
+    """Histogram of the scores of all picks (paired routing), [SCORE_BINS] int64 over SCORE_RANGE."""
     record_tokens: bool = False
     """Also keep the number of real picks of every token (evaluation)."""
     real_picks_T: list[torch.Tensor] = field(default_factory=list)
@@ -38,13 +45,22 @@ class RoutingStats:
         zero = slots - real.long()
         self.zero_slots = zero if self.zero_slots is None else self.zero_slots + zero
 
+    def add_scores(self, score_TN: torch.Tensor, map_TN: torch.Tensor, valid_T: torch.Tensor | None) -> None:
+        """Add the scores of one pass's picks to the histogram; values outside the range count at its ends."""
+        if valid_T is not None:
+            map_TN = map_TN & valid_T[:, None]
+        low, high = SCORE_RANGE
+        place = (score_TN.detach()[map_TN] - low) * (SCORE_BINS / (high - low))
+        counts = torch.bincount(place.long().clamp(0, SCORE_BINS - 1), minlength=SCORE_BINS)
+        self.score_counts = counts if self.score_counts is None else self.score_counts + counts
+
     def add_group_loss(self, part: torch.Tensor) -> None:
         part = part.detach().float()
         self.group_loss = part if self.group_loss is None else self.group_loss + part
         self.group_loss_calls += 1
 
     def reset(self) -> None:
-        self.zero_slots = self.slots = self.group_loss = None
+        self.zero_slots = self.slots = self.group_loss = self.score_counts = None
         self.group_loss_calls = 0
         self.real_picks_T.clear()
 
@@ -59,6 +75,8 @@ class StatsReport:
     """The same per decoder layer."""
     group_loss: float
     """Mean over micro-batches of the group loss summed over layers, without alpha."""
+    score_counts: torch.Tensor | None = None
+    """Histogram of pick scores over all layers, [SCORE_BINS] float64; None without paired routing."""
 
 
 def routers(model_chunks) -> list:
@@ -82,6 +100,7 @@ def collect(model_chunks, num_layers: int, device: torch.device, reset_after: bo
     parallelism) scale zero slots and slots alike, so shares are exact.
     """
     table = torch.zeros(num_layers, 4, dtype=torch.float64)
+    scores = torch.zeros(SCORE_BINS, dtype=torch.float64)
     for router in routers(model_chunks):
         s = router.routing_stats
         row = table[(router.layer_number or 1) - 1]
@@ -90,15 +109,19 @@ def collect(model_chunks, num_layers: int, device: torch.device, reset_after: bo
         if s.group_loss is not None:
             # Parts add up over the ranks that share a loss; micro-batches are averaged.
             row[2], row[3] = float(s.group_loss), s.group_loss_calls / router.group_loss_ranks
+        if s.score_counts is not None:
+            scores += s.score_counts.cpu()
         if reset_after:
             s.reset()
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        table = table.to(device)
-        torch.distributed.all_reduce(table)
-        table = table.cpu()
+        both = torch.cat([table.flatten(), scores]).to(device)
+        torch.distributed.all_reduce(both)
+        both = both.cpu()
+        table, scores = both[: table.numel()].view_as(table), both[table.numel() :]
     zero, slots, loss, calls = table.unbind(1)
     return StatsReport(
         zero_share=float(zero.sum() / slots.sum()) if slots.sum() > 0 else 0.0,
         zero_share_by_layer=[float(z / n) if n > 0 else None for z, n in zip(zero, slots)],
         group_loss=float(torch.where(calls > 0, loss / calls.clamp(min=1e-12), loss * 0).sum()),
+        score_counts=scores if scores.any() else None,
     )

@@ -1,0 +1,233 @@
+"""Paired zero experts against a token-by-token definition: scores, kept picks, weights, gradients."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.errors import UserError
+from zeda_megatron.models.build import build_gpt_model
+from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
+from zeda_megatron.moe.router import set_zero_mask
+from zeda_megatron.moe.stats import collect, reset
+
+N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
+PAIRED = ZeroExpertConfig(N, zero_expert_routing="paired")
+SIGMOID = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.0,
+    "moe_router_topk_scaling_factor": 1.8,
+}
+
+
+def make(score="weight+head+residual", overrides=None, threshold=0.0, **changes):
+    """A router with drawn weights and head."""
+    zero = ZeroExpertConfig(N, zero_expert_routing="paired", paired_score=score)
+    router = tiny.router(zero, overrides, **changes)
+    set_threshold(router, threshold)
+    return router
+
+
+def route(router, hidden, residual=None, padding=None):
+    """What the layer does: the norm's hook sees the residual stream, then the router runs."""
+    if residual is not None:
+        router.paired.see_residual(None, (residual,))
+    return router(hidden) if padding is None else router(hidden, padding)
+
+
+def definition(router, hidden, residual, kind="softmax", scale=1.0):
+    """Weights [T, N] and scores [T, N] with plain loops, by the formula."""
+    x_TH = hidden.detach().reshape(-1, hidden.shape[-1])
+    residual = residual.detach()
+    dense = tiny.dense_routing(x_TH @ router.weight.t(), K, N, kind, router.expert_bias, scale)
+    scores = torch.full((len(x_TH), N), math.nan)
+    for t, row in enumerate(dense.weights_TE.detach()):
+        norm = math.sqrt(sum(float(v) ** 2 for v in residual.reshape(-1, hidden.shape[-1])[t]))
+        for i in row.nonzero().flatten().tolist():
+            head = float(router.paired.weight[i] @ x_TH[t] + router.paired.bias[i])
+            scores[t, i] = math.log(float(row[i])) + head - math.log(norm)
+    return dense.weights_TE.detach(), scores
+
+
+def middle(scores):
+    """A threshold between the two middle scores, so that rounding decides nothing."""
+    ordered = scores[~scores.isnan()].sort().values
+    half = len(ordered) // 2
+    return float((ordered[half - 1] + ordered[half]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_picks_below_the_threshold_go_to_their_zero_expert_and_the_others_keep_their_weight(kind):
+    router = make(overrides=SIGMOID if kind == "sigmoid" else {})
+    hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5) * 3
+    weights, scores = definition(router, hidden, residual, kind, 1.8 if kind == "sigmoid" else 1.0)
+    theta = middle(scores)
+    set_threshold(router, theta)
+    probs, kept = route(router.eval(), hidden, residual)
+    expected = (~scores.isnan()) & (scores >= theta)
+    assert torch.equal(kept, expected)
+    assert 0 < expected.sum() < len(weights) * K
+    torch.testing.assert_close(probs, weights * expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["weight", "head", "weight+head"])
+def test_a_score_has_the_terms_it_names(score):
+    router = make(score).eval()
+    hidden = tiny.hidden_states()
+    weights, full = definition(router, hidden, torch.ones_like(hidden))
+    x_TH = hidden.detach().reshape(-1, hidden.shape[-1])
+    expected = torch.zeros_like(full)
+    if "weight" in score:
+        expected = expected + weights.log()
+    if "head" in score:
+        expected = expected + x_TH @ router.paired.weight.detach().t() + router.paired.bias.detach()
+    picked = ~full.isnan()
+    theta = middle(expected[picked])
+    set_threshold(router, theta)
+    _, kept = route(router, hidden)
+    assert torch.equal(kept, picked & (expected >= theta))
+
+
+def test_masked_student_is_the_teacher_and_so_is_a_fresh_head():
+    arch, config = tiny.architecture(), tiny.megatron_config()
+    static, paired = (build_gpt_model(arch, config, zero).eval() for zero in (ZeroExpertConfig(), PAIRED))
+    tiny.draw(static)
+    paired.load_state_dict(static.state_dict(), strict=False)
+    tokens = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(3))
+    arguments = (tokens, torch.arange(12)[None], None)
+    with torch.no_grad():
+        expected = static(*arguments)
+        assert torch.equal(paired(*arguments), expected)
+        assert all(float(module.threshold) == KEEP_ALL for module in paired_modules(paired))
+        set_threshold(paired, 0.0)
+        assert not torch.equal(paired(*arguments), expected)
+        set_zero_mask(paired, True)
+        assert torch.equal(paired(*arguments), expected)
+
+
+def test_the_layer_sees_the_norm_of_its_own_residual_stream():
+    model = build_gpt_model(tiny.architecture(), tiny.megatron_config(), PAIRED).eval()
+    tiny.draw(model)
+    seen, fed = [], []
+    for layer in model.decoder.layers:
+        layer.pre_mlp_layernorm.register_forward_hook(lambda _m, args, _o: fed.append(args[0].norm(dim=-1)))
+        stock = layer.mlp.router.paired._residual_norm
+        layer.mlp.router.paired._residual_norm = lambda t, f=stock: seen.append(f(t)) or seen[-1]
+    with torch.no_grad():
+        model(torch.arange(10)[None], torch.arange(10)[None], None)
+    assert len(seen) == len(fed) == 2
+    for one, other in zip(seen, fed):
+        torch.testing.assert_close(one, other.reshape(-1))
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_changes_no_gradient_with_micro_batches_in_flight(granularity):
+    """Two forward passes before the two backward ones, as in a pipeline."""
+    changes = {"recompute_granularity": granularity}
+    changes |= (
+        {"recompute_method": "uniform", "recompute_num_layers": 1}
+        if granularity == "full"
+        else {"recompute_modules": ["moe"]}
+    )
+    gradients = []
+    for overrides in ({}, changes):
+        model = build_gpt_model(tiny.architecture(), tiny.megatron_config(overrides), PAIRED).train()
+        tiny.draw(model)
+        set_threshold(model, -3.0)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(2):
+            batches = [torch.randint(0, 96, (1, 9), generator=generator) for _ in range(2)]
+            losses = [model(b, torch.arange(9)[None], None).float().square().mean() for b in batches]
+            for loss in losses:
+                loss.backward()
+        assert 0 < collect(model, 2, torch.device("cpu")).zero_share < 1
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_head_that_trains_computes_all_picks_and_gets_the_straight_through_gradient():
+    router = make(threshold=0.0).train()
+    hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5)
+    _, scores = definition(router, hidden, residual)
+    set_threshold(router, middle(scores))
+    probs, dispatched = route(router, hidden, residual)
+    assert torch.equal(dispatched, ~scores.isnan())
+    weights, _ = definition(router, hidden, residual)
+    hard = (scores >= router.paired.threshold).float()
+    torch.testing.assert_close(probs, weights * hard, atol=1e-6, rtol=1e-5)
+    factor = torch.randn(probs.shape, generator=torch.Generator().manual_seed(8))
+    got = torch.autograd.grad((probs * factor).sum(), router.paired.bias)[0]
+    gate = (scores - router.paired.threshold).sigmoid().nan_to_num()
+    torch.testing.assert_close(got, (factor * weights * gate * (1 - gate)).sum(0), atol=1e-5, rtol=1e-4)
+    assert collect(router, 1, torch.device("cpu")).zero_share == pytest.approx(
+        float(1 - hard.sum() / (len(hard) * K))
+    )
+
+
+def test_a_frozen_head_dispatches_kept_picks_only_and_gets_no_gradient():
+    router = make(threshold=0.0).train()
+    router.paired.requires_grad_(False)
+    hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5)
+    _, scores = definition(router, hidden, residual)
+    set_threshold(router, middle(scores))
+    probs, dispatched = route(router, hidden, residual)
+    assert torch.equal(dispatched, (scores >= router.paired.threshold) & ~scores.isnan())
+    probs.sum().backward()
+    assert router.paired.weight.grad is None
+    assert router.weight.grad.abs().sum() > 0
+
+
+def test_sparsity_loss_is_the_mean_gate_over_picks_that_are_no_padding():
+    router = make("head", threshold=0.0).train()
+    router.paired.sparsity_coeff = 0.7
+    hidden = tiny.hidden_states()
+    padding = torch.zeros(13, 1, dtype=torch.bool)
+    padding[9:] = True
+    probs, picked = route(router, hidden, padding=padding)
+    (probs * 0).sum().backward()
+    x_TH = hidden.detach().reshape(13, -1)
+    head = (x_TH @ router.paired.weight.t() + router.paired.bias).detach().requires_grad_()
+    rows = picked & ~padding.reshape(-1, 1)
+    expected = torch.autograd.grad(0.7 * head.sigmoid()[rows].mean(), head)[0]
+    torch.testing.assert_close(router.paired.bias.grad, expected.sum(0), atol=1e-6, rtol=1e-5)
+
+
+def test_scores_are_counted_without_padding():
+    router = make("weight").eval()
+    padding = torch.zeros(13, 1, dtype=torch.bool)
+    padding[:5] = True
+    reset(router)
+    route(router, tiny.hidden_states(), padding=padding)
+    report = collect(router, 1, torch.device("cpu"))
+    assert report.score_counts.sum() == 8 * K
+
+
+def test_no_cast_rounds_the_threshold():
+    router = make()
+    set_threshold(router, -2.3456789)
+    exact = router.paired.threshold.clone()
+    assert torch.equal(router.bfloat16().paired.threshold, exact)
+    assert router.paired.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_zero_experts": 5}, "one zero expert per real one"),
+        ({"zero_experts_type": "copy"}, "--zero-experts-type copy"),
+        ({"paired_score": "weight+height"}, "--paired-score"),
+        ({"paired_score": "weight+weight"}, "--paired-score"),
+        ({"paired_temperature": 0.0}, "--paired-temperature"),
+        ({"group_loss_coeff": 0.1}, "--target-zero-share"),
+        ({"zero_expert_routing": "pared"}, "--zero-expert-routing"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(change, message):
+    zero = ZeroExpertConfig(**({"num_zero_experts": N, "zero_expert_routing": "paired"} | change))
+    with pytest.raises(UserError, match=message):
+        zero.validate(N, K)

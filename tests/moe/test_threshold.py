@@ -1,0 +1,39 @@
+"""The threshold is the quantile of recent scores."""
+
+import pytest
+import torch
+
+from zeda_megatron.moe.stats import SCORE_BINS, RoutingStats
+from zeda_megatron.moe.threshold import ScoreQuantiles, quantile
+
+
+def histogram(scores):
+    stats = RoutingStats()
+    stats.add_scores(scores[:, None], torch.ones(len(scores), 1, dtype=torch.bool), None)
+    return stats.score_counts
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.62, 0.75, 1.0])
+def test_quantile_equals_torchs_own_within_a_bin(share):
+    scores = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 2 - 3
+    if share:  # at 0 any threshold below all scores is right
+        expected = float(scores.quantile(share))
+        assert quantile(histogram(scores), share) == pytest.approx(expected, abs=2 / 128)
+    below = float((scores < quantile(histogram(scores), share)).float().mean())
+    assert below == pytest.approx(share, abs=1e-3)
+
+
+def test_scores_outside_the_range_count_at_its_ends():
+    counts = histogram(torch.tensor([-1e3, -100.0, 0.0, 1e3]))
+    assert counts[0] == 2 and counts[-1] == 1 and counts.sum() == 4 and len(counts) == SCORE_BINS
+
+
+def test_old_steps_fade_so_the_threshold_follows_a_drift():
+    quantiles = ScoreQuantiles()
+    assert quantiles.threshold(0.5) is None
+    generator = torch.Generator().manual_seed(1)
+    for step in range(60):
+        quantiles.observe(histogram(torch.randn(2000, generator=generator) + 0.01 * step))
+    # the mean age of a step in the histogram is 9 steps
+    assert quantiles.threshold(0.5) == pytest.approx(0.59 - 0.09, abs=0.03)
+    assert quantiles.threshold(0.25) < quantiles.threshold(0.5) < quantiles.threshold(0.75)

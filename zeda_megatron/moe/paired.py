@@ -1,0 +1,141 @@
+"""Paired zero experts: every real expert has a zero expert of its own, which takes picks that would add little.
+
+Pick i of token x goes to its zero expert when
+
+    log w_i + (U_i.x + c_i) - log|residual|  <  threshold
+
+w_i is the pick's routing weight, U_i.x + c_i predicts log|E_i(x)| (fitted, see `moe.paired_fit`), the residual is
+the stream that the layer's output is added to: the sum is the log of the pick's relative contribution. Kept picks
+keep their weights. Closest kin: BEAM's learned mask router (arXiv 2605.14438), which is the term `head` alone,
+trained.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch.nn import functional as F
+
+from ..config import ZeroExpertConfig
+
+KEEP_ALL = -1e4
+"""Threshold of a fresh head: no score is below it."""
+
+
+class PairedZeroExperts(torch.nn.Module):
+    """The scores of all picks of one layer, and the threshold that splits them.
+
+    Attributes:
+        weight: U [N, H]. bias: c [N]. threshold: one number, float32 whatever the model's type.
+        sparsity_coeff: coefficient of the mean gate as an extra loss (BEAM's regulariser); 0 adds none.
+    """
+
+    def __init__(
+        self, zero: ZeroExpertConfig, hidden_size: int, dtype: torch.dtype, sequence_parallel: bool = False
+    ):
+        super().__init__()
+        self.terms = zero.score_terms
+        self.temperature = zero.paired_temperature
+        self.sparsity_coeff = 0.0
+        experts = zero.num_zero_experts
+        self.weight = torch.nn.Parameter(torch.zeros(experts, hidden_size, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(experts, dtype=dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        self.register_buffer("threshold", torch.full((1,), KEEP_ALL, dtype=torch.float32))
+        self._seen: torch.Tensor | None = None
+        self._recompute: deque[torch.Tensor] = deque()
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but let no cast round the threshold."""
+        exact = self.threshold
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            self.threshold = exact.to(self.threshold.device)
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """The head has gradients: then all picks are computed while training (straight-through)."""
+        return self.weight.requires_grad
+
+    def see_residual(self, _norm, args) -> None:
+        """Forward pre-hook of the norm before the layer: remember |residual| of its input [S, B, H]."""
+        if "residual" in self.terms:
+            self._seen = args[0].detach().float().norm(dim=-1).reshape(-1)
+
+    def scores(self, hidden_TH: torch.Tensor, probs_TN: torch.Tensor) -> torch.Tensor:
+        """Log of the predicted relative contribution of every expert, [T, N] float32; only picks mean something.
+
+        Gradients reach U and c alone.
+        """
+        score_TN = torch.zeros_like(probs_TN, dtype=torch.float32)
+        if "weight" in self.terms:
+            score_TN = score_TN + probs_TN.detach().float().clamp(min=1e-20).log()
+        if "head" in self.terms:
+            score_TN = score_TN + F.linear(hidden_TH.detach().float(), self.weight.float(), self.bias.float())
+        if "residual" in self.terms:
+            norm_T = self._residual_norm(hidden_TH.shape[0])
+            score_TN = score_TN - norm_T.clamp(min=1e-20).log().unsqueeze(1)
+        return score_TN
+
+    def _residual_norm(self, tokens: int) -> torch.Tensor:
+        """|residual| [T] of this pass.
+
+        Selective recomputation runs the layer twice, but the norm before it once: the first pass (no gradients)
+        leaves its values in a queue. Backward passes come in the order of the forward ones.
+        """
+        seen, self._seen = self._seen, None
+        if self.training and not torch.is_grad_enabled():
+            self._recompute.append(seen)
+        elif self.training and self._recompute:
+            queued = self._recompute.popleft()
+            seen = queued if seen is None else seen
+        if seen is None or seen.numel() != tokens:
+            raise RuntimeError("paired zero experts saw no residual for these tokens: install_residual_norms")
+        return seen
+
+    def thin_out(
+        self, score_TN: torch.Tensor, probs_TN: torch.Tensor, map_TN: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hand picks below the threshold to their zero experts. All [T, N].
+
+        Returns:
+            probs and map for the dispatcher, the map of kept picks, and the gates (None for a frozen head). With
+            a head that trains, the dispatched map still has all picks: those that are skipped have weight 0 and
+            a gradient, the straight-through estimate.
+        """
+        kept_TN = map_TN & (score_TN >= self.threshold)
+        if not (self.trains and self.training):
+            return probs_TN * kept_TN, kept_TN, kept_TN, None
+        gate_TN = torch.sigmoid((score_TN - self.threshold) / self.temperature)
+        hard_TN = kept_TN.to(probs_TN.dtype)
+        return (
+            probs_TN * (hard_TN + (gate_TN - gate_TN.detach()).to(probs_TN.dtype)),
+            map_TN,
+            kept_TN,
+            gate_TN,
+        )
+
+
+def install_residual_norms(model: torch.nn.Module) -> None:
+    """Let the paired zero experts of every layer see the norm of its residual stream. Call after building."""
+    for layer in model.modules():
+        mlp = getattr(layer, "mlp", None)
+        paired = getattr(mlp.router, "paired", None) if isinstance(mlp, MoELayer) else None
+        if paired is not None:
+            layer.pre_mlp_layernorm.register_forward_pre_hook(paired.see_residual)
+
+
+def paired_modules(model_chunks) -> list[PairedZeroExperts]:
+    """The paired zero experts of all layers of a model (or list of chunks)."""
+    chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, PairedZeroExperts)]
+
+
+def set_threshold(model_chunks, value: float) -> None:
+    """Give all layers this threshold."""
+    for paired in paired_modules(model_chunks):
+        paired.threshold.fill_(value)

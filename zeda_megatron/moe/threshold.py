@@ -1,0 +1,40 @@
+"""The threshold of paired zero experts: a quantile of recent scores, held at the wanted zero share."""
+
+from __future__ import annotations
+
+import torch
+
+from .stats import SCORE_BINS, SCORE_RANGE
+
+
+def quantile(counts: torch.Tensor, share: float) -> float:
+    """The score below which `share` of the picks lie. counts [SCORE_BINS], any type; linear inside a bin."""
+    total = counts.double().cumsum(0)
+    wanted = share * float(total[-1])
+    place = int(torch.searchsorted(total, torch.tensor(wanted, dtype=torch.float64)))
+    place = min(place, SCORE_BINS - 1)
+    before = float(total[place - 1]) if place else 0.0
+    inside = (wanted - before) / max(float(counts[place]), 1e-12)
+    low, high = SCORE_RANGE
+    return low + (place + min(max(inside, 0.0), 1.0)) * (high - low) / SCORE_BINS
+
+
+class ScoreQuantiles:
+    """A running histogram of scores that old steps fade out of; any share can be asked of it.
+
+    Scores drift slowly while a model adapts, so a quantile of the last ten steps or so is as good a controller as
+    a tuned feedback loop, follows a target that changes at every step, and leaves no offset.
+    """
+
+    def __init__(self, fade: float = 0.9):
+        self.fade = fade
+        self.counts = torch.zeros(SCORE_BINS, dtype=torch.float64)
+
+    def observe(self, counts: torch.Tensor | None) -> None:
+        """Add one step's histogram (over all layers and ranks)."""
+        if counts is not None:
+            self.counts = self.fade * self.counts + counts
+
+    def threshold(self, share: float) -> float | None:
+        """The threshold for this zero share; None before anything was observed."""
+        return quantile(self.counts, share) if self.counts.any() else None
