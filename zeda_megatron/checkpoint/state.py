@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import UserError
 
+_HEAD = ".router.paired."
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -161,11 +163,33 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-def load_weights(model_chunks: list[torch.nn.Module], folder: Path, flag: str) -> None:
-    """Load the weights of a checkpoint into bare (unwrapped) model chunks."""
-    state = load_checkpoint(folder, model_state(model_chunks), flag)
+def load_weights(
+    model_chunks: list[torch.nn.Module], folder: Path, flag: str, fresh_heads: bool = False
+) -> None:
+    """Load the weights of a checkpoint into bare (unwrapped) model chunks.
+
+    With `fresh_heads`, a checkpoint without heads of paired zero experts is fine: they keep their initial values.
+    """
+    wanted = model_state(model_chunks)
+    fresh = fresh_heads and not _has_heads(folder)
+    if fresh:
+        wanted = {
+            name: {key: value for key, value in part.items() if _HEAD not in key}
+            for name, part in wanted.items()
+        }
+    state = load_checkpoint(folder, wanted, flag)
     for name, chunk in _named(model_chunks):
-        chunk.load_state_dict(state[name], strict=True)
+        missing, unexpected = chunk.load_state_dict(state[name], strict=not fresh)
+        lost = [key for key in missing if _HEAD not in key]
+        if lost or unexpected:
+            raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
+
+
+def _has_heads(folder: Path) -> bool:
+    try:
+        return any(_HEAD in key for key in FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except (OSError, EOFError, UnpicklingError):
+        return False  # loading tells what is wrong with the folder
 
 
 def model_state(model_chunks: list[torch.nn.Module]) -> dict[str, Any]:

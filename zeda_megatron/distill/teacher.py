@@ -20,6 +20,31 @@ from ..moe.router import zero_mask
 from ..moe.stats import routers
 
 
+def forward_only(
+    model_chunks: list[torch.nn.Module],
+    batches: list[PackedBatch],
+    seq_length: int,
+    forward: Callable[[Any, PackedBatch], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Run chunks of a pipeline over micro-batches, no gradients. Returns outputs on the last stage, else []."""
+
+    def forward_step(iterator, model):
+        return forward(model, next(iterator)), lambda hidden, non_loss_data=False: hidden
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in model_chunks],
+            model=model_chunks,
+            num_microbatches=len(batches),
+            seq_length=seq_length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return outputs if parallel_state.is_pipeline_last_stage() else []
+
+
 class Teacher:
     """A frozen model that gives the hidden states of the last layer (after the final norm).
 
@@ -53,21 +78,8 @@ class Teacher:
             parallelism); elsewhere an empty list. Never a tensor of the size of the vocabulary.
         """
 
-        def forward_step(iterator, model):
-            return forward(model, next(iterator)), lambda hidden, non_loss_data=False: hidden
-
-        with torch.no_grad(), self._in_place():
-            outputs = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(batches) for _ in self.model_chunks],
-                model=self.model_chunks,
-                num_microbatches=len(batches),
-                seq_length=seq_length,
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        return outputs if parallel_state.is_pipeline_last_stage() else []
+        with self._in_place():
+            return forward_only(self.model_chunks, batches, seq_length, forward)
 
     def head_weight(self) -> torch.Tensor:
         """The teacher's LM head on the last stage, on the device of the computation."""

@@ -35,11 +35,15 @@ class MeasureOptions:
     moe_pick_rule: str | None = None
     """topk=2, skip=0.4 or top_p=0.7. `skip` and `top_p` without a number are tuned to --target-share."""
 
+    zero_dial: str | None = None
+    """The compute dial: the threshold of paired zero experts, or a number added to the logits of shared ones.
+    `auto` tunes it to --target-share. Default: as the checkpoint has it."""
+
     target_share: float = 0.5
-    """Zero share that a rule is tuned to, on --calibration."""
+    """Zero share that a rule or the dial is tuned to, on --calibration."""
 
     calibration: str | None = None
-    """Rollout file that rules are tuned on (never the held-out one)."""
+    """Rollout file that rules and dial are tuned on (never the held-out one)."""
 
     heldout: str | None = None
     """Held-out conversations, jsonl with messages, kind and label."""
@@ -149,25 +153,44 @@ def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int
 
 
 def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float:
-    """Number of a `skip` or `top_p` rule that gives the target share on these rows (bisection)."""
-    from ..moe import stats
+    """Number of a `skip` or `top_p` rule that gives the target share on these rows."""
     from ..moe.pick_rules import parse_pick_rule
     from ..moe.router import set_pick_rule
+
+    def apply(value: float) -> None:
+        set_pick_rule(student, parse_pick_rule(f"{name}={value}"))
+
+    # A larger ratio skips more, a larger p skips less.
+    return _bisect(student, rows, apply, target, 0.0, 1.0, rising=name == "skip", steps=steps)
+
+
+def tune_dial(student, rows, target: float, steps: int = 12) -> float:
+    """Number that, added to the logits of shared zero experts, gives the target share on these rows; it is set."""
+    from ..moe.router import set_logit_bias
+
+    def apply(value: float) -> None:
+        set_logit_bias(student, value)
+
+    value = _bisect(student, rows, apply, target, -16.0, 16.0, rising=True, steps=steps)
+    apply(value)
+    return value
+
+
+def _bisect(student, rows, apply, target, low, high, rising: bool, steps: int) -> float:
+    from ..moe import stats
     from ..training.step import forward_model
 
     student.eval()
     student.return_hidden = True
-    low, high = 0.0, 1.0
     for _ in range(steps):
         value = (low + high) / 2
-        set_pick_rule(student, parse_pick_rule(f"{name}={value}"))
+        apply(value)
         stats.reset(student)
         with torch.no_grad():
             for row in rows:
                 forward_model(student, row)
         share = stats.collect(student, student.config.num_layers, process_groups.device()).zero_share
-        # A larger ratio skips more, a larger p skips less.
-        if (share < target) == (name == "skip"):
+        if (share < target) == rising:
             low = value
         else:
             high = value
@@ -221,6 +244,7 @@ def measure_arm(options: MeasureOptions) -> dict:
         rule = f"{rule}={tune_rule(student, rule, rows, options.target_share):.6f}"
     set_pick_rule(student, parse_pick_rule(rule) if rule else None)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
+    dial = turn_dial(student, options, tokenizer) if options.zero_dial else {}
     result = measure(
         student,
         teacher,
@@ -230,7 +254,49 @@ def measure_arm(options: MeasureOptions) -> dict:
         options.seq_length,
         options.max_new_tokens,
     )
-    return {**result, **({"rule": rule} if rule else {})}
+    cost = head_cost(student)
+    result["expert_flops"] += cost
+    return {**result, **dial, **({"rule": rule} if rule else {}), **({"head_flops": cost} if cost else {})}
+
+
+def head_cost(student) -> float:
+    """Multiply-adds of the heads of paired zero experts, as a share of the static model's experts.
+
+    A head costs N*H per token and layer, K gated experts cost 3*K*H*F.
+    """
+    from ..moe.paired import paired_modules
+
+    config = student.config
+    if not any("head" in paired.terms for paired in paired_modules(student)):
+        return 0.0
+    return config.num_moe_experts / (3 * config.moe_router_topk * config.moe_ffn_hidden_size)
+
+
+def turn_dial(student, options: MeasureOptions, tokenizer) -> dict:
+    """Set the compute dial as asked; returns {"dial": its value}."""
+    from ..moe.paired import paired_modules, set_threshold
+    from ..moe.router import set_logit_bias
+    from ..moe.stats import routers
+    from ..moe.threshold import calibrate_threshold
+    from ..training.step import forward_model
+    from .models import load_rows
+
+    paired = paired_modules(student)
+    if not paired and not any(router.num_zero for router in routers(student)):
+        raise UserError(f"--zero-dial {options.zero_dial}: the student has no zero experts")
+    if options.zero_dial == "auto":
+        if not options.calibration:
+            raise UserError("--zero-dial auto needs --calibration, a rollout file to tune it on")
+        rows = load_rows(options.calibration, tokenizer, options.seq_length, count=8)
+        if paired:
+            return {"dial": calibrate_threshold(student, rows, options.target_share, forward_model)}
+        return {"dial": tune_dial(student, rows, options.target_share)}
+    try:
+        value = float(options.zero_dial)
+    except ValueError:
+        raise UserError(f"--zero-dial {options.zero_dial!r}: give a number or auto") from None
+    set_threshold(student, value) if paired else set_logit_bias(student, value)
+    return {"dial": value}
 
 
 if __name__ == "__main__":

@@ -239,6 +239,12 @@ def set_pick_rule(model_chunks, rule: PickRule | None) -> None:
         router.pick_rule = rule
 
 
+def set_logit_bias(model_chunks, value: float) -> None:
+    """Add a number to the logits of shared zero experts in all layers: the compute dial."""
+    for router in routers(model_chunks):
+        router.zero_logit_bias = value
+
+
 @contextmanager
 def zero_mask(model_chunks, on: bool = True) -> Iterator[None]:
     """`with zero_mask(model): ...` runs the static model inside a dynamic one."""

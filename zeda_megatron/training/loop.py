@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import load_tokenizer
+from ..distill.teacher import forward_only
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe import stats
+from ..moe.threshold import calibrate_threshold
 from ..runtime.process_groups import device
 from .log import RunLog
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
 from .setup import Student, build_optimizer, build_student, build_teacher, hf_folder
+from .share_control import build_share_control
 from .signals import StopRequest
-from .step import Stepper
+from .step import Stepper, forward_model
 
 
 class TrainingRun:
@@ -45,10 +49,13 @@ class TrainingRun:
         self.student = build_student(options)
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
-        self.optimizer, self.schedule = build_optimizer(options.optimizer, self.student, options.model.bf16)
+        self.optimizer, self.schedule = build_optimizer(
+            options.optimizer, self.student, options.model.bf16, options.paired.paired_head_lr
+        )
         self.stepper = Stepper(
             self.student, self.teacher, self.optimizer, options.loss(), options.data.seq_length
         )
+        self.control = build_share_control(options, self.student.chunks, self.student.zero.paired)
         self.iteration = 0
         self.consumed_rows = 0
         self.consumed_tokens = 0
@@ -63,6 +70,8 @@ class TrainingRun:
             with StopRequest() as stop:
                 while self.iteration < options.train_iters:
                     self._one_step(log)
+                    if self.iteration == options.train_iters:
+                        self._calibrate(log)
                     stopping = stop.agreed() or (
                         run.exit_interval and self.iteration % run.exit_interval == 0
                     )
@@ -83,6 +92,7 @@ class TrainingRun:
     def _one_step(self, log: RunLog) -> None:
         started = time.perf_counter()
         lr = self.schedule.get_lr({})
+        self.control.before_step(self.iteration)
         metrics = self.stepper.step(self._rows())
         self.schedule.step(increment=1)
         self.iteration += 1
@@ -94,11 +104,27 @@ class TrainingRun:
         metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
         metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
         metrics["zero_share"] = report.zero_share
+        metrics |= self.control.after_step(report)
         metrics["lr"] = lr
         metrics["consumed_tokens"] = self.consumed_tokens
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
         log.step(self.iteration, metrics, report.zero_share_by_layer)
+
+    def _calibrate(self, log: RunLog) -> None:
+        """Set the threshold of paired zero experts so that training rows give the target share in evaluation."""
+        wanted, chunks = self.options.paired, self.student.chunks
+        if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
+            return
+        rank = parallel_state.get_data_parallel_rank()
+        size = parallel_state.get_data_parallel_world_size()
+        count = max(wanted.calibration_rows // size, 1)
+        rows = [self.dataset[rank + i * size] for i in range(count)]
+        forward = partial(
+            forward_only, seq_length=self.options.data.seq_length, forward=forward_model
+        )  # all rows in one run of the pipeline
+        threshold = calibrate_threshold(chunks, [rows], wanted.target_zero_share, forward)
+        log.say(f"threshold {threshold:.4f} for a zero share of {wanted.target_zero_share:.1%}")
 
     def _rows(self) -> list:
         """This data-parallel rank's rows of the next global batch."""
@@ -122,6 +148,7 @@ class TrainingRun:
                 "consumed_tokens": self.consumed_tokens,
                 "optimizer_step": optimizer_step(self.optimizer),
             },
+            "share_control": self.control.state_dict(),
             "data": self.dataset.fingerprint(),
         }
 
@@ -154,6 +181,7 @@ class TrainingRun:
         progress = loaded["progress"]
         load_optimizer_state(self.optimizer, loaded["optimizer"], progress.get("optimizer_step"))
         self.schedule.load_state_dict(loaded["schedule"])
+        self.control.load_state_dict(loaded.get("share_control", {}))
         self.iteration = progress["iteration"]
         self.consumed_rows = progress["consumed_rows"]
         self.consumed_tokens = progress["consumed_tokens"]
@@ -192,4 +220,6 @@ def write_side_files(root: Path, options: Options, student: Student) -> None:
         "num_zero_experts": student.zero.num_zero_experts,
         "zero_experts_type": student.zero.zero_experts_type,
     }
+    if student.zero.paired:
+        about |= {"zero_expert_routing": "paired", "paired_score": student.zero.paired_score}
     write_atomically(root / "zeda.json", json.dumps(about, indent=2) + "\n")

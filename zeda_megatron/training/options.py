@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import GROUP_LOSS_SCOPES, GROUP_LOSS_VARIANTS, ZERO_EXPERT_TYPES, ZeroExpertConfig
+from ..config import (
+    GROUP_LOSS_SCOPES,
+    GROUP_LOSS_VARIANTS,
+    ZERO_EXPERT_ROUTINGS,
+    ZERO_EXPERT_TYPES,
+    ZeroExpertConfig,
+)
 from ..distill.losses import LossConfig
 from ..errors import UserError
 from ..moe.experts import choose_backend
@@ -32,11 +38,22 @@ class ModelOptions:
     zero_experts_type: str | None = None
     """zero, copy or learned. Default: as the checkpoint was converted."""
 
+    zero_expert_routing: str | None = None
+    """shared (the paper's zero experts) or paired (one per real expert). Default: as the checkpoint."""
+
+    paired_score: str | None = None
+    """Terms of a pick's score under paired routing, joined by '+': weight, head, residual. Default: as the
+    checkpoint, else all three."""
+
+    paired_temperature: float = 1.0
+    """Width of the gate through which a paired head trains."""
+
     moe_zero_expert_weight: float = 2.0
     """w: the group loss is least at a zero share of w*Nz/(N+w*Nz)."""
 
     moe_router_load_balancing_type: str = "grouped_aux_loss"
-    """grouped_aux_loss (zero experts), aux_loss or seq_aux_loss (static models), none."""
+    """grouped_aux_loss (shared zero experts; paired ones have no such loss), aux_loss or seq_aux_loss (static
+    models), none."""
 
     moe_aux_loss_coeff: float = 0.1
     """Coefficient of that loss (alpha)."""
@@ -68,18 +85,85 @@ class ModelOptions:
     recompute_granularity: str | None = None
     """None, full or selective activation recomputation."""
 
-    def zero(self, num_zero_experts: int, zero_experts_type: str) -> ZeroExpertConfig:
+    def zero(
+        self, num_zero_experts: int, zero_experts_type: str, routing: str = "shared", score: str | None = None
+    ) -> ZeroExpertConfig:
         """The zero-expert config of this run."""
-        grouped = self.moe_router_load_balancing_type == "grouped_aux_loss"
+        grouped = self.moe_router_load_balancing_type == "grouped_aux_loss" and routing == "shared"
         return ZeroExpertConfig(
             num_zero_experts=num_zero_experts,
             zero_experts_type=zero_experts_type,
+            zero_expert_routing=routing,
+            paired_score=score or ZeroExpertConfig.paired_score,
+            paired_temperature=self.paired_temperature,
             group_loss_coeff=self.moe_aux_loss_coeff if grouped else 0.0,
             moe_zero_expert_weight=self.moe_zero_expert_weight,
             group_loss_variant=self.group_loss_variant,
             group_loss_scope=self.group_loss_scope,
             renormalize_after_drop=self.renormalize_after_drop,
         )
+
+
+@dataclass(frozen=True)
+class PairedOptions:
+    """Adaptation with paired zero experts."""
+
+    target_zero_share: float = 0.5
+    """Zero share that is held during adaptation and calibrated at its end."""
+
+    zero_share_range: list[str] | None = None
+    """Two numbers: every step draws its target share between them, so one model serves at many shares."""
+
+    paired_control: str = "threshold"
+    """threshold: follow the quantile of recent scores. sparsity: keep the threshold, train the head against a
+    sparsity loss (a BEAM-like mask router). none: leave the threshold as it is."""
+
+    paired_head_lr: float = 0.0
+    """Peak learning rate of the head; 0 keeps it as it was fitted. A head that trains computes all picks."""
+
+    sparsity_ramp_fraction: float = 0.1
+    """Share of the steps over which the target of the sparsity control rises from 0."""
+
+    sparsity_gain: float = 0.3
+    """Gain of the sparsity control: coefficient per unit of missing share."""
+
+    calibration_rows: int = 16
+    """Rows on which the threshold is set at the end; 0 leaves the last step's."""
+
+    def bounds(self) -> tuple[float, float] | None:
+        """`zero_share_range` as numbers."""
+        if self.zero_share_range is None:
+            return None
+        try:
+            low, high = map(float, self.zero_share_range)
+            if not 0 <= low <= high < 1:
+                raise ValueError
+        except ValueError:
+            shown = " ".join(self.zero_share_range)
+            raise UserError(f"--zero-share-range {shown}: give two numbers, 0 <= low <= high < 1") from None
+        return low, high
+
+    def validate(self) -> None:
+        """Raise `UserError` naming the flag that cannot work."""
+        self.bounds()
+        if self.paired_control not in ("threshold", "sparsity", "none"):
+            raise UserError(
+                f"--paired-control {self.paired_control!r} is unknown; choose one of threshold, sparsity, none"
+            )
+        if not 0 <= self.target_zero_share < 1:
+            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
+        for flag, value in (
+            ("--paired-head-lr", self.paired_head_lr),
+            ("--sparsity-ramp-fraction", self.sparsity_ramp_fraction),
+            ("--sparsity-gain", self.sparsity_gain),
+            ("--calibration-rows", self.calibration_rows),
+        ):
+            if not value >= 0:
+                raise UserError(f"{flag} {value} must not be negative")
+        if self.paired_control == "sparsity" and not self.paired_head_lr:
+            raise UserError(
+                "--paired-control sparsity needs --paired-head-lr: the sparsity loss trains the head"
+            )
 
 
 @dataclass(frozen=True)
@@ -230,6 +314,7 @@ class GenerateOptions:
 
 GROUPS = {
     "model": ModelOptions,
+    "paired": PairedOptions,
     "data": DataOptions,
     "distill": DistillOptions,
     "optimizer": OptimizerOptions,
@@ -244,6 +329,7 @@ class Options:
     """All options of a run."""
 
     model: ModelOptions
+    paired: PairedOptions
     data: DataOptions
     distill: DistillOptions
     optimizer: OptimizerOptions
@@ -285,6 +371,7 @@ class Options:
             ),
             ("--moe-token-dispatcher-type", self.model.moe_token_dispatcher_type, ("alltoall", "allgather")),
             ("--zero-experts-type", self.model.zero_experts_type or "zero", ZERO_EXPERT_TYPES),
+            ("--zero-expert-routing", self.model.zero_expert_routing or "shared", ZERO_EXPERT_ROUTINGS),
             ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.model.group_loss_scope, GROUP_LOSS_SCOPES),
             ("--recompute-granularity", self.model.recompute_granularity or "full", ("full", "selective")),
@@ -332,6 +419,7 @@ class Options:
         choose_backend(self.model.expert_backend)
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
+        self.paired.validate()
         self.loss()
         if not self.data.data_path:
             raise UserError("--data-path is missing: give one or more jsonl files")

@@ -12,8 +12,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
@@ -24,6 +30,7 @@ from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
+from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router import set_pick_rule
 from .options import ModelOptions, OptimizerOptions, Options
@@ -66,11 +73,12 @@ def zero_experts(
     Raises `UserError` for flags that would drop parameters of the checkpoint.
     """
     checkpoint = checkpoint or options.pretrained_checkpoint
-    number, kind = arch.num_zero_experts, "zero"
+    number, kind, routing, score = arch.num_zero_experts, "zero", "shared", None
     about = beside(checkpoint, "zeda.json") if checkpoint else None
     if about is not None:
         facts = read_json(about)
         number, kind = facts.get("num_zero_experts", 0), facts.get("zero_experts_type", "zero")
+        routing, score = facts.get("zero_expert_routing", "shared"), facts.get("paired_score")
     if kind == "learned" and options.zero_experts_type not in (None, kind):
         raise UserError(
             f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has learned zero experts, which this "
@@ -78,7 +86,15 @@ def zero_experts(
         )
     if options.num_zero_experts is not None:
         number = options.num_zero_experts
-    return options.zero(number, options.zero_experts_type or kind)
+    wanted = options.zero_expert_routing or routing
+    if number and wanted != routing:
+        raise UserError(
+            f"--zero-expert-routing {wanted}: {checkpoint} has {routing} zero experts; leave the flag away, or "
+            "start from the static model"
+        )
+    if wanted == "paired" and options.num_zero_experts is None:
+        number = arch.megatron["num_moe_experts"]
+    return options.zero(number, options.zero_experts_type or kind, wanted, options.paired_score or score)
 
 
 def beside(checkpoint: str, name: str) -> Path | None:
@@ -128,11 +144,14 @@ def build_student(options: Options) -> Student:
     chunks = build_chunks(options, arch, zero)
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
-        load_weights(chunks, folder, "--pretrained-checkpoint")
+        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True)
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(".router." in name)
+    for paired in paired_modules(chunks):
+        # Which terms a score has decides whether its head has anything to learn.
+        paired.requires_grad_(options.paired.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
         set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
     ddp = DistributedDataParallelConfig(
@@ -167,10 +186,12 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     zero = student.zero
     if options.distill.teacher_load and beside(source, "zeda.json"):
         # The teacher may be the static checkpoint: its zero experts are masked anyway.
-        plain = replace(options.model, num_zero_experts=None, zero_experts_type=None)
+        plain = replace(
+            options.model, num_zero_experts=None, zero_experts_type=None, zero_expert_routing=None
+        )
         zero = zero_experts(plain, student.arch, source)
     chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
-    load_weights(chunks, require_checkpoint(source, "--teacher-load"), "--teacher-load")
+    load_weights(chunks, require_checkpoint(source, "--teacher-load"), "--teacher-load", fresh_heads=True)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()
@@ -178,9 +199,12 @@ def build_teacher(options: Options, student: Student) -> Teacher:
 
 
 def build_optimizer(
-    options: OptimizerOptions, student: Student, bf16: bool
+    options: OptimizerOptions, student: Student, bf16: bool, paired_head_lr: float = 0.0
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps."""
+    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps.
+
+    Heads of paired zero experts have a learning rate of their own and no weight decay.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -194,7 +218,16 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, student.wrapped, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    if paired_head_lr:
+        overrides[ParamKey(name="*.router.paired.*")] = ParamGroupOverride(
+            max_lr=paired_head_lr,
+            min_lr=paired_head_lr * options.min_lr / options.lr if options.lr else 0.0,
+            wd_mult=0.0,
+        )
+    optimizer = get_megatron_optimizer(
+        config, student.wrapped, config_overrides=overrides, use_gloo_process_groups=False
+    )
     get_model_config(student.chunks[0]).grad_scale_func = optimizer.scale_loss
     schedule = OptimizerParamScheduler(
         optimizer,
