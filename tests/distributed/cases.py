@@ -5,10 +5,14 @@ from __future__ import annotations
 STEPS = {"train_iters": 3, "lr": 1e-3, "lr_warmup_fraction": 0.0}
 SAMPLED = {"max_new_tokens": 6, "temperature": 1.0, "generate_batch_size": 2}
 
+HEAD = {"paired_head_lr": 1e-2}
+WORLD_FLAGS = {"plain": {}, "odd": {}, "paired": {}, "paired head": HEAD}
+"""World -> flags of every run in it. In `paired head` the head of paired zero experts trains too."""
+
 
 def case(name, do="train", world="plain", flags=None, slow=False, **layout):
     """One case; keyword arguments are parallel sizes."""
-    flags = (STEPS if do in ("train", "interrupted") else {}) | (flags or {})
+    flags = (STEPS if do in ("train", "interrupted") else {}) | WORLD_FLAGS[world] | (flags or {})
     return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
 
 
@@ -21,6 +25,26 @@ TRAIN = [
     case("pp2", pp=2),
     case("pp2 odd", world="odd", pp=2),
     case("tp2 odd", world="odd", tp=2),
+    case("paired ep2", world="paired", ep=2),
+    case("paired tp2", world="paired", tp=2),
+    case("paired head dp2", world="paired head"),
+    case("paired head tp2", world="paired head", tp=2),
+    case("paired pp2", world="paired", pp=2, slow=True),
+    case("paired head ep2", world="paired head", ep=2, slow=True),
+    case(
+        "paired head pp2 selective",
+        world="paired head",
+        pp=2,
+        flags={"recompute_granularity": "selective"},
+        slow=True,
+    ),
+    case(
+        "paired ep2 allgather",
+        world="paired",
+        ep=2,
+        flags={"moe_token_dispatcher_type": "allgather"},
+        slow=True,
+    ),
     case("tp2 ep2", tp=2, ep=2, slow=True),
     case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
     case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
@@ -76,4 +100,5 @@ FOUR_PROCESSES = [
     case("tp2 dp2", tp=2, slow=True),
     case("pp2 ep2", pp=2, ep=2, slow=True),
     case("ep2 dp2", ep=2, slow=True),
+    case("paired head tp2 pp2 ep2", world="paired head", tp=2, pp=2, ep=2, slow=True),
 ]

@@ -5,12 +5,15 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_world
-from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES
+from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES, WORLD_FLAGS
+
+from zeda_megatron.moe.paired import paired_modules
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -75,23 +78,36 @@ def odd_world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def alone(one_process, world, odd_world, tmp_path_factory):
+def worlds(one_process, world, odd_world, tmp_path_factory):
+    """All worlds by name."""
+    folder = tmp_path_factory.mktemp("paired")
+    flags = {"pretrained_checkpoint": world.static, "zero_expert_routing": "paired"}
+    run = tiny_world.start(world, save=folder, **flags)
+    for i, paired in enumerate(paired_modules(run.student.chunks)):
+        tiny.draw(paired, seed=i)
+    run.save()
+    with_heads = replace(world, dynamic=folder)
+    return {"plain": world, "odd": odd_world, "paired": with_heads, "paired head": with_heads}
+
+
+@pytest.fixture(scope="session")
+def alone(worlds, tmp_path_factory):
     """The runs in one process: world -> (metrics, final state)."""
     ends = {}
-    for name, where in (("plain", world), ("odd", odd_world)):
+    for name, where in worlds.items():
         folder = tmp_path_factory.mktemp("alone")
-        run = tiny_world.start(where, save=folder, **STEPS)
+        run = tiny_world.start(where, save=folder, **STEPS, **WORLD_FLAGS[name])
         run.run()
         ends[name] = (tiny_world.read_metrics(folder), tiny_world.snapshot(run))
     return ends
 
 
 @pytest.fixture(scope="session")
-def runs(one_process, world, odd_world, tmp_path_factory):
+def runs(worlds, tmp_path_factory):
     """Results of the cases."""
     halfway = tmp_path_factory.mktemp("halfway")
-    tiny_world.start(world, save=halfway, exit_interval=2, **STEPS).run()
-    return Runs({"plain": world, "odd": odd_world}, halfway, tmp_path_factory.mktemp("torchrun"))
+    tiny_world.start(worlds["plain"], save=halfway, exit_interval=2, **STEPS).run()
+    return Runs(worlds, halfway, tmp_path_factory.mktemp("torchrun"))
 
 
 @pytest.fixture
@@ -108,7 +124,7 @@ def results(runs):
 
 
 @pytest.fixture
-def assert_same_run(runs, results, alone, world, odd_world):
+def assert_same_run(runs, results, alone, worlds):
     """Metrics, weights and Adam's moments of a case equal those of one process, to 1e-5."""
 
     def check(case: dict, first_step: int = 1) -> None:
@@ -122,7 +138,8 @@ def assert_same_run(runs, results, alone, world, odd_world):
                 for a, b in zip(*pair, strict=True):
                     assert a == b or a == pytest.approx(b, abs=1e-5, rel=1e-5), (line["step"], key)
         # One process reads what several wrote: resume under another layout.
-        end = tiny_world.start({"plain": world, "odd": odd_world}[case["world"]], load=folder, **STEPS)
+        name = case["world"]
+        end = tiny_world.start(worlds[name], load=folder, **STEPS, **WORLD_FLAGS[name])
         assert end.iteration == 3
         mine = tiny_world.snapshot(end)
         assert mine.keys() == wanted.keys()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -69,12 +68,13 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
     if not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
-        if "MASTER_ADDR" not in os.environ:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        # A process alone meets no one: no port, which another program could take first.
+        store = torch.distributed.HashStore() if world == 1 else None
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             rank=rank,
             world_size=world,
+            store=store,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
         )
     if not parallel_state.model_parallel_is_initialized():
@@ -127,9 +127,3 @@ def _place() -> tuple[int, int, int]:
     if "RANK" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     return 0, 1, 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

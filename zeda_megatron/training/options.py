@@ -420,6 +420,8 @@ class Options:
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
         self.paired.validate()
+        if self.paired.paired_head_lr and not self.optimizer.lr:
+            raise UserError("--paired-head-lr needs --lr above 0: it is kept as a multiple of it")
         self.loss()
         if not self.data.data_path:
             raise UserError("--data-path is missing: give one or more jsonl files")

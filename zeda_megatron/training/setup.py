@@ -220,11 +220,12 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config)
     if paired_head_lr:
-        overrides[ParamKey(name="*.router.paired.*")] = ParamGroupOverride(
-            max_lr=paired_head_lr,
-            min_lr=paired_head_lr * options.min_lr / options.lr if options.lr else 0.0,
-            wd_mult=0.0,
-        )
+        head = ParamGroupOverride(wd_mult=0.0)
+        if paired_head_lr != options.lr:
+            # Megatron's schedule takes the rates; when it resumes, it tells groups apart by the factor.
+            factor = paired_head_lr / options.lr
+            head.update(max_lr=paired_head_lr, min_lr=options.min_lr * factor, lr_mult=factor)
+        overrides[ParamKey(name="*.router.paired.*")] = head
     optimizer = get_megatron_optimizer(
         config, student.wrapped, config_overrides=overrides, use_gloo_process_groups=False
     )
