@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart/train_teacher.sh WORK_DIR
 #
-# Over an hour on two cores. The result that is committed in teacher/ came from these steps; teacher/README.md has
+# About two hours on two cores. The result that is committed in teacher/ came from these steps; teacher/README.md has
 # its log and hash. Another Python version has another standard library, hence other code to learn from.
 set -euo pipefail
 WORK=${1:?"usage: train_teacher.sh WORK_DIR"}
@@ -19,16 +19,21 @@ zeda_venv quickstart
 mkdir -p "$WORK/geometry"
 cp "$HERE/teacher/config.json" "$WORK/corpus/tokenizer/"* "$WORK/geometry/"
 
-# 3. Train on all cores of this machine, one data-parallel process each; then on the families that are still weak.
+# 3. Train on all cores of this machine, one data-parallel process each; then on what the families that are still
+# weak have in the corpus; then on new questions of three of them.
 export NPROC_PER_NODE=${NPROC_PER_NODE:-2}
-bash "$ROOT/launch/pretrain_zeda.sh" --config "$HERE/teacher.yaml" \
-    --hf-config "$WORK/geometry" --data-path "$WORK/corpus/train.jsonl" --save "$WORK/run"
-"$PYTHON" "$HERE/focus.py" --train "$WORK/corpus/train.jsonl" --out "$WORK/corpus/focus.jsonl"
-bash "$ROOT/launch/pretrain_zeda.sh" --config "$HERE/teacher_focus.yaml" --num-zero-experts 0 \
-    --hf-config "$WORK/geometry" --pretrained-checkpoint "$WORK/run" --data-path "$WORK/corpus/focus.jsonl" \
-    --save "$WORK/run_focus"
+phase() { # name config data start
+  bash "$ROOT/launch/pretrain_zeda.sh" --config "$HERE/$2" --num-zero-experts 0 --hf-config "$WORK/geometry" \
+      --data-path "$WORK/corpus/$3" ${4:+--pretrained-checkpoint "$WORK/$4"} --save "$WORK/$1"
+}
+phase first teacher.yaml train.jsonl
+"$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/focus.jsonl"
+phase second teacher_focus.yaml focus.jsonl first
+"$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/fresh.jsonl" --fresh 60000 --rest 0.3 \
+    --families number_filtering,needle_haystack,family_relationships
+phase third teacher_fresh.yaml fresh.jsonl second
 
 # 4. Export; bf16 halves the folder.
-"$PYTHON" "$ROOT/tools/checkpoint_convert.py" megatron-to-hf --megatron "$WORK/run_focus" \
+"$PYTHON" "$ROOT/tools/checkpoint_convert.py" megatron-to-hf --megatron "$WORK/third" \
     --hf-template "$WORK/geometry" --out "$WORK/teacher" --dtype bf16
 echo "teacher: $WORK/teacher; held-out data: $WORK/corpus/heldout.jsonl; prompts: $WORK/corpus/prompts.jsonl"

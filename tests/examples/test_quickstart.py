@@ -54,6 +54,9 @@ def test_the_teacher_answers_held_out_questions_as_its_readme_says(teacher):
         re.findall(r"^\| (\w+) \| [\d.]+ \| (\d+)% \|$", (TEACHER / "README.md").read_text(), re.MULTILINE)
     )
     assert table.keys() == asked.keys()
+    assert (
+        sum(int(percent) >= 80 for percent in table.values()) >= 3
+    )  # else a loss of quality could not be seen
     for kind, percent in table.items():  # 20 of the 100 questions: three standard errors of that sample
         p = int(percent) / 100
         assert abs(right[kind] / asked[kind] - p) <= 3 * (max(p * (1 - p), 0.01) / 20) ** 0.5, (

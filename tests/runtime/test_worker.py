@@ -1,6 +1,9 @@
 """One voice for a user's mistake, however many processes meet it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +18,7 @@ def wrong() -> int:
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run"])
-    for name in ("RANK", "TORCHELASTIC_ERROR_FILE", "ZEDA_DEBUG"):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "ZEDA_DEBUG"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -24,6 +27,13 @@ def test_the_exit_code_is_that_of_main(returned, code):
     with pytest.raises(SystemExit) as end:
         run_worker(lambda: returned)
     assert end.value.code == code
+
+
+def test_one_of_several_processes_leaves_with_the_code_of_main_and_all_it_printed(tmp_path):
+    script = "from zeda_megatron.runtime.worker import run_worker; run_worker(lambda: print('done') or 3)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "done\n")
 
 
 def test_rank_0_speaks_at_once(capsys):

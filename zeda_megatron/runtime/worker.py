@@ -37,7 +37,17 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
         if not rank:
             print("interrupted: what was not saved is lost (SIGTERM would save)", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    sys.exit(code or 0)
+    _leave(code or 0)
+
+
+def _leave(code: int) -> None:
+    """Exit; with several processes without the interpreter's clean-up, where gloo's threads now and then abort a
+    run that has done all its work."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _tell_torchrun(message: str) -> None:
