@@ -12,7 +12,7 @@ class Arm:
     name: str
     """Name in report.json."""
     start: str = "dynamic"
-    """Checkpoint it starts from: `static` or `dynamic` (with zero experts)."""
+    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts) or `paired` (fitted heads)."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
@@ -35,6 +35,39 @@ def zeda(name: str, weight: float, loss: str = "forward_kl", seed: int | None = 
         "dynamic",
         {"--moe-zero-expert-weight": str(weight), "--distill-loss": loss, **_seed(seed)},
     )
+
+
+PAIRED = {"--moe-router-load-balancing-type": "none"}
+
+
+def paired(name: str, share: float, seed: int | None = None, **flags: str) -> Arm:
+    """Paired zero experts with the fitted head, frozen unless a flag says otherwise."""
+    return Arm(name, "paired", {**PAIRED, "--target-zero-share": str(share), **_flags(flags), **_seed(seed)})
+
+
+def fresh(name: str, score: str, share: float = 0.5, seed: int | None = None, **flags: str) -> Arm:
+    """Paired routing without a fit, from the static model."""
+    return Arm(
+        name,
+        "static",
+        {
+            **PAIRED,
+            "--zero-expert-routing": "paired",
+            "--paired-score": score,
+            "--target-zero-share": str(share),
+            **_flags(flags),
+            **_seed(seed),
+        },
+    )
+
+
+def beam(name: str, seed: int | None = None, head_lr: str = "0.03", **flags: str) -> Arm:
+    """A mask router learned from an open start by straight-through and a sparsity loss (after BEAM)."""
+    return fresh(name, "head", 0.5, seed, paired_control="sparsity", paired_head_lr=head_lr, **flags)
+
+
+def _flags(values: dict[str, str]) -> dict[str, str]:
+    return {"--" + name.replace("_", "-"): value for name, value in values.items()}
 
 
 def _seed(seed: int | None) -> dict[str, str]:

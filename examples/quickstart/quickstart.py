@@ -108,6 +108,14 @@ def answer(walk: Walk, prompts: Path) -> None:
     done.touch()
 
 
+def fit(walk: Walk) -> None:
+    """Heads of paired zero experts, from the teacher's own answers; the threshold for half of the picks."""
+    command = [sys.executable, str(ROOT / "tools" / "fit_zero_rows.py")]
+    command += ["--pretrained-checkpoint", str(walk.out / "static")]
+    command += ["--data-path", str(walk.out / "rollouts.jsonl"), "--save", str(walk.out / "paired")]
+    walk.run("fit paired zero experts", command, walk.out / "paired")
+
+
 def train(walk: Walk, arm: Arm, train_iters: int | None) -> None:
     if not arm.train:
         return
@@ -210,6 +218,8 @@ def main() -> int:
     print(f"quickstart -> {out}", flush=True)
     convert(walk, args.teacher.resolve())
     answer(walk, args.prompts.resolve())
+    if any(arm.start == "paired" for arm in arms):
+        fit(walk)
     heldout = args.heldout.resolve()
 
     def work(arm: Arm | None) -> dict:

@@ -1,4 +1,7 @@
-"""config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`)."""
+"""config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`).
+
+`zce_logit_bias` is a dial of serving, not of the weights: an import drops it, an export takes it from its template.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from .bits import DTYPES
+from .paired_config import PAIRED_KEYS, is_paired, paired_experts_of
 
 _NATIVE_TYPES = {"qwen3_moe_plus_plus": "qwen3_moe", "glm4_moe_lite_plus_plus": "glm4_moe_lite"}
 _DYNAMIC = {
@@ -20,7 +24,8 @@ _MODELING_FILES = {
     "Qwen3MoePlusPlusForCausalLM": "modeling_qwen3_moe_zero.py",
     "Glm4MoeLitePlusPlusForCausalLM": "modeling_glm4_moe_lite_zero.py",
 }
-_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask")
+_DIAL = "zce_logit_bias"
+_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", _DIAL, *PAIRED_KEYS)
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -39,8 +44,10 @@ def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
     """Zero experts that a Hugging Face config describes; none for a static model.
 
     Raises:
-        UserError: `zce_nums` and `zce_types` disagree, or name a kind we do not have.
+        UserError: `zce_nums` and `zce_types` disagree, or name a kind we do not have; a wrong `zce_routing`.
     """
+    if is_paired(config):
+        return paired_experts_of(config)
     nums = config.get("zce_nums") or []
     kinds = config.get("zce_types") or (["zero"] if nums else [])
     if len(nums) != len(kinds) or any(not isinstance(n, int) or n < 0 for n in nums):
@@ -71,8 +78,12 @@ def _is_ours(reference: Any) -> bool:
     return isinstance(reference, str) and reference.split(".")[-1] in _MODELING_FILES
 
 
-def dynamic_config(config: dict[str, Any], zero: ZeroExpertConfig) -> dict[str, Any]:
+def dynamic_config(
+    config: dict[str, Any], zero: ZeroExpertConfig, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The config of a model with these zero experts; `static_config` if there are none.
+
+    `settings` are further keys: thresholds of paired zero experts.
 
     `model_type` stays native: transformers knows how to merge that type's per-expert keys, and engines key
     their fast paths on it.
@@ -85,6 +96,10 @@ def dynamic_config(config: dict[str, Any], zero: ZeroExpertConfig) -> dict[str, 
     if name is None:
         raise UserError(f"config.json: architecture {static_name!r} has no form with zero experts")
     module = _MODELING_FILES[name].removesuffix(".py")
+    if zero.paired:
+        more = {"zce_routing": "paired", "zce_score": zero.paired_score, **(settings or {})}
+    else:
+        more = {key: config[key] for key in (_DIAL,) if key in config}
     return {
         **result,
         "architectures": [name],
@@ -92,6 +107,7 @@ def dynamic_config(config: dict[str, Any], zero: ZeroExpertConfig) -> dict[str, 
         "zce_nums": [zero.num_zero_experts],
         "zce_types": [zero.zero_experts_type],
         "use_zce_mask": False,
+        **more,
     }
 
 

@@ -19,6 +19,7 @@ from .torch_dist_files import TorchDistReader
 ZEDA_NAME = "zeda.json"
 _MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
 _ROUTER_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.weight")
+_HEAD_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.paired\.\w+")
 
 
 class MegatronModel:
@@ -74,15 +75,33 @@ class MegatronModel:
         rows = self._reader.shape(routers[0])[-2]
         if rows < real:
             raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")
+        about = self._about(root)
+        if any(map(_HEAD_KEY.fullmatch, keys)):
+            return self._paired(real, about, config)
+        if about.get("zero_expert_routing") == "paired":
+            raise UserError(
+                f"{self.folder}: {ZEDA_NAME} says paired zero experts, but the checkpoint has no heads "
+                "(mlp.router.paired); convert or train it again"
+            )
         if rows == real:
             return ZeroExpertConfig()
         if any(key.endswith("mlp.router.zero_output.bias") for key in keys):
             return ZeroExpertConfig(rows - real, "learned")
-        for folder in (root, self.folder, self.folder.parent):
-            if (folder / ZEDA_NAME).is_file():
-                return ZeroExpertConfig(rows - real, self._kind(folder))
-        return ZeroExpertConfig(rows - real, zero_experts_of(config).zero_experts_type)
+        kind = about.get("zero_experts_type", "zero") if about else zero_experts_of(config).zero_experts_type
+        return ZeroExpertConfig(rows - real, kind)
 
     @staticmethod
-    def _kind(folder: Path) -> str:
-        return read_json(folder / ZEDA_NAME).get("zero_experts_type", "zero")
+    def _paired(real: int, about: dict[str, Any], config: dict[str, Any]) -> ZeroExpertConfig:
+        """Heads in the checkpoint tell that it is paired; the score's terms are in zeda.json, else in the template."""
+        score = about.get("paired_score")
+        if score is None:
+            template = zero_experts_of(config)
+            score = template.paired_score if template.paired else ZeroExpertConfig.paired_score
+        return ZeroExpertConfig(real, "zero", "paired", score)
+
+    def _about(self, root: Path) -> dict[str, Any]:
+        """zeda.json of the checkpoint, or nothing."""
+        for folder in (root, self.folder, self.folder.parent):
+            if (folder / ZEDA_NAME).is_file():
+                return read_json(folder / ZEDA_NAME)
+        return {}

@@ -6,7 +6,7 @@ transformers saves them.
 
 from __future__ import annotations
 
-from .weight_map import QKV, Added, Direct, GateUp, Router, WeightMap
+from .weight_map import QKV, Added, Direct, GateUp, Router, Setting, WeightMap
 
 _HF = "model.layers.{layer}."
 _MC = "decoder.layers.{layer}."
@@ -33,6 +33,10 @@ QWEN3_MOE_WEIGHTS = WeightMap(
         # MoE layers
         Router(_HF + "mlp.gate.weight", _MC + "mlp.router.weight"),
         Added(_HF + "mlp.gate.zero_bias", _MC + "mlp.router.zero_output.bias"),
+        # paired zero experts
+        Added(_HF + "mlp.gate.zero_weight", _MC + "mlp.router.paired.weight"),
+        Added(_HF + "mlp.gate.zero_bias", _MC + "mlp.router.paired.bias"),
+        Setting("zce_threshold", "zce_threshold/{layer}", _MC + "mlp.router.paired.threshold"),
         GateUp(
             _HF + "mlp.experts.{expert}.gate_proj.weight",
             _HF + "mlp.experts.{expert}.up_proj.weight",

@@ -146,7 +146,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Added:
-    """A parameter that static checkpoints lack (of `learned` zero experts): zeros unless the file has it."""
+    """A parameter that static checkpoints lack (of learned or paired zero experts): zeros there."""
 
     hf: str
     mcore: str
@@ -159,6 +159,29 @@ class Added:
 
     def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
         return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A float32 number [1] that Hugging Face folders keep in config.json: one for all MoE layers, or one each.
+
+    No key of the weights belongs to it; `read(hf)` must give this layer's number.
+    """
+
+    key: str
+    """Key of config.json."""
+    hf: str
+    """What `read` calls it."""
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return {}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return read(self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {}
 
 
 @lru_cache(maxsize=4096)

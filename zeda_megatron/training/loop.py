@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from ..checkpoint.hf_config import copy_side_files, static_config, write_config
-from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import (
     find_checkpoint,
     load_checkpoint,
     model_state,
     require_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
@@ -34,8 +30,9 @@ from ..runtime.process_groups import device
 from .log import RunLog
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
-from .setup import Student, build_optimizer, build_student, build_teacher, hf_folder
+from .setup import build_optimizer, build_student, build_teacher, hf_folder
 from .share_control import build_share_control
+from .side_files import write_side_files
 from .signals import StopRequest
 from .step import Stepper, forward_model
 
@@ -157,7 +154,7 @@ class TrainingRun:
         run = self.options.run
         save_checkpoint(run.save, self.iteration, self.state(), keep=run.most_recent_k)
         if torch.distributed.get_rank() == 0:
-            write_side_files(Path(run.save), self.options, self.student)
+            write_side_files(Path(run.save), hf_folder(self.options.model), self.student.zero)
 
     def _resume(self) -> None:
         run = self.options.run
@@ -209,17 +206,3 @@ def build_dataset(options: Options) -> PackedDataset:
             "data-parallel ranks"
         )
     return PackedDataset(samples, data.seq_length, tokenizer.pad_id, options.optimizer.seed)
-
-
-def write_side_files(root: Path, options: Options, student: Student) -> None:
-    """`hf_config/` (config and tokenizer) and `zeda.json` (zero experts), as the converter writes them."""
-    source = hf_folder(options.model)
-    copy_side_files(source, root / "hf_config")
-    write_config(root / "hf_config", static_config(read_json(source / "config.json")))
-    about = {
-        "num_zero_experts": student.zero.num_zero_experts,
-        "zero_experts_type": student.zero.zero_experts_type,
-    }
-    if student.zero.paired:
-        about |= {"zero_expert_routing": "paired", "paired_score": student.zero.paired_score}
-    write_atomically(root / "zeda.json", json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,16 @@
+#!/usr/bin/env python
+"""Fit the heads of paired zero experts.
+
+python tools/fit_zero_rows.py --pretrained-checkpoint DIR --data-path FILE --save DIR
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from zeda_megatron.runtime.worker import run_worker
+from zeda_megatron.training.fit import main
+
+if __name__ == "__main__":
+    run_worker(main)

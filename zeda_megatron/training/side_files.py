@@ -1,0 +1,21 @@
+"""What stands beside a Megatron checkpoint so that export and evaluation need no flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..checkpoint.hf_config import copy_side_files, static_config, write_config
+from ..checkpoint.hf_files import read_json
+from ..checkpoint.state import write_atomically
+from ..config import ZeroExpertConfig
+
+
+def write_side_files(root: Path, source: Path, zero: ZeroExpertConfig) -> None:
+    """`hf_config/` (config and tokenizer of the folder `source`) and `zeda.json`, as the converter writes them."""
+    copy_side_files(source, root / "hf_config")
+    write_config(root / "hf_config", static_config(read_json(source / "config.json")))
+    about = {"num_zero_experts": zero.num_zero_experts, "zero_experts_type": zero.zero_experts_type}
+    if zero.paired:
+        about |= {"zero_expert_routing": "paired", "paired_score": zero.paired_score}
+    write_atomically(root / "zeda.json", json.dumps(about, indent=2) + "\n")
