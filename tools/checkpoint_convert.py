@@ -2,6 +2,7 @@
 """Convert checkpoints between Hugging Face and Megatron, or compare the two, tensor by tensor.
 
     python tools/checkpoint_convert.py hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S]
+    python tools/checkpoint_convert.py hf-to-megatron --hf DIR --out DIR --zero-expert-routing paired
     python tools/checkpoint_convert.py megatron-to-hf --megatron DIR --hf-template DIR --out DIR
     python tools/checkpoint_convert.py verify --hf DIR --megatron DIR
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zeda_megatron.config import ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from zeda_megatron.errors import run_main
 from zeda_megatron.runtime import cpu
 
@@ -34,6 +36,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     to_megatron.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model folder")
     to_megatron.add_argument("--num-zero-experts", type=int, metavar="N", help="zero experts to add")
     to_megatron.add_argument("--zero-experts-type", default="zero", choices=["zero", "copy", "learned"])
+    to_megatron.add_argument(
+        "--zero-expert-routing",
+        choices=ZERO_EXPERT_ROUTINGS,
+        help="shared (default): N zero experts of all tokens; paired: one per real expert, N is not needed",
+    )
+    to_megatron.add_argument(
+        "--paired-score",
+        metavar="TERMS",
+        help=f"terms of a pick's score under paired routing (default: {ZeroExpertConfig.paired_score})",
+    )
     to_megatron.add_argument("--seed", type=int, default=1234, help="seed of the new router rows")
 
     to_hf = commands.add_parser("megatron-to-hf", help="export, written on any parallel layout")
@@ -83,6 +95,8 @@ def main() -> int:
             args.seed,
             args.dtype,
             args.overwrite,
+            args.zero_expert_routing,
+            args.paired_score,
         )
     else:
         summary = convert.megatron_to_hf(

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import read_architecture
-from ..models.weight_map import Added, ModelDims, WeightMapping
+from ..models.weight_map import Added, ModelDims, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
+from ..moe.paired import KEEP_ALL
 from .bits import HashingRead, caster, same_bits
 from .hf_config import (
     copy_side_files,
@@ -27,6 +28,7 @@ from .hf_config import (
 from .hf_files import DEFAULT_SHARD_BYTES, HFReader, HFWriter, read_json
 from .layout import Layout, Parameter, model_layout
 from .megatron_model import ZEDA_NAME, MegatronModel
+from .paired_config import SettingsWriter, settings_of
 from .staging import check_target, staged_folder
 from .state import TRACKER
 from .torch_dist_files import TorchDistWriter
@@ -55,11 +57,15 @@ def hf_to_megatron(
     seed: int = 1234,
     dtype: str = "keep",
     overwrite: bool = False,
+    zero_expert_routing: str | None = None,
+    paired_score: str | None = None,
 ) -> Summary:
     """Import a Hugging Face folder as a Megatron torch_dist checkpoint.
 
     Writes OUT/release/, OUT/latest_checkpointed_iteration.txt, OUT/hf_config/ and OUT/zeda.json. With
-    `num_zero_experts` the routers are widened by seeded rows (`models.zero_rows`); all else keeps its bits.
+    `num_zero_experts` the routers are widened by seeded rows (`models.zero_rows`); all else keeps its bits. With
+    `zero_expert_routing` "paired" every layer gets a fresh head, which keeps all picks (`moe.paired`). Zero experts
+    that the folder already has are taken as they are.
 
     Raises:
         UserError: anything wrong with the source or the target; nothing is left behind then.
@@ -67,18 +73,34 @@ def hf_to_megatron(
     check_target(Path(out), overwrite)
     reader, cast = HFReader(hf), caster(dtype)
     arch = read_architecture(hf)
-    zero = _wanted_zero_experts(reader, num_zero_experts, zero_experts_type)
-    zero.validate(arch.megatron["num_moe_experts"], arch.megatron["moe_router_topk"])
+    real = arch.megatron["num_moe_experts"]
+    present = zero_experts_of(reader.config)
+    if present.num_zero_experts:
+        _refuse_changes(
+            reader, present, num_zero_experts, zero_experts_type, zero_expert_routing, paired_score
+        )
+        zero = present
+    else:
+        zero = new_zero_experts(real, num_zero_experts, zero_experts_type, zero_expert_routing, paired_score)
+    zero.validate(real, arch.megatron["moe_router_topk"])
     layout = model_layout(arch, zero)
     weights, dims = weight_map_of(arch), dims_of(arch, seed)
     bound = weights.bind(layout.shapes(), reader.keys(), dims, str(reader.folder))
     _check_source(reader, layout, bound, dims, weights.tied)
-    read, nbytes = HashingRead(reader.read), 0
+    _check_added(reader, bound, present)
+    settings = settings_of(reader.config, bound.values()) if present.paired else {}
+    read, nbytes = HashingRead(lambda key: settings[key] if key in settings else reader.read(key)), 0
     with staged_folder(out, overwrite) as staging:
         (staging / RELEASE_NAME).mkdir()
         with TorchDistWriter(staging / RELEASE_NAME) as writer:
             for parameter in tqdm(layout.parameters, desc="import", disable=None):
-                tensor = cast(_import_one(reader, read, bound[parameter.name], parameter, dims))
+                mapping = bound[parameter.name]
+                if not isinstance(mapping, Setting):
+                    tensor = cast(_import_one(reader, read, mapping, parameter, dims))
+                elif present.paired:
+                    tensor = mapping.to_mcore(read, parameter.shape, dims)
+                else:
+                    tensor = torch.full(parameter.shape, KEEP_ALL)
                 nbytes += tensor.nbytes
                 for box, part in zip(parameter.boxes, _rows(tensor, parameter)):
                     writer.add(box, part)
@@ -90,6 +112,8 @@ def hf_to_megatron(
         facts = {
             "num_zero_experts": zero.num_zero_experts,
             "zero_experts_type": zero.zero_experts_type,
+            "zero_expert_routing": zero.zero_expert_routing,
+            **({"paired_score": zero.paired_score} if zero.paired else {}),
             "seed": seed,
             "dtype": dtype,
             "source_architecture": arch.name,
@@ -122,24 +146,27 @@ def megatron_to_hf(
     model = MegatronModel(Path(megatron), arch, config)
     weights, dims = weight_map_of(arch), dims_of(arch)
     with staged_folder(out, overwrite) as staging:
-        writer = HFWriter(staging, max_shard_bytes)
+        writer, settings = HFWriter(staging, max_shard_bytes), SettingsWriter()
         for parameter in tqdm(model.layout.parameters, desc="export", disable=None):
-            tensor = model.read(parameter)
-            for key, part in weights.for_mcore_name(parameter.name).to_hf(tensor, dims).items():
+            tensor, mapping = model.read(parameter), weights.for_mcore_name(parameter.name)
+            if isinstance(mapping, Setting):
+                settings.add(mapping, tensor)
+            for key, part in mapping.to_hf(tensor, dims).items():
                 writer.add(key, cast(part))
         count = writer.finish()
         copy_side_files(template, staging)
-        write_config(staging, with_dtype(dynamic_config(config, model.zero), dtype))
+        write_config(staging, with_dtype(dynamic_config(config, model.zero, settings.entries()), dtype))
     return Summary(count, writer.total_bytes, model.zero)
 
 
 def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
     """Compare every tensor of a Hugging Face folder with a Megatron checkpoint, bit for bit.
 
-    Zero experts that only the checkpoint has are allowed: the original router rows come first, unchanged.
+    Zero experts that only the checkpoint has are allowed: the original router rows come first, unchanged. Score and
+    thresholds of paired zero experts, which are in config.json, are compared too.
 
     Returns:
-        One line per differing tensor, empty if there is none.
+        One line per difference, empty if there is none.
 
     Raises:
         UserError: one of the two is incomplete, or they are not the same architecture.
@@ -148,9 +175,16 @@ def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
     model = MegatronModel(Path(megatron), arch, reader.config)
     weights, dims = weight_map_of(arch), dims_of(arch)
     bound = weights.bind(model.layout.shapes(), reader.keys(), dims, str(reader.folder))
-    differences = []
+    present, differences = zero_experts_of(reader.config), []
+    _check_added(reader, bound, present)
+    settings = settings_of(reader.config, bound.values()) if present.paired else {}
+    if present.paired and present.paired_score != model.zero.paired_score:
+        differences.append(f"config.json: zce_score {present.paired_score} became {model.zero.paired_score}")
     for parameter in tqdm(model.layout.parameters, desc="verify", disable=None):
-        parts = bound[parameter.name].to_hf(model.read(parameter), dims)
+        mapping = bound[parameter.name]
+        if isinstance(mapping, Setting) and mapping.hf in settings:
+            differences += _difference(settings[mapping.hf], model.read(parameter), mapping.hf, [(1,)])
+        parts = mapping.to_hf(model.read(parameter), dims)
         for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
             if key in reader:
                 differences += _difference(reader.read(key), parts[key], key, allowed)
@@ -169,17 +203,57 @@ def _difference(original: torch.Tensor, ours: torch.Tensor, key: str, allowed) -
     return [f"{key}: {changed} of {original.numel()} values differ"]
 
 
-def _wanted_zero_experts(reader: HFReader, count: int | None, kind: str) -> ZeroExpertConfig:
-    present = zero_experts_of(reader.config)
-    if count is None:
-        return present
-    have = (present.num_zero_experts, present.zero_experts_type)
-    if have[0] and (count, kind) != have:
-        raise UserError(
-            f"--num-zero-experts {count}: {reader.folder} already has {have[0]} zero experts "
-            f"of type {have[1]}; leave the flag away"
-        )
-    return ZeroExpertConfig(num_zero_experts=count, zero_experts_type=kind) if count else ZeroExpertConfig()
+def new_zero_experts(
+    real: int, count: int | None, kind: str, routing: str | None, score: str | None
+) -> ZeroExpertConfig:
+    """Zero experts that the flags add to a static model with `real` experts; None means not given."""
+    routing = routing or "shared"
+    if routing == "paired":
+        if count not in (None, real):
+            raise UserError(
+                f"--num-zero-experts {count}: paired routing has one zero expert per real one, {real}; "
+                "leave the flag away"
+            )
+        return ZeroExpertConfig(real, kind, routing, score or ZeroExpertConfig.paired_score)
+    if score is not None:
+        raise UserError(f"--paired-score {score} needs --zero-expert-routing paired")
+    if not count:
+        return ZeroExpertConfig(zero_expert_routing=routing)
+    return ZeroExpertConfig(count, kind, routing)
+
+
+def _refuse_changes(
+    reader: HFReader,
+    present: ZeroExpertConfig,
+    count: int | None,
+    kind: str,
+    routing: str | None,
+    score: str | None,
+) -> None:
+    """Raise `UserError` for a flag that contradicts the zero experts the folder has."""
+    flags = {
+        "--num-zero-experts": (count, present.num_zero_experts),
+        "--zero-experts-type": (None if count is None else kind, present.zero_experts_type),
+        "--zero-expert-routing": (routing, present.zero_expert_routing),
+        "--paired-score": (score, present.paired_score if present.paired else "none"),
+    }
+    for flag, (given, has) in flags.items():
+        if given is not None and given != has:
+            raise UserError(
+                f"{flag} {given}: {reader.folder} already has {present.num_zero_experts} zero experts of type "
+                f"{present.zero_experts_type}, {present.zero_expert_routing} routing; leave the flag away"
+            )
+
+
+def _check_added(reader: HFReader, bound: dict[str, WeightMapping], present: ZeroExpertConfig) -> None:
+    """Parameters of zero experts are all there, or, in a static folder, all absent."""
+    for mapping in bound.values():
+        if isinstance(mapping, Added) and (mapping.hf in reader) != bool(present.num_zero_experts):
+            if present.num_zero_experts:
+                raise UserError(f"{reader.folder}: tensor {mapping.hf} is missing")
+            raise UserError(
+                f"{reader.folder}: tensor {mapping.hf} belongs to zero experts, but config.json has no zce_nums"
+            )
 
 
 def _check_source(

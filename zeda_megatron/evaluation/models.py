@@ -38,12 +38,8 @@ def load_model(folder: str) -> LoadedModel:
         raise UserError(f"{root / 'hf_config'} is missing: is {root} a checkpoint of this project?")
     arch = read_architecture(root / "hf_config")
     about = read_json(root / "zeda.json") if (root / "zeda.json").is_file() else {}
-    fields = {
-        "num_zero_experts": "num_zero_experts",
-        "zero_experts_type": "zero_experts_type",
-        "zero_expert_routing": "zero_expert_routing",
-        "paired_score": "paired_score",
-    }
+    keys = ("num_zero_experts", "zero_experts_type", "zero_expert_routing", "paired_score")
+    zero = ZeroExpertConfig(**{key: about[key] for key in keys if key in about})
     chunk = build_gpt_model(arch, transformer_config(arch), zero)
     load_weights([chunk], require_checkpoint(root, "checkpoint"), "checkpoint")
     return LoadedModel(chunk.eval(), arch, load_tokenizer(root / "hf_config"))
