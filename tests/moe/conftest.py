@@ -9,4 +9,4 @@ def _megatron(one_process):
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     # The pipeline schedule sets this global of Megatron's; other tests may have run one.
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))

@@ -1,0 +1,107 @@
+"""The streaming ridge fit against a dense solver, and the rows it sees against experts run by hand."""
+
+import pytest
+import tiny
+import torch
+
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.moe.paired_fit import Explained, RidgeSums, moe_layers, sums_bytes, watch_experts
+from zeda_megatron.moe.router import set_zero_mask
+
+N, H = tiny.TINY["num_experts"], tiny.TINY["hidden_size"]
+
+
+def rows(count=400, experts=3, size=12, seed=0, mean=5.0):
+    """Inputs with a large mean, noisy linear answers, sorted by expert; the last expert has none."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, generator=draw) + mean
+    expert = torch.randint(0, experts - 1, (count,), generator=draw).sort().values
+    truth = torch.randn(experts, size, generator=draw)
+    return x, (x * truth[expert]).sum(1) + 0.1 * torch.randn(count, generator=draw), expert
+
+
+def dense_ridge(x, y, ridge):
+    """Centred ridge in float64 through an augmented least-squares problem."""
+    x, y = x.double(), y.double()
+    n, size = x.shape
+    mean = x.mean(0)
+    penalty = (ridge * (x - mean).square().mean() * n).sqrt() * torch.eye(size, dtype=torch.float64)
+    stacked = torch.cat([x - mean, penalty])
+    answers = torch.cat([y - y.mean(), torch.zeros(size, dtype=torch.float64)])
+    weight = torch.linalg.lstsq(stacked, answers.unsqueeze(1)).solution.squeeze(1)
+    return weight, y.mean() - weight @ mean
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_the_streaming_fit_equals_a_dense_least_squares_solver(ridge):
+    x, y, expert = rows()
+    sums = RidgeSums(3, 12, torch.device("cpu"))
+    for part in range(0, 400, 90):  # rows come in pieces, each sorted by expert
+        chosen = slice(part, part + 90)
+        sums.add(x[chosen], y[chosen], expert[chosen])
+    weight, bias = sums.solve(ridge)
+    for e in range(2):
+        expected_weight, expected_bias = dense_ridge(x[expert == e], y[expert == e], ridge)
+        torch.testing.assert_close(weight[e].double(), expected_weight, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(bias[e].double(), expected_bias, atol=2e-2, rtol=1e-3)
+    assert torch.equal(weight[2], torch.zeros(12))
+    torch.testing.assert_close(bias[2], y.mean(), atol=1e-4, rtol=1e-5)
+
+
+def test_an_expert_with_few_rows_falls_back_on_its_mean():
+    x, y, _ = rows(2)
+    sums = RidgeSums(1, 12, torch.device("cpu"))
+    sums.add(x[:1], y[:1], torch.zeros(1, dtype=torch.long))
+    weight, bias = sums.solve(0.01)
+    assert torch.equal(weight, torch.zeros(1, 12)) and bias.item() == pytest.approx(y[0].item(), rel=1e-6)
+
+
+def test_explained_variance_is_the_textbooks():
+    _, y, _ = rows()
+    part = Explained()
+    for piece in y.split(150):
+        part.add(piece, piece + 0.1, y.mean().expand_as(piece))
+    r2, r2_of_constants = part.r2()
+    total = (y - y.mean()).square().sum()
+    assert r2 == pytest.approx(float(1 - 400 * 0.01 / total), abs=1e-4)
+    assert r2_of_constants == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_rows_are_the_inputs_and_log_norms_of_the_routed_experts_without_padding(backend):
+    layer = tiny.moe_layer(ZeroExpertConfig(N, zero_expert_routing="paired"), backend=backend).eval()
+    set_zero_mask(layer, True)
+    hidden = tiny.hidden_states()
+    padding = torch.zeros(1, 13, dtype=torch.bool)
+    padding[0, 10:] = True
+    seen = []
+    with torch.no_grad(), watch_experts(moe_layers(layer), {1: lambda *row: seen.append(row)}):
+        layer(hidden, padding_mask=padding)
+        layer(hidden)
+    assert moe_layers(layer)[1] is layer
+    x_TH = hidden.detach().reshape(13, H)
+    routed = tiny.dense_routing(x_TH @ layer.router.weight.t(), 3, N)
+    for (x, y, expert), tokens in zip(seen, (10, 13)):
+        expected = []
+        for e, (fc1, fc2) in enumerate(tiny.expert_weights(layer)):
+            for t in range(tokens):
+                if routed.map_TE[t, e]:
+                    out = tiny.dense_experts(x_TH[t : t + 1], torch.ones(1, 1), [(fc1, fc2)])
+                    expected.append((e, t, float(out.norm().log())))
+        assert len(y) == len(expected) == tokens * 3
+        assert expert.tolist() == [e for e, _, _ in expected]
+        torch.testing.assert_close(x, x_TH[[t for _, t, _ in expected]])
+        torch.testing.assert_close(y, torch.tensor([v for _, _, v in expected]), atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_watches_when_the_fit_is_over():
+    layer = tiny.moe_layer(ZeroExpertConfig(N, zero_expert_routing="paired"))
+    with watch_experts(moe_layers(layer), {1: lambda *row: None}):
+        assert layer.experts._forward_hooks and layer.router._forward_hooks
+    assert not layer.experts._forward_hooks and not layer.router._forward_hooks
+
+
+def test_the_bound_on_memory_is_what_the_sums_take():
+    sums = RidgeSums(4, 256, torch.device("cpu"))
+    big = sums.xx.nbytes + sums.xy.nbytes
+    assert big <= sums_bytes(4, 256) <= 1.01 * big

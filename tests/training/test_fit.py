@@ -1,0 +1,156 @@
+"""Fitting heads as a user does: from a checkpoint and rollouts to a checkpoint."""
+
+import json
+
+import pytest
+import tiny
+import tiny_world
+import torch
+
+from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation.models import load_model
+from zeda_megatron.moe import stats
+from zeda_megatron.moe.paired import paired_modules
+from zeda_megatron.moe.router import set_zero_mask
+from zeda_megatron.runtime.process_groups import ParallelConfig
+from zeda_megatron.training.fit import FitOptions, HeadFit
+from zeda_megatron.training.step import forward_model
+
+pytestmark = pytest.mark.usefixtures("one_process")
+ROWS = {"fit_rows": 5, "held_out_rows": 2, "seq_length": 128}
+
+
+def fit(world, out, **changes):
+    values = {
+        "pretrained_checkpoint": str(world.static),
+        "data_path": [str(world.rollouts)],
+        "save": str(out),
+    }
+    options = FitOptions(**(values | ROWS | changes))
+    options.validate(ParallelConfig())
+    assert HeadFit(options, ParallelConfig()).run() == 0
+    return json.loads((out / "fit.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fitted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit") / "paired"
+    return fit(world, out), out
+
+
+def heads(folder):
+    chunk = load_model(str(folder)).chunk
+    return [(p.weight.detach(), p.bias.detach(), float(p.threshold)) for p in paired_modules(chunk)]
+
+
+def rows_of(world, count):
+    run = tiny_world.start(world)
+    return [run.dataset[i] for i in range(count)]
+
+
+def test_the_checkpoint_serves_the_wanted_share_and_the_report_says_so(world, fitted):
+    report, out = fitted
+    assert report["zero_share"] == pytest.approx(0.5, abs=0.005)
+    chunk = load_model(str(out)).chunk
+    stats.reset(chunk)
+    chunk.return_hidden = True
+    rows = rows_of(world, 7)
+    with torch.no_grad():
+        for row in rows:
+            forward_model(chunk, row)
+    assert stats.collect(chunk, 2, torch.device("cpu")).zero_share == pytest.approx(0.5, abs=0.03)
+    assert [t for _, _, t in heads(out)] == [pytest.approx(report["threshold"], abs=1e-5)] * 2
+
+
+def test_heads_predict_held_out_norms_better_than_constants(fitted):
+    report, _ = fitted
+    assert report["rows"] == 5 and report["held_out_rows"] == 2 and report["experts_without_rows"] == 0
+    for layer, r2 in report["r2_by_layer"].items():
+        assert 0.2 < r2 <= 1 and r2 > report["r2_of_constants_by_layer"][layer]
+
+
+def test_heads_predict_the_norm_that_the_expert_really_gives(world, fitted):
+    """Correlation over all experts and tokens of one layer's input, each expert run by hand."""
+    chunk = load_model(str(fitted[1])).chunk
+    layer, seen = chunk.decoder.layers[1].mlp, []
+    layer.router.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, 32)))
+    set_zero_mask(chunk, True)
+    row = rows_of(world, 1)[0]
+    with torch.no_grad():
+        forward_model(chunk, row)
+        x_TH = seen[0]
+        head = layer.router.paired
+        picked = (x_TH @ layer.router.weight.t()).topk(3).indices
+        pairs = []
+        for e, (fc1, fc2) in enumerate(tiny.expert_weights(layer)):
+            mine = (picked == e).any(1)
+            real = tiny.dense_experts(x_TH[mine], torch.ones(int(mine.sum()), 1), [(fc1, fc2)])
+            pairs.append(torch.stack([real.norm(dim=1).log(), x_TH[mine] @ head.weight[e] + head.bias[e]]))
+    assert torch.corrcoef(torch.cat(pairs, dim=1))[0, 1] > 0.6
+
+
+def test_masked_student_is_the_teacher_after_the_fit(world, fitted):
+    static, paired = load_model(str(world.static)).chunk, load_model(str(fitted[1])).chunk
+    set_zero_mask(paired, True)
+    row = rows_of(world, 1)[0]
+    with torch.no_grad():
+        assert torch.equal(forward_model(static, row), forward_model(paired, row))
+
+
+def test_layers_that_do_not_fit_into_memory_are_fitted_in_further_passes(world, fitted, tmp_path):
+    fit(world, tmp_path / "one", max_memory_gb=1e-9)
+    for one, other in zip(heads(tmp_path / "one"), heads(fitted[1])):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_constants_only_and_weight_only_fit_less(world, tmp_path):
+    report = fit(world, tmp_path / "constants", constants_only=True, target_zero_share=0.3)
+    assert report["r2_by_layer"] == report["r2_of_constants_by_layer"]
+    assert all(not u.any() and c.any() for u, c, _ in heads(tmp_path / "constants"))
+    report = fit(world, tmp_path / "weight", paired_score="weight")
+    assert report["r2_by_layer"] == {} and report["zero_share"] == pytest.approx(0.5, abs=0.01)
+    assert json.loads((tmp_path / "weight" / "zeda.json").read_text())["paired_score"] == "weight"
+
+
+def test_a_run_starts_from_the_fitted_checkpoint(world, fitted, tmp_path):
+    run = tiny_world.start(world, pretrained_checkpoint=fitted[1], train_iters=2, save=tmp_path)
+    assert run.student.zero.paired and run.run() == 0
+    assert tiny_world.read_metrics(tmp_path)[0]["zero_share"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_nothing_is_overwritten_unless_asked(world, fitted, tmp_path):
+    with pytest.raises(UserError, match="--overwrite"):
+        fit(world, fitted[1])
+    target = tmp_path / "there"
+    target.mkdir()
+    (target / "old").write_text("x")
+    fit(world, target, overwrite=True, paired_score="weight")
+    assert not (target / "old").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_path": None}, "--data-path"),
+        ({"data_path": ["/nowhere.jsonl"]}, "nowhere.jsonl"),
+        ({"pretrained_checkpoint": "/nowhere"}, "nowhere"),
+        ({"target_zero_share": 1.0}, "--target-zero-share"),
+        ({"ridge": 0.0}, "--ridge"),
+        ({"fit_rows": 0}, "--fit-rows"),
+        ({"paired_score": "depth"}, "--paired-score"),
+        ({"seq_length": 100_000}, "--seq-length"),
+    ],
+)
+def test_mistakes_are_named(world, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        fit(world, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_zero_experts_and_pipelines_are_refused(world, tmp_path):
+    with pytest.raises(UserError, match="shared zero experts"):
+        fit(world, tmp_path / "out", pretrained_checkpoint=str(world.dynamic))
+    options = FitOptions("a", ["b"], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--pipeline-model-parallel-size"):
+        options.validate(ParallelConfig(pipeline_model_parallel_size=2))
