@@ -5,7 +5,7 @@ import torch
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.qwen3_moe_weights import QWEN3_MOE_WEIGHTS
-from zeda_megatron.models.weight_map import QKV, Added, Direct, GateUp, ModelDims, Router, WeightMap
+from zeda_megatron.models.weight_map import QKV, Added, Direct, GateUp, ModelDims, Router, Setting, WeightMap
 from zeda_megatron.models.zero_rows import widen, zero_rows
 
 DIMS = ModelDims(num_query_groups=2, head_dim=4, num_real_experts=6, seed=7)
@@ -94,6 +94,15 @@ def test_every_template_has_a_megatron_name_of_its_own():
     assert len(set(names)) == len(names)
     for name, mapping in zip(names, QWEN3_MOE_WEIGHTS.mappings):
         assert type(QWEN3_MOE_WEIGHTS.for_mcore_name(name)) is type(mapping)
+
+
+def test_a_setting_is_no_tensor_of_the_checkpoint_but_a_number_per_layer():
+    threshold = QWEN3_MOE_WEIGHTS.for_mcore_name("decoder.layers.5.mlp.router.paired.threshold")
+    assert isinstance(threshold, Setting) and threshold.key == "zce_threshold"
+    assert threshold.hf_shapes((1,), DIMS) == {}
+    value = torch.tensor([-2.5])
+    assert threshold.to_hf(value, DIMS) == {}
+    assert threshold.to_mcore({"zce_threshold/5": value}.__getitem__, (1,), DIMS) is value
 
 
 def test_unknown_megatron_parameter_is_named():

@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from ..config import ZeroExpertConfig
-from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..models.weight_map import Added, ModelDims, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
@@ -26,7 +25,8 @@ from .hf_config import (
     zero_experts_of,
 )
 from .hf_files import DEFAULT_SHARD_BYTES, HFReader, HFWriter, read_json
-from .layout import Layout, Parameter, model_layout
+from .import_checks import check_added, check_source, wanted_zero_experts
+from .layout import Parameter, model_layout
 from .megatron_model import ZEDA_NAME, MegatronModel
 from .paired_config import SettingsWriter, settings_of
 from .staging import check_target, staged_folder
@@ -75,19 +75,15 @@ def hf_to_megatron(
     arch = read_architecture(hf)
     real = arch.megatron["num_moe_experts"]
     present = zero_experts_of(reader.config)
-    if present.num_zero_experts:
-        _refuse_changes(
-            reader, present, num_zero_experts, zero_experts_type, zero_expert_routing, paired_score
-        )
-        zero = present
-    else:
-        zero = new_zero_experts(real, num_zero_experts, zero_experts_type, zero_expert_routing, paired_score)
+    zero = wanted_zero_experts(
+        reader, real, num_zero_experts, zero_experts_type, zero_expert_routing, paired_score
+    )
     zero.validate(real, arch.megatron["moe_router_topk"])
     layout = model_layout(arch, zero)
     weights, dims = weight_map_of(arch), dims_of(arch, seed)
     bound = weights.bind(layout.shapes(), reader.keys(), dims, str(reader.folder))
-    _check_source(reader, layout, bound, dims, weights.tied)
-    _check_added(reader, bound, present)
+    check_source(reader, layout, bound, dims, weights.tied)
+    check_added(reader, bound, present)
     settings = settings_of(reader.config, bound.values()) if present.paired else {}
     read, nbytes = HashingRead(lambda key: settings[key] if key in settings else reader.read(key)), 0
     with staged_folder(out, overwrite) as staging:
@@ -100,7 +96,7 @@ def hf_to_megatron(
                 elif present.paired:
                     tensor = mapping.to_mcore(read, parameter.shape, dims)
                 else:
-                    tensor = torch.full(parameter.shape, KEEP_ALL)
+                    tensor = torch.full(parameter.shape, KEEP_ALL, dtype=torch.float32)
                 nbytes += tensor.nbytes
                 for box, part in zip(parameter.boxes, _rows(tensor, parameter)):
                     writer.add(box, part)
@@ -176,7 +172,7 @@ def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
     weights, dims = weight_map_of(arch), dims_of(arch)
     bound = weights.bind(model.layout.shapes(), reader.keys(), dims, str(reader.folder))
     present, differences = zero_experts_of(reader.config), []
-    _check_added(reader, bound, present)
+    check_added(reader, bound, present)
     settings = settings_of(reader.config, bound.values()) if present.paired else {}
     if present.paired and present.paired_score != model.zero.paired_score:
         differences.append(f"config.json: zce_score {present.paired_score} became {model.zero.paired_score}")
@@ -201,74 +197,6 @@ def _difference(original: torch.Tensor, ours: torch.Tensor, key: str, allowed) -
         return []
     changed = (original != ours).sum().item()
     return [f"{key}: {changed} of {original.numel()} values differ"]
-
-
-def new_zero_experts(
-    real: int, count: int | None, kind: str, routing: str | None, score: str | None
-) -> ZeroExpertConfig:
-    """Zero experts that the flags add to a static model with `real` experts; None means not given."""
-    routing = routing or "shared"
-    if routing == "paired":
-        if count not in (None, real):
-            raise UserError(
-                f"--num-zero-experts {count}: paired routing has one zero expert per real one, {real}; "
-                "leave the flag away"
-            )
-        return ZeroExpertConfig(real, kind, routing, score or ZeroExpertConfig.paired_score)
-    if score is not None:
-        raise UserError(f"--paired-score {score} needs --zero-expert-routing paired")
-    if not count:
-        return ZeroExpertConfig(zero_expert_routing=routing)
-    return ZeroExpertConfig(count, kind, routing)
-
-
-def _refuse_changes(
-    reader: HFReader,
-    present: ZeroExpertConfig,
-    count: int | None,
-    kind: str,
-    routing: str | None,
-    score: str | None,
-) -> None:
-    """Raise `UserError` for a flag that contradicts the zero experts the folder has."""
-    flags = {
-        "--num-zero-experts": (count, present.num_zero_experts),
-        "--zero-experts-type": (None if count is None else kind, present.zero_experts_type),
-        "--zero-expert-routing": (routing, present.zero_expert_routing),
-        "--paired-score": (score, present.paired_score if present.paired else "none"),
-    }
-    for flag, (given, has) in flags.items():
-        if given is not None and given != has:
-            raise UserError(
-                f"{flag} {given}: {reader.folder} already has {present.num_zero_experts} zero experts of type "
-                f"{present.zero_experts_type}, {present.zero_expert_routing} routing; leave the flag away"
-            )
-
-
-def _check_added(reader: HFReader, bound: dict[str, WeightMapping], present: ZeroExpertConfig) -> None:
-    """Parameters of zero experts are all there, or, in a static folder, all absent."""
-    for mapping in bound.values():
-        if isinstance(mapping, Added) and (mapping.hf in reader) != bool(present.num_zero_experts):
-            if present.num_zero_experts:
-                raise UserError(f"{reader.folder}: tensor {mapping.hf} is missing")
-            raise UserError(
-                f"{reader.folder}: tensor {mapping.hf} belongs to zero experts, but config.json has no zce_nums"
-            )
-
-
-def _check_source(
-    reader: HFReader, layout: Layout, bound: dict[str, WeightMapping], dims: ModelDims, tied: dict[str, str]
-) -> None:
-    """Check every shape, and that a repeated (tied) tensor really repeats, before anything is written."""
-    used = set()
-    for parameter in layout.parameters:
-        for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
-            used.add(key)
-            if key in reader:
-                reader.check_shape(key, allowed)
-    for key, original in tied.items():
-        if key in reader and key not in used and not same_bits(reader.read(key), reader.read(original)):
-            raise UserError(f"{reader.folder}: config ties {key} to {original}, but the two tensors differ")
 
 
 def _import_one(
