@@ -74,30 +74,54 @@ def _seed(seed: int | None) -> dict[str, str]:
     return {} if seed is None else {"--seed": str(seed)}
 
 
-ZEDA_WEIGHT = 2.3
+ZEDA_WEIGHT = 2.5
 """w whose share ends at or above one half on the quickstart's teacher (the target is w*Nz/(N+w*Nz))."""
+SEEDS = (2, 3)
+"""Besides the one of stage1.yaml, for the arms whose spread is told."""
 
 UNTRAINED = (
     Arm("injected_untrained"),
     Arm("static_topk_half", "static", measure={"--moe-pick-rule": "topk=2"}),
     Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
     Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
+    Arm("paired_untrained", "paired"),
 )
 TRAINED = (
     net("net_kl", 2),
     zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     zeda("zeda_stage1_kl", ZEDA_WEIGHT),
+    paired("paired_kl", 0.5),
 )
 DEFAULT = UNTRAINED + TRAINED
-FULL = (
-    *DEFAULT,
-    *(net(f"net_kl_seed{seed}", 2, seed) for seed in (2, 3)),
-    *(zeda(f"zeda_stage1_kl_seed{seed}", ZEDA_WEIGHT, seed=seed) for seed in (2, 3)),
+RELATIVES = (
+    fresh("logw_threshold_kl", "weight"),
+    beam("beam_kl"),
+    paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
+)
+FRONTIER = (
     net("net_kl_25", 3),
     net("net_kl_75", 1),
-    zeda("zeda_stage1_kl_w0.7", 0.7),
+    zeda("zeda_stage1_kl_w0.8", 0.8),
     zeda("zeda_stage1_kl_w4", 4.0),
-    zeda("zeda_stage1_kl_w7", 7.0),
+    zeda("zeda_stage1_kl_w8", 8.0),
+    *(paired(f"paired_kl_{share:.0%}".rstrip("%"), share) for share in (0.25, 0.62, 0.75)),
+)
+FULL = (
+    *DEFAULT,
+    *RELATIVES,
+    *FRONTIER,
+    *(
+        arm
+        for seed in SEEDS
+        for arm in (
+            net(f"net_kl_seed{seed}", 2, seed),
+            zeda(f"zeda_stage1_kl_seed{seed}", ZEDA_WEIGHT, seed=seed),
+            paired(f"paired_kl_seed{seed}", 0.5, seed),
+            beam(f"beam_kl_seed{seed}", seed),
+            net(f"net_kl_75_seed{seed}", 1, seed),
+            paired(f"paired_kl_75_seed{seed}", 0.75, seed),
+        )
+    ),
 )
 EXPORTED = "zeda_stage1_kl"
 """The arm that is exported to DIR/hf."""

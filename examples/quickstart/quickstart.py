@@ -110,7 +110,8 @@ def answer(walk: Walk, prompts: Path) -> None:
 
 def fit(walk: Walk) -> None:
     """Heads of paired zero experts, from the teacher's own answers; the threshold for half of the picks."""
-    command = [sys.executable, str(ROOT / "tools" / "fit_zero_rows.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tools" / "fit_zero_rows.py"), "--fit-target", "effect"]
     command += ["--pretrained-checkpoint", str(walk.out / "static")]
     command += ["--data-path", str(walk.out / "rollouts.jsonl"), "--save", str(walk.out / "paired")]
     walk.run("fit paired zero experts", command, walk.out / "paired")

@@ -22,16 +22,17 @@ cp "$HERE/teacher/config.json" "$WORK/corpus/tokenizer/"* "$WORK/geometry/"
 # 3. Train on all cores of this machine, one data-parallel process each; then on what the families that are still
 # weak have in the corpus; then on new questions of three of them.
 export NPROC_PER_NODE=${NPROC_PER_NODE:-2}
-phase() { # name config data start
-  bash "$ROOT/launch/pretrain_zeda.sh" --config "$HERE/$2" --num-zero-experts 0 --hf-config "$WORK/geometry" \
-      --data-path "$WORK/corpus/$3" ${4:+--pretrained-checkpoint "$WORK/$4"} --save "$WORK/$1"
+train() {
+  bash "$ROOT/launch/pretrain_zeda.sh" --num-zero-experts 0 --hf-config "$WORK/geometry" "$@"
 }
-phase first teacher.yaml train.jsonl
+train --config "$HERE/teacher.yaml" --data-path "$WORK/corpus/train.jsonl" --save "$WORK/first"
 "$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/focus.jsonl"
-phase second teacher_focus.yaml focus.jsonl first
+train --config "$HERE/teacher_focus.yaml" --data-path "$WORK/corpus/focus.jsonl" \
+    --pretrained-checkpoint "$WORK/first" --save "$WORK/second"
 "$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/fresh.jsonl" --fresh 60000 --rest 0.3 \
     --families number_filtering,needle_haystack,family_relationships
-phase third teacher_fresh.yaml fresh.jsonl second
+train --config "$HERE/teacher_fresh.yaml" --data-path "$WORK/corpus/fresh.jsonl" \
+    --pretrained-checkpoint "$WORK/second" --save "$WORK/third"
 
 # 4. Export; bf16 halves the folder.
 "$PYTHON" "$ROOT/tools/checkpoint_convert.py" megatron-to-hf --megatron "$WORK/third" \

@@ -36,6 +36,22 @@ def test_one_of_several_processes_leaves_with_the_code_of_main_and_all_it_printe
     assert (done.returncode, done.stdout) == (3, "done\n")
 
 
+def test_no_child_process_stays_behind(tmp_path):
+    """It would hold the pipe open, and whoever reads the output would wait for ever."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from zeda_megatron.runtime.worker import run_worker\n"
+        "def main():\n"
+        "    multiprocessing.get_context('spawn').Process(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "if __name__ == '__main__':\n"
+        "    run_worker(main)\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_rank_0_speaks_at_once(capsys):
     with pytest.raises(SystemExit) as end:
         run_worker(wrong, patience=1e9)

@@ -1,4 +1,13 @@
-"""Fitting the heads of paired zero experts: one ridge regression per expert of log|E_i(x)| on x, streaming.
+"""Fitting the heads of paired zero experts: one ridge regression per expert on x, streaming.
+
+What a head predicts, up to a constant (`watch_experts`):
+
+- `norm`: log|E_i(x)|, how much the expert adds to the stream.
+- `effect`: log of sqrt(z^2 + (f s |E_i(x)|)^2), z = g.E_i(x), g the gradient of the log-probability of an answer
+  that the model itself sampled. The mean of (w_i z)^2 is the Fisher information along the pick: twice the KL
+  divergence of the answers, to second order, if that pick alone is skipped. The second term is a floor: s is the
+  layer's root mean square of z over that of |E_i(x)|. Without it a token whose answer is certain has no gradient,
+  all its picks look idle, and skipping them all at once spoils the answer. Needs a backward pass, no residual norm.
 
 Memory: per expert one [H, H] matrix of sums in float32, 4 * H^2 bytes (16.8 MB at H = 2048), for the layers of one
 pass and the experts of this rank; while solving, three float64 matrices of that size. More layers than fit are
@@ -15,7 +24,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Takes the rows of one pass: x [R, H], log|E(x)| [R], local expert [R]."""
+"""Takes the rows of one pass: x [R, H], what is to be predicted [R], local expert [R]."""
 
 
 def sums_bytes(num_local_experts: int, hidden_size: int) -> int:
@@ -53,7 +62,7 @@ class RidgeSums:
                 torch.distributed.all_reduce(part, group=group)
 
     def constants(self) -> torch.Tensor:
-        """Mean log norm per expert [E] float64; experts without rows get the mean of all rows."""
+        """Mean per expert [E] float64; experts without rows get the mean of all rows."""
         overall = self.y.sum() / self.count.sum().clamp(min=1)
         return torch.where(self.count > 0, self.y / self.count.clamp(min=1), overall)
 
@@ -81,7 +90,7 @@ class RidgeSums:
 
 @dataclass
 class Explained:
-    """How much of the variance of log|E(x)| over all routed rows of a layer a prediction explains."""
+    """How much of the variance over all routed rows of a layer a prediction explains."""
 
     count: float = 0.0
     """Rows."""
@@ -117,20 +126,107 @@ def moe_layers(model: torch.nn.Module) -> dict[int, MoELayer]:
     return found
 
 
+@dataclass
+class Sensitivity:
+    """How strongly answers react to what a layer adds: rms of z over rms of |E|, both with routing weights."""
+
+    effect: float = 0.0
+    """Sum of (w z)^2."""
+    size: float = 0.0
+    """Sum of (w |E|)^2."""
+
+    def add(self, effect_R: torch.Tensor, size_R: torch.Tensor) -> None:
+        self.effect += float(effect_R.double().square().sum())
+        self.size += float(size_R.double().square().sum())
+
+    def ratio(self) -> float:
+        return (self.effect / self.size) ** 0.5 if self.size else 0.0
+
+
 @contextmanager
 def watch_experts(layers: dict[int, MoELayer], sinks: dict[int, Rows]) -> Iterator[None]:
-    """Hand every pass's rows of the experts of these layers to the layer's sink. Padding is left out.
+    """Hand log|E(x)| of every pass's rows to the layer's sink. Padding is left out.
 
     An expert's output comes multiplied by the routing weight: |E(x)| = |output| / weight. Padding is told apart by
     a weight of 0, which the router is made to give it.
     """
+
+    def reader(number):
+        def read(_experts, args, output):
+            rows = _Rows.of(args)
+            rows.hand_to(sinks[number], output[0].detach().float().norm(dim=-1))
+
+        return read
+
+    with _hooks(layers, {number: reader(number) for number in sinks}):
+        yield
+
+
+@contextmanager
+def watch_effects(
+    layers: dict[int, MoELayer],
+    sinks: dict[int, Rows],
+    floors: dict[int, float],
+    sensitivities: dict[int, Sensitivity] | None = None,
+) -> Iterator[None]:
+    """Hand the log of every row's effect to the layer's sink, during the backward pass.
+
+    Args:
+        floors: per layer f * s (see above).
+        sensitivities: filled if given.
+    """
+
+    def reader(number):
+        def read(_experts, args, output):
+            if not output[0].requires_grad:
+                return
+            rows, out_RH = _Rows.of(args), output[0].detach().float()
+
+            def take(grad_RH):
+                effect_R, size_R = (grad_RH.float() * out_RH).sum(-1), out_RH.norm(dim=-1)
+                if sensitivities is not None:
+                    good_R = rows.weight_R > 0
+                    sensitivities[number].add(effect_R[good_R], size_R[good_R])
+                rows.hand_to(sinks[number], torch.hypot(effect_R, floors[number] * size_R))
+
+            output[0].register_hook(take)
+
+        return read
+
+    with _hooks(layers, {number: reader(number) for number in sinks}):
+        yield
+
+
+@contextmanager
+def _hooks(layers: dict[int, MoELayer], readers: dict[int, Callable]) -> Iterator[None]:
     with ExitStack() as stack:
-        for number, sink in sinks.items():
+        for number, reader in readers.items():
             layer = layers[number]
             handle = layer.router.register_forward_hook(_silence_padding, with_kwargs=True)
             stack.callback(handle.remove)
-            stack.callback(layer.experts.register_forward_hook(_reader(sink)).remove)
+            stack.callback(layer.experts.register_forward_hook(reader).remove)
         yield
+
+
+@dataclass(frozen=True)
+class _Rows:
+    x_RH: torch.Tensor
+    expert_R: torch.Tensor
+    weight_R: torch.Tensor
+
+    @classmethod
+    def of(cls, args) -> _Rows:
+        """From the arguments of an expert module: rows sorted by expert, rows per expert, routing weights."""
+        x_RH, counts_E, weight_R = args[:3]
+        counts_E = torch.as_tensor(counts_E, device=x_RH.device)
+        expert_R = torch.arange(len(counts_E), device=x_RH.device).repeat_interleave(counts_E)
+        return cls(x_RH.detach(), expert_R, weight_R.detach().float().reshape(-1))
+
+    def hand_to(self, sink: Rows, size_R: torch.Tensor) -> None:
+        """`size_R` is of the weighted output; rows of weight or size 0 are left out."""
+        good_R = (self.weight_R > 0) & (size_R > 0)
+        values_R = size_R[good_R].log() - self.weight_R[good_R].log()
+        sink(self.x_RH[good_R], values_R, self.expert_R[good_R])
 
 
 def _silence_padding(router, args, kwargs, output):
@@ -138,17 +234,3 @@ def _silence_padding(router, args, kwargs, output):
     mask = kwargs.get("padding_mask", args[1] if len(args) > 1 else None)
     padding_T = router._local_padding(mask, probs_TN.shape[0])
     return output if padding_T is None else (probs_TN.masked_fill(padding_T[:, None], 0.0), map_TN)
-
-
-def _reader(sink: Rows):
-    def read(_experts, args, output):
-        x_RH, counts_E, weight_R = args[:3]
-        norm_R = output[0].detach().float().norm(dim=-1)
-        weight_R = weight_R.detach().float().reshape(-1)
-        counts_E = torch.as_tensor(counts_E, device=norm_R.device)
-        expert_R = torch.arange(len(counts_E), device=norm_R.device).repeat_interleave(counts_E)
-        good_R = (weight_R > 0) & (norm_R > 0)
-        y_R = norm_R[good_R].log() - weight_R[good_R].log()
-        sink(x_RH.detach()[good_R], y_R, expert_R[good_R])
-
-    return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -44,6 +45,9 @@ def _leave(code: int) -> None:
     """Exit; with several processes without the interpreter's clean-up, where gloo's threads now and then abort a
     run that has done all its work."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        for child in multiprocessing.active_children():  # Megatron's writers of checkpoints would stay behind
+            child.terminate()
+            child.join()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,81 +21,7 @@ from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..runtime import cpu, process_groups
 from ..runtime.process_groups import ParallelConfig
-
-SCORE_TERMS = ZeroExpertConfig.paired_score
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """What to fit."""
-
-    pretrained_checkpoint: str | None = None
-    """Megatron checkpoint of the static model (or one with paired zero experts, fitted anew)."""
-
-    data_path: list[str] | None = None
-    """Rollout files (jsonl with `messages`): what the model answered, best in stage 0."""
-
-    save: str | None = None
-    """Folder of the new checkpoint."""
-
-    overwrite: bool = False
-    """Replace --save if it exists."""
-
-    paired_score: str = SCORE_TERMS
-    """Terms of a pick's score, joined by '+': weight, head, residual. Without head nothing is fitted."""
-
-    constants_only: bool = False
-    """One constant per expert instead of a linear head."""
-
-    ridge: float = 0.01
-    """Penalty on the head's weights, relative to the variance of the inputs."""
-
-    target_zero_share: float = 0.5
-    """Zero share that the threshold is set for."""
-
-    fit_rows: int = 64
-    """Packed rows that heads are fitted on."""
-
-    held_out_rows: int = 8
-    """Further rows, for R^2."""
-
-    seq_length: int = 2048
-    """Tokens of a packed row."""
-
-    max_memory_gb: float = 8.0
-    """Memory for the sums of one pass; layers that do not fit wait for the next pass."""
-
-    bf16: bool = False
-    """bfloat16 weights."""
-
-    def validate(self, parallel: ParallelConfig) -> None:
-        """Raise `UserError` naming the flag."""
-        for flag, value in (
-            ("--pretrained-checkpoint", self.pretrained_checkpoint),
-            ("--data-path", self.data_path),
-            ("--save", self.save),
-        ):
-            if not value:
-                raise UserError(f"{flag} is missing")
-        if not 0 <= self.target_zero_share < 1:
-            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
-        for flag, value, least in (
-            ("--fit-rows", self.fit_rows, 1),
-            ("--held-out-rows", self.held_out_rows, 1),
-            ("--seq-length", self.seq_length, 1),
-        ):
-            if value < least:
-                raise UserError(f"{flag} {value} must be at least {least}")
-        for flag, value in (("--ridge", self.ridge), ("--max-memory-gb", self.max_memory_gb)):
-            if not value > 0:
-                raise UserError(f"{flag} {value} must be positive")
-        if parallel.pipeline_model_parallel_size > 1 or parallel.expert_tensor_parallel_size > 1:
-            raise UserError(
-                "fitting needs --pipeline-model-parallel-size 1 and --expert-tensor-parallel-size 1; use expert and "
-                "data parallelism"
-            )
-        if Path(self.save).exists() and not self.overwrite:
-            raise UserError(f"--save {self.save}: exists; choose another folder or give --overwrite")
+from .fit_options import SCORES, FitOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,6 +51,7 @@ class HeadFit:
         from ..models.architecture import read_architecture
         from ..models.build import build_gpt_model, transformer_config
         from ..moe.paired_fit import moe_layers
+        from .fit_rows import read_fit_rows
         from .options import ModelOptions
         from .setup import hf_folder, zero_experts
 
@@ -142,7 +69,7 @@ class HeadFit:
         self.zero = ZeroExpertConfig(
             arch.megatron["num_moe_experts"],
             zero_expert_routing="paired",
-            paired_score=options.paired_score,
+            paired_score=options.paired_score or SCORES[options.fit_target],
         )
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
@@ -150,10 +77,11 @@ class HeadFit:
         load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
         self.model.eval().requires_grad_(False)
         self.model.return_hidden = True
+        self.vocab_size = arch.vocab_size
         self.layers = moe_layers(self.model)
         self.experts = parallel_state.get_expert_model_parallel_group()
         self.replicas = parallel_state.get_expert_data_parallel_group()
-        self._read_rows()
+        self.fit_rows, self.held_out = read_fit_rows(options, self.hf)
 
     def run(self) -> int:
         """Fit, set the threshold, save. Returns the exit code."""
@@ -166,7 +94,9 @@ class HeadFit:
         share = self.options.target_zero_share
         threshold = calibrate_threshold(self.model, calibration, share, forward_model)
         report = {
-            "paired_score": self.options.paired_score,
+            "paired_score": self.zero.paired_score,
+            "fit_target": self.options.fit_target if fitted else None,
+            "effect_floor": self.options.effect_floor if fitted else None,
             "constants_only": self.options.constants_only,
             "ridge": self.options.ridge if fitted else None,
             "rows": self._all_ranks(len(self.fit_rows)),
@@ -183,38 +113,6 @@ class HeadFit:
             print(format_fit(report))
         return 0
 
-    def _read_rows(self) -> None:
-        """This data-parallel rank's rows, equally many on every rank."""
-        from megatron.core import parallel_state
-
-        from ..data.conversation import tokenize_rollouts
-        from ..data.packing import PackedDataset
-        from ..data.prompts import load_rollouts
-        from ..data.tokenizers import load_tokenizer
-
-        options = self.options
-        tokenizer = load_tokenizer(self.hf)
-        samples = tokenize_rollouts(
-            load_rollouts(options.data_path),
-            tokenizer,
-            options.seq_length,
-            "truncate",
-            ", ".join(options.data_path),
-        )
-        data = PackedDataset(samples, options.seq_length, tokenizer.pad_id, seed=0)
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
-        there = data.rows_in_epoch(0) // size
-        if there < 2:
-            raise UserError(
-                f"--data-path {' '.join(options.data_path)}: {data.rows_in_epoch(0)} packed rows for {size} "
-                "data-parallel ranks; at least two each are needed (more text, or a smaller --seq-length)"
-            )
-        held_out = min(max(options.held_out_rows // size, 1), max(there // 4, 1))
-        count = min(max(options.fit_rows // size, 1), there - held_out)
-        rows = [data[rank + i * size] for i in range(count + held_out)]
-        self.fit_rows, self.held_out = rows[:count], rows[count:]
-
     def _fit(self) -> dict[int, tuple[float, float]]:
         """Install the heads of all layers; returns layer number -> R^2 of head and of constants, held out."""
         from ..moe.paired_fit import RidgeSums, sums_bytes
@@ -226,12 +124,14 @@ class HeadFit:
         passes = [numbers[i : i + at_a_time] for i in range(0, len(numbers), at_a_time)]
         device = process_groups.device()
         self.empty, constants = 0, {}
+        effect = self.options.fit_target == "effect"
         bar = tqdm(
-            total=len(passes) * len(self.fit_rows) + len(self.held_out),
+            total=len(passes) * len(self.fit_rows) + len(self.held_out) * (1 + effect),
             desc="fit",
             unit="row",
             disable=None if self.first else True,
         )
+        self.floors = self._floors(bar) if effect else {}
         for group in passes:
             sums = {number: RidgeSums(local, hidden, device) for number in group}
             self._run_masked(self.fit_rows, {number: sums[number].add for number in group}, bar)
@@ -240,6 +140,19 @@ class HeadFit:
         quality = self._explained(constants, bar)
         bar.close()
         return quality
+
+    def _floors(self, bar) -> dict[int, float]:
+        """Per layer, what the norm of an output counts beside its effect: --effect-floor times the sensitivity."""
+        from ..moe.paired_fit import Sensitivity
+
+        found, self.floors = (
+            {number: Sensitivity() for number in self.layers},
+            dict.fromkeys(self.layers, 0.0),
+        )
+        self._run_masked(self.held_out, dict.fromkeys(self.layers, lambda *rows: None), bar, found)
+        for part in found.values():
+            part.effect, part.size = self._sum([part.effect, part.size])
+        return {number: self.options.effect_floor * part.ratio() for number, part in found.items()}
 
     def _install(self, number: int, sums) -> torch.Tensor:
         """Solve one layer and give all ranks the whole head; returns this rank's constants."""
@@ -269,23 +182,62 @@ class HeadFit:
             sinks[number] = score
         self._run_masked(self.held_out, sinks, bar)
         for part in quality.values():
-            sums = torch.tensor([part.count, part.y, part.yy, part.error, part.error_of_constants])
-            sums = sums.double().to(process_groups.device())
-            if torch.distributed.get_world_size() > 1:
-                torch.distributed.all_reduce(sums)
-            part.count, part.y, part.yy, part.error, part.error_of_constants = sums.tolist()
+            names = [field.name for field in fields(part)]
+            for name, value in zip(names, self._sum([getattr(part, name) for name in names])):
+                setattr(part, name, value)
         return {number: part.r2() for number, part in quality.items()}
 
-    @torch.no_grad()
-    def _run_masked(self, rows: list, sinks: dict, bar) -> None:
-        from ..moe.paired_fit import watch_experts
+    def _sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=process_groups.device())
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def _run_masked(self, rows: list, sinks: dict, bar, sensitivities: dict | None = None) -> None:
+        from ..moe.paired_fit import watch_effects, watch_experts
         from ..moe.router import zero_mask
         from .step import forward_model
 
-        with zero_mask(self.model), watch_experts(self.layers, sinks):
+        effect = self.options.fit_target == "effect"
+        # Gradients flow from the embedding on; no parameter keeps one.
+        self.model.embedding.word_embeddings.weight.requires_grad_(effect)
+        watch = (
+            watch_effects(self.layers, sinks, self.floors, sensitivities)
+            if effect
+            else watch_experts(self.layers, sinks)
+        )
+        with zero_mask(self.model), watch:
             for row in rows:
-                forward_model(self.model, row)
+                with torch.set_grad_enabled(effect):
+                    hidden = forward_model(self.model, row)
+                    if effect:
+                        torch.autograd.grad(
+                            self._answers(hidden, row), self.model.embedding.word_embeddings.weight
+                        )
                 bar.update()
+        self.model.requires_grad_(False)
+
+    def _answers(self, hidden: torch.Tensor, row) -> torch.Tensor:
+        """Minus the log-probability of the row's response tokens."""
+        from megatron.core import parallel_state
+
+        from ..distill.losses import LossConfig, distill_loss
+
+        head = self.model.head_weight()
+        loss, _ = distill_loss(
+            hidden.to(head.dtype),
+            head,
+            None,
+            None,
+            row.labels.to(hidden.device),
+            row.loss_mask.to(hidden.device),
+            LossConfig("ce"),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.model.config.sequence_parallel,
+            vocab_size=self.vocab_size,
+        )
+        return loss
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """All experts' rows from the expert-parallel ranks, in the experts' order."""

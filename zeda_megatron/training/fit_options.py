@@ -1,0 +1,99 @@
+"""Options of the fit of paired zero experts; each field is a flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from ..runtime.process_groups import ParallelConfig
+
+SCORES = {"norm": ZeroExpertConfig.paired_score, "effect": "weight+head"}
+"""What is fitted -> the terms that a score then needs."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What to fit."""
+
+    pretrained_checkpoint: str | None = None
+    """Megatron checkpoint of the static model (or one with paired zero experts, fitted anew)."""
+
+    data_path: list[str] | None = None
+    """Rollout files (jsonl with `messages`): what the model answered, best in stage 0."""
+
+    save: str | None = None
+    """Folder of the new checkpoint."""
+
+    overwrite: bool = False
+    """Replace --save if it exists."""
+
+    fit_target: str = "norm"
+    """norm: a head predicts the size of its expert's output. effect: the effect of the pick on the answer's
+    log-probability; takes a backward pass."""
+
+    effect_floor: float = 1.0
+    """For effect: part of an expert's output that counts wherever it points. 0: the bare effect, which starves
+    tokens whose answer is certain. Large: the norm, weighted by how sensitive each layer is."""
+
+    paired_score: str | None = None
+    """Terms of a pick's score, joined by '+': weight, head, residual. Without head nothing is fitted. Default:
+    weight+head+residual, for --fit-target effect weight+head."""
+
+    constants_only: bool = False
+    """One constant per expert instead of a linear head."""
+
+    ridge: float = 0.01
+    """Penalty on the head's weights, relative to the variance of the inputs."""
+
+    target_zero_share: float = 0.5
+    """Zero share that the threshold is set for."""
+
+    fit_rows: int = 64
+    """Packed rows that heads are fitted on."""
+
+    held_out_rows: int = 8
+    """Further rows, for R^2."""
+
+    seq_length: int = 2048
+    """Tokens of a packed row."""
+
+    max_memory_gb: float = 8.0
+    """Memory for the sums of one pass; layers that do not fit wait for the next pass."""
+
+    bf16: bool = False
+    """bfloat16 weights."""
+
+    def validate(self, parallel: ParallelConfig) -> None:
+        """Raise `UserError` naming the flag."""
+        for flag, value in (
+            ("--pretrained-checkpoint", self.pretrained_checkpoint),
+            ("--data-path", self.data_path),
+            ("--save", self.save),
+        ):
+            if not value:
+                raise UserError(f"{flag} is missing")
+        if not 0 <= self.target_zero_share < 1:
+            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
+        if not self.effect_floor >= 0:
+            raise UserError(f"--effect-floor {self.effect_floor} must not be negative")
+        if self.fit_target not in SCORES:
+            raise UserError(f"--fit-target {self.fit_target!r} is unknown; choose one of {', '.join(SCORES)}")
+        for flag, value, least in (
+            ("--fit-rows", self.fit_rows, 1),
+            ("--held-out-rows", self.held_out_rows, 1),
+            ("--seq-length", self.seq_length, 1),
+        ):
+            if value < least:
+                raise UserError(f"{flag} {value} must be at least {least}")
+        for flag, value in (("--ridge", self.ridge), ("--max-memory-gb", self.max_memory_gb)):
+            if not value > 0:
+                raise UserError(f"{flag} {value} must be positive")
+        if parallel.pipeline_model_parallel_size > 1 or parallel.expert_tensor_parallel_size > 1:
+            raise UserError(
+                "fitting needs --pipeline-model-parallel-size 1 and --expert-tensor-parallel-size 1; use expert and "
+                "data parallelism"
+            )
+        if Path(self.save).exists() and not self.overwrite:
+            raise UserError(f"--save {self.save}: exists; choose another folder or give --overwrite")
