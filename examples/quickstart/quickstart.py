@@ -175,15 +175,18 @@ def history_of(walk: Walk, arm: Arm) -> list[dict]:
 
 
 def add_spread(arms: dict[str, dict]) -> None:
-    """Where an arm ran with several seeds: mean and standard deviation of its KL and CE, on the first one."""
-    for name in list(arms):
-        family = [arms[other] for other in arms if other == name or other.startswith(f"{name}_seed")]
-        if len(family) > 1 and "_seed" not in name:
-            first = arms[name]
-            for key in ("kl_to_teacher", "ce"):
-                values = [member[key] for member in family]
-                first[f"{key}_mean"], first[f"{key}_std"] = mean(values), stdev(values)
-            first["seeds"] = len(family)
+    """Fold the seeds of an arm into one entry: the first seed's figures, `runs` with each seed's, `*_mean`, `*_std`."""
+    keys = ("kl_to_teacher", "ce", "exact_match", "zero_share")
+    for name in [name for name in arms if "_seed" not in name]:
+        others = [other for other in arms if other.startswith(f"{name}_seed")]
+        if not others:
+            continue
+        first = arms[name]
+        first["runs"] = [{key: run[key] for key in keys} for run in (first, *map(arms.pop, others))]
+        first["seeds"] = len(first["runs"])
+        for key in keys:
+            values = [run[key] for run in first["runs"]]
+            first[f"{key}_mean"], first[f"{key}_std"] = mean(values), stdev(values)
 
 
 def environment() -> dict:
@@ -250,9 +253,10 @@ def main() -> int:
         "arms": results,
         "commands": walk.commands,
     }
+    histories = {arm.name: history_of(walk, arm) for arm in arms if arm.train and arm.name in results}
     from zeda_megatron.evaluation.report import format_table, write_report
 
-    _, page = write_report(report, {arm.name: history_of(walk, arm) for arm in arms if arm.train}, out)
+    _, page = write_report(report, histories, out)
     print()
     print(format_table(report))
     if "export_check" in about:

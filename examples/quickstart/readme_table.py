@@ -1,4 +1,4 @@
-"""Prints the result table of a report as Markdown: `python examples/quickstart/readme_table.py REPORT.json`.
+"""Prints the result tables of a report as Markdown: `python examples/quickstart/readme_table.py REPORT.json`.
 
 The README's table is this output for results/report.json, letter for letter; a test compares them.
 """
@@ -14,9 +14,29 @@ LABELS = {
     "dynamic_skipping": "Dynamic Skipping, tuned to 50%",
     "top_p": "top-p, tuned to 50%",
     "injected_untrained": "zero rows injected",
+    "paired_untrained": "paired zero experts, fitted",
     "net_kl": "NET: top-k halved + KL",
     "zeda_stage1_ce": "ZEDA stage 1, CE (paper)",
     "zeda_stage1_kl": "ZEDA stage 1, KL (default)",
+    "paired_kl": "paired zero experts + KL",
+    "logw_threshold_kl": "threshold on the routing weight + KL",
+    "beam_kl": "learned mask (BEAM-like) + KL",
+    "paired_trained_kl": "paired zero experts, head trained too",
+}
+FRONTIER = {
+    "NET": {"25%": "net_kl_25", "50%": "net_kl", "75%": "net_kl_75"},
+    "shared zero experts": {
+        "25%": "zeda_stage1_kl_w0.8",
+        "50%": "zeda_stage1_kl",
+        "62%": "zeda_stage1_kl_w4",
+        "75%": "zeda_stage1_kl_w8",
+    },
+    "paired zero experts": {
+        "25%": "paired_kl_25",
+        "50%": "paired_kl",
+        "62%": "paired_kl_62",
+        "75%": "paired_kl_75",
+    },
 }
 
 
@@ -33,13 +53,39 @@ def markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
+def frontier(report: dict) -> str:
+    """KL at other shares, each with the share that was really skipped; all distilled with the KL loss."""
+    shares = ("25%", "50%", "62%", "75%")
+    lines = ["| KL to teacher (skipped) | " + " | ".join(shares) + " |", "|---" * 5 + "|"]
+    for label, names in FRONTIER.items():
+        cells = [_cell(report["arms"].get(names.get(share, ""))) for share in shares]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(m: dict | None) -> str:
+    if m is None:
+        return ""
+    return f"{_value(m, 'kl_to_teacher')} ({_mean(m, 'zero_share'):.1%})"
+
+
+def _mean(m: dict, key: str) -> float:
+    return m.get(f"{key}_mean", m[key])
+
+
+def _value(m: dict, key: str) -> str:
+    spread = f" ± {m[f'{key}_std']:.4f}" if m.get("seeds") else ""
+    return f"{_mean(m, key):.4f}{spread}"
+
+
 def _line(label: str, m: dict) -> str:
-    ce, kl = f"{m['ce']:.4f}", f"{m['kl_to_teacher']:.4f}"
-    if m.get("seeds"):
-        ce = f"{m['ce_mean']:.4f} ± {m['ce_std']:.4f}"
-        kl = f"{m['kl_to_teacher_mean']:.4f} ± {m['kl_to_teacher_std']:.4f}"
-    return f"| {label} | {ce} | {kl} | {m['top1_agreement']:.1%} | {m['exact_match']:.1%} | {m['zero_share']:.1%} |"
+    ce, kl = _value(m, "ce"), _value(m, "kl_to_teacher")
+    right, skipped = _mean(m, "exact_match"), _mean(m, "zero_share")
+    return f"| {label} | {ce} | {kl} | {m['top1_agreement']:.1%} | {right:.1%} | {skipped:.1%} |"
 
 
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    report = json.loads(Path(sys.argv[1]).read_text())
+    print(markdown(report))
+    if "net_kl_75" in report["arms"]:
+        print(f"\n{frontier(report)}")

@@ -84,10 +84,27 @@ def test_megatron_gives_the_logits_of_transformers_on_the_trained_teacher(teache
 
 def test_the_readme_shows_the_table_of_the_committed_report():
     sys.path.insert(0, str(QUICKSTART))
-    from readme_table import markdown
+    from readme_table import frontier, markdown
 
     report = json.loads((QUICKSTART / "results" / "report.json").read_text())
-    assert markdown(report) in (ROOT / "README.md").read_text()
+    page = (ROOT / "README.md").read_text()
+    assert markdown(report) in page and frontier(report) in page
+
+
+def test_seeds_of_an_arm_become_a_mean_and_a_spread():
+    sys.path.insert(0, str(QUICKSTART))
+    from quickstart import add_spread
+
+    def run(kl):
+        return {"kl_to_teacher": kl, "ce": 2.0, "exact_match": 0.5, "zero_share": 0.5}
+
+    arms = {"a": run(1.0), "a_75": run(9.0), "a_seed2": run(2.0), "a_seed3": run(6.0), "b": run(0.0)}
+    add_spread(arms)
+    assert list(arms) == ["a", "a_75", "b"]
+    assert arms["a"]["kl_to_teacher_mean"] == 3.0 and arms["a"]["seeds"] == 3
+    assert arms["a"]["kl_to_teacher_std"] == pytest.approx(7**0.5)
+    assert [one["kl_to_teacher"] for one in arms["a"]["runs"]] == [1.0, 2.0, 6.0]
+    assert "seeds" not in arms["a_75"] and "seeds" not in arms["b"]
 
 
 @pytest.mark.slow
@@ -109,7 +126,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     ]
     command += [
         "--arms",
-        "static_topk_half,net_kl,zeda_stage1_kl",
+        "static_topk_half,net_kl,zeda_stage1_kl,paired_kl",
         "--prompts",
         str(prompts),
         "--heldout",
@@ -119,7 +136,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["teacher"]["kl_to_teacher"] == 0
-    assert set(report["arms"]) == {"static_topk_half", "net_kl", "zeda_stage1_kl"}
+    assert set(report["arms"]) == {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl"}
     assert report["arms"]["net_kl"]["zero_share"] == pytest.approx(0.5)
     check = report["environment"]["export_check"]
     assert check["equal_answers"] == check["prompts"]

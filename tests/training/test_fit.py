@@ -69,6 +69,15 @@ def test_heads_predict_held_out_norms_better_than_constants(fitted):
         assert 0.2 < r2 <= 1 and r2 > report["r2_of_constants_by_layer"][layer]
 
 
+def test_the_fit_to_effects_predicts_held_out_effects_and_needs_no_residual(world, tmp_path):
+    report = fit(world, tmp_path / "effect", fit_target="effect", effect_floor=1.0)
+    assert report["paired_score"] == "weight+head"
+    assert report["zero_share"] == pytest.approx(0.5, abs=0.005)
+    for layer, r2 in report["r2_by_layer"].items():
+        assert r2 > report["r2_of_constants_by_layer"][layer]
+    assert not any(torch.equal(a[0], torch.zeros_like(a[0])) for a in heads(tmp_path / "effect"))
+
+
 def test_heads_predict_the_norm_that_the_expert_really_gives(world, fitted):
     """Correlation over all experts and tokens of one layer's input, each expert run by hand."""
     chunk = load_model(str(fitted[1])).chunk
@@ -138,6 +147,8 @@ def test_nothing_is_overwritten_unless_asked(world, fitted, tmp_path):
         ({"target_zero_share": 1.0}, "--target-zero-share"),
         ({"ridge": 0.0}, "--ridge"),
         ({"fit_rows": 0}, "--fit-rows"),
+        ({"fit_target": "size"}, "--fit-target"),
+        ({"effect_floor": -1.0}, "--effect-floor"),
         ({"paired_score": "depth"}, "--paired-score"),
         ({"seq_length": 100_000}, "--seq-length"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -30,6 +31,7 @@ ARMS = {
     "logw_threshold_kl": Arm(
         "threshold on the routing weight, distilled (KL)", False, True, "#2b8a3e", "#69db7c"
     ),
+    "paired_trained_kl": Arm("paired, fitted, then the head trained too", False, True, "#f08c00", "#ffc078"),
     "paired_untrained": Arm("paired zero experts, fitted only", False, False, "#e08a5b", "#c77b4f"),
     "injected_untrained": Arm("shared zero experts, as converted", False, False, "#7aa6cf", "#6b93b8"),
     "net_kl": Arm("top-k halved, the same distillation (KL)", True, True, "#343a40", "#e9ecef"),
@@ -42,8 +44,13 @@ ARMS = {
 _OTHERS = (("#0b7285", "#66d9e8"), ("#862e9c", "#da77f2"), ("#e67700", "#ffd43b"), ("#364fc7", "#91a7ff"))
 
 
+def family(name: str) -> str:
+    """The arm that a variant belongs to: `net_kl_75` and `net_kl_seed2` to `net_kl`, `..._w4` likewise."""
+    return name if name in ARMS else re.sub(r"(_w?[0-9.]+)?(_seed\d+)?$", "", name)
+
+
 def legend(names: list[str]) -> dict[str, Arm]:
-    """Arms by name, in the order given; names not known above get a colour and no note."""
-    others = [name for name in names if name not in ARMS]
+    """Arms by name, in the order given; variants look like their family, others get a colour and no note."""
+    others = [name for name in names if family(name) not in ARMS]
     spare = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
-    return {name: ARMS.get(name) or Arm("", False, True, *spare[name]) for name in names}
+    return {name: ARMS.get(family(name)) or Arm("", False, True, *spare[name]) for name in names}
