@@ -6,9 +6,12 @@ import pytest
 import tiny
 import tiny_world
 import torch
+from ridge_reference import dense_ridge
 
+from zeda_megatron.checkpoint.convert import megatron_to_hf
+from zeda_megatron.checkpoint.hf_files import HFReader, read_json
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.models import load_model
+from zeda_megatron.evaluation.models import load_model, load_rows
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.router import set_zero_mask
@@ -106,8 +109,35 @@ def test_masked_student_is_the_teacher_after_the_fit(world, fitted):
         assert torch.equal(forward_model(static, row), forward_model(paired, row))
 
 
+def test_heads_are_the_ridge_fit_to_experts_run_by_hand_without_padding(world, fitted):
+    """Inputs of every layer of the static model, padding cut off, each expert on its tokens, a dense solver."""
+    static, inputs = load_model(str(world.static)), {1: [], 2: []}
+    static.chunk.return_hidden = True
+    rows = load_rows(str(world.rollouts), static.tokenizer, 128, 5)
+    assert any(row.padding_mask.any() for row in rows)
+    for number, layer in enumerate(static.chunk.decoder.layers, 1):
+        layer.mlp.register_forward_pre_hook(
+            lambda _m, args, seen=inputs[number]: seen.append(args[0].reshape(-1, 32))
+        )
+    with torch.no_grad():
+        for row in rows:
+            forward_model(static.chunk, row)
+    real_T = torch.cat([~row.padding_mask[0] for row in rows])
+    for number, (weight, bias, _) in enumerate(heads(fitted[1]), 1):
+        layer, x_TH = static.chunk.decoder.layers[number - 1].mlp, torch.cat(inputs[number])[real_T]
+        picked = (x_TH @ layer.router.weight.detach().t()).topk(3).indices
+        for e, (fc1, fc2) in enumerate(tiny.expert_weights(layer)):
+            x = x_TH[(picked == e).any(1)]
+            with torch.no_grad():
+                y = tiny.dense_experts(x, torch.ones(len(x), 1), [(fc1, fc2)]).norm(dim=1).log()
+            expected_weight, expected_bias = dense_ridge(x, y, 1.0)
+            torch.testing.assert_close(weight[e].double(), expected_weight, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(bias[e].double(), expected_bias, atol=1e-4, rtol=1e-3)
+
+
 def test_layers_that_do_not_fit_into_memory_are_fitted_in_further_passes(world, fitted, tmp_path):
-    fit(world, tmp_path / "one", max_memory_gb=1e-9)
+    report = fit(world, tmp_path / "one", max_memory_gb=1e-9)
+    assert (report["passes"], fitted[0]["passes"]) == (2, 1)
     for one, other in zip(heads(tmp_path / "one"), heads(fitted[1])):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
@@ -127,12 +157,46 @@ def test_a_run_starts_from_the_fitted_checkpoint(world, fitted, tmp_path):
     assert tiny_world.read_metrics(tmp_path)[0]["zero_share"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_the_hf_export_has_the_heads_and_the_threshold(world, fitted, tmp_path):
+    report, out = fitted
+    megatron_to_hf(out, world.hf, tmp_path / "hf")
+    reader = HFReader(tmp_path / "hf")
+    for layer, (weight, bias, _) in enumerate(heads(out)):
+        assert torch.equal(reader.read(f"model.layers.{layer}.mlp.gate.zero_weight").float(), weight)
+        assert torch.equal(reader.read(f"model.layers.{layer}.mlp.gate.zero_bias").float(), bias)
+    config = read_json(tmp_path / "hf" / "config.json")
+    assert config["zce_threshold"] == pytest.approx(report["threshold"], abs=1e-5)
+
+
+def test_a_fitted_checkpoint_fitted_again_gives_the_same_heads(world, fitted, tmp_path):
+    fit(world, tmp_path / "again", pretrained_checkpoint=str(fitted[1]))
+    for one, other in zip(heads(tmp_path / "again"), heads(fitted[1])):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
+
+
+def test_bfloat16_heads_stay_near_single_precision(world, fitted, tmp_path):
+    report = fit(world, tmp_path / "half", bf16=True)
+    assert report["zero_share"] == pytest.approx(0.5, abs=0.005)
+    for layer, r2 in fitted[0]["r2_by_layer"].items():
+        assert report["r2_by_layer"][layer] == pytest.approx(r2, abs=0.05)
+
+
+def test_experts_with_too_little_text_are_counted(world, tmp_path):
+    report = fit(world, tmp_path / "little", fit_rows=1, held_out_rows=1, seq_length=32)
+    assert report["experts_with_few_rows"] + report["experts_without_rows"] == 16
+    assert all(bias.isfinite().all() for _, bias, _ in heads(tmp_path / "little"))
+
+
 def test_nothing_is_overwritten_unless_asked(world, fitted, tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         fit(world, fitted[1])
     target = tmp_path / "there"
     target.mkdir()
     (target / "old").write_text("x")
+    with pytest.raises(UserError, match="has no zeda"):
+        fit(world, target, overwrite=True)
+    assert (target / "old").exists()
+    (target / "zeda.json").write_text("{}")
     fit(world, target, overwrite=True, paired_score="weight")
     assert not (target / "old").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
@@ -159,9 +223,26 @@ def test_mistakes_are_named(world, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_shared_zero_experts_and_pipelines_are_refused(world, tmp_path):
+def test_a_fit_that_breaks_off_leaves_nothing(world, tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zeda_megatron.checkpoint.state.save_checkpoint", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(world, tmp_path / "out", paired_score="weight")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_fit(world, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"--save .*cannot be written"):
+        fit(world, tmp_path / "file" / "out")
+
+
+def test_shared_zero_experts_and_layouts_that_split_experts_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="shared zero experts"):
         fit(world, tmp_path / "out", pretrained_checkpoint=str(world.dynamic))
     options = FitOptions("a", ["b"], str(tmp_path / "out"))
-    with pytest.raises(UserError, match="--pipeline-model-parallel-size"):
-        options.validate(ParallelConfig(pipeline_model_parallel_size=2))
+    for name in ("pipeline_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size"):
+        with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+            options.validate(ParallelConfig(**{name: 2}))

@@ -9,9 +9,10 @@ What a head predicts, up to a constant (`watch_experts`):
   layer's root mean square of z over that of |E_i(x)|. Without it a token whose answer is certain has no gradient,
   all its picks look idle, and skipping them all at once spoils the answer. Needs a backward pass, no residual norm.
 
-Memory: per expert one [H, H] matrix of sums in float32, 4 * H^2 bytes (16.8 MB at H = 2048), for the layers of one
-pass and the experts of this rank; while solving, three float64 matrices of that size. More layers than fit are
-fitted in further passes over the data.
+Memory: `sums_bytes` for the layers of one pass and the experts of this rank: in the main one [H, H] float32 matrix
+per expert, 4 * H^2 bytes (16.8 MB at H = 2048, 2.1 GB for 128 experts). Besides, the float32 rows of one expert in
+one forward pass, and while solving two float64 matrices [H, H]. Layers that do not fit are fitted in further passes
+over the data.
 """
 
 from __future__ import annotations
@@ -23,98 +24,139 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from ..errors import UserError
+
 Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Takes the rows of one pass: x [R, H], what is to be predicted [R], local expert [R]."""
+"""Takes the rows of one pass, sorted by expert: x [R, H], what is to be predicted [R] float32, local expert [R]."""
 
 
 def sums_bytes(num_local_experts: int, hidden_size: int) -> int:
     """Memory of the sums of one layer."""
-    return 4 * num_local_experts * hidden_size * (hidden_size + 2)
+    return 4 * num_local_experts * (hidden_size * (hidden_size + 4) + 4)
 
 
 class RidgeSums:
-    """Normal equations of all local experts of one layer; `add` rows in any order, then `solve`."""
+    """Normal equations of all local experts of one layer: `add` rows, `reduce` over ranks, `solve`.
+
+    Inputs are taken relative to `shift`, the mean of an expert's first rows: then float32 is enough for the
+    products, also for channels whose mean is far larger than their spread. Means are summed in float64.
+    """
 
     def __init__(self, num_experts: int, hidden_size: int, device: torch.device):
-        make = torch.zeros
-        self.count = make(num_experts, dtype=torch.float64, device=device)
-        self.y = make(num_experts, dtype=torch.float64, device=device)
-        self.x = make(num_experts, hidden_size, dtype=torch.float64, device=device)
-        self.xy = make(num_experts, hidden_size, dtype=torch.float32, device=device)
-        self.xx = make(num_experts, hidden_size, hidden_size, dtype=torch.float32, device=device)
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(num_experts, *shape, dtype=dtype, device=device)
+
+        self.count, self.y = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
+        self.shift = zeros(hidden_size)
+        self.x = zeros(hidden_size, dtype=torch.float64)
+        self.xy, self.xx = zeros(hidden_size), zeros(hidden_size, hidden_size)
 
     def add(self, x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor) -> None:
         """Rows sorted by expert."""
-        for expert, n in enumerate(torch.bincount(expert_R, minlength=len(self.count)).tolist()):
-            x, x_RH = x_RH[:n].float(), x_RH[n:]
-            y, y_R = y_R[:n].float(), y_R[n:]
-            if n:
-                self.count[expert] += n
-                self.y[expert] += y.sum(dtype=torch.float64)
-                self.x[expert] += x.sum(0, dtype=torch.float64)
-                self.xy[expert].addmv_(x.t(), y)
-                self.xx[expert].addmm_(x.t(), x)
+        known = (self.count > 0).tolist()
+        for expert, x, y in per_expert(x_RH, y_R, expert_R, len(known)):
+            x = x.float()
+            if not known[expert]:
+                self.shift[expert] = x.mean(0)
+            x = x - self.shift[expert]
+            self.count[expert] += len(y)
+            self.y[expert] += y.sum(dtype=torch.float64)
+            self.x[expert] += x.sum(0, dtype=torch.float64)
+            self.xy[expert].addmv_(x.t(), y)
+            self.xx[expert].addmm_(x.t(), x)
 
     def reduce(self, group) -> None:
-        """Add up over the ranks that hold copies of these experts and saw other tokens."""
-        if group.size() > 1:
-            for part in (self.count, self.y, self.x, self.xy, self.xx):
-                torch.distributed.all_reduce(part, group=group)
+        """Add up over the ranks that hold copies of these experts and saw other tokens.
+
+        Each rank first moves its sums to the common mean; then they add up.
+        """
+        if group.size() == 1:
+            return
+        count, mean = self.count.clone(), self.x + self.count[:, None] * self.shift
+        for part in (count, mean):
+            torch.distributed.all_reduce(part, group=group)
+        mean = (mean / count[:, None].clamp(min=1)).float()
+        move = mean - self.shift
+        for expert, n in enumerate(self.count.tolist()):
+            x, by = self.x[expert].float(), move[expert]
+            self.xx[expert].addr_(x, by, alpha=-1).addr_(by, x, alpha=-1).addr_(by, by, alpha=n)
+            torch.distributed.all_reduce(self.xx[expert], group=group)
+        self.xy -= self.y[:, None].float() * move
+        self.x -= self.count[:, None] * move
+        for part in (self.y, self.x, self.xy):
+            torch.distributed.all_reduce(part, group=group)
+        self.count, self.shift = count, mean
 
     def constants(self) -> torch.Tensor:
-        """Mean per expert [E] float64; experts without rows get the mean of all rows."""
-        overall = self.y.sum() / self.count.sum().clamp(min=1)
-        return torch.where(self.count > 0, self.y / self.count.clamp(min=1), overall)
+        """Mean per expert [E] float32; 0 for experts without rows."""
+        return (self.y / self.count.clamp(min=1)).float()
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """U [E, H] and c [E], float32: least squares with a penalty on U, none on c.
 
-        The penalty is `ridge` times the mean variance of the expert's inputs, per row: with few rows U shrinks
-        towards 0, which leaves the constant.
+        The penalty is that of ridge * H extra rows of the expert's own input variance with answer 0. It does not
+        grow with the data: an expert with far fewer rows than H keeps U near 0, hence its constant; one with far
+        more is not held back. Raises `UserError` if it is too small to solve.
         """
-        constants = self.constants()
-        weight = torch.zeros_like(self.x)
+        constants = self.y / self.count.clamp(min=1)
+        weight = torch.zeros_like(self.shift)
         for expert, n in enumerate(self.count.tolist()):
             if n < 2:
                 continue
             mean = self.x[expert] / n
-            covariance = self.xx[expert].double() / n - torch.outer(mean, mean)
-            variance = covariance.diagonal().mean().clamp(min=1e-12)
-            covariance.diagonal().add_(ridge * variance)
-            moment = self.xy[expert].double() / n - mean * (self.y[expert] / n)
-            factor = torch.linalg.cholesky(covariance)
-            weight[expert] = torch.cholesky_solve(moment.unsqueeze(1), factor).squeeze(1)
-            constants[expert] -= weight[expert] @ mean
-        return weight.float(), constants.float()
+            moments = self.xx[expert].double().addr_(mean, mean, alpha=-n)
+            penalty = ridge * moments.diagonal().sum().clamp(min=1e-12) / n
+            moments.diagonal().add_(penalty)
+            factor, failed = torch.linalg.cholesky_ex(moments)
+            del moments
+            if failed:
+                raise UserError(f"--ridge {ridge} is too small for an expert with {n:.0f} rows")
+            answer = self.xy[expert].double() - mean * self.y[expert]
+            solution = torch.cholesky_solve(answer.unsqueeze(1), factor).squeeze(1)
+            weight[expert] = solution
+            constants[expert] -= solution @ (mean + self.shift[expert])
+        return weight, constants.float()
 
 
-@dataclass
+def fill_empty(values_N: torch.Tensor, count_N: torch.Tensor) -> torch.Tensor:
+    """Experts without rows get the mean over the other experts."""
+    seen_N = count_N > 0
+    return torch.where(seen_N, values_N, values_N[seen_N].mean() if seen_N.any() else 0.0)
+
+
 class Explained:
-    """How much of the variance over all routed rows of a layer a prediction explains."""
+    """How much of the variance over all routed rows of a layer a head explains, and its constants.
 
-    count: float = 0.0
-    """Rows."""
-    y: float = 0.0
-    """Sum of the values."""
-    yy: float = 0.0
-    """Sum of their squares."""
-    error: float = 0.0
-    """Sum of squared errors of the prediction."""
-    error_of_constants: float = 0.0
-    """The same for one constant per expert."""
+    Args: U [E, H], c [E] of the head and the mean log norms [E], for the local experts, float32.
+    """
 
-    def add(self, y_R: torch.Tensor, predicted_R: torch.Tensor, constant_R: torch.Tensor) -> None:
-        y_R = y_R.double()
-        self.count += y_R.numel()
-        self.y += float(y_R.sum())
-        self.yy += float(y_R.square().sum())
-        self.error += float((y_R - predicted_R).square().sum())
-        self.error_of_constants += float((y_R - constant_R).square().sum())
+    def __init__(self, weight_EH: torch.Tensor, bias_E: torch.Tensor, constant_E: torch.Tensor):
+        self.weight, self.bias, self.constant = weight_EH, bias_E, constant_E
+        self.sums = torch.zeros(5, dtype=torch.float64, device=weight_EH.device)
+        """Rows, their sum and sum of squares, squared errors of the head and of the constants."""
+
+    def add(self, x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor) -> None:
+        """Rows sorted by expert."""
+        for expert, x, y in per_expert(x_RH, y_R, expert_R, len(self.bias)):
+            error = y - torch.mv(x.float(), self.weight[expert]) - self.bias[expert]
+            parts = (torch.ones_like(y), y, y.square(), error.square(), (y - self.constant[expert]).square())
+            self.sums += torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
     def r2(self) -> tuple[float, float]:
-        """R^2 of the prediction and of the constants."""
-        total = max(self.yy - self.y**2 / max(self.count, 1.0), 1e-12)
-        return 1 - self.error / total, 1 - self.error_of_constants / total
+        """R^2 of the head and of the constants."""
+        count, y, yy, error, error_of_constants = self.sums.tolist()
+        total = max(yy - y**2 / max(count, 1.0), 1e-12)
+        return 1 - error / total, 1 - error_of_constants / total
+
+
+def per_expert(
+    x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor, num_experts: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Cut rows sorted by expert: (expert, its x, its y) for every expert that has some."""
+    counts = torch.bincount(expert_R, minlength=num_experts).tolist()
+    for expert, (x, y) in enumerate(zip(x_RH.split(counts), y_R.split(counts))):
+        if len(y):
+            yield expert, x, y
 
 
 def moe_layers(model: torch.nn.Module) -> dict[int, MoELayer]:
@@ -154,7 +196,9 @@ def watch_experts(layers: dict[int, MoELayer], sinks: dict[int, Rows]) -> Iterat
     def reader(number):
         def read(_experts, args, output):
             rows = _Rows.of(args)
-            rows.hand_to(sinks[number], output[0].detach().float().norm(dim=-1))
+            rows.hand_to(
+                sinks[number], torch.linalg.vector_norm(output[0].detach(), dim=-1, dtype=torch.float32)
+            )
 
         return read
 
@@ -224,9 +268,10 @@ class _Rows:
 
     def hand_to(self, sink: Rows, size_R: torch.Tensor) -> None:
         """`size_R` is of the weighted output; rows of weight or size 0 are left out."""
-        good_R = (self.weight_R > 0) & (size_R > 0)
-        values_R = size_R[good_R].log() - self.weight_R[good_R].log()
-        sink(self.x_RH[good_R], values_R, self.expert_R[good_R])
+        good_R = (self.weight_R > 0) & (size_R > 0) & size_R.isfinite()
+        rows = (self.x_RH, size_R.log() - self.weight_R.log(), self.expert_R)
+        # Only padding costs a copy of the inputs.
+        sink(*(rows if good_R.all() else (part[good_R] for part in rows)))
 
 
 def _silence_padding(router, args, kwargs, output):

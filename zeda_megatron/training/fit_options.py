@@ -1,4 +1,4 @@
-"""Options of the fit of paired zero experts; each field is a flag."""
+"""Options of the fit of paired zero experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FitOptions:
     """Folder of the new checkpoint."""
 
     overwrite: bool = False
-    """Replace --save if it exists."""
+    """Replace the checkpoint in --save if there is one."""
 
     fit_target: str = "norm"
     """norm: a head predicts the size of its expert's output. effect: the effect of the pick on the answer's
@@ -44,14 +44,14 @@ class FitOptions:
     constants_only: bool = False
     """One constant per expert instead of a linear head."""
 
-    ridge: float = 0.01
-    """Penalty on the head's weights, relative to the variance of the inputs."""
+    ridge: float = 1.0
+    """Penalty on an expert's head: as if it had seen this many rows more per hidden channel, all with answer 0."""
 
     target_zero_share: float = 0.5
     """Zero share that the threshold is set for."""
 
     fit_rows: int = 64
-    """Packed rows that heads are fitted on."""
+    """Packed rows that heads are fitted on, over all processes."""
 
     held_out_rows: int = 8
     """Further rows, for R^2."""
@@ -60,7 +60,7 @@ class FitOptions:
     """Tokens of a packed row."""
 
     max_memory_gb: float = 8.0
-    """Memory for the sums of one pass; layers that do not fit wait for the next pass."""
+    """Memory for the sums of one pass on each process; layers that do not fit wait for the next pass."""
 
     bf16: bool = False
     """bfloat16 weights."""
@@ -80,20 +80,31 @@ class FitOptions:
             raise UserError(f"--effect-floor {self.effect_floor} must not be negative")
         if self.fit_target not in SCORES:
             raise UserError(f"--fit-target {self.fit_target!r} is unknown; choose one of {', '.join(SCORES)}")
-        for flag, value, least in (
-            ("--fit-rows", self.fit_rows, 1),
-            ("--held-out-rows", self.held_out_rows, 1),
-            ("--seq-length", self.seq_length, 1),
+        for flag, value in (
+            ("--fit-rows", self.fit_rows),
+            ("--held-out-rows", self.held_out_rows),
+            ("--seq-length", self.seq_length),
         ):
-            if value < least:
-                raise UserError(f"{flag} {value} must be at least {least}")
+            if value < 1:
+                raise UserError(f"{flag} {value} must be at least 1")
         for flag, value in (("--ridge", self.ridge), ("--max-memory-gb", self.max_memory_gb)):
             if not value > 0:
                 raise UserError(f"{flag} {value} must be positive")
-        if parallel.pipeline_model_parallel_size > 1 or parallel.expert_tensor_parallel_size > 1:
+        for flag, value in (
+            ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
+            ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size),
+            ("--context-parallel-size", parallel.context_parallel_size),
+        ):
+            if value > 1:
+                raise UserError(f"{flag} {value}: a fit needs 1; use expert, data or tensor parallelism")
+        self._validate_save(Path(self.save))
+
+    def _validate_save(self, folder: Path) -> None:
+        if not folder.exists():
+            return
+        if not self.overwrite:
+            raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
+        if not (folder / "zeda.json").is_file():
             raise UserError(
-                "fitting needs --pipeline-model-parallel-size 1 and --expert-tensor-parallel-size 1; use expert and "
-                "data parallelism"
+                f"--overwrite replaces checkpoints only: --save {folder} has no zeda.json; choose another folder"
             )
-        if Path(self.save).exists() and not self.overwrite:
-            raise UserError(f"--save {self.save}: exists; choose another folder or give --overwrite")

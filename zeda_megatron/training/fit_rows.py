@@ -1,9 +1,11 @@
-"""The text that paired zero experts are fitted on: packed rows of the teacher's answers."""
+"""Rows of text for a fit, dealt out to the data-parallel ranks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from megatron.core import parallel_state
 
 from ..data.conversation import tokenize_rollouts
@@ -13,26 +15,58 @@ from ..data.tokenizers import load_tokenizer
 from ..errors import UserError
 from .fit_options import FitOptions
 
+CALIBRATION_ROWS = 16
+"""Rows that the threshold is set on: at 2048 tokens and 8 picks, a quarter of a million picks per layer."""
 
-def read_fit_rows(options: FitOptions, hf: Path) -> tuple[list[PackedBatch], list[PackedBatch]]:
-    """This data-parallel rank's rows to fit on and rows held out, equally many on every rank.
 
-    `hf` is the folder with the tokenizer. Raises `UserError` if there is too little text.
+@dataclass(frozen=True)
+class FitRows:
+    """This rank's rows. All ranks have equally many, since experts are shared: the last may be silent padding."""
+
+    fit: list[PackedBatch]
+    """Heads are fitted on these."""
+    held_out: list[PackedBatch]
+    """R^2 is measured on these."""
+    calibration: list[PackedBatch]
+    """The threshold is set on these."""
+    fit_count: int
+    """Rows of the fit over all ranks."""
+    held_out_count: int
+    """Rows held out, over all ranks."""
+
+
+def read_fit_rows(options: FitOptions, hf: Path) -> FitRows:
+    """The first rows of the rollouts, the same whatever the number of ranks.
+
+    Raises `UserError` for files that give fewer than two rows.
     """
-    tokenizer, shown = load_tokenizer(hf), ", ".join(options.data_path)
+    tokenizer = load_tokenizer(hf)
+    files = ", ".join(options.data_path)
     samples = tokenize_rollouts(
-        load_rollouts(options.data_path), tokenizer, options.seq_length, "truncate", shown
+        load_rollouts(options.data_path), tokenizer, options.seq_length, "truncate", files
     )
     data = PackedDataset(samples, options.seq_length, tokenizer.pad_id, seed=0)
-    rank = parallel_state.get_data_parallel_rank()
-    size = parallel_state.get_data_parallel_world_size()
-    there = data.rows_in_epoch(0) // size
+    there = data.rows_in_epoch(0)
     if there < 2:
         raise UserError(
-            f"--data-path {shown}: {data.rows_in_epoch(0)} packed rows for {size} data-parallel ranks; at least two "
-            "each are needed (more text, or a smaller --seq-length)"
+            f"--data-path {files}: {there} packed row, at least two are needed (more text, or a smaller --seq-length)"
         )
-    held_out = min(max(options.held_out_rows // size, 1), max(there // 4, 1))
-    count = min(max(options.fit_rows // size, 1), there - held_out)
-    rows = [data[rank + i * size] for i in range(count + held_out)]
-    return rows[:count], rows[count:]
+    held_out = min(options.held_out_rows, max(there // 4, 1))
+    fit = min(options.fit_rows, there - held_out)
+    total = fit + held_out
+    return FitRows(
+        _deal(data, range(fit)),
+        _deal(data, range(fit, total)),
+        _deal(data, range(max(total - CALIBRATION_ROWS, 0), total)),
+        fit,
+        held_out,
+    )
+
+
+def _deal(data: PackedDataset, numbers: range) -> list[PackedBatch]:
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    rows = [data[i] for i in numbers[rank::size]]
+    if len(rows) * size < len(numbers) or not rows:
+        row = data[numbers[0]]
+        rows.append(replace(row, padding_mask=torch.ones_like(row.padding_mask)))
+    return rows
