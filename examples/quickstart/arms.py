@@ -12,7 +12,7 @@ class Arm:
     name: str
     """Name in report.json."""
     start: str = "dynamic"
-    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts) or `paired` (fitted heads)."""
+    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts) or one of `FITS`."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
@@ -37,12 +37,19 @@ def zeda(name: str, weight: float, loss: str = "forward_kl", seed: int | None = 
     )
 
 
+FITS = {
+    "paired": {"--fit-target": "effect"},
+    "paired_norm": {"--fit-target": "norm", "--paired-score": "weight+head"},
+    "paired_norm_residual": {"--fit-target": "norm"},
+}
+"""Checkpoints with paired zero experts: flags of tools/fit_zero_rows.py."""
+
 PAIRED = {"--moe-router-load-balancing-type": "none"}
 
 
-def paired(name: str, share: float, seed: int | None = None, **flags: str) -> Arm:
+def paired(name: str, share: float, seed: int | None = None, start: str = "paired", **flags: str) -> Arm:
     """Paired zero experts with the fitted head, frozen unless a flag says otherwise."""
-    return Arm(name, "paired", {**PAIRED, "--target-zero-share": str(share), **_flags(flags), **_seed(seed)})
+    return Arm(name, start, {**PAIRED, "--target-zero-share": str(share), **_flags(flags), **_seed(seed)})
 
 
 def fresh(name: str, score: str, share: float = 0.5, seed: int | None = None, **flags: str) -> Arm:
@@ -97,6 +104,9 @@ RELATIVES = (
     fresh("logw_threshold_kl", "weight"),
     beam("beam_kl"),
     paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
+    Arm("paired_norm_untrained", "paired_norm"),
+    paired("paired_norm_kl", 0.5, start="paired_norm"),
+    paired("paired_norm_residual_kl", 0.5, start="paired_norm_residual"),
 )
 FRONTIER = (
     net("net_kl_25", 3),

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import arms as arm_list
-from arms import EXPORTED, Arm
+from arms import EXPORTED, FITS, Arm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -108,13 +108,13 @@ def answer(walk: Walk, prompts: Path) -> None:
     done.touch()
 
 
-def fit(walk: Walk) -> None:
+def fit(walk: Walk, name: str) -> None:
     """Heads of paired zero experts, from the teacher's own answers; the threshold for half of the picks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tools" / "fit_zero_rows.py"), "--fit-target", "effect"]
-    command += ["--pretrained-checkpoint", str(walk.out / "static")]
-    command += ["--data-path", str(walk.out / "rollouts.jsonl"), "--save", str(walk.out / "paired")]
-    walk.run("fit paired zero experts", command, walk.out / "paired")
+    command += [str(ROOT / "tools" / "fit_zero_rows.py"), "--pretrained-checkpoint", str(walk.out / "static")]
+    command += ["--data-path", str(walk.out / "rollouts.jsonl")]
+    command += [part for pair in FITS[name].items() for part in pair]
+    walk.run(f"fit {name}", [*command, "--save", str(walk.out / name)], walk.out / name)
 
 
 def train(walk: Walk, arm: Arm, train_iters: int | None) -> None:
@@ -222,8 +222,9 @@ def main() -> int:
     print(f"quickstart -> {out}", flush=True)
     convert(walk, args.teacher.resolve())
     answer(walk, args.prompts.resolve())
-    if any(arm.start == "paired" for arm in arms):
-        fit(walk)
+    for name in FITS:
+        if any(arm.start == name for arm in arms):
+            fit(walk, name)
     heldout = args.heldout.resolve()
 
     def work(arm: Arm | None) -> dict:

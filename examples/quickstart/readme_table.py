@@ -22,6 +22,9 @@ LABELS = {
     "logw_threshold_kl": "threshold on the routing weight + KL",
     "beam_kl": "learned mask (BEAM-like) + KL",
     "paired_trained_kl": "paired zero experts, head trained too",
+    "paired_norm_untrained": "paired, fitted to norms",
+    "paired_norm_kl": "paired, fitted to norms + KL",
+    "paired_norm_residual_kl": "paired, fitted to norms over the residual + KL",
 }
 FRONTIER = {
     "NET": {"25%": "net_kl_25", "50%": "net_kl", "75%": "net_kl_75"},

@@ -48,7 +48,14 @@ class Validation:
             raise RuntimeError(f"{' '.join(parts)}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
         return done.stdout
 
-    def train(self, save: str, *flags: str, env: dict[str, str] | None = None, steps: int = 4) -> list[dict]:
+    def train(
+        self,
+        save: str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        steps: int = 4,
+        start: str = "dynamic",
+    ) -> list[dict]:
         """Train on the rollouts; returns the lines of metrics.jsonl."""
         folder = self.work / save
         self.command(
@@ -57,7 +64,7 @@ class Validation:
             *("--config", str(self.quickstart / "stage1.yaml"), "--save", str(folder)),
             *(
                 "--pretrained-checkpoint",
-                str(self.work / "dynamic"),
+                str(self.work / start),
                 "--data-path",
                 str(self.work / "rollouts.jsonl"),
             ),
@@ -131,6 +138,26 @@ class Validation:
         worst = max(abs(a - b) for mode in losses.values() for a, b in zip(mode, losses["own"]))
         return {"ok": worst < 1e-4, "worst_difference": worst}
 
+    def paired(self) -> dict:
+        """Fit of paired zero experts on both devices, then the same steps from one of the fits."""
+        tool = (sys.executable, str(self.root / "tools" / "fit_zero_rows.py"), "--fit-target", "effect")
+        data = ("--pretrained-checkpoint", str(self.work / "static"))
+        data += ("--data-path", str(self.work / "rollouts.jsonl"), "--fit-rows", "8", "--held-out-rows", "2")
+        fits = {}
+        for name, env in (("paired", None), ("paired_cpu", CPU)):
+            self.command(*tool, *data, "--save", str(self.work / name), env=env)
+            fits[name] = json.loads((self.work / name / "fit.json").read_text())
+        apart = abs(fits["paired"]["threshold"] - fits["paired_cpu"]["threshold"])
+        here = self.train("paired_run", start="paired")
+        there = self.train("paired_run_cpu", start="paired", env=CPU)
+        worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(here, there, strict=True))
+        # A pick whose score is at the threshold may fall on either side.
+        return {
+            "ok": worst < 2e-2 and apart < 0.05,
+            "worst_relative_difference": worst,
+            "thresholds_apart": apart,
+        }
+
     def export(self) -> dict:
         tool = (sys.executable, str(self.root / "tools" / "checkpoint_convert.py"), "megatron-to-hf")
         paths = ("--megatron", str(self.work / "fp32"), "--hf-template", str(self.quickstart / "teacher"))
@@ -167,6 +194,7 @@ def main() -> int:
             run.bf16,
             run.expert_backends,
             run.teacher_memory,
+            run.paired,
             run.export,
         ):
             run.check(check.__name__, check)

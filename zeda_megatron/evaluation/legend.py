@@ -32,6 +32,11 @@ ARMS = {
         "threshold on the routing weight, distilled (KL)", False, True, "#2b8a3e", "#69db7c"
     ),
     "paired_trained_kl": Arm("paired, fitted, then the head trained too", False, True, "#f08c00", "#ffc078"),
+    "paired_norm_kl": Arm("paired, fitted to the size of outputs", False, True, "#a61e4d", "#faa2c1"),
+    "paired_norm_residual_kl": Arm(
+        "the same, relative to the residual stream", False, True, "#5f3dc4", "#d0bfff"
+    ),
+    "paired_norm_untrained": Arm("fitted to the size of outputs only", False, False, "#c2a33a", "#a68b2d"),
     "paired_untrained": Arm("paired zero experts, fitted only", False, False, "#e08a5b", "#c77b4f"),
     "injected_untrained": Arm("shared zero experts, as converted", False, False, "#7aa6cf", "#6b93b8"),
     "net_kl": Arm("top-k halved, the same distillation (KL)", True, True, "#343a40", "#e9ecef"),

@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
+from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
@@ -73,7 +74,9 @@ def zero_experts(
     Raises `UserError` for flags that would drop parameters of the checkpoint.
     """
     checkpoint = checkpoint or options.pretrained_checkpoint
-    number, kind, routing, score = arch.num_zero_experts, "zero", "shared", None
+    have = zero_experts_of(arch.hf)
+    number, kind = have.num_zero_experts, have.zero_experts_type
+    routing, score = have.zero_expert_routing, have.paired_score if have.paired else None
     about = beside(checkpoint, "zeda.json") if checkpoint else None
     if about is not None:
         facts = read_json(about)
