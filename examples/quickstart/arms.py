@@ -12,11 +12,17 @@ class Arm:
     name: str
     """Name in report.json."""
     start: str = "dynamic"
-    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts) or one of `FITS`."""
+    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts) one of `FITS`, or `arms/NAME`: what
+    another arm, earlier in the list, has trained."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
     """Flags of the measuring command."""
+
+    @property
+    def waits(self) -> bool:
+        """It starts from another arm."""
+        return self.start.startswith("arms/")
 
 
 NET = {"--moe-router-load-balancing-type": "none"}
@@ -74,6 +80,7 @@ def beam(name: str, seed: int | None = None, head_lr: str = "0.03", **flags: str
 
 
 def _flags(values: dict[str, str]) -> dict[str, str]:
+    """Keyword arguments as flags. A value may hold several words."""
     return {"--" + name.replace("_", "-"): value for name, value in values.items()}
 
 
@@ -116,10 +123,25 @@ FRONTIER = (
     zeda("zeda_stage1_kl_w8", 8.0),
     *(paired(f"paired_kl_{share:.0%}".rstrip("%"), share) for share in (0.25, 0.62, 0.75)),
 )
+
+
+def dialled(name: str, share: int) -> Arm:
+    """A trained arm at another share than it was trained for: only the dial is turned."""
+    dial = {"--zero-dial": "auto", "--target-share": str(share / 100)}
+    return Arm(f"{name}_dial_{share}", f"arms/{name}", measure=dial)
+
+
+DIAL = (
+    paired("paired_range_kl", 0.5, zero_share_range="0 0.75"),
+    *(dialled("paired_range_kl", share) for share in (25, 62, 75)),
+    *(dialled("paired_kl", share) for share in (25, 62, 75)),
+    *(dialled("zeda_stage1_kl", share) for share in (25, 62, 75)),
+)
 FULL = (
     *DEFAULT,
     *RELATIVES,
     *FRONTIER,
+    *DIAL,
     *(
         arm
         for seed in SEEDS

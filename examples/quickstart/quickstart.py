@@ -128,7 +128,7 @@ def train(walk: Walk, arm: Arm, train_iters: int | None) -> None:
         "--data-path",
         str(walk.out / "rollouts.jsonl"),
     ]
-    command += [part for pair in arm.train.items() for part in pair]
+    command += [part for flag, value in arm.train.items() for part in (flag, *value.split())]
     command += ["--train-iters", str(train_iters)] if train_iters else []
     walk.run(f"train {arm.name}", [*command, "--save", str(save)], save / "latest_checkpointed_iteration.txt")
 
@@ -170,7 +170,9 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
 
 
 def history_of(walk: Walk, arm: Arm) -> list[dict]:
-    path = walk.out / "arms" / arm.name / "metrics.jsonl"
+    path = walk.out / "arms" / arm.start.removeprefix("arms/") / "metrics.jsonl"
+    if arm.train:
+        path = walk.out / "arms" / arm.name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
@@ -232,10 +234,13 @@ def main() -> int:
             train(walk, arm, args.train_iters)
         return measure(walk, arm, heldout)
 
+    measured = {}
     with ThreadPoolExecutor(args.workers) as pool:
-        # Trained arms first: they take longest.
-        ordered = sorted(arms, key=lambda arm: not arm.train)
-        measured = dict(zip(["teacher", *(arm.name for arm in ordered)], pool.map(work, [None, *ordered])))
+        # Trained arms first: they take longest. What starts from one of them has to wait.
+        first = [None, *sorted((arm for arm in arms if not arm.waits), key=lambda arm: not arm.train)]
+        for group in (first, [arm for arm in arms if arm.waits]):
+            names = [arm.name if arm else "teacher" for arm in group]
+            measured |= dict(zip(names, pool.map(work, group)))
     results = {}
     for arm in arms:
         lines = history_of(walk, arm)

@@ -22,9 +22,6 @@ LABELS = {
     "logw_threshold_kl": "threshold on the routing weight + KL",
     "beam_kl": "learned mask (BEAM-like) + KL",
     "paired_trained_kl": "paired zero experts, head trained too",
-    "paired_norm_untrained": "paired, fitted to norms",
-    "paired_norm_kl": "paired, fitted to norms + KL",
-    "paired_norm_residual_kl": "paired, fitted to norms over the residual + KL",
 }
 FRONTIER = {
     "NET": {"25%": "net_kl_25", "50%": "net_kl", "75%": "net_kl_75"},
@@ -39,6 +36,24 @@ FRONTIER = {
         "50%": "paired_kl",
         "62%": "paired_kl_62",
         "75%": "paired_kl_75",
+    },
+    "shared, trained at 50%, dial turned": {
+        "25%": "zeda_stage1_kl_dial_25",
+        "50%": "zeda_stage1_kl",
+        "62%": "zeda_stage1_kl_dial_62",
+        "75%": "zeda_stage1_kl_dial_75",
+    },
+    "paired, trained at 50%, dial turned": {
+        "25%": "paired_kl_dial_25",
+        "50%": "paired_kl",
+        "62%": "paired_kl_dial_62",
+        "75%": "paired_kl_dial_75",
+    },
+    "paired, trained for 0-75%, dial turned": {
+        "25%": "paired_range_kl_dial_25",
+        "50%": "paired_range_kl",
+        "62%": "paired_range_kl_dial_62",
+        "75%": "paired_range_kl_dial_75",
     },
 }
 
@@ -62,6 +77,31 @@ def frontier(report: dict) -> str:
     lines = ["| KL to teacher (skipped) | " + " | ".join(shares) + " |", "|---" * 5 + "|"]
     for label, names in FRONTIER.items():
         cells = [_cell(report["arms"].get(names.get(share, ""))) for share in shares]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+ABLATIONS = (
+    ("effect on the answer (default)", "paired_untrained", "paired_kl"),
+    ("effect, head trained too", "", "paired_trained_kl"),
+    ("norm of the output", "paired_norm_untrained", "paired_norm_kl"),
+    ("norm over the residual stream's", "", "paired_norm_residual_kl"),
+    ("no head: routing weight alone", "", "logw_threshold_kl"),
+    ("learned from an open start (BEAM-like)", "", "beam_kl"),
+)
+
+
+def ablations(report: dict) -> str:
+    """What decides a pick, at 50%: KL when only fitted, KL and exact match after 100 steps."""
+    lines = ["| a pick is decided by | fitted only: KL (skipped) | distilled: KL (skipped) | exact match |"]
+    lines.append("|---" * 4 + "|")
+    for label, untrained, trained in ABLATIONS:
+        m = report["arms"].get(trained)
+        cells = [
+            _cell(report["arms"].get(untrained)),
+            _cell(m),
+            f"{_mean(m, 'exact_match'):.1%}" if m else "",
+        ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -91,4 +131,4 @@ if __name__ == "__main__":
     report = json.loads(Path(sys.argv[1]).read_text())
     print(markdown(report))
     if "net_kl_75" in report["arms"]:
-        print(f"\n{frontier(report)}")
+        print(f"\n{frontier(report)}\n\n{ablations(report)}")

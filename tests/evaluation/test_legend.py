@@ -13,6 +13,7 @@ from zeda_megatron.evaluation.legend import ARMS, family, legend
         ("net_kl_75_seed3", "net_kl"),
         ("zeda_stage1_kl_w0.8", "zeda_stage1_kl"),
         ("paired_kl_seed2", "paired_kl"),
+        ("zeda_stage1_kl_dial_75", "zeda_stage1_kl"),
         ("mine_v2", "mine_v2"),
     ],
 )

@@ -32,6 +32,7 @@ ARMS = {
         "threshold on the routing weight, distilled (KL)", False, True, "#2b8a3e", "#69db7c"
     ),
     "paired_trained_kl": Arm("paired, fitted, then the head trained too", False, True, "#f08c00", "#ffc078"),
+    "paired_range_kl": Arm("paired, trained for 0-75%", False, True, "#c92a2a", "#ff8787"),
     "paired_norm_kl": Arm("paired, fitted to the size of outputs", False, True, "#a61e4d", "#faa2c1"),
     "paired_norm_residual_kl": Arm(
         "the same, relative to the residual stream", False, True, "#5f3dc4", "#d0bfff"
@@ -51,7 +52,7 @@ _OTHERS = (("#0b7285", "#66d9e8"), ("#862e9c", "#da77f2"), ("#e67700", "#ffd43b"
 
 def family(name: str) -> str:
     """The arm that a variant belongs to: `net_kl_75` and `net_kl_seed2` to `net_kl`, `..._w4` likewise."""
-    return name if name in ARMS else re.sub(r"(_w?[0-9.]+)?(_seed\d+)?$", "", name)
+    return name if name in ARMS else re.sub(r"(_dial)?(_w?[0-9.]+)?(_seed\d+)?$", "", name)
 
 
 def legend(names: list[str]) -> dict[str, Arm]:

@@ -122,19 +122,23 @@ class ZeroExpertRouter(TopKRouter):
         valid_T = None if padding_T is None else ~padding_T
         kept_TN = map_TN
         if self.paired is not None and not self.zero_mask:
-            hidden_TH, self._hidden_TH = self._hidden_TH, None
-            score_TN = self.paired.scores(hidden_TH, probs_TN)
-            if counting:
-                self.routing_stats.add_scores(score_TN, map_TN, valid_T)
-            picks_TN = map_TN
-            probs_TN, map_TN, kept_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN)
-            if learning and gate_TN is not None and self.paired.sparsity_coeff:
-                probs_TN = self._attach_sparsity_loss(probs_TN, gate_TN, picks_TN, valid_T)
+            probs_TN, map_TN, kept_TN = self._hand_to_pairs(probs_TN, map_TN, valid_T, counting)
         if counting:
             self.routing_stats.count(kept_TN.sum(1), valid_T, self.topk)
         if learning and self.zero.group_loss_coeff and not self.zero_mask:
             probs_TN = self._attach_group_loss(probs_TN, logits_TE, map_TE, padding_T)
         return probs_TN, map_TN
+
+    def _hand_to_pairs(self, probs_TN, map_TN, valid_T, counting: bool):
+        """Paired routing: (probs, map) for the dispatcher and the map of picks that real experts keep."""
+        hidden_TH, self._hidden_TH = self._hidden_TH, None
+        score_TN = self.paired.scores(hidden_TH, probs_TN)
+        if counting:
+            self.routing_stats.add_scores(score_TN, map_TN, valid_T)
+        probs, dispatched_TN, kept_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN)
+        if gate_TN is not None and torch.is_grad_enabled() and self.paired.sparsity_coeff:
+            probs = self._attach_sparsity_loss(probs, gate_TN, map_TN, valid_T)
+        return probs, dispatched_TN, kept_TN
 
     def _attach_sparsity_loss(self, probs_TN, gate_TN, map_TN, valid_T):
         """Attach coefficient * mean gate over this micro-batch's picks (BEAM's regulariser)."""
