@@ -231,3 +231,33 @@ def test_settings_that_cannot_work_are_named(change, message):
     zero = ZeroExpertConfig(**({"num_zero_experts": N, "zero_expert_routing": "paired"} | change))
     with pytest.raises(UserError, match=message):
         zero.validate(N, K)
+
+
+def test_replayed_picks_are_weighed_like_routed_ones():
+    """Routing replay fixes the picks; which of them go to their zero expert follows from the scores again."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    router = make(overrides={"moe_enable_routing_replay": True}).eval()
+    hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5)
+    _, scores = definition(router, hidden, residual)
+    set_threshold(router, middle(scores))
+    try:
+        router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
+        probs, kept = route(router, hidden, residual)
+        picks = router.router_replay.get_recorded_indices()
+        assert torch.equal(torch.zeros_like(kept).scatter(1, picks, True), ~scores.isnan())
+        with torch.no_grad():
+            router.weight.add_(torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(1)))
+        router.router_replay.set_target_indices(picks)
+        router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        other_probs, other = route(router, hidden, residual)
+    finally:
+        RouterReplay.clear_global_router_replay_instances()
+    assert not torch.equal(other_probs, probs)
+    assert not (other & scores.isnan()).any() and 0 < other.sum() < picks.numel()
+    x_TH = hidden.detach().reshape(13, -1)
+    for t in range(13):
+        logits = (x_TH[t] @ router.weight.t()).detach()[picks[t]].softmax(0)
+        head = (router.paired.weight[picks[t]] @ x_TH[t] + router.paired.bias[picks[t]]).detach()
+        score = logits.log() + head - residual.detach().reshape(13, -1)[t].norm().log()
+        assert torch.equal(other[t][picks[t]], score >= router.paired.threshold)
