@@ -121,4 +121,8 @@ def start() -> None:
 
 if __name__ == "__main__":
     start()
+elif __name__ == "__mp_main__":  # a child that writes a checkpoint
+    from zeda_megatron.runtime.worker import leave_with_parent
+
+    leave_with_parent()
 # end of the Python half

@@ -8,6 +8,7 @@ import warnings
 from .arguments import parse
 from .errors import run_main
 from .runtime import cpu
+from .runtime.worker import leave_with_parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,3 +44,5 @@ def _quiet() -> None:
 
 if __name__ == "__main__":
     run_main(main)
+elif __name__ == "__mp_main__":  # a child that writes a checkpoint
+    leave_with_parent()

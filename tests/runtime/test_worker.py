@@ -52,6 +52,24 @@ def test_no_child_process_stays_behind(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_children_end_after_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from zeda_megatron.runtime.worker import leave_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('spawn').Process(target=time.sleep, args=(600,)).start()\n"
+        "    time.sleep(3)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "else:\n"
+        "    leave_with_parent(0.1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    # The pipes stay open as long as a child lives.
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == -9
+
+
 def test_rank_0_speaks_at_once(capsys):
     with pytest.raises(SystemExit) as end:
         run_worker(wrong, patience=1e9)

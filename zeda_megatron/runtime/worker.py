@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -52,6 +53,19 @@ def _leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def leave_with_parent(seconds: float = 1.0) -> None:
+    """End this process soon after its parent. For the children that Megatron starts to write checkpoints: after a
+    kill -9 they would wait for ever, with the run's terminal or pipe still open."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="leave-with-parent", daemon=True).start()
 
 
 def _tell_torchrun(message: str) -> None:
