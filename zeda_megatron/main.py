@@ -6,9 +6,8 @@ import sys
 import warnings
 
 from .arguments import parse
-from .errors import run_main
 from .runtime import cpu
-from .runtime.worker import leave_with_parent
+from .runtime.worker import leave_with_parent, run_worker
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +42,6 @@ def _quiet() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)
 elif __name__ == "__mp_main__":  # a child that writes a checkpoint
     leave_with_parent()

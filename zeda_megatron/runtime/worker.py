@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from ..errors import UserError
 
+_MAIN_PID = "ZEDA_MAIN_PID"
 PATIENCE_SECONDS = 20.0
 """How long ranks above 0 wait before they speak: nearly always rank 0 met the same mistake and ends the run."""
 
@@ -25,6 +26,7 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
     ZEDA_DEBUG=1) lets the traceback through. Ctrl-C ends with 130, as shells expect.
     """
     rank = int(os.environ.get("RANK", 0))
+    os.environ[_MAIN_PID] = str(os.getpid())
     try:
         code = main()
     except UserError as error:
@@ -59,9 +61,11 @@ def leave_with_parent(seconds: float = 1.0) -> None:
     """End this process soon after its parent. For the children that Megatron starts to write checkpoints: after a
     kill -9 they would wait for ever, with the run's terminal or pipe still open."""
     parent = os.getppid()
+    # The parent may be gone already; but in a container it may be process 1 itself.
+    orphan = parent == 1 and os.environ.get(_MAIN_PID, "1") != "1"
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not orphan:
             time.sleep(seconds)
         os._exit(1)
 
