@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,14 @@ def zeda(name: str, weight: float, loss: str = "forward_kl", seed: int | None = 
     )
 
 
+def zeda_at(name: str, share: float, seed: int | None = None) -> Arm:
+    """Shared zero experts whose group-loss weight is moved until the share is there."""
+    return Arm(name, "dynamic", {"--target-zero-share": str(share), **_seed(seed)})
+
+
 FITS = {
     "paired": {"--fit-target": "effect"},
+    "paired_layer": {"--fit-target": "effect", "--paired-budget": "layer"},
     "paired_norm": {"--fit-target": "norm", "--paired-score": "weight+head"},
     "paired_norm_residual": {"--fit-target": "norm"},
 }
@@ -92,6 +98,7 @@ ZEDA_WEIGHT = 2.5
 """w whose share ends at or above one half on the quickstart's teacher (the target is w*Nz/(N+w*Nz))."""
 SEEDS = (2, 3)
 """Besides the one of stage1.yaml, for the arms whose spread is told."""
+_EACH_SEED = (("", None), *((f"_seed{seed}", seed) for seed in SEEDS))
 
 UNTRAINED = (
     Arm("injected_untrained"),
@@ -111,6 +118,8 @@ RELATIVES = (
     fresh("logw_threshold_kl", "weight"),
     beam("beam_kl"),
     paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
+    Arm("paired_layer_untrained", "paired_layer"),
+    paired("paired_layer_kl", 0.5, start="paired_layer", paired_budget="layer"),
     Arm("paired_norm_untrained", "paired_norm"),
     paired("paired_norm_kl", 0.5, start="paired_norm"),
     paired("paired_norm_residual_kl", 0.5, start="paired_norm_residual"),
@@ -118,10 +127,8 @@ RELATIVES = (
 FRONTIER = (
     net("net_kl_25", 3),
     net("net_kl_75", 1),
-    zeda("zeda_stage1_kl_w0.8", 0.8),
-    zeda("zeda_stage1_kl_w4", 4.0),
-    zeda("zeda_stage1_kl_w8", 8.0),
-    *(paired(f"paired_kl_{share:.0%}".rstrip("%"), share) for share in (0.25, 0.62, 0.75)),
+    *(zeda_at(f"zeda_stage1_kl_{share}", share / 100) for share in (25, 62, 75)),
+    *(paired(f"paired_kl_{share}", share / 100) for share in (25, 62, 75)),
 )
 
 
@@ -131,17 +138,52 @@ def dialled(name: str, share: int) -> Arm:
     return Arm(f"{name}_dial_{share}", f"arms/{name}", measure=dial)
 
 
+def fewer(keep: int, share: int) -> Arm:
+    """NET trained over random k, measured with so many picks."""
+    return Arm(f"net_range_kl_dial_{share}", "arms/net_range_kl", measure={"--moe-pick-rule": f"topk={keep}"})
+
+
 DIAL = (
+    Arm("net_range_kl", "static", {**NET, "--topk-range": "1 4"}, {"--moe-pick-rule": "topk=2"}),
+    fewer(3, 25),
+    fewer(1, 75),
     paired("paired_range_kl", 0.5, zero_share_range="0 0.75"),
     *(dialled("paired_range_kl", share) for share in (25, 62, 75)),
     *(dialled("paired_kl", share) for share in (25, 62, 75)),
     *(dialled("zeda_stage1_kl", share) for share in (25, 62, 75)),
+)
+TUNING = (
+    *(beam(f"beam_kl_lr{rate}", head_lr=rate) for rate in ("0.01", "0.1", "0.3")),
+    *(paired(f"paired_trained_kl_lr{rate}", 0.5, paired_head_lr=rate) for rate in ("0.015", "0.05")),
+)
+"""Other learning rates of heads that train."""
+
+
+def longer(arm: Arm, steps: int = 400) -> Arm:
+    """The same arm with four times the steps."""
+    name, _, seed = arm.name.partition("_seed")
+    name += "_4x" + (f"_seed{seed}" if seed else "")
+    return replace(arm, name=name, train={**arm.train, "--train-iters": str(steps)})
+
+
+LONG = tuple(
+    longer(arm)
+    for arm in (
+        net("net_kl", 2),
+        zeda("zeda_stage1_kl", ZEDA_WEIGHT),
+        paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
+        beam("beam_kl_lr0.1", head_lr="0.1"),
+        *(paired("paired_kl" + end, 0.5, seed) for end, seed in _EACH_SEED),
+        *(beam("beam_kl" + end, seed) for end, seed in _EACH_SEED),
+    )
 )
 FULL = (
     *DEFAULT,
     *RELATIVES,
     *FRONTIER,
     *DIAL,
+    *TUNING,
+    *LONG,
     *(
         arm
         for seed in SEEDS
@@ -151,6 +193,7 @@ FULL = (
             paired(f"paired_kl_seed{seed}", 0.5, seed),
             beam(f"beam_kl_seed{seed}", seed),
             net(f"net_kl_75_seed{seed}", 1, seed),
+            zeda_at(f"zeda_stage1_kl_75_seed{seed}", 0.75, seed),
             paired(f"paired_kl_75_seed{seed}", 0.75, seed),
         )
     ),

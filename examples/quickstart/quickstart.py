@@ -129,7 +129,8 @@ def train(walk: Walk, arm: Arm, train_iters: int | None) -> None:
         str(walk.out / "rollouts.jsonl"),
     ]
     command += [part for flag, value in arm.train.items() for part in (flag, *value.split())]
-    command += ["--train-iters", str(train_iters)] if train_iters else []
+    if train_iters and "--train-iters" not in arm.train:
+        command += ["--train-iters", str(train_iters)]
     walk.run(f"train {arm.name}", [*command, "--save", str(save)], save / "latest_checkpointed_iteration.txt")
 
 

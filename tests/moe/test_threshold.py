@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zeda_megatron.moe.stats import SCORE_BINS, RoutingStats
-from zeda_megatron.moe.threshold import ScoreQuantiles, quantile
+from zeda_megatron.moe.threshold import ScoreQuantiles, quantile, thresholds
 
 
 def histogram(scores):
@@ -30,10 +30,21 @@ def test_scores_outside_the_range_count_at_its_ends():
 
 def test_old_steps_fade_so_the_threshold_follows_a_drift():
     quantiles = ScoreQuantiles()
-    assert quantiles.threshold(0.5) is None
+    assert quantiles.thresholds(0.5) is None
     generator = torch.Generator().manual_seed(1)
     for step in range(60):
-        quantiles.observe(histogram(torch.randn(2000, generator=generator) + 0.01 * step))
+        quantiles.observe(histogram(torch.randn(2000, generator=generator) + 0.01 * step)[None])
     # the mean age of a step in the histogram is 9 steps
-    assert quantiles.threshold(0.5) == pytest.approx(0.59 - 0.09, abs=0.03)
-    assert quantiles.threshold(0.25) < quantiles.threshold(0.5) < quantiles.threshold(0.75)
+    assert quantiles.thresholds(0.5) == [pytest.approx(0.59 - 0.09, abs=0.03)]
+    assert quantiles.thresholds(0.25) < quantiles.thresholds(0.5) < quantiles.thresholds(0.75)
+
+
+def test_layers_may_have_thresholds_of_their_own_and_layers_without_experts_have_none():
+    counts = torch.stack(
+        [
+            histogram(torch.linspace(-4, 0, 1000)),
+            torch.zeros(SCORE_BINS),
+            histogram(torch.linspace(2, 4, 1000)),
+        ]
+    )
+    assert thresholds(counts, 0.5) == [pytest.approx(-2, abs=0.01), None, pytest.approx(3, abs=0.01)]

@@ -39,6 +39,9 @@ class MeasureOptions:
     """The compute dial: the threshold of paired zero experts, or a number added to the logits of shared ones.
     `auto` tunes it to --target-share. Default: as the checkpoint has it."""
 
+    paired_budget: str = "model"
+    """For `--zero-dial auto` with paired zero experts: one threshold (model), or one per layer (layer)."""
+
     target_share: float = 0.5
     """Zero share that a rule or the dial is tuned to, on --calibration."""
 
@@ -71,10 +74,14 @@ def measure(
         teacher: `distill.teacher.Teacher`; may hold the same chunk.
         held_out: `heldout.HeldOut`.
     """
-    by_kind, layers = {}, None
+    from ..moe.stats import record_experts
+
+    by_kind, layers, picks_2LN = {}, None, 0
     total = defaultdict(float)
+    record_experts(student)
     for kind, rows in held_out.rows_by_kind.items():
-        sums, report = _score(student, teacher, rows, vocab_size, seq_length)
+        sums, report, picks = _score(student, teacher, rows, vocab_size, seq_length)
+        picks_2LN = picks_2LN + picks
         slots = sums.pop("tokens_routed")
         for name, value in sums.items():
             total[name] += value
@@ -87,6 +94,7 @@ def measure(
             "kl": sums["kl"] / sums["weight"],
             "zero_share": report.zero_share,
         }
+    record_experts(student, False)
     right = _exact_match(student, held_out.tasks, tokenizer, max_new_tokens)
     for kind, value in right.items():
         by_kind[kind]["exact_match"] = value
@@ -100,7 +108,16 @@ def measure(
         "expert_flops": 1.0 - share,
         "by_kind": by_kind,
         "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / total["slots"]).tolist()],
+        **_by_expert(*picks_2LN),
     }
+
+
+def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
+    """Share of every real expert's picks that were skipped, None without picks; nothing if none were skipped."""
+    if torch.equal(picks_LN, kept_LN):
+        return {}
+    skipped_LN = (1 - kept_LN / picks_LN).tolist()
+    return {"skipped_by_expert": [[None if math.isnan(s) else s for s in row] for row in skipped_LN]}
 
 
 @torch.no_grad()
@@ -130,7 +147,9 @@ def _score(student, teacher, rows, vocab_size, seq_length):
         for name, value in metrics.items():
             sums[name] += float(value)
         sums["tokens_routed"] += float((~row.padding_mask).sum())
-    return sums, stats.collect(student, student.config.num_layers, process_groups.device())
+    layers, where = student.config.num_layers, process_groups.device()
+    picks = stats.collect_experts(student, layers, student.config.num_moe_experts, where)
+    return sums, stats.collect(student, layers, where), torch.stack(picks)
 
 
 def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int = 64) -> dict[str, float]:
@@ -152,51 +171,6 @@ def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int
     return {kind: hits[kind] / counts[kind] for kind in counts}
 
 
-def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float:
-    """Number of a `skip` or `top_p` rule that gives the target share on these rows."""
-    from ..moe.pick_rules import parse_pick_rule
-    from ..moe.router import set_pick_rule
-
-    def apply(value: float) -> None:
-        set_pick_rule(student, parse_pick_rule(f"{name}={value}"))
-
-    # A larger ratio skips more, a larger p skips less.
-    return _bisect(student, rows, apply, target, 0.0, 1.0, rising=name == "skip", steps=steps)
-
-
-def tune_dial(student, rows, target: float, steps: int = 12) -> float:
-    """Number that, added to the logits of shared zero experts, gives the target share on these rows; it is set."""
-    from ..moe.router import set_logit_bias
-
-    def apply(value: float) -> None:
-        set_logit_bias(student, value)
-
-    value = _bisect(student, rows, apply, target, -16.0, 16.0, rising=True, steps=steps)
-    apply(value)
-    return value
-
-
-def _bisect(student, rows, apply, target, low, high, rising: bool, steps: int) -> float:
-    from ..moe import stats
-    from ..training.step import forward_model
-
-    student.eval()
-    student.return_hidden = True
-    for _ in range(steps):
-        value = (low + high) / 2
-        apply(value)
-        stats.reset(student)
-        with torch.no_grad():
-            for row in rows:
-                forward_model(student, row)
-        share = stats.collect(student, student.config.num_layers, process_groups.device()).zero_share
-        if (share < target) == rising:
-            low = value
-        else:
-            high = value
-    return (low + high) / 2
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Prints the metrics and writes them to --out."""
     options = parse(sys.argv[1:] if argv is None else argv, {"measure": MeasureOptions}, prog="measure")[
@@ -205,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
         if value is None:
             raise UserError(f"{flag} is missing")
+    if options.paired_budget not in ("model", "layer"):
+        raise UserError(f"--paired-budget {options.paired_budget!r} is unknown; choose model or layer")
     cpu.install()
     process_groups.initialize(process_groups.ParallelConfig())
     try:
@@ -224,25 +200,17 @@ def main(argv: list[str] | None = None) -> int:
 def measure_arm(options: MeasureOptions) -> dict:
     """Load teacher and student, tune the rule if asked to, measure."""
     from ..distill.teacher import Teacher
-    from ..moe.pick_rules import parse_pick_rule
-    from ..moe.router import set_pick_rule, set_zero_mask
+    from ..moe.router import set_zero_mask
     from .heldout import load_held_out
-    from .models import load_model, load_rows
+    from .models import load_model
+    from .tune import apply_rule, turn_dial
 
     teacher_model = load_model(options.teacher)
     student_model = load_model(options.student) if options.student else teacher_model
     student, tokenizer = student_model.chunk, teacher_model.tokenizer
     teacher = Teacher([teacher_model.chunk], "own")
     set_zero_mask(student, options.mask)
-    rule = options.moe_pick_rule
-    if rule in ("skip", "top_p"):
-        if not options.calibration:
-            raise UserError(
-                f"--moe-pick-rule {rule} without a number needs --calibration, a rollout file to tune it on"
-            )
-        rows = load_rows(options.calibration, tokenizer, options.seq_length, count=8)
-        rule = f"{rule}={tune_rule(student, rule, rows, options.target_share):.6f}"
-    set_pick_rule(student, parse_pick_rule(rule) if rule else None)
+    rule = apply_rule(student, options, tokenizer)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
     dial = turn_dial(student, options, tokenizer) if options.zero_dial else {}
     result = measure(
@@ -270,33 +238,6 @@ def head_cost(student) -> float:
     if not any("head" in paired.terms for paired in paired_modules(student)):
         return 0.0
     return config.num_moe_experts / (3 * config.moe_router_topk * config.moe_ffn_hidden_size)
-
-
-def turn_dial(student, options: MeasureOptions, tokenizer) -> dict:
-    """Set the compute dial as asked; returns {"dial": its value}."""
-    from ..moe.paired import paired_modules, set_threshold
-    from ..moe.router import set_logit_bias
-    from ..moe.stats import routers
-    from ..moe.threshold import calibrate_threshold
-    from ..training.step import forward_model
-    from .models import load_rows
-
-    paired = paired_modules(student)
-    if not paired and not any(router.num_zero for router in routers(student)):
-        raise UserError(f"--zero-dial {options.zero_dial}: the student has no zero experts")
-    if options.zero_dial == "auto":
-        if not options.calibration:
-            raise UserError("--zero-dial auto needs --calibration, a rollout file to tune it on")
-        rows = load_rows(options.calibration, tokenizer, options.seq_length, count=8)
-        if paired:
-            return {"dial": calibrate_threshold(student, rows, options.target_share, forward_model)}
-        return {"dial": tune_dial(student, rows, options.target_share)}
-    try:
-        value = float(options.zero_dial)
-    except ValueError:
-        raise UserError(f"--zero-dial {options.zero_dial!r}: give a number or auto") from None
-    set_threshold(student, value) if paired else set_logit_bias(student, value)
-    return {"dial": value}
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class ZeroExpertRouter(TopKRouter):
         pick_rule: optional rule that thins out the picks (baselines).
         paired: scores of paired zero experts, or None (shared routing).
         zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
+        zero_weight: w of the group loss; a share control may move it.
         routing_stats: counts since the last reset.
     """
 
@@ -50,6 +51,7 @@ class ZeroExpertRouter(TopKRouter):
         self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
         self.zero_mask = False
         self.zero_logit_bias = 0.0
+        self.zero_weight = zero.moe_zero_expert_weight
         self.pick_rule: PickRule | None = None
         self.routing_stats = RoutingStats()
         self.zero_output = None
@@ -125,6 +127,7 @@ class ZeroExpertRouter(TopKRouter):
             probs_TN, map_TN, kept_TN = self._hand_to_pairs(probs_TN, map_TN, valid_T, counting)
         if counting:
             self.routing_stats.count(kept_TN.sum(1), valid_T, self.topk)
+            self.routing_stats.add_picks(map_TE[:, : self.num_real], kept_TN, valid_T)
         if learning and self.zero.group_loss_coeff and not self.zero_mask:
             probs_TN = self._attach_group_loss(probs_TN, logits_TE, map_TE, padding_T)
         return probs_TN, map_TN
@@ -180,9 +183,7 @@ class ZeroExpertRouter(TopKRouter):
         if group.size() > 1:
             torch.distributed.all_reduce(counts, group=group)
         real, zero, total = counts.unbind()
-        part = group_loss(
-            real, zero, total, scores_TE, self.num_real, self.num_zero, self.zero.moe_zero_expert_weight
-        )
+        part = group_loss(real, zero, total, scores_TE, self.num_real, self.num_zero, self.zero_weight)
         self.routing_stats.add_group_loss(part)
         part = part * self.zero.group_loss_coeff
         if self.zero.group_loss_scope == "tp_dp_cp":
@@ -241,6 +242,12 @@ def set_pick_rule(model_chunks, rule: PickRule | None) -> None:
     """Give all layers a pick rule, or take it away."""
     for router in routers(model_chunks):
         router.pick_rule = rule
+
+
+def set_zero_weight(model_chunks, value: float) -> None:
+    """Give the group loss of all layers this w."""
+    for router in routers(model_chunks):
+        router.zero_weight = value
 
 
 def set_logit_bias(model_chunks, value: float) -> None:

@@ -33,6 +33,10 @@ class RoutingStats:
     """Also keep the number of real picks of every token (evaluation)."""
     real_picks_T: list[torch.Tensor] = field(default_factory=list)
     """One [T] tensor per forward pass while `record_tokens` is on."""
+    record_experts: bool = False
+    """Also count the picks of every real expert (evaluation)."""
+    picks_2N: torch.Tensor | None = None
+    """[2, N] int64 while `record_experts` is on: the router's picks of each real expert, and those it kept."""
 
     def count(self, real_T: torch.Tensor, valid_T: torch.Tensor | None, topk: int) -> None:
         """Add one forward pass: real picks per token, which tokens are no padding, K."""
@@ -44,6 +48,14 @@ class RoutingStats:
         self.slots = slots if self.slots is None else self.slots + slots
         zero = slots - real.long()
         self.zero_slots = zero if self.zero_slots is None else self.zero_slots + zero
+
+    def add_picks(self, map_TN: torch.Tensor, kept_TN: torch.Tensor, valid_T: torch.Tensor | None) -> None:
+        """Count the picks of one pass per expert, if they are recorded."""
+        if not self.record_experts:
+            return
+        both = torch.stack([map_TN, kept_TN])
+        counts = (both if valid_T is None else both & valid_T[:, None]).sum(1)
+        self.picks_2N = counts if self.picks_2N is None else self.picks_2N + counts
 
     def add_scores(self, score_TN: torch.Tensor, map_TN: torch.Tensor, valid_T: torch.Tensor | None) -> None:
         """Add the scores of one pass's picks to the histogram; values outside the range count at its ends."""
@@ -60,7 +72,7 @@ class RoutingStats:
         self.group_loss_calls += 1
 
     def reset(self) -> None:
-        self.zero_slots = self.slots = self.group_loss = self.score_counts = None
+        self.zero_slots = self.slots = self.group_loss = self.score_counts = self.picks_2N = None
         self.group_loss_calls = 0
         self.real_picks_T.clear()
 
@@ -76,7 +88,8 @@ class StatsReport:
     group_loss: float
     """Mean over micro-batches of the group loss summed over layers, without alpha."""
     score_counts: torch.Tensor | None = None
-    """Histogram of pick scores over all layers, [SCORE_BINS] float64; None without paired routing."""
+    """Histogram of pick scores, float64: [1, SCORE_BINS] over all layers or [num_layers, SCORE_BINS]; None without
+    paired routing."""
 
 
 def routers(model_chunks) -> list:
@@ -92,32 +105,34 @@ def reset(model_chunks) -> None:
         router.routing_stats.reset()
 
 
-def collect(model_chunks, num_layers: int, device: torch.device, reset_after: bool = True) -> StatsReport:
+def collect(
+    model_chunks,
+    num_layers: int,
+    device: torch.device,
+    reset_after: bool = True,
+    scores_by_layer: bool = False,
+) -> StatsReport:
     """Add the statistics up over all processes. Every process must call it, with or without MoE layers.
 
-    The sums travel as one [num_layers, 4] tensor, so a pipeline stage without MoE layers neither hangs nor
+    The sums travel as one tensor with a row per layer, so a pipeline stage without MoE layers neither hangs nor
     shifts the layer numbers. Ranks that hold copies of the same tokens (tensor parallelism without sequence
     parallelism) scale zero slots and slots alike, so shares are exact.
     """
     table = torch.zeros(num_layers, 4, dtype=torch.float64)
-    scores = torch.zeros(SCORE_BINS, dtype=torch.float64)
+    scores = torch.zeros(num_layers if scores_by_layer else 1, SCORE_BINS, dtype=torch.float64)
     for router in routers(model_chunks):
-        s = router.routing_stats
-        row = table[(router.layer_number or 1) - 1]
+        s, layer = router.routing_stats, layer_of(router)
+        row = table[layer]
         if s.slots is not None:
             row[0], row[1] = float(s.zero_slots), float(s.slots)
         if s.group_loss is not None:
             # Parts add up over the ranks that share a loss; micro-batches are averaged.
             row[2], row[3] = float(s.group_loss), s.group_loss_calls / router.group_loss_ranks
         if s.score_counts is not None:
-            scores += s.score_counts.cpu()
+            scores[layer if scores_by_layer else 0] += s.score_counts.cpu()
         if reset_after:
             s.reset()
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        both = torch.cat([table.flatten(), scores]).to(device)
-        torch.distributed.all_reduce(both)
-        both = both.cpu()
-        table, scores = both[: table.numel()].view_as(table), both[table.numel() :]
+    table, scores = _sum_over_ranks(device, table, scores)
     zero, slots, loss, calls = table.unbind(1)
     return StatsReport(
         zero_share=float(zero.sum() / slots.sum()) if slots.sum() > 0 else 0.0,
@@ -125,3 +140,36 @@ def collect(model_chunks, num_layers: int, device: torch.device, reset_after: bo
         group_loss=float(torch.where(calls > 0, loss / calls.clamp(min=1e-12), loss * 0).sum()),
         score_counts=scores if scores.any() else None,
     )
+
+
+def record_experts(model_chunks, on: bool = True) -> None:
+    """Let all routers count the picks of every expert from now on, or stop it."""
+    for router in routers(model_chunks):
+        router.routing_stats.record_experts = on
+
+
+def collect_experts(
+    model_chunks, num_layers: int, num_experts: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Picks of every real expert and those it kept, [num_layers, N] float64 each, over all processes."""
+    picks = torch.zeros(num_layers, 2, num_experts, dtype=torch.float64)
+    for router in routers(model_chunks):
+        if router.routing_stats.picks_2N is not None:
+            picks[layer_of(router)] += router.routing_stats.picks_2N.cpu()
+    (picks,) = _sum_over_ranks(device, picks)
+    return picks[:, 0], picks[:, 1]
+
+
+def layer_of(router) -> int:
+    """Row of a router's layer in tables over all layers."""
+    return (router.layer_number or 1) - 1
+
+
+def _sum_over_ranks(device: torch.device, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All tables summed over all processes, in one message."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return tables
+    flat = torch.cat([table.flatten() for table in tables]).to(device)
+    torch.distributed.all_reduce(flat)
+    parts = flat.cpu().split([table.numel() for table in tables])
+    return tuple(part.view_as(table) for part, table in zip(parts, tables))

@@ -9,7 +9,6 @@ import torch
 
 from ..runtime.process_groups import device
 from . import stats
-from .paired import set_threshold
 from .stats import SCORE_BINS, SCORE_RANGE
 
 
@@ -25,25 +24,39 @@ def quantile(counts: torch.Tensor, share: float) -> float:
     return low + (place + min(max(inside, 0.0), 1.0)) * (high - low) / SCORE_BINS
 
 
+def thresholds(counts: torch.Tensor, share: float) -> list[float | None]:
+    """One quantile per row of histograms [rows, SCORE_BINS]; None where a row has counted nothing."""
+    return [quantile(row, share) if row.any() else None for row in counts]
+
+
+def set_thresholds(model_chunks, values: list[float | None]) -> None:
+    """Give all layers one threshold (a list of one), or each its own (one per decoder layer, None leaves it)."""
+    for router in stats.routers(model_chunks):
+        value = values[0 if len(values) == 1 else stats.layer_of(router)]
+        if router.paired is not None and value is not None:
+            router.paired.threshold.fill_(value)
+
+
 class ScoreQuantiles:
     """A running histogram of scores that old steps fade out of; any share can be asked of it.
 
     Scores drift slowly while a model adapts, so a quantile of the last ten steps or so is as good a controller as
-    a tuned feedback loop, follows a target that changes at every step, and leaves no offset.
+    a tuned feedback loop, follows a target that changes at every step, and leaves no offset. One histogram for the
+    whole model or one per layer, as the observed counts are.
     """
 
     def __init__(self, fade: float = 0.9):
         self.fade = fade
-        self.counts = torch.zeros(SCORE_BINS, dtype=torch.float64)
+        self.counts = torch.zeros(1, SCORE_BINS, dtype=torch.float64)
 
     def observe(self, counts: torch.Tensor | None) -> None:
-        """Add one step's histogram (over all layers and ranks)."""
+        """Add one step's histograms [rows, SCORE_BINS] (over all ranks)."""
         if counts is not None:
             self.counts = self.fade * self.counts + counts
 
-    def threshold(self, share: float) -> float | None:
-        """The threshold for this zero share; None before anything was observed."""
-        return quantile(self.counts, share) if self.counts.any() else None
+    def thresholds(self, share: float) -> list[float | None] | None:
+        """The thresholds for this zero share; None before anything was observed."""
+        return thresholds(self.counts, share) if self.counts.any() else None
 
 
 def calibrate_threshold(
@@ -52,11 +65,13 @@ def calibrate_threshold(
     share: float,
     forward: Callable[[Any, Any], Any],
     passes: int = 4,
-) -> float:
-    """Set the threshold so that `share` of the picks on these rows go to zero experts; returns it.
+    by_layer: bool = False,
+) -> list[float | None]:
+    """Set the threshold so that `share` of the picks on these rows go to zero experts; returns it in a list.
 
-    Scores of a layer depend on what the layers below skipped, so the quantile is taken again under the new
-    threshold, a few times. All processes call it, each with its own rows.
+    With `by_layer` every layer skips that share of its own picks; the list then has one threshold per decoder layer
+    (None for layers without experts). Scores of a layer depend on what the layers below skipped, so the quantile is
+    taken again under the new threshold, a few times. All processes call it, each with its own rows.
 
     Args:
         forward: `forward(model_chunks, row)` runs the model; called in evaluation mode, without gradients.
@@ -66,7 +81,7 @@ def calibrate_threshold(
     for chunk in chunks:
         chunk.eval()
     layers = chunks[0].config.num_layers
-    value, kept = 0.0, [(router, router.routing_stats) for router in stats.routers(chunks)]
+    values, kept = [], [(router, router.routing_stats) for router in stats.routers(chunks)]
     for router, _ in kept:
         router.routing_stats = stats.RoutingStats()
     for _ in range(passes):
@@ -74,15 +89,20 @@ def calibrate_threshold(
         with torch.no_grad():
             for row in rows:
                 forward(model_chunks, row)
-        counts = stats.collect(chunks, layers, device()).score_counts
+        counts = stats.collect(chunks, layers, device(), scores_by_layer=by_layer).score_counts
         if counts is None:
             raise RuntimeError(
                 "no scores were counted: the model has no paired zero experts, or they are masked"
             )
-        value = quantile(counts, share)
-        set_threshold(chunks, value)
+        values = thresholds(counts, share)
+        set_thresholds(chunks, values)
     for router, before in kept:
         router.routing_stats = before
     for chunk, was_training in zip(chunks, training):
         chunk.train(was_training)
-    return value
+    return values
+
+
+def format_thresholds(values: list[float | None]) -> str:
+    """`-3.1416`, or one number per layer with experts."""
+    return " ".join(f"{value:.4f}" for value in values if value is not None)

@@ -112,7 +112,12 @@ class HeadFit:
         )
         quality = self._fit(passes) if fitted else {}
         threshold = calibrate_threshold(
-            self.model, rows.calibration, options.target_zero_share, self._forward, CALIBRATION_PASSES
+            self.model,
+            rows.calibration,
+            options.target_zero_share,
+            self._forward,
+            CALIBRATION_PASSES,
+            by_layer=options.paired_budget == "layer",
         )
         return {
             "paired_score": self.zero.paired_score,
@@ -123,7 +128,7 @@ class HeadFit:
             "rows": rows.fit_count if fitted else 0,
             "held_out_rows": rows.held_out_count if fitted else 0,
             "passes": len(passes),
-            "threshold": threshold,
+            "threshold": threshold[0] if len(threshold) == 1 else threshold,
             **self._shares(),
             "r2_by_layer": {number: values[0] for number, values in quality.items()},
             "r2_of_constants_by_layer": {number: values[1] for number, values in quality.items()},
@@ -290,7 +295,13 @@ def format_fit(report: dict) -> str:
             f"{report['experts_with_few_rows']} had fewer rows than channels (more --fit-rows would help)"
         )
     lines.append(
-        f"threshold {report['threshold']:.4f}: zero share {report['zero_share']:.1%} "
+        f"threshold {_told(report['threshold'])}: zero share {report['zero_share']:.1%} "
         f"({report['rows']} rows, {report['seconds']:.0f} s)"
     )
     return "\n".join(lines)
+
+
+def _told(threshold: float | list[float | None]) -> str:
+    from ..moe.threshold import format_thresholds
+
+    return format_thresholds(threshold if isinstance(threshold, list) else [threshold])

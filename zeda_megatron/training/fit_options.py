@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..runtime.process_groups import ParallelConfig
+from .share_options import BUDGETS
 
 SCORES = {"norm": ZeroExpertConfig.paired_score, "effect": "weight+head"}
 """What is fitted -> the terms that a score then needs."""
@@ -50,6 +51,9 @@ class FitOptions:
     target_zero_share: float = 0.5
     """Zero share that the threshold is set for."""
 
+    paired_budget: str = "model"
+    """model: one threshold, layers share the target among themselves. layer: each layer holds the target itself."""
+
     fit_rows: int = 64
     """Packed rows that heads are fitted on, over all processes."""
 
@@ -80,6 +84,10 @@ class FitOptions:
             raise UserError(f"--effect-floor {self.effect_floor} must not be negative")
         if self.fit_target not in SCORES:
             raise UserError(f"--fit-target {self.fit_target!r} is unknown; choose one of {', '.join(SCORES)}")
+        if self.paired_budget not in BUDGETS:
+            raise UserError(
+                f"--paired-budget {self.paired_budget!r} is unknown; choose one of {', '.join(BUDGETS)}"
+            )
         for flag, value in (
             ("--fit-rows", self.fit_rows),
             ("--held-out-rows", self.held_out_rows),

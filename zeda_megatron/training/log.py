@@ -18,6 +18,7 @@ _TENSORBOARD = {
     "kd_loss": "zeda/kd_loss",
     "group_loss": "zeda/group_loss",
     "zero_share": "zeda/zero_share",
+    "zero_weight": "zeda/zero_weight",
     "sparsity_coeff": "zeda/sparsity_coeff",
     "top1_agreement": "zeda/top1_agreement",
     "grad_norm": "grad-norm",

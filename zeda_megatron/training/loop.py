@@ -25,7 +25,7 @@ from ..distill.teacher import forward_only
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe import stats
-from ..moe.threshold import calibrate_threshold
+from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
 from .log import RunLog
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
@@ -47,12 +47,12 @@ class TrainingRun:
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
         self.optimizer, self.schedule = build_optimizer(
-            options.optimizer, self.student, options.model.bf16, options.paired.paired_head_lr
+            options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
         self.stepper = Stepper(
             self.student, self.teacher, self.optimizer, options.loss(), options.data.seq_length
         )
-        self.control = build_share_control(options, self.student.chunks, self.student.zero.paired)
+        self.control = build_share_control(options, self.student)
         self.iteration = 0
         self.consumed_rows = 0
         self.consumed_tokens = 0
@@ -95,7 +95,9 @@ class TrainingRun:
         self.iteration += 1
         self.consumed_rows += self.options.optimizer.global_batch_size
         self.consumed_tokens += int(metrics["tokens"])
-        report = stats.collect(self.student.chunks, self.student.chunks[0].config.num_layers, device())
+        layers = self.student.chunks[0].config.num_layers
+        by_layer = self.options.share.paired_budget == "layer"
+        report = stats.collect(self.student.chunks, layers, device(), scores_by_layer=by_layer)
         zero = self.student.zero
         metrics["kd_loss"] = metrics["loss"]
         metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
@@ -110,7 +112,7 @@ class TrainingRun:
 
     def _calibrate(self, log: RunLog) -> None:
         """Set the threshold of paired zero experts so that training rows give the target share in evaluation."""
-        wanted, chunks = self.options.paired, self.student.chunks
+        wanted, chunks = self.options.share, self.student.chunks
         if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
             return
         rank = parallel_state.get_data_parallel_rank()
@@ -120,8 +122,9 @@ class TrainingRun:
         forward = partial(
             forward_only, seq_length=self.options.data.seq_length, forward=forward_model
         )  # all rows in one run of the pipeline
-        threshold = calibrate_threshold(chunks, [rows], wanted.target_zero_share, forward)
-        log.say(f"threshold {threshold:.4f} for a zero share of {wanted.target_zero_share:.1%}")
+        share, by_layer = wanted.paired_target, wanted.paired_budget == "layer"
+        found = calibrate_threshold(chunks, [rows], share, forward, by_layer=by_layer)
+        log.say(f"threshold {format_thresholds(found)} for a zero share of {share:.1%}")
 
     def _rows(self) -> list:
         """This data-parallel rank's rows of the next global batch."""

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
 from ..runtime.process_groups import ParallelConfig
+from .share_options import ShareOptions
 
 
 @dataclass(frozen=True)
@@ -102,68 +103,6 @@ class ModelOptions:
             group_loss_scope=self.group_loss_scope,
             renormalize_after_drop=self.renormalize_after_drop,
         )
-
-
-@dataclass(frozen=True)
-class PairedOptions:
-    """Adaptation with paired zero experts."""
-
-    target_zero_share: float = 0.5
-    """Zero share that is held during adaptation and calibrated at its end."""
-
-    zero_share_range: list[str] | None = None
-    """Two numbers: every step draws its target share between them, so one model serves at many shares."""
-
-    paired_control: str = "threshold"
-    """threshold: follow the quantile of recent scores. sparsity: keep the threshold, train the head against a
-    sparsity loss (a BEAM-like mask router). none: leave the threshold as it is."""
-
-    paired_head_lr: float = 0.0
-    """Peak learning rate of the head; 0 keeps it as it was fitted. A head that trains computes all picks."""
-
-    sparsity_ramp_fraction: float = 0.1
-    """Share of the steps over which the target of the sparsity control rises from 0."""
-
-    sparsity_gain: float = 0.3
-    """Gain of the sparsity control: coefficient per unit of missing share."""
-
-    calibration_rows: int = 16
-    """Rows on which the threshold is set at the end; 0 leaves the last step's."""
-
-    def bounds(self) -> tuple[float, float] | None:
-        """`zero_share_range` as numbers."""
-        if self.zero_share_range is None:
-            return None
-        try:
-            low, high = map(float, self.zero_share_range)
-            if not 0 <= low <= high < 1:
-                raise ValueError
-        except ValueError:
-            shown = " ".join(self.zero_share_range)
-            raise UserError(f"--zero-share-range {shown}: give two numbers, 0 <= low <= high < 1") from None
-        return low, high
-
-    def validate(self) -> None:
-        """Raise `UserError` naming the flag that cannot work."""
-        self.bounds()
-        if self.paired_control not in ("threshold", "sparsity", "none"):
-            raise UserError(
-                f"--paired-control {self.paired_control!r} is unknown; choose one of threshold, sparsity, none"
-            )
-        if not 0 <= self.target_zero_share < 1:
-            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
-        for flag, value in (
-            ("--paired-head-lr", self.paired_head_lr),
-            ("--sparsity-ramp-fraction", self.sparsity_ramp_fraction),
-            ("--sparsity-gain", self.sparsity_gain),
-            ("--calibration-rows", self.calibration_rows),
-        ):
-            if not value >= 0:
-                raise UserError(f"{flag} {value} must not be negative")
-        if self.paired_control == "sparsity" and not self.paired_head_lr:
-            raise UserError(
-                "--paired-control sparsity needs --paired-head-lr: the sparsity loss trains the head"
-            )
 
 
 @dataclass(frozen=True)
@@ -314,7 +253,7 @@ class GenerateOptions:
 
 GROUPS = {
     "model": ModelOptions,
-    "paired": PairedOptions,
+    "share": ShareOptions,
     "data": DataOptions,
     "distill": DistillOptions,
     "optimizer": OptimizerOptions,
@@ -329,7 +268,7 @@ class Options:
     """All options of a run."""
 
     model: ModelOptions
-    paired: PairedOptions
+    share: ShareOptions
     data: DataOptions
     distill: DistillOptions
     optimizer: OptimizerOptions
@@ -419,8 +358,10 @@ class Options:
         choose_backend(self.model.expert_backend)
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
-        self.paired.validate()
-        if self.paired.paired_head_lr and not self.optimizer.lr:
+        self.share.validate()
+        if self.share.topk_range and self.model.moe_pick_rule:
+            raise UserError("--topk-range sets the pick rule of every step: leave --moe-pick-rule away")
+        if self.share.paired_head_lr and not self.optimizer.lr:
             raise UserError("--paired-head-lr needs --lr above 0: it is kept as a multiple of it")
         self.loss()
         if not self.data.data_path:

@@ -154,7 +154,7 @@ def build_student(options: Options) -> Student:
                 parameter.requires_grad_(".router." in name)
     for paired in paired_modules(chunks):
         # Which terms a score has decides whether its head has anything to learn.
-        paired.requires_grad_(options.paired.paired_head_lr > 0 and "head" in paired.terms)
+        paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
         set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
     ddp = DistributedDataParallelConfig(

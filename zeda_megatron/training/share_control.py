@@ -1,16 +1,21 @@
-"""What holds the zero share of paired zero experts at its target while the model adapts."""
+"""What holds the zero share at its target while the model adapts."""
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
 import torch
 
-from ..moe.paired import KEEP_ALL, paired_modules, set_threshold
-from ..moe.stats import StatsReport
-from ..moe.threshold import ScoreQuantiles
+from ..errors import UserError
+from ..moe.paired import KEEP_ALL, paired_modules
+from ..moe.pick_rules import StaticTopK
+from ..moe.router import set_pick_rule, set_zero_weight
+from ..moe.stats import SCORE_BINS, StatsReport
+from ..moe.threshold import ScoreQuantiles, set_thresholds
 from .options import Options
+from .setup import Student
 
 OPEN = -0.5
 """Threshold of a fresh mask that learns to close: with U = 0 and c = 0 every pick is half a unit inside."""
@@ -35,7 +40,8 @@ class ShareControl:
 
 
 class ThresholdControl(ShareControl):
-    """Each step's threshold is the quantile of recent scores at the target share.
+    """Each step's threshold is the quantile of recent scores at the target share; of each layer's own scores where
+    the statistics come per layer.
 
     With a range, each step draws its own target from it (from the seed and the step alone, so a resumed run draws
     the same): the model learns to serve at any share.
@@ -49,9 +55,9 @@ class ThresholdControl(ShareControl):
         target = self.target
         if self.bounds:
             target = random.Random(f"{self.seed}:{step}").uniform(*self.bounds)
-        threshold = self.quantiles.threshold(target)
-        if threshold is not None:  # the first step keeps the checkpoint's
-            set_threshold(self.chunks, threshold)
+        found = self.quantiles.thresholds(target)
+        if found is not None:  # the first step keeps the checkpoint's
+            set_thresholds(self.chunks, found)
 
     def after_step(self, report: StatsReport) -> dict[str, float]:
         self.quantiles.observe(report.score_counts)
@@ -61,7 +67,55 @@ class ThresholdControl(ShareControl):
         return {"score_counts": self.quantiles.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.quantiles.counts = state["score_counts"]
+        self.quantiles.counts = state["score_counts"].view(-1, SCORE_BINS)
+
+
+class WeightControl(ShareControl):
+    """Shared zero experts: the weight w of the group loss follows the share.
+
+    A proportional-integral controller on log w around the w whose loss is least at the target. The loss pulls the
+    share towards w*Nz/(N+w*Nz), but other gradients pull back and a short run does not arrive: the realised share
+    stays behind without it.
+    """
+
+    LIMIT = 3.0
+    """log w stays within this distance of where it began."""
+
+    def __init__(
+        self, chunks: list[torch.nn.Module], target: float, num_real: int, num_zero: int, gain: float
+    ):
+        self.chunks, self.target, self.gain = chunks, target, gain
+        self.first = target * num_real / ((1 - target) * num_zero)
+        self.integral, self.share = 0.0, None
+
+    def before_step(self, step: int) -> None:
+        error = 0.0 if self.share is None else self.target - self.share
+        self.integral = self._clamp(self.integral + 0.1 * self.gain * error)
+        self.weight = self.first * math.exp(self._clamp(self.gain * error + self.integral))
+        set_zero_weight(self.chunks, self.weight)
+
+    def _clamp(self, value: float) -> float:
+        return min(max(value, -self.LIMIT), self.LIMIT)
+
+    def after_step(self, report: StatsReport) -> dict[str, float]:
+        self.share = report.zero_share
+        return {"zero_weight": self.weight}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"integral": self.integral, "share": self.share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.integral, self.share = state["integral"], state["share"]
+
+
+class TopKControl(ShareControl):
+    """Each step draws how many picks of every token stay (NET for many shares); from the seed and the step alone."""
+
+    def __init__(self, chunks: list[torch.nn.Module], bounds: tuple[int, int], seed: int):
+        self.chunks, self.bounds, self.seed = chunks, bounds, seed
+
+    def before_step(self, step: int) -> None:
+        set_pick_rule(self.chunks, StaticTopK(random.Random(f"{self.seed}:{step}").randint(*self.bounds)))
 
 
 class SparsityControl(ShareControl):
@@ -96,12 +150,37 @@ class SparsityControl(ShareControl):
         self.integral, self.share = state["integral"], state["share"]
 
 
-def build_share_control(options: Options, chunks: list[torch.nn.Module], paired: bool) -> ShareControl:
-    """The control that the options ask for; one that does nothing for shared routing."""
-    wanted = options.paired
-    if not paired or wanted.paired_control == "none":
+def build_share_control(options: Options, student: Student) -> ShareControl:
+    """The control that the options ask for; one that does nothing for shared zero experts with a fixed w.
+
+    Raises `UserError` for a flag that this student has no use for.
+    """
+    wanted, chunks, zero = options.share, student.chunks, student.zero
+    if wanted.topk_range:
+        topk = chunks[0].config.moe_router_topk
+        return TopKControl(chunks, wanted.topk_bounds(topk), options.optimizer.seed)
+    if not zero.paired:
+        for flag, value in (
+            ("--zero-share-range", wanted.zero_share_range),
+            ("--paired-head-lr", wanted.paired_head_lr),
+            ("--paired-budget layer", wanted.paired_budget == "layer"),
+        ):
+            if value:
+                raise UserError(f"{flag} is for paired zero experts; this model has none")
+        if wanted.target_zero_share is None:
+            return ShareControl()
+        if not zero.group_loss_coeff or not wanted.target_zero_share > 0:
+            raise UserError(
+                f"--target-zero-share {wanted.target_zero_share}: shared zero experts are steered by the group loss; "
+                "give a share above 0, --moe-router-load-balancing-type grouped_aux_loss and --moe-aux-loss-coeff"
+            )
+        real = chunks[0].config.num_moe_experts
+        return WeightControl(
+            chunks, wanted.target_zero_share, real, zero.num_zero_experts, wanted.zero_weight_gain
+        )
+    if wanted.paired_control == "none":
         return ShareControl()
     if wanted.paired_control == "sparsity":
         ramp = round(wanted.sparsity_ramp_fraction * options.optimizer.train_iters)
-        return SparsityControl(chunks, wanted.target_zero_share, ramp, wanted.sparsity_gain)
-    return ThresholdControl(chunks, wanted.target_zero_share, wanted.bounds(), options.optimizer.seed)
+        return SparsityControl(chunks, wanted.paired_target, ramp, wanted.sparsity_gain)
+    return ThresholdControl(chunks, wanted.paired_target, wanted.share_bounds(), options.optimizer.seed)
