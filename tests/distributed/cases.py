@@ -6,7 +6,16 @@ STEPS = {"train_iters": 3, "lr": 1e-3, "lr_warmup_fraction": 0.0}
 SAMPLED = {"max_new_tokens": 6, "temperature": 1.0, "generate_batch_size": 2}
 
 HEAD = {"paired_head_lr": 1e-2}
-WORLD_FLAGS = {"plain": {}, "odd": {}, "paired": {}, "paired head": HEAD}
+ALIGNED = {"pad_seq_to_mult": 4}
+WORLD_FLAGS = {
+    "plain": {},
+    "odd": {},
+    "deep": {},
+    "aligned": ALIGNED,
+    "aligned paired": ALIGNED,
+    "paired": {},
+    "paired head": HEAD,
+}
 """World -> flags of every run in it. In `paired head` the head of paired zero experts trains too."""
 
 
@@ -24,6 +33,12 @@ TRAIN = [
     case("tp2 etp2", tp=2, etp=2),
     case("pp2", pp=2),
     case("pp2 odd", world="odd", pp=2),
+    case("pp2 vpp2", world="deep", pp=2, vpp=2),
+    case("cp2", world="aligned", cp=2),
+    case("cp2 ep2", world="aligned", cp=2, ep=2),
+    case("cp2 paired", world="aligned paired", cp=2),
+    case("pp2 alongside", pp=2, flags={"teacher_schedule": "alongside"}),
+    case("dp2 alongside", flags={"teacher_schedule": "alongside"}, slow=True),
     case("tp2 odd", world="odd", tp=2),
     case("paired ep2", world="paired", ep=2),
     case("paired tp2", world="paired", tp=2),

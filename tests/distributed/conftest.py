@@ -59,6 +59,8 @@ class Runs:
         processes = 2 if cases is TWO_PROCESSES else 4
         slow = next(c["slow"] for c in cases if c["name"] == name)
         cases = [c for c in cases if c["slow"] == slow]
+        if "ZEDA_CASES" in os.environ:  # for work on one layout: ZEDA_CASES="cp2,pp2 vpp2" pytest -k ...
+            cases = [c for c in cases if c["name"] in os.environ["ZEDA_CASES"].split(",")]
         out = self.folder / f"{processes} processes{' slow' if slow else ''}"
         out.mkdir()
         text = json.dumps({"out": str(out), "cases": cases, "worlds": self.worlds})
@@ -87,7 +89,16 @@ def worlds(one_process, world, odd_world, tmp_path_factory):
         tiny.draw(paired, seed=i)
     run.save()
     with_heads = replace(world, dynamic=folder)
-    return {"plain": world, "odd": odd_world, "paired": with_heads, "paired head": with_heads}
+    deep = tiny_world.make_world(tmp_path_factory.mktemp("deep"), num_hidden_layers=4)
+    return {
+        "plain": world,
+        "odd": odd_world,
+        "deep": deep,
+        "aligned": world,
+        "aligned paired": with_heads,
+        "paired": with_heads,
+        "paired head": with_heads,
+    }
 
 
 @pytest.fixture(scope="session")

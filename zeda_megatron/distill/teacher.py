@@ -81,6 +81,19 @@ class Teacher:
         with self._in_place():
             return forward_only(self.model_chunks, batches, seq_length, forward)
 
+    @torch.no_grad()
+    def stage_output(
+        self,
+        batch: PackedBatch,
+        received: torch.Tensor | None,
+        forward: Callable[[Any, PackedBatch], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run this rank's pipeline stage on one micro-batch: `received` is what the stage before it gave."""
+        (chunk,) = self.model_chunks
+        with self._in_place():
+            chunk.set_input_tensor(None if received is None else received.detach())
+            return forward(chunk, batch)
+
     def head_weight(self) -> torch.Tensor:
         """The teacher's LM head on the last stage, on the device of the computation."""
         weight = self.model_chunks[-1].head_weight().detach()

@@ -59,6 +59,9 @@ def transformer_config(
         **arch.megatron,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_stages,
+        # Between two ranks the interleaved schedule has two messages under way: batched, they get mixed up silently.
+        "overlap_p2p_comm": parallel.virtual_stages is not None,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
@@ -96,6 +99,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
         ("--tensor-model-parallel-size", tp, "key/value heads", fields.get("num_query_groups")),
         ("--tensor-model-parallel-size", tp, "channels of the dense MLP", fields["ffn_hidden_size"]),
         ("--pipeline-model-parallel-size", pp, "layers", fields["num_layers"]),
+        (
+            "--pipeline-model-parallel-size x --virtual-pipeline-model-parallel-size",
+            pp * parallel.virtual_pipeline_model_parallel_size,
+            "layers",
+            fields["num_layers"],
+        ),
         ("--expert-model-parallel-size", ep, "experts", fields["num_moe_experts"]),
         ("--expert-tensor-parallel-size", etp, "channels of an expert", fields["moe_ffn_hidden_size"]),
     ):

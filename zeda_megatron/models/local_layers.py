@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional as F
@@ -40,14 +42,13 @@ class SDPAttention(MegatronModule):
         v_channels: int | None = None,
     ):
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise UserError(
-                "--context-parallel-size > 1 needs Transformer Engine's attention; the local layer spec has none"
-            )
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        self.cp_group = getattr(pg_collection, "cp", None) if config.context_parallel_size > 1 else None
+        if config.context_parallel_size > 1 and self.cp_group is None:
+            self.cp_group = parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -68,14 +69,55 @@ class SDPAttention(MegatronModule):
         """
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             ends = packed_seq_params.cu_seqlens_q.tolist()
+            if self.cp_group is not None:
+                return self._attend_across_ranks(query, key, value, ends)
             parts = [
                 self._attend(*(x[a:b].unsqueeze(1) for x in (query, key, value)), None, True)
                 for a, b in zip(ends, ends[1:])
                 if b > a
             ]
             return torch.cat(parts).squeeze(1)
+        if self.cp_group is not None:
+            raise UserError("--context-parallel-size > 1 works on packed rows only, not for generation")
         kind = attn_mask_type or self.attn_mask_type
         return self._attend(query, key, value, attention_mask, kind == AttnMaskType.causal)
+
+    def _attend_across_ranks(self, query, key, value, ends: list[int]) -> torch.Tensor:
+        """Packed attention of this context-parallel rank's tokens [T / size, heads, D].
+
+        Keys and values of the whole row are gathered (Transformer Engine's ring needs less memory; there is none
+        here). Each sequence is held as chunks r and 2 * size - 1 - r, see `data.context_part`.
+        """
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        key, value = (
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value)
+        )
+        local = query.shape[0]
+        parts = []
+        for start, end in zip(ends, ends[1:]):
+            chunk = (end - start) // (2 * size)
+            if not chunk:
+                continue
+            here = start // size
+            # Where each chunk of the sequence begins in the gathered rows: two per rank, ranks one after another.
+            first = [
+                (part if part < size else 2 * size - 1 - part) * local + here + (part >= size) * chunk
+                for part in range(2 * size)
+            ]
+            for number, part in enumerate((rank, 2 * size - 1 - rank)):
+                rows = [slice(place, place + chunk) for place in first[: part + 1]]
+                seen_key, seen_value = (
+                    torch.cat([x[row] for row in rows]).unsqueeze(1) for x in (key, value)
+                )
+                mine = query[here + number * chunk : here + (number + 1) * chunk].unsqueeze(1)
+                length = seen_key.shape[0]
+                hidden = torch.ones(chunk, length, dtype=torch.bool, device=mine.device)
+                parts.append(
+                    self._attend(
+                        mine, seen_key, seen_value, hidden.triu(length - chunk + 1)[None, None], False
+                    )
+                )
+        return torch.cat(parts).squeeze(1)
 
     def _attend(self, query, key, value, mask, causal: bool) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))

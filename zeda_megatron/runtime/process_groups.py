@@ -23,6 +23,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
 
+    virtual_pipeline_model_parallel_size: int = 1
+    """Groups of layers per pipeline rank (interleaved schedule)."""
+
     context_parallel_size: int = 1
     """Context parallelism (sequence split inside attention)."""
 
@@ -34,6 +37,12 @@ class ParallelConfig:
 
     distributed_timeout_minutes: int = 10
     """A collective that takes longer than this ends the run."""
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Virtual stages per rank as Megatron wants them: None where the schedule is not interleaved."""
+        size = self.virtual_pipeline_model_parallel_size
+        return size if size > 1 else None
 
     @property
     def model_parallel_size(self) -> int:
@@ -81,6 +90,7 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_stages,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..checkpoint.state import (
     require_checkpoint,
     save_checkpoint,
 )
+from ..data.context_part import context_part
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
@@ -50,7 +52,13 @@ class TrainingRun:
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
         self.stepper = Stepper(
-            self.student, self.teacher, self.optimizer, options.loss(), options.data.seq_length
+            self.student,
+            self.teacher,
+            self.optimizer,
+            options.loss(),
+            options.data.seq_length,
+            alongside=options.distill.teacher_schedule == "alongside",
+            per_token=options.distill.calculate_per_token_loss,
         )
         self.control = build_share_control(options, self.student)
         self.iteration = 0
@@ -118,7 +126,7 @@ class TrainingRun:
         rank = parallel_state.get_data_parallel_rank()
         size = parallel_state.get_data_parallel_world_size()
         count = max(wanted.calibration_rows // size, 1)
-        rows = [self.dataset[rank + i * size] for i in range(count)]
+        rows = self._own_part(rank + i * size for i in range(count))
         forward = partial(
             forward_only, seq_length=self.options.data.seq_length, forward=forward_model
         )  # all rows in one run of the pipeline
@@ -131,7 +139,12 @@ class TrainingRun:
         rank = parallel_state.get_data_parallel_rank()
         size = parallel_state.get_data_parallel_world_size()
         first, count = self.consumed_rows, self.options.optimizer.global_batch_size
-        return [self.dataset[row] for row in range(first + rank, first + count, size)]
+        return self._own_part(range(first + rank, first + count, size))
+
+    def _own_part(self, rows: Iterable[int]) -> list:
+        """These rows, or this context-parallel rank's part of them."""
+        place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        return [context_part(self.dataset[row], *place) for row in rows]
 
     def state(self, is_loading: bool = False) -> dict[str, Any]:
         """Everything that a resumed run needs, as a Megatron sharded state dict."""
@@ -208,4 +221,12 @@ def build_dataset(options: Options) -> PackedDataset:
             f"--global-batch-size {options.optimizer.global_batch_size} is not a multiple of the {data_ranks} "
             "data-parallel ranks"
         )
-    return PackedDataset(samples, data.seq_length, tokenizer.pad_id, options.optimizer.seed)
+    stages = options.parallel.pipeline_model_parallel_size
+    if options.parallel.virtual_stages and options.optimizer.global_batch_size // data_ranks % stages:
+        raise UserError(
+            f"--global-batch-size {options.optimizer.global_batch_size}: the interleaved schedule wants a multiple of "
+            f"--pipeline-model-parallel-size {stages} rows on each of the {data_ranks} data-parallel ranks"
+        )
+    return PackedDataset(
+        samples, data.seq_length, tokenizer.pad_id, options.optimizer.seed, options.sequence_multiple
+    )

@@ -124,6 +124,9 @@ class DataOptions:
     seq_length: int = 2048
     """Tokens of one packed row; a micro-batch is one row."""
 
+    pad_seq_to_mult: int = 0
+    """Every sequence in a row is padded to a multiple of this. 0: of what context parallelism needs, 2 x its size."""
+
     overlong: str = "error"
     """What to do with a conversation longer than a row: error, skip or truncate."""
 
@@ -150,6 +153,13 @@ class DistillOptions:
     teacher_memory: str = "own"
     """own: a second copy of the weights. offload: that copy waits in host memory. shared: with --trainable
     router, the student's own weights with the zero experts masked."""
+
+    teacher_schedule: str = "ahead"
+    """ahead: the teacher runs all micro-batches of a step first; their hidden states wait on the last pipeline stage.
+    alongside: each of its micro-batches runs just before the student's, in the same pipeline."""
+
+    calculate_per_token_loss: bool = True
+    """Every response token of a step weighs the same. Off: every row does."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +311,7 @@ class Options:
             ("--stage", self.model.stage, ("pretrain", "0", "1")),
             ("--trainable", self.model.trainable, ("all", "router")),
             ("--teacher-memory", self.distill.teacher_memory, ("own", "offload", "shared")),
+            ("--teacher-schedule", self.distill.teacher_schedule, ("ahead", "alongside")),
             ("--overlong", self.data.overlong, ("error", "skip", "truncate")),
             ("--lr-decay-style", self.optimizer.lr_decay_style, ("constant", "linear", "cosine")),
             (
@@ -346,15 +357,7 @@ class Options:
             raise UserError(
                 f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction} must be at least 0 and below 1"
             )
-        if self.parallel.context_parallel_size > 1:
-            raise UserError(
-                "--context-parallel-size > 1 is not supported: packed rows are not split over ranks"
-            )
-        if self.data.seq_length % self.parallel.tensor_model_parallel_size:
-            raise UserError(
-                f"--seq-length {self.data.seq_length} must be a multiple of --tensor-model-parallel-size "
-                f"{self.parallel.tensor_model_parallel_size}: sequence parallelism splits the rows"
-            )
+        self._validate_rows()
         choose_backend(self.model.expert_backend)
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
@@ -368,5 +371,50 @@ class Options:
             raise UserError("--data-path is missing: give one or more jsonl files")
         if self.model.stage == "0" and not self.generate.rollout_path:
             raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")
+        if self.model.stage == "0":
+            for flag, value in (
+                ("--pipeline-model-parallel-size", self.parallel.pipeline_model_parallel_size),
+                ("--context-parallel-size", self.parallel.context_parallel_size),
+            ):
+                if value > 1:
+                    raise UserError(
+                        f"{flag} {value}: stage 0 needs 1 (the model answers token by token); use tensor, expert or "
+                        "data parallelism"
+                    )
+        if self.distill.teacher_schedule == "alongside" and self.parallel.virtual_stages:
+            raise UserError(
+                "--teacher-schedule alongside does not work with the interleaved schedule "
+                "(--virtual-pipeline-model-parallel-size): use ahead"
+            )
         if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
             raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of every packed sequence is a multiple of."""
+        ranks = self.parallel.context_parallel_size
+        return self.data.pad_seq_to_mult or (2 * ranks if ranks > 1 else 1)
+
+    def _validate_rows(self) -> None:
+        """Rows and sequences can be cut as the layout needs it."""
+        parallel, length = self.parallel, self.data.seq_length
+        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+        if self.data.pad_seq_to_mult < 0 or (context > 1 and self.sequence_multiple % (2 * context)):
+            raise UserError(
+                f"--pad-seq-to-mult {self.data.pad_seq_to_mult} must be a multiple of {2 * context}, twice "
+                "--context-parallel-size (or 0)"
+            )
+        if length % (tensor * context):
+            what = "--tensor-model-parallel-size" + (" x --context-parallel-size" if context > 1 else "")
+            raise UserError(
+                f"--seq-length {length} must be a multiple of {what} {tensor * context}: sequence parallelism splits "
+                "the rows"
+            )
+        stages, virtual = (
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+        )
+        if virtual > 1 and stages < 2:
+            raise UserError(
+                f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size above 1"
+            )

@@ -125,15 +125,20 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
         overrides |= {"recompute_modules": ["moe"]}
     dtype = torch.bfloat16 if options.model.bf16 else torch.float32
     config = transformer_config(arch, options.parallel, dtype, overrides)
-    model = build_gpt_model(
-        arch,
-        config,
-        None if per_expert and not zero.num_zero_experts and not options.model.moe_pick_rule else zero,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        expert_backend=options.model.expert_backend,
-    )
-    return [model]
+    stock = per_expert and not zero.num_zero_experts and not options.model.moe_pick_rule
+    stages = options.parallel.virtual_stages
+    return [
+        build_gpt_model(
+            arch,
+            config,
+            None if stock else zero,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+            expert_backend=options.model.expert_backend,
+        )
+        for stage in (range(stages) if stages else [None])
+    ]
 
 
 def build_student(options: Options) -> Student:

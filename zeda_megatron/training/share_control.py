@@ -73,25 +73,36 @@ class ThresholdControl(ShareControl):
 class WeightControl(ShareControl):
     """Shared zero experts: the weight w of the group loss follows the share.
 
-    A proportional-integral controller on log w around the w whose loss is least at the target. The loss pulls the
-    share towards w*Nz/(N+w*Nz), but other gradients pull back and a short run does not arrive: the realised share
-    stays behind without it.
+    A proportional-integral controller on log w, around the w whose loss is least at the wanted share. The loss pulls
+    the share towards w*Nz/(N+w*Nz), but other gradients pull back and a short run does not arrive. The wanted share
+    goes from the first step's to the target over the first steps: pulled at once, the routing would tear.
     """
 
-    LIMIT = 3.0
-    """log w stays within this distance of where it began."""
+    LIMIT = 2.0
+    """log w stays within this distance of the share's own w."""
 
     def __init__(
-        self, chunks: list[torch.nn.Module], target: float, num_real: int, num_zero: int, gain: float
+        self,
+        chunks: list[torch.nn.Module],
+        target: float,
+        num_real: int,
+        num_zero: int,
+        ramp_steps: int,
+        gain: float,
     ):
-        self.chunks, self.target, self.gain = chunks, target, gain
-        self.first = target * num_real / ((1 - target) * num_zero)
-        self.integral, self.share = 0.0, None
+        self.chunks, self.target, self.gain, self.ramp_steps = chunks, target, gain, max(ramp_steps, 1)
+        self.ratio = num_real / num_zero
+        self.start: float | None = None
+        self.share, self.integral, self.weight = target, 0.0, 0.0
 
     def before_step(self, step: int) -> None:
-        error = 0.0 if self.share is None else self.target - self.share
-        self.integral = self._clamp(self.integral + 0.1 * self.gain * error)
-        self.weight = self.first * math.exp(self._clamp(self.gain * error + self.integral))
+        start = self.target if self.start is None else self.start
+        wanted = start + (self.target - start) * min(1.0, (step + 1) / self.ramp_steps)
+        error = wanted - self.share
+        if step >= self.ramp_steps:  # on the way the share lags behind: that is no lasting error
+            self.integral = self._clamp(self.integral + 0.02 * self.gain * error)
+        own = self.ratio * wanted / max(1 - wanted, 1e-3)
+        self.weight = max(own * math.exp(self._clamp(self.gain * error + self.integral)), 1e-3)
         set_zero_weight(self.chunks, self.weight)
 
     def _clamp(self, value: float) -> float:
@@ -99,13 +110,15 @@ class WeightControl(ShareControl):
 
     def after_step(self, report: StatsReport) -> dict[str, float]:
         self.share = report.zero_share
+        if self.start is None:
+            self.start = self.share
         return {"zero_weight": self.weight}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"integral": self.integral, "share": self.share}
+        return {"start": self.start, "share": self.share, "integral": self.integral}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.integral, self.share = state["integral"], state["share"]
+        self.start, self.share, self.integral = state["start"], state["share"], state["integral"]
 
 
 class TopKControl(ShareControl):
@@ -175,8 +188,9 @@ def build_share_control(options: Options, student: Student) -> ShareControl:
                 "give a share above 0, --moe-router-load-balancing-type grouped_aux_loss and --moe-aux-loss-coeff"
             )
         real = chunks[0].config.num_moe_experts
+        ramp = round(wanted.zero_share_ramp_fraction * options.optimizer.train_iters)
         return WeightControl(
-            chunks, wanted.target_zero_share, real, zero.num_zero_experts, wanted.zero_weight_gain
+            chunks, wanted.target_zero_share, real, zero.num_zero_experts, ramp, wanted.zero_weight_gain
         )
     if wanted.paired_control == "none":
         return ShareControl()

@@ -27,8 +27,11 @@ class ShareOptions:
     """Two whole numbers: every step draws k between them and keeps each token's k heaviest picks (NET for many
     shares)."""
 
-    zero_weight_gain: float = 4.0
-    """Gain of the controller of w: growth of log w per unit of missing share; its integral moves a tenth as fast."""
+    zero_weight_gain: float = 16.0
+    """Gain of the controller of w: growth of log w per unit of missing share; its integral moves a fiftieth as fast."""
+
+    zero_share_ramp_fraction: float = 0.5
+    """Share of the steps over which that controller goes from the first step's share to the target."""
 
     paired_control: str = "threshold"
     """threshold: follow the quantile of recent scores. sparsity: keep the threshold, train the head against a
@@ -79,6 +82,7 @@ class ShareOptions:
             ("--sparsity-ramp-fraction", self.sparsity_ramp_fraction),
             ("--sparsity-gain", self.sparsity_gain),
             ("--zero-weight-gain", self.zero_weight_gain),
+            ("--zero-share-ramp-fraction", self.zero_share_ramp_fraction),
             ("--calibration-rows", self.calibration_rows),
         ):
             if not value >= 0:

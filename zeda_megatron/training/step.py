@@ -49,15 +49,21 @@ class Stepper:
         optimizer: MegatronOptimizer,
         loss: LossConfig,
         seq_length: int,
+        alongside: bool = False,
+        per_token: bool = True,
     ):
+        """`alongside`: run the teacher's micro-batch just before the student's, in one pipeline; else all of its
+        micro-batches come first. `per_token`: see `step`."""
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.seq_length = loss, seq_length
+        self.alongside, self.per_token = alongside and teacher is not None, per_token
 
     def step(self, batches: list[PackedBatch]) -> dict[str, float]:
         """Train on this data-parallel rank's micro-batches.
 
         The loss is a mean over all response tokens of the global batch: they are counted first, so gradients do
-        not depend on how the batch is cut into micro-batches and ranks.
+        not depend on how the batch is cut into micro-batches and ranks. With `per_token` off it is the mean over rows
+        of the mean over a row's response tokens.
 
         Returns:
             Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens` and `grad_norm`.
@@ -66,33 +72,70 @@ class Stepper:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        hidden = self.teacher.hidden_states(batches, self.seq_length, forward_model) if self.teacher else []
-        data_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().to(device())
-        if data_ranks.size() > 1:
-            torch.distributed.all_reduce(tokens, group=data_ranks)
-        # Megatron divides by the number of micro-batches, its DDP by the number of data-parallel ranks.
-        scale = len(batches) * data_ranks.size() / tokens.clamp(min=1)
-        pairs = iter(zip(batches, hidden or [None] * len(batches), strict=True))
+        ahead = self.teacher is not None and not self.alongside
+        hidden = self.teacher.hidden_states(batches, self.seq_length, forward_model) if ahead else []
+        rows = list(zip(batches, hidden or [None] * len(batches), self._scales(batches), strict=True))
 
         def forward_step(iterator, model):
-            batch, teacher_hidden = next(iterator)
-            return forward_model(model, batch), partial(self._loss, batch, teacher_hidden, scale)
+            batch, teacher_hidden, scale = next(iterator)
+            if self.alongside:
+                output, teacher_hidden = self._both(model, batch)
+            else:
+                output = forward_model(model, batch)
+            return output, partial(self._loss, batch, teacher_hidden, scale)
 
         sums = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[pairs],
+            data_iterator=[iter(rows) for _ in self.student.wrapped],
             model=self.student.wrapped,
             num_microbatches=len(batches),
             seq_length=self.seq_length,
             micro_batch_size=1,
             forward_only=False,
+            adjust_tensor_shapes_fn=_twice_as_wide if self.alongside and self._stages() > 1 else None,
         )
         ok, grad_norm, _ = self.optimizer.step()
         metrics = self._reduce(sums)
         metrics["grad_norm"] = float(grad_norm or 0.0)
         metrics["updated"] = float(ok)
         return metrics
+
+    def _scales(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
+        """What each micro-batch's sum of losses is multiplied by.
+
+        Megatron divides by the number of micro-batches, its DDP by the number of data- and context-parallel ranks.
+        """
+        tokens_M = torch.stack([batch.loss_mask.sum() for batch in batches]).to(device())
+        if self.per_token:
+            ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            tokens_M, factor = tokens_M.sum().expand(len(batches)).clone(), len(batches) * ranks.size()
+        else:
+            ranks = parallel_state.get_context_parallel_group()
+            factor = ranks.size()
+        if ranks.size() > 1:
+            torch.distributed.all_reduce(tokens_M, group=ranks)
+        return list(factor / tokens_M.clamp(min=1))
+
+    def _both(self, model, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Teacher, then student, on this stage. Between stages their hidden states travel side by side.
+
+        Returns:
+            What goes to the next stage (or the student's last hidden states), and on the last stage the teacher's.
+        """
+        (student,) = self.student.chunks
+        mine = theirs = None
+        if not student.pre_process:
+            mine, theirs = student.decoder.input_tensor.chunk(2, dim=-1)
+        hidden = self.teacher.stage_output(batch, theirs, forward_model)
+        student.set_input_tensor(mine)
+        output = forward_model(model, batch)
+        if student.post_process:
+            return output, hidden
+        return torch.cat([output, hidden.to(output.dtype)], dim=-1), None
+
+    @staticmethod
+    def _stages() -> int:
+        return parallel_state.get_pipeline_model_parallel_world_size()
 
     def _loss(self, batch, teacher_hidden, scale, student_hidden):
         model = self.student.chunks[-1]
@@ -129,3 +172,8 @@ class Stepper:
         if self.teacher is None:
             means = {name: means[name] for name in ("loss", "ce")}
         return {**means, "tokens": tokens}
+
+
+def _twice_as_wide(received: list[tuple], sent: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+    """Shapes of what pipeline stages exchange where teacher and student travel side by side."""
+    return tuple([(*shape[:-1], 2 * shape[-1]) for shape in shapes] for shapes in (received, sent))
