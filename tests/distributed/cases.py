@@ -13,6 +13,8 @@ WORLD_FLAGS = {
     "deep": {},
     "aligned": ALIGNED,
     "aligned paired": ALIGNED,
+    "ce": {"distill_loss": "ce"},
+    "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
 }
@@ -60,13 +62,27 @@ TRAIN = [
         flags={"moe_token_dispatcher_type": "allgather"},
         slow=True,
     ),
+    case("ce tp2", world="ce", tp=2),
+    *(
+        case(f"ce {name}", world="ce", slow=True, **layout)
+        for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "pp2": {"pp": 2}}.items()
+    ),
+    case("rows cp2", world="rows", cp=2),
+    *(
+        case(f"rows {name}", world="rows", slow=True, **layout)
+        for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}.items()
+    ),
     case("tp2 ep2", tp=2, ep=2, slow=True),
     case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
     case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
     case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
     case("tp2 offload", tp=2, flags={"teacher_memory": "offload"}, slow=True),
 ]
-MASKED = [case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")]
+MASKED = [
+    *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
+    case("masked cp2", "masked", world="aligned", cp=2),
+    case("masked pp2 vpp2", "masked", world="deep", pp=2, vpp=2),
+]
 STARVED = [
     case(
         f"starved {dispatcher} {backend}",
@@ -115,5 +131,10 @@ FOUR_PROCESSES = [
     case("tp2 dp2", tp=2, slow=True),
     case("pp2 ep2", pp=2, ep=2, slow=True),
     case("ep2 dp2", ep=2, slow=True),
+    case("cp2 tp2", world="aligned", cp=2, tp=2, slow=True),
+    case("cp2 pp2", world="aligned", cp=2, pp=2, slow=True),
+    case("cp2 tp2 ep2 paired", world="aligned paired", cp=2, tp=2, ep=2, slow=True),
+    case("pp2 vpp2 ep2", world="deep", pp=2, vpp=2, ep=2, slow=True),
+    case("pp2 tp2 alongside", pp=2, tp=2, flags={"teacher_schedule": "alongside"}, slow=True),
     case("paired head tp2 pp2 ep2", world="paired head", tp=2, pp=2, ep=2, slow=True),
 ]

@@ -74,7 +74,7 @@ def masked(world, out: Path, layout: dict, flags: dict) -> dict:
     for name, balancing in (("dynamic", "grouped_aux_loss"), ("static", "none")):
         values = {"pretrained_checkpoint": getattr(world, name), "moe_router_load_balancing_type": balancing}
         run = tiny_world.start(world, **sizes_of(layout), **(flags | values))
-        batches = [run.dataset[row] for row in range(2)]
+        batches = run.rows_of_rank(range(2))
         run.teacher.model_chunks = run.student.chunks  # its forward pass, on the student's own weights
         with zero_mask(run.student.chunks):
             hidden[name] = run.teacher.hidden_states(batches, 128, forward_model)

@@ -126,7 +126,7 @@ class TrainingRun:
         rank = parallel_state.get_data_parallel_rank()
         size = parallel_state.get_data_parallel_world_size()
         count = max(wanted.calibration_rows // size, 1)
-        rows = self._own_part(rank + i * size for i in range(count))
+        rows = self.rows_of_rank(rank + i * size for i in range(count))
         forward = partial(
             forward_only, seq_length=self.options.data.seq_length, forward=forward_model
         )  # all rows in one run of the pipeline
@@ -139,9 +139,9 @@ class TrainingRun:
         rank = parallel_state.get_data_parallel_rank()
         size = parallel_state.get_data_parallel_world_size()
         first, count = self.consumed_rows, self.options.optimizer.global_batch_size
-        return self._own_part(range(first + rank, first + count, size))
+        return self.rows_of_rank(range(first + rank, first + count, size))
 
-    def _own_part(self, rows: Iterable[int]) -> list:
+    def rows_of_rank(self, rows: Iterable[int]) -> list:
         """These rows, or this context-parallel rank's part of them."""
         place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
         return [context_part(self.dataset[row], *place) for row in rows]

@@ -1,0 +1,136 @@
+"""Starts the workers of parallel cases, and compares what they wrote with a run of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import tiny
+import tiny_world
+from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES, WORLD_FLAGS
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(processes: int, job: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "1"]
+    command += ["--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port()), str(WORKER), str(job)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "ignore",
+    }
+    # Into a file: a helper process that Megatron leaves behind after a crash would keep a pipe open for ever.
+    terminal = job.with_name("terminal.txt")
+    with open(terminal, "w") as file:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=1400)
+    assert done.returncode == 0, terminal.read_text()[-4000:]
+
+
+def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.World]:
+    """All worlds by name."""
+    from zeda_megatron.moe.paired import paired_modules
+
+    flags = {"pretrained_checkpoint": plain.static, "zero_expert_routing": "paired"}
+    run = tiny_world.start(plain, save=folder / "paired", **flags)
+    for i, paired in enumerate(paired_modules(run.student.chunks)):
+        tiny.draw(paired, seed=i)
+    run.save()
+    with_heads = replace(plain, dynamic=folder / "paired")
+    # Its first layer is dense and its LM head is its embedding.
+    odd = tiny_world.make_world(folder / "odd", mlp_only_layers=[0], tie_word_embeddings=True)
+    deep = tiny_world.make_world(folder / "deep", num_hidden_layers=4)
+    special = {"odd": odd, "deep": deep}
+    return {name: special.get(name, with_heads if "paired" in name else plain) for name in WORLD_FLAGS}
+
+
+class Alone:
+    """`alone[world]` -> (metrics, final state) of the run in one process."""
+
+    def __init__(self, worlds: dict[str, tiny_world.World], folder: Path):
+        self.worlds, self.folder, self.done = worlds, folder, {}
+
+    def __getitem__(self, name: str):
+        if name not in self.done:
+            folder = self.folder / name
+            run = tiny_world.start(self.worlds[name], save=folder, **(STEPS | WORLD_FLAGS[name]))
+            run.run()
+            self.done[name] = tiny_world.read_metrics(folder), tiny_world.snapshot(run)
+        return self.done[name]
+
+
+class Runs:
+    """`runs(name)` -> (results of all ranks, folder of what the case wrote)."""
+
+    def __init__(self, worlds: dict, halfway: Path, folder: Path):
+        self.worlds = {name: {k: str(v) for k, v in asdict(world).items()} for name, world in worlds.items()}
+        self.halfway, self.folder, self.done = halfway, folder, {}
+
+    def __call__(self, name: str) -> tuple[list[dict], Path]:
+        if name not in self.done:
+            self._start(name)
+        return self.done[name]
+
+    def _start(self, name: str) -> None:
+        cases = next(
+            cases for cases in (TWO_PROCESSES, FOUR_PROCESSES) if any(c["name"] == name for c in cases)
+        )
+        processes = 2 if cases is TWO_PROCESSES else 4
+        slow = next(c["slow"] for c in cases if c["name"] == name)
+        cases = [c for c in cases if c["slow"] == slow]
+        if "ZEDA_CASES" in os.environ:  # for work on one layout: ZEDA_CASES="cp2,pp2 vpp2" pytest -k ...
+            cases = [c for c in cases if c["name"] in os.environ["ZEDA_CASES"].split(",")]
+        out = self.folder / f"{processes} processes{' slow' if slow else ''}"
+        out.mkdir()
+        text = json.dumps({"out": str(out), "cases": cases, "worlds": self.worlds})
+        (out / "job.json").write_text(text.replace("HALFWAY", str(self.halfway)))
+        torchrun(processes, out / "job.json")
+        for c in cases:
+            files = [out / f"{c['name']}.{rank}.json" for rank in range(processes)]
+            self.done[c["name"]] = ([json.loads(file.read_text()) for file in files], out / c["name"])
+
+
+def differences(
+    case: dict, folder: Path, worlds: dict, alone: Alone, first_step: int = 1
+) -> dict[str, float]:
+    """Largest differences between a case and one process: relative for what is logged, absolute for tensors.
+
+    `logged` is over all metrics and steps; `loss` and `grad_norm` are parts of it. `gradients` compares Adam's first
+    moment, the decayed sum of the steps' gradients; `moments` also the second; `weights` all parameters and buffers.
+    """
+    metrics, wanted = alone[case["world"]]
+    found = dict.fromkeys(("loss", "grad_norm", "logged", "gradients", "moments", "weights"), 0.0)
+    for line, reference in zip(tiny_world.read_metrics(folder), metrics[first_step - 1 :], strict=True):
+        assert line.keys() == reference.keys()
+        for key in reference:
+            pair = [x if isinstance(x, list) else [x] for x in (line[key], reference[key])]
+            for a, b in zip(*pair, strict=True):
+                gap = 0.0 if a == b else abs(a - b) / max(abs(b), 1.0)
+                found["logged"] = max(found["logged"], gap)
+                if key in found:
+                    found[key] = max(found[key], gap)
+    # One process reads what several wrote: resume under another layout.
+    name = case["world"]
+    end = tiny_world.start(worlds[name], load=folder, **(STEPS | WORLD_FLAGS[name]))
+    assert end.iteration == 3
+    mine = tiny_world.snapshot(end)
+    assert mine.keys() == wanted.keys()
+    for key in wanted:
+        gap = float((mine[key].float() - wanted[key].float()).abs().max()) if wanted[key].numel() else 0.0
+        kind = "weights" if key.startswith("/model") else "moments"
+        found[kind] = max(found[kind], gap)
+        if key.endswith("exp_avg"):
+            found["gradients"] = max(found["gradients"], gap)
+    return found
