@@ -28,7 +28,15 @@ KINDS = {
     "code": {"zero_share": 0.6},
 }
 FULL = report(
-    paired_kl=metrics(0.0094, 0.504, 1.80, 0.543, by_kind=KINDS, zero_share_by_layer=[0.6, 0.4]),
+    paired_kl=metrics(
+        0.0094,
+        0.504,
+        1.80,
+        0.543,
+        by_kind=KINDS,
+        zero_share_by_layer=[0.6, 0.4],
+        skipped_by_expert=[[0.9, 0.3], [None, 0.4]],
+    ),
     net_kl=metrics(0.0151, 0.5, 1.81, 0.581, zero_share_by_layer=[0.5, 0.5]),
     zeda_stage1_ce=metrics(0.0405, 0.474, 1.84),
     top_p=metrics(0.0373, 0.499, 1.83, 0.42),
@@ -122,6 +130,7 @@ def test_page_is_well_formed_and_every_plot_is_there(tmp_path):
         "loss per token over step",  # CE and KL arms apart
         "one bar per layer",
         "one bar per layer",
+        "one cell per layer and expert",
         "zero share over step",
     ]
     coordinates = " ".join(value for d in drawings for e in d.iter() for value in e.attrib.values())
@@ -147,7 +156,13 @@ def test_names_are_escaped_wherever_they_appear(tmp_path):
 def test_missing_figures_leave_gaps_and_empty_sections_vanish(tmp_path):
     text = page(tmp_path, report(paired_kl=metrics(), odd=metrics(share=0.5)), {"paired_kl": [{"step": 1}]})
     assert "Results" in text and "–" in text
-    for section in ("Frontier", "Training", "By kind of text", "Zero share per layer"):
+    for section in (
+        "Frontier",
+        "Training",
+        "By kind of text",
+        "Zero share per layer",
+        "Skipped picks per expert",
+    ):
         assert f"<h2>{section}</h2>" not in text
     assert "No arm has both" in text
     assert "No arm has both" in format_table(report())

@@ -6,6 +6,7 @@ import torch
 
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.moe import stats
+from zeda_megatron.moe.pick_rules import StaticTopK
 
 N, NZ, K = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"]
 CPU = torch.device("cpu")
@@ -85,3 +86,30 @@ def test_tokens_are_recorded_on_request():
 def test_a_model_without_zero_experts_reports_nothing():
     report = stats.collect(torch.nn.Linear(2, 2), 3, CPU)
     assert report.zero_share == 0.0 and report.zero_share_by_layer == [None] * 3 and report.group_loss == 0.0
+
+
+def test_picks_are_counted_per_expert_on_request_padding_left_out():
+    """Against a direct count; the pick rule keeps the heaviest pick of every token."""
+    routers = model(2, 4)
+    hidden, valid_T = tiny.hidden_states(), torch.arange(13) < 10
+    routers[0].pick_rule = StaticTopK(1)
+    for router in routers:
+        router.eval()
+        router(hidden, ~valid_T[:, None])
+    assert routers[0].routing_stats.picks_2N is None
+    stats.record_experts(routers)
+    for _ in range(2):
+        for router in routers:
+            router(hidden, ~valid_T[:, None])
+    picks_LN, kept_LN = stats.collect_experts(routers, 4, N, CPU)
+    for i, layer in enumerate((1, 3)):
+        routed = tiny.dense_routing(hidden.reshape(13, -1) @ routers[i].weight.t(), K, N)
+        real_TN = routed.real_TN.detach()[valid_T]
+        assert torch.equal(picks_LN[layer], 2.0 * (real_TN > 0).sum(0))
+        kept_TN = real_TN > 0
+        if i == 0:
+            kept_TN = kept_TN & (real_TN == real_TN.max(1, keepdim=True).values)
+        assert torch.equal(kept_LN[layer], 2.0 * kept_TN.sum(0))
+    assert not picks_LN[0].any() and not picks_LN[2].any()
+    stats.reset(routers)
+    assert not stats.collect_experts(routers, 4, N, CPU)[0].any()

@@ -8,7 +8,7 @@ import torch
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
-from zeda_megatron.training.share_control import OPEN, SparsityControl
+from zeda_megatron.training.share_control import OPEN, SparsityControl, WeightControl
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -47,6 +47,63 @@ def test_the_share_is_held_at_its_target_and_calibrated_at_the_end(world, paired
     assert shares[0] == 0.0  # its threshold comes from the first step's scores
     assert sum(shares[4:]) / len(shares[4:]) == pytest.approx(target, abs=0.06)
     assert share_of(run) == pytest.approx(target, abs=0.01)
+
+
+def test_a_budget_per_layer_holds_every_layer_at_the_target(world, paired_world, tmp_path):
+    flags = {"target_zero_share": 0.4, "paired_budget": "layer", "calibration_rows": 8}
+    run = tiny_world.start(world, save=tmp_path, train_iters=8, **flags, **paired_world)
+    run.run()
+    assert len({float(paired.threshold) for paired in paired_modules(run.student.chunks)}) == 2
+    chunk = run.student.chunks[0].eval()
+    stats.reset(chunk)
+    with torch.no_grad():
+        for row in range(8):
+            forward_model(chunk, run.dataset[row])
+    shares = stats.collect(chunk, 2, torch.device("cpu")).zero_share_by_layer
+    assert shares == [pytest.approx(0.4, abs=0.01)] * 2
+
+
+def test_net_for_many_shares_draws_k_at_every_step_the_same_after_a_resume(world, tmp_path):
+    flags = ("--topk-range", "1", "3", "--moe-router-load-balancing-type", "none")
+    values = {"pretrained_checkpoint": world.static, "train_iters": 8}
+    tiny_world.start(world, *flags, save=tmp_path / "a", **values).run()
+    tiny_world.start(world, *flags, save=tmp_path / "b", exit_interval=4, **values).run()
+    tiny_world.start(world, *flags, save=tmp_path / "b", **values).run()
+    shares = [[m["zero_share"] for m in tiny_world.read_metrics(tmp_path / name)] for name in "ab"]
+    assert shares[0] == shares[1]
+    assert {round(share, 6) for share in shares[0]} == {0.0, round(1 / 3, 6), round(2 / 3, 6)}
+
+
+def test_the_weight_of_the_group_loss_moves_until_the_share_is_there():
+    """A plant that answers as a router does: slowly, pulled by w, pulled back by everything else."""
+    share, real, zero = 0.25, 8, 4
+    control = WeightControl([], 0.6, real, zero, ramp_steps=50, gain=16.0)
+    shares = []
+    for step in range(200):
+        control.before_step(step)
+        pull = control.weight * zero / (real + control.weight * zero)
+        share += 0.08 * (pull - share) - 0.006
+        control.after_step(stats.StatsReport(share, [], 0.0))
+        shares.append(share)
+    assert shares[-1] == pytest.approx(0.6, abs=0.01)
+    assert max(shares) < 0.63  # and does not shoot over
+    # Left alone, that w would have ended lower.
+    alone = 0.25
+    for _ in range(200):
+        alone += 0.08 * (0.6 - alone) - 0.006
+    assert alone == pytest.approx(0.525, abs=0.001)
+
+
+def test_shared_zero_experts_follow_a_target_share_and_resume_bit_equal(world, tmp_path):
+    values = {"target_zero_share": 0.6, "train_iters": 12}
+    straight = tiny_world.start(world, save=tmp_path / "a", **values)
+    straight.run()
+    tiny_world.start(world, save=tmp_path / "b", exit_interval=7, **values).run()
+    tiny_world.start(world, save=tmp_path / "b", **values).run()
+    lines = tiny_world.read_metrics(tmp_path / "a")
+    assert lines == tiny_world.read_metrics(tmp_path / "b")
+    weights = [line["zero_weight"] for line in lines]
+    assert weights[0] == pytest.approx(0.6 * 8 / (0.4 * 4)) and len(set(weights)) > 6
 
 
 @pytest.mark.parametrize(
@@ -165,11 +222,32 @@ def test_the_dial_can_be_turned_without_new_weights(world, paired_world):
         (("--paired-control", "sparsity"), "--paired-head-lr"),
         (("--paired-head-lr", "-1"), "--paired-head-lr"),
         (("--zero-expert-routing", "alone"), "--zero-expert-routing"),
+        (("--paired-budget", "token"), "--paired-budget"),
+        (("--topk-range", "3", "1"), "--topk-range"),
+        (("--topk-range", "0", "2"), "--topk-range"),
+        (("--topk-range", "1", "2", "--moe-pick-rule", "topk=2"), "--topk-range"),
+        (("--zero-weight-gain", "-1"), "--zero-weight-gain"),
     ],
 )
 def test_flags_that_cannot_work_are_named(world, flags, message):
     with pytest.raises(UserError, match=message):
         tiny_world.options(world, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--paired-head-lr", "1e-3"), "--paired-head-lr"),
+        (("--zero-share-range", "0", "0.5"), "--zero-share-range"),
+        (("--paired-budget", "layer"), "--paired-budget"),
+        (("--target-zero-share", "0"), "--target-zero-share"),
+        (("--target-zero-share", "0.5", "--moe-router-load-balancing-type", "none"), "--target-zero-share"),
+        (("--topk-range", "1", "4"), "--topk-range"),  # the model has top-3
+    ],
+)
+def test_flags_that_this_model_has_no_use_for_are_named(world, flags, message):
+    with pytest.raises(UserError, match=message):
+        tiny_world.start(world, *flags)
 
 
 def test_the_routing_of_a_checkpoint_cannot_be_changed_by_a_flag(world, paired_world):

@@ -7,7 +7,7 @@ from html import escape
 
 from .finding import BAND, TIE, Finding, finding
 from .legend import Arm, legend
-from .page_plots import frontier_plot, layer_plots, training_plots
+from .page_plots import expert_plots, frontier_plot, layer_plots, training_plots
 from .page_style import stylesheet
 from .page_tables import count, duration, heat_table, results_table
 
@@ -52,6 +52,12 @@ def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> st
             f'<div class="panels one">{"".join(kinds)}</div>' if any(kinds) else "",
         ),
         _section("Zero share per layer", "Dashed: the arm's mean.", layer_plots(report, order, arms)),
+        _section(
+            "Skipped picks per expert",
+            "Of the picks that the router gave an expert, the share that was skipped; darker is more. Only arms whose "
+            "skipped picks belong to an expert: rules and paired zero experts.",
+            expert_plots(report, order, arms),
+        ),
         _section(
             "How to get these figures",
             f"Two arms tie when their KL differs by less than {TIE:.0%}; where several seeds were run, by "

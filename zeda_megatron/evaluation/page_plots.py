@@ -10,6 +10,7 @@ from itertools import pairwise
 from . import svg
 from .legend import Arm
 from .page_tables import breakable, key
+from .svg_grid import grid
 from .svg_scale import Point, running_mean, span
 
 
@@ -68,6 +69,22 @@ def layer_plots(report: dict, order: list[str], arms: dict[str, Arm]) -> str:
         if plot:
             plots.append(f"<div><h3>{breakable(name)}</h3>{plot}</div>")
     return plots and f'<div class="small">{"".join(plots)}</div>'
+
+
+def expert_plots(report: dict, order: list[str], arms: dict[str, Arm]) -> str:
+    """One grid per arm that says which experts' picks it skipped."""
+    style = {name: i for i, name in enumerate(arms)}
+    plots = []
+    for name in order:
+        rows = report["arms"][name].get("skipped_by_expert")
+        plot = (
+            grid([row for row in rows if any(v is not None for v in row)], style[name], "layer", "expert")
+            if rows
+            else ""
+        )
+        if plot:
+            plots.append(f"<div><h3>{breakable(name)}</h3>{plot}</div>")
+    return plots and f'<div class="small wider">{"".join(plots)}</div>'
 
 
 def _curve(lines: list[dict], field: str) -> list[Point]:

@@ -52,6 +52,7 @@ td.top{font-weight:700}
 .panels>*{min-width:0;display:flex;flex-direction:column}
 .panels>*>svg{margin-top:auto}
 .small{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,165px),1fr));gap:18px 26px}
+.small.wider{grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr))}
 .keys{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;margin:0 0 10px;padding:0;list-style:none}
 .keys .key{margin-right:6px}
 svg{display:block;width:100%;height:auto;overflow:visible}

@@ -404,6 +404,11 @@ class Options:
                 f"--pad-seq-to-mult {self.data.pad_seq_to_mult} must be a multiple of {2 * context}, twice "
                 "--context-parallel-size (or 0)"
             )
+        if length % self.sequence_multiple:
+            raise UserError(
+                f"--seq-length {length} must be a multiple of {self.sequence_multiple}, as every sequence in a row "
+                "(--context-parallel-size, --pad-seq-to-mult)"
+            )
         if length % (tensor * context):
             what = "--tensor-model-parallel-size" + (" x --context-parallel-size" if context > 1 else "")
             raise UserError(
