@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -89,7 +90,9 @@ def moe_layer(zero=None, overrides: dict | None = None, backend: str = "loop", s
     block = decoder_block_spec(config)
     if zero is not None:
         block = apply_zero_experts(block, zero, backend)
-    layer = build_module(block.layer_specs[0].submodules.mlp, config=config)
+    mlp = block.layer_specs[0].submodules.mlp
+    # Newer versions of Megatron have a builder there.
+    layer = mlp(config=config) if isinstance(mlp, partial) else build_module(mlp, config=config)
     layer.set_layer_number(1)
     install_dispatchers(layer)
     draw(layer, seed)

@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from ..runtime.megatron_api import moe_submodules
 from .local_layers import SDPAttention, SPRMSNorm
 
 
@@ -43,7 +44,7 @@ def decoder_block_spec(
         # Checkpoint keys as Transformer Engine's spec writes them: it fuses the input norm into linear_qkv, and
         # the norm before a dense MLP into linear_fc1, but not the norm before a MoE layer.
         keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-        if not hasattr(parts.mlp.submodules, "router"):
+        if moe_submodules(layer) is None:
             keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         if not config.multi_latent_attention:
             parts.sharded_state_dict_keys_map = keys

@@ -17,8 +17,10 @@ class GroupedExperts(SequentialMLP):
     parallelism, quantised training).
     """
 
-    def __init__(self, num_local_experts, config, submodules, pg_collection=None, *, backend: str = "auto"):
-        super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection)
+    def __init__(
+        self, num_local_experts, config, submodules, pg_collection=None, *, backend: str = "auto", **kwargs
+    ):
+        super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection, **kwargs)
         self.backend = choose_backend(backend)
         self.plain = (
             config.gated_linear_unit

@@ -6,10 +6,10 @@ import copy
 from functools import partial
 
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..config import ZeroExpertConfig
+from ..runtime.megatron_api import moe_submodules, replace_experts
 from .experts import GroupedExperts
 from .router import ZeroExpertRouter
 
@@ -33,7 +33,7 @@ def apply_zero_experts(spec, zero: ZeroExpertConfig, expert_backend: str | None 
     if isinstance(spec, TransformerBlockSubmodules):
         spec.layer_specs = apply_zero_experts(spec.layer_specs, zero, expert_backend)
         return spec
-    moe = _moe_submodules(spec)
+    moe = moe_submodules(spec)
     if moe is None:
         return spec
     moe.router = partial(ZeroExpertRouter, zero=zero)
@@ -47,22 +47,12 @@ def apply_grouped_experts(
     """Return a copy of a block spec whose `SequentialMLP` experts are `GroupedExperts`; routers stay stock."""
     spec = copy.deepcopy(spec)
     for layer in spec.layer_specs:
-        moe = _moe_submodules(layer)
+        moe = moe_submodules(layer)
         if moe is not None:
             _use_grouped_experts(moe, expert_backend)
     return spec
 
 
 def _use_grouped_experts(moe, expert_backend: str | None) -> None:
-    if expert_backend is not None and moe.experts.module is SequentialMLP:
-        moe.experts.module = GroupedExperts
-        moe.experts.params = {**(moe.experts.params or {}), "backend": expert_backend}
-
-
-def _moe_submodules(layer: ModuleSpec):
-    mlp = getattr(layer.submodules, "mlp", None)
-    # Newer cores hand out functools.partial(MoELayer, submodules=...) instead of a ModuleSpec.
-    submodules = (
-        mlp.keywords.get("submodules") if isinstance(mlp, partial) else getattr(mlp, "submodules", None)
-    )
-    return submodules if hasattr(submodules, "router") else None
+    if expert_backend is not None:
+        replace_experts(moe, SequentialMLP, GroupedExperts, backend=expert_backend)

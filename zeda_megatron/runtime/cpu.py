@@ -22,7 +22,7 @@ import torch
 
 from ..errors import UserError
 
-SUPPORTED = ("0.16",)
+SUPPORTED = ("0.16", "0.19")
 _PREFIX = "megatron.core"
 
 

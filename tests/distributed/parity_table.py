@@ -1,0 +1,106 @@
+"""Writes the table of docs/parallelism.md: `python tests/distributed/parity_table.py [--out FILE] [--only a,b]`.
+
+Every row is a run of its own on CPU + gloo, three optimizer steps, compared with the same run in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+
+from zeda_megatron.runtime import cpu  # noqa: E402
+
+cpu.install()
+
+import tiny_world  # noqa: E402
+from cases import FOUR_PROCESSES, TRAIN  # noqa: E402
+from runs import Alone, Runs, differences, make_worlds  # noqa: E402
+
+from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
+
+BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+WORLDS = {
+    "plain": "",
+    "odd": "first layer dense, tied LM head",
+    "deep": "four layers",
+    "aligned": "",
+    "aligned paired": "paired",
+    "ce": "cross-entropy",
+    "rows": "mean over rows",
+    "paired": "paired",
+    "paired head": "paired, head trains",
+}
+FLAGS = {
+    "moe_token_dispatcher_type": "{} dispatcher",
+    "recompute_granularity": "{} recomputation",
+    "expert_backend": "{} over experts",
+    "teacher_memory": "teacher {}",
+    "teacher_schedule": "teacher {}",
+}
+
+
+def layout_of(case: dict) -> str:
+    """`TP2 EP2`; the data-parallel size is what is left of the processes."""
+    sizes = {name.upper(): size for name, size in case["layout"].items()}
+    processes = 4 if case in FOUR_PROCESSES else 2
+    rest = processes
+    for name in ("TP", "PP", "CP"):
+        rest //= sizes.get(name, 1)
+    if rest > 1:
+        sizes["DP"] = rest
+    return " ".join(
+        f"{name}{sizes[name]}" for name in ("DP", "TP", "ETP", "EP", "PP", "VPP", "CP") if name in sizes
+    )
+
+
+def note_of(case: dict) -> str:
+    words = [WORLDS[case["world"]]]
+    words += [FLAGS[key].format(value) for key, value in case["flags"].items() if key in FLAGS]
+    return ", ".join(filter(None, words)) or "forward KL"
+
+
+def row_of(case: dict, found: dict[str, float]) -> str:
+    keys = ("loss", "grad_norm", "gradients", "weights")
+    return (
+        f"| {layout_of(case)} | {note_of(case)} | " + " | ".join(f"{found[key]:.0e}" for key in keys) + " |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "parallelism.md")
+    parser.add_argument("--only", help="comma-separated names of cases; prints the rows and writes nothing")
+    options = parser.parse_args()
+    cases = [case for case in TRAIN + FOUR_PROCESSES if case["do"] == "train"]
+    if options.only:
+        cases = [case for case in cases if case["name"] in options.only.split(",")]
+    initialize(ParallelConfig())
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "runs").mkdir()
+        worlds = make_worlds(folder, tiny_world.make_world(folder / "plain"))
+        alone, runs = Alone(worlds, folder / "alone"), Runs(worlds, folder, folder / "runs")
+        for case in cases:
+            _, made = runs(case["name"])
+            rows.append(row_of(case, differences(case, made, worlds, alone)))
+            print(rows[-1], flush=True)
+    if options.only:
+        return
+    head = "| layout | run | loss | gradient norm | gradients | weights |\n|---|---|---|---|---|---|"
+    about = f"megatron-core {version('megatron-core')}, torch {version('torch')}, fp32, gloo."
+    text = options.out.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    table = "\n".join([head, *rows])
+    options.out.write_text(f"{before}{BEGIN}\n{about}\n\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Where Megatron-Core's versions differ, one function per difference; nothing here asks for a version number.
+
+Run with 0.16.1 and 0.19.2. Differences are told from what an object or a signature looks like, so versions between
+have a fair chance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+def accepted(function: Callable, **keywords: Any) -> dict[str, Any]:
+    """Those keywords that a function takes: newer versions have more."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+def moe_submodules(layer_spec):
+    """The `MoESubmodules` of a transformer layer's spec; None for a dense layer.
+
+    0.16 has a `ModuleSpec(MoELayer, submodules=...)` there, 0.19 a `functools.partial(MoELayer, submodules=...)`.
+    """
+    mlp = getattr(layer_spec.submodules, "mlp", None)
+    submodules = _keyword(mlp, "submodules")
+    return submodules if hasattr(submodules, "router") else None
+
+
+def replace_experts(moe, stock: type, ours: type, **params: Any) -> bool:
+    """Let `ours` take the place of `stock` experts in `MoESubmodules`; False if other experts are there.
+
+    0.16 has a `ModuleSpec`, 0.19 a `functools.partial` of the class.
+    """
+    experts = moe.experts
+    if isinstance(experts, partial):
+        if experts.func is not stock:
+            return False
+        moe.experts = partial(ours, *experts.args, **{**experts.keywords, **params})
+        return True
+    if experts.module is not stock:
+        return False
+    experts.module, experts.params = ours, {**(experts.params or {}), **params}
+    return True
+
+
+def _keyword(spec, name: str):
+    if isinstance(spec, partial):
+        return spec.keywords.get(name)
+    return getattr(spec, name, None)
