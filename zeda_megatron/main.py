@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 from .arguments import parse
 from .runtime import cpu
+from .runtime.quiet import quiet
 from .runtime.worker import leave_with_parent, run_worker
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse options, start the process groups, run the stage. Returns the exit code."""
     cpu.install()
-    _quiet()
+    quiet()
     from .runtime import process_groups
     from .training.options import GROUPS, Options
 
@@ -30,15 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         return TrainingRun(options).run()
     finally:
         process_groups.destroy()
-
-
-def _quiet() -> None:
-    """Silence what a user can do nothing about, and nothing else."""
-    # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
-    for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 if __name__ == "__main__":

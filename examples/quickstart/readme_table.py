@@ -26,16 +26,21 @@ LABELS = {
 FRONTIER = {
     "NET": {"25%": "net_kl_25", "50%": "net_kl", "75%": "net_kl_75"},
     "shared zero experts": {
-        "25%": "zeda_stage1_kl_w0.8",
+        "25%": "zeda_stage1_kl_25",
         "50%": "zeda_stage1_kl",
-        "62%": "zeda_stage1_kl_w4",
-        "75%": "zeda_stage1_kl_w8",
+        "62%": "zeda_stage1_kl_62",
+        "75%": "zeda_stage1_kl_75",
     },
     "paired zero experts": {
         "25%": "paired_kl_25",
         "50%": "paired_kl",
         "62%": "paired_kl_62",
         "75%": "paired_kl_75",
+    },
+    "NET, trained for k = 1 to 4": {
+        "25%": "net_range_kl_dial_25",
+        "50%": "net_range_kl",
+        "75%": "net_range_kl_dial_75",
     },
     "shared, trained at 50%, dial turned": {
         "25%": "zeda_stage1_kl_dial_25",
@@ -84,6 +89,7 @@ def frontier(report: dict) -> str:
 ABLATIONS = (
     ("effect on the answer (default)", "paired_untrained", "paired_kl"),
     ("effect, head trained too", "", "paired_trained_kl"),
+    ("effect, every layer skips half", "paired_layer_untrained", "paired_layer_kl"),
     ("norm of the output", "paired_norm_untrained", "paired_norm_kl"),
     ("norm over the residual stream's", "", "paired_norm_residual_kl"),
     ("no head: routing weight alone", "", "logw_threshold_kl"),
@@ -102,6 +108,58 @@ def ablations(report: dict) -> str:
             _cell(m),
             f"{_mean(m, 'exact_match'):.1%}" if m else "",
         ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+BUDGETS = {
+    "paired zero experts": "paired_kl",
+    "paired, head trained too": "paired_trained_kl",
+    "learned mask (BEAM-like)": "beam_kl",
+    "shared zero experts": "zeda_stage1_kl",
+    "NET": "net_kl",
+}
+
+
+def budgets(report: dict) -> str:
+    """The arms at 50% after four times the steps."""
+    lines = [
+        "| KL to teacher (skipped) | 100 steps | 400 steps | exact match, 100 | exact match, 400 |",
+        "|---" * 5 + "|",
+    ]
+    for label, name in BUDGETS.items():
+        arms = [report["arms"].get(name), report["arms"].get(f"{name}_4x")]
+        right = [f"{_mean(m, 'exact_match'):.1%}" if m else "" for m in arms]
+        lines.append(f"| {label} | " + " | ".join([*map(_cell, arms), *right]) + " |")
+    return "\n".join(lines)
+
+
+RATES = {
+    "learned mask (BEAM-like)": {
+        "0.01": "beam_kl_lr0.01",
+        "0.03": "beam_kl",
+        "0.1": "beam_kl_lr0.1",
+        "0.3": "beam_kl_lr0.3",
+    },
+    "fitted head, trained on": {
+        "0.002": "paired_trained_kl",
+        "0.015": "paired_trained_kl_lr0.015",
+        "0.05": "paired_trained_kl_lr0.05",
+    },
+}
+
+
+def rates(report: dict) -> str:
+    """What the learning rate of a head that trains does, one seed each; the other weights have 5e-4."""
+    columns = sorted({rate for arms in RATES.values() for rate in arms}, key=float)
+    lines = ["| KL to teacher, by the head's learning rate | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for label, arms in RATES.items():
+        cells = []
+        for rate in columns:
+            m = report["arms"].get(arms.get(rate, ""))
+            first = m["runs"][0] if m and m.get("runs") else m
+            cells.append(f"{first['kl_to_teacher']:.4f}" if first else "")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -131,4 +189,4 @@ if __name__ == "__main__":
     report = json.loads(Path(sys.argv[1]).read_text())
     print(markdown(report))
     if "net_kl_75" in report["arms"]:
-        print(f"\n{frontier(report)}\n\n{ablations(report)}")
+        print(f"\n{frontier(report)}\n\n{ablations(report)}\n\n{budgets(report)}\n\n{rates(report)}")

@@ -40,6 +40,9 @@ ARMS = {
     "paired_norm_untrained": Arm("fitted to the size of outputs only", False, False, "#c2a33a", "#a68b2d"),
     "paired_untrained": Arm("paired zero experts, fitted only", False, False, "#e08a5b", "#c77b4f"),
     "injected_untrained": Arm("shared zero experts, as converted", False, False, "#7aa6cf", "#6b93b8"),
+    "paired_layer_untrained": Arm("the same, every layer skips half", False, False, "#b5763f", "#9c6a3c"),
+    "paired_layer_kl": Arm("paired, every layer skips half", False, True, "#5c3c10", "#d9a066"),
+    "net_range_kl": Arm("top-k cut, trained for all k", True, True, "#495057", "#ced4da"),
     "net_kl": Arm("top-k halved, the same distillation (KL)", True, True, "#343a40", "#e9ecef"),
     "adamoe": Arm("null experts with AdaMoE's loss, distilled", True, True, "#5c940d", "#a9e34b"),
     "beam_kl": Arm("learned mask in BEAM's manner, distilled", True, True, "#c2255c", "#f783ac"),
@@ -50,9 +53,12 @@ ARMS = {
 _OTHERS = (("#0b7285", "#66d9e8"), ("#862e9c", "#da77f2"), ("#e67700", "#ffd43b"), ("#364fc7", "#91a7ff"))
 
 
+_VARIANT = re.compile(r"(_lr[0-9.]+)?(_dial)?(_w?[0-9.]+)?(_\d+x)?(_seed\d+)?$")
+
+
 def family(name: str) -> str:
     """The arm that a variant belongs to: `net_kl_75` and `net_kl_seed2` to `net_kl`, `..._w4` likewise."""
-    return name if name in ARMS else re.sub(r"(_dial)?(_w?[0-9.]+)?(_seed\d+)?$", "", name)
+    return name if name in ARMS else re.sub(_VARIANT, "", name)
 
 
 def legend(names: list[str]) -> dict[str, Arm]:

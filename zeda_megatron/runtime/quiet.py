@@ -1,0 +1,14 @@
+"""Warnings of libraries that a user can do nothing about."""
+
+from __future__ import annotations
+
+import warnings
+
+
+def quiet() -> None:
+    """Silence what a user can do nothing about, and nothing else."""
+    # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
+    for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
