@@ -12,7 +12,7 @@ WORLD_FLAGS = {"plain": {}, "odd": {}, "paired": {}, "paired head": HEAD}
 
 def case(name, do="train", world="plain", flags=None, slow=False, **layout):
     """One case; keyword arguments are parallel sizes."""
-    flags = (STEPS if do in ("train", "interrupted") else {}) | WORLD_FLAGS[world] | (flags or {})
+    flags = (STEPS if "train" in do or do == "interrupted" else {}) | WORLD_FLAGS[world] | (flags or {})
     return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
 
 
@@ -20,6 +20,7 @@ TRAIN = [
     case("dp2"),
     case("ep2 alltoall", ep=2),
     case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}),
+    case("ep2 fused", "fused_train", ep=2, flags={"moe_permute_fusion": True}),
     case("tp2 sp", tp=2),
     case("tp2 etp2", tp=2, etp=2),
     case("pp2", pp=2),
@@ -62,6 +63,7 @@ STARVED = [
     for dispatcher in ("alltoall", "allgather")
     for backend in ("loop", "grouped_mm")
 ]
+FUSED = [case(f"fused {d}", "fused", ep=2, flags={"dispatcher": d}) for d in ("alltoall", "allgather")]
 ANSWERS = [
     case("answers dp2", "answers", flags=SAMPLED),
     case("answers ep2", "answers", flags=SAMPLED, ep=2),
@@ -92,7 +94,7 @@ RESUMED = [
     case("resumed ep2", flags={"load": "HALFWAY"}, ep=2, slow=True),
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]
-TWO_PROCESSES = TRAIN + MASKED + STARVED + ANSWERS + UNEVEN + OTHERS + RESUMED
+TWO_PROCESSES = TRAIN + MASKED + STARVED + FUSED + ANSWERS + UNEVEN + OTHERS + RESUMED
 FOUR_PROCESSES = [
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_world
 import torch
-from cases import ANSWERS, MASKED, OTHERS, RESUMED, SAMPLED, STARVED, TRAIN, UNEVEN
+from cases import ANSWERS, FUSED, MASKED, OTHERS, RESUMED, SAMPLED, STARVED, TRAIN, UNEVEN
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -55,6 +55,16 @@ def test_a_rank_whose_tokens_pick_only_zero_experts_or_that_gets_no_token_neithe
     for rank in results(case["name"]):
         assert len(rank["worst"]) == 9
         assert max(rank["worst"].values()) < 1e-4, rank["worst"]
+
+
+@each(FUSED)
+def test_permute_fusion_may_stay_on_over_several_ranks(results, case):
+    for rank in results(case["name"]):
+        assert len(rank) == 11
+        for made in rank.values():
+            assert max(made["worst"].values()) < 1e-4, made["worst"]
+            assert made["rows"][0] == made["rows"][1] and made["counts"][0] == made["counts"][1]
+            assert 0 not in made["allocated"]
 
 
 @each(ANSWERS)

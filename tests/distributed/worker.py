@@ -23,7 +23,10 @@ cpu.install()
 
 import tiny  # noqa: E402
 import tiny_world  # noqa: E402
+from fused_kernels import FusedKernels  # noqa: E402
+from layer_cases import fused  # noqa: E402, F401
 from megatron.core import parallel_state  # noqa: E402
+from pytest import MonkeyPatch  # noqa: E402
 
 from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.moe.router import zero_mask  # noqa: E402
@@ -48,6 +51,14 @@ def train(world, out: Path, layout: dict, flags: dict) -> dict:
     before = run.teacher.weight_hash()
     code = run.run()
     return {"code": code, "iteration": run.iteration, "teacher_still": run.teacher.weight_hash() == before}
+
+
+def fused_train(world, out: Path, layout: dict, flags: dict) -> dict:
+    """The same on stand-ins for the fused permutation; all ranks asked them for rows."""
+    with MonkeyPatch.context() as patch:
+        kernels = FusedKernels().install(patch)
+        made = train(world, out, layout, flags)
+    return made | {"asked": len(kernels.allocated)}
 
 
 def interrupted(world, out: Path, layout: dict, flags: dict) -> dict:

@@ -146,6 +146,7 @@ def test_help_shows_text_and_default_of_every_flag(capsys):
         (["--distill-loss", "kl"], ["--distill-loss", "'kl'", "forward_kl"]),
         (["--zero-experts-type", "x"], ["--zero-experts-type 'x'", "zero, copy, learned"]),
         (["--expert-backend", "x"], ["--expert-backend 'x'"]),
+        (["--moe-permute-fusion"], ["--moe-permute-fusion", "Transformer Engine", "leave the flag away"]),
         (["--group-loss-variant", "x"], ["--group-loss-variant 'x'"]),
         (["--context-parallel-size", "2"], ["--context-parallel-size"]),
         (["--tensor-model-parallel-size", "2", "--seq-length", "33"], ["--seq-length 33", "2"]),

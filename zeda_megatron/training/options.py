@@ -13,6 +13,7 @@ from ..config import (
 )
 from ..distill.losses import LossConfig
 from ..errors import UserError
+from ..moe.dispatch import refuse_missing_kernels
 from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
 from ..runtime.process_groups import ParallelConfig
@@ -76,6 +77,9 @@ class ModelOptions:
 
     moe_token_dispatcher_type: str = "alltoall"
     """alltoall or allgather."""
+
+    moe_permute_fusion: bool = False
+    """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
 
     trainable: str = "all"
     """all, or router (only the routers train)."""
@@ -356,6 +360,7 @@ class Options:
                 f"{self.parallel.tensor_model_parallel_size}: sequence parallelism splits the rows"
             )
         choose_backend(self.model.expert_backend)
+        refuse_missing_kernels(self.model.moe_permute_fusion)
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
         self.share.validate()
