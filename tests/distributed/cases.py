@@ -64,6 +64,7 @@ STARVED = [
     for backend in ("loop", "grouped_mm")
 ]
 FUSED = [case(f"fused {d}", "fused", ep=2, flags={"dispatcher": d}) for d in ("alltoall", "allgather")]
+FLEX = [case(f"flex {b}", "flex", ep=2, flags={"backend": b}) for b in ("deepep", "hybridep")]
 ANSWERS = [
     case("answers dp2", "answers", flags=SAMPLED),
     case("answers ep2", "answers", flags=SAMPLED, ep=2),
@@ -94,7 +95,7 @@ RESUMED = [
     case("resumed ep2", flags={"load": "HALFWAY"}, ep=2, slow=True),
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]
-TWO_PROCESSES = TRAIN + MASKED + STARVED + FUSED + ANSWERS + UNEVEN + OTHERS + RESUMED
+TWO_PROCESSES = TRAIN + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED
 FOUR_PROCESSES = [
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),

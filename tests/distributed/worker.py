@@ -24,7 +24,7 @@ cpu.install()
 import tiny  # noqa: E402
 import tiny_world  # noqa: E402
 from fused_kernels import FusedKernels  # noqa: E402
-from layer_cases import fused  # noqa: E402, F401
+from layer_cases import flex, fused  # noqa: E402, F401
 from megatron.core import parallel_state  # noqa: E402
 from pytest import MonkeyPatch  # noqa: E402
 

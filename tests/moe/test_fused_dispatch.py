@@ -7,7 +7,7 @@ from dense_layer import ROUTINGS, SITUATIONS, compare, fill, inputs_of, whole_we
 from fused_kernels import FusedKernels
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.dispatch import refuse_missing_kernels
+from zeda_megatron.moe.dispatch import check_dispatcher
 
 DISPATCHERS = ("alltoall", "allgather")
 CASES = [
@@ -93,7 +93,7 @@ def test_other_layers_keep_their_setting(kernels):
 
 def test_without_transformer_engine_the_flag_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--moe-permute-fusion needs Transformer Engine") as caught:
-        refuse_missing_kernels(permute_fusion=True)
+        check_dispatcher("alltoall", permute_fusion=True)
     assert "\n" not in str(caught.value)
     FusedKernels().install(monkeypatch)
-    refuse_missing_kernels(permute_fusion=True)
+    check_dispatcher("alltoall", permute_fusion=True)

@@ -139,8 +139,16 @@ def test_help_shows_text_and_default_of_every_flag(capsys):
             ["--moe-router-load-balancing-type 'x'", "grouped_aux_loss"],
         ),
         (
+            ["--moe-token-dispatcher-type", "x"],
+            ["--moe-token-dispatcher-type 'x'", "alltoall, allgather, flex"],
+        ),
+        (
             ["--moe-token-dispatcher-type", "flex"],
-            ["--moe-token-dispatcher-type 'flex'", "alltoall, allgather"],
+            ["--moe-token-dispatcher-type flex", "deep_ep", "github.com/deepseek-ai/DeepEP", "use alltoall"],
+        ),
+        (
+            ["--moe-flex-dispatcher-backend", "x"],
+            ["--moe-flex-dispatcher-backend 'x'", "deepep, hybridep"],
         ),
         (["--recompute-granularity", "some"], ["--recompute-granularity 'some'", "full, selective"]),
         (["--distill-loss", "kl"], ["--distill-loss", "'kl'", "forward_kl"]),

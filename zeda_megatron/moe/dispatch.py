@@ -6,14 +6,20 @@ import copy
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+    _DeepepManager,
 )
 
 from ..errors import UserError
+from .flex_dispatch import RealSlotsDeepepManager
+
+TYPES = ("alltoall", "allgather", "flex")
+BACKENDS = ("deepep", "hybridep")
 
 
 class _ZeroSlots:
@@ -97,19 +103,68 @@ class ZeroExpertAlltoAllDispatcher(_ZeroSlots, MoEAlltoAllTokenDispatcher):
         return output
 
 
+class ZeroExpertFlexDispatcher(_ZeroSlots, MoEFlexTokenDispatcher):
+    """Megatron's flex dispatcher, whose backend hears of real slots only. Fusion needs no care here: DeepEP sends
+    a token only where it has a slot."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        stock = self._comm_manager
+        if isinstance(stock, _DeepepManager):
+            self._comm_manager = RealSlotsDeepepManager(
+                group=stock.group,
+                num_local_experts=stock.num_local_experts,
+                router_topk=stock.router_topk,
+                num_experts=stock.num_experts,
+                config=stock.config,
+            )
+
+
 _DISPATCHERS = {
     MoEAllGatherTokenDispatcher: ZeroExpertAllGatherDispatcher,
     MoEAlltoAllTokenDispatcher: ZeroExpertAlltoAllDispatcher,
+    MoEFlexTokenDispatcher: ZeroExpertFlexDispatcher,
 }
 
 
-def refuse_missing_kernels(permute_fusion: bool) -> None:
-    """Raise `UserError` for a setting whose kernels are not installed, before anything is built."""
+def check_dispatcher(
+    kind: str,
+    backend: str = "deepep",
+    permute_fusion: bool = False,
+    expert_ranks: int = 1,
+    bf16: bool = False,
+) -> None:
+    """Raise `UserError` for a dispatcher that cannot run here, before anything is built.
+
+    Args:
+        expert_ranks: expert-parallel times expert-tensor-parallel size.
+    """
+    for flag, value, allowed in (
+        ("--moe-token-dispatcher-type", kind, TYPES),
+        ("--moe-flex-dispatcher-backend", backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
     if permute_fusion and not (moe_utils.HAVE_TE and moe_utils.fused_permute_with_probs):
         raise UserError(
             "--moe-permute-fusion needs Transformer Engine 2.1 or newer, which is not installed (CONTRIBUTING.md, "
             "extra te); leave the flag away"
         )
+    if kind != "flex":
+        return
+    kernels = {"deepep": "fused_dispatch", "hybridep": "hybrid_ep_dispatch"}[backend]
+    if getattr(token_dispatcher, kernels) is None:
+        branch = {"deepep": "", "hybridep": ", branch hybrid-ep"}[backend]
+        raise UserError(
+            f"--moe-token-dispatcher-type flex needs the package deep_ep, which is not installed: build it from "
+            f"github.com/deepseek-ai/DeepEP{branch}, or use alltoall"
+        )
+    if expert_ranks == 1:
+        raise UserError(
+            "--moe-token-dispatcher-type flex needs --expert-model-parallel-size above 1; use alltoall"
+        )
+    if not bf16:
+        raise UserError("--moe-token-dispatcher-type flex needs --bf16: DeepEP exchanges bfloat16 only")
 
 
 def install_dispatchers(model: torch.nn.Module) -> None:
@@ -125,7 +180,7 @@ def install_dispatchers(model: torch.nn.Module) -> None:
         if kind is None:
             raise UserError(
                 f"--moe-token-dispatcher-type {layer.config.moe_token_dispatcher_type} is not supported with zero "
-                "experts; use alltoall or allgather"
+                "experts; use alltoall, allgather or flex"
             )
         groups = ProcessGroupCollection()
         groups.ep, groups.expt_tp, groups.tp_ep = stock.ep_group, stock.tp_group, stock.tp_ep_group
