@@ -53,12 +53,19 @@ def threshold_of(situation: str, rank: int, ranks: int) -> float:
     return 1e4 if starves else THRESHOLD
 
 
-def fill(layer, weights: dict, routing: str, threshold: float, first: int) -> None:
+def slice_of(pair, place: int, parts: int):
+    """One expert's weights on one of several expert-tensor-parallel ranks."""
+    fc1, fc2 = pair
+    gate, up = (half.chunk(parts)[place] for half in fc1.chunk(2))
+    return torch.cat([gate, up]), fc2.chunk(parts, 1)[place]
+
+
+def fill(layer, weights: dict, routing: str, threshold: float, first: int, place: int = 0, parts: int = 1):
     """Give a rank's layer its weights; its experts begin with number `first`."""
     with torch.no_grad():
         layer.router.weight.copy_(weights["router"])
         for e, pair in enumerate(tiny.expert_weights(layer)):
-            for mine, whole in zip(pair, weights["experts"][first + e]):
+            for mine, whole in zip(pair, slice_of(weights["experts"][first + e], place, parts)):
                 mine.copy_(whole)
         if "paired" in routing:
             paired = layer.router.paired
@@ -103,8 +110,10 @@ class DenseLayer:
         return output.view_as(hidden), dispatched_TN, kept_TN
 
 
-def compare(layer, routing: str, situation: str, rank: int = 0, ranks: int = 1) -> dict:
+def compare(layer, routing: str, situation: str, rank: int = 0, ranks: int = 1, sliced: bool = False) -> dict:
     """Run a rank's layer forward and backward beside the dense one over all ranks' tokens.
+
+    Ranks share the experts among them, or, `sliced`, every rank has a slice of each.
 
     Returns:
         Largest differences of the output and all gradients, and rows: [seen by my experts, what they should be].
@@ -112,8 +121,9 @@ def compare(layer, routing: str, situation: str, rank: int = 0, ranks: int = 1) 
     weights, inputs = whole_weights(routing, situation), inputs_of(routing, situation, ranks)
     thresholds = [threshold_of(situation, r, ranks) for r in range(ranks)]
     per_rank = N // ranks
-    local = slice(per_rank * rank, per_rank * (rank + 1))
-    fill(layer, weights, routing, thresholds[rank], local.start)
+    local = slice(0, N) if sliced else slice(per_rank * rank, per_rank * (rank + 1))
+    place, parts = (rank, ranks) if sliced else (0, 1)
+    fill(layer, weights, routing, thresholds[rank], local.start, place, parts)
     seen = []
     handle = layer.experts.register_forward_pre_hook(
         lambda module, args: seen.append((args[0].shape[0], args[1].tolist()))
@@ -139,12 +149,13 @@ def compare(layer, routing: str, situation: str, rank: int = 0, ranks: int = 1) 
     worst = {"output": output - made[rank][0], "input": mine.grad - grads[0]}
     for (name, parameter), grad in zip(named.items(), grads[1:]):
         worst[name] = (torch.zeros_like(grad) if parameter.grad is None else parameter.grad) - grad
-    pairs = [w for pair in dense.experts[local] for w in pair]
-    grads = torch.autograd.grad(sum(losses), pairs, materialize_grads=True)
-    for parameter, grad in zip((w for pair in tiny.expert_weights(layer) for w in pair), grads):
-        assert parameter.grad is not None, "Megatron's DDP waits for every gradient"
-        worst.setdefault("experts", grad * 0 if not grad.numel() else grad.new_zeros(1))
-        worst["experts"] = torch.maximum(worst["experts"], (parameter.grad - grad).abs().max())
+    experts = dense.experts[local]
+    grads = torch.autograd.grad(sum(losses), [w for pair in experts for w in pair], materialize_grads=True)
+    worst["experts"] = torch.zeros(1)
+    for pair, *wanted in zip(tiny.expert_weights(layer), grads[::2], grads[1::2]):
+        for parameter, grad in zip(pair, slice_of(wanted, place, parts)):
+            assert parameter.grad is not None, "Megatron's DDP waits for every gradient"
+            worst["experts"] = torch.maximum(worst["experts"], (parameter.grad - grad).abs().max())
     rows_N = sum(dispatched.sum(0) for _, dispatched, _ in made)[local]
     kept = [int(kept.sum()) for _, _, kept in made]
     return {

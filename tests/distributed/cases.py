@@ -20,7 +20,7 @@ TRAIN = [
     case("dp2"),
     case("ep2 alltoall", ep=2),
     case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}),
-    case("ep2 fused", "fused_train", ep=2, flags={"moe_permute_fusion": True}),
+    case("ep2 fused", "train_on_stand_ins", ep=2, flags={"moe_permute_fusion": True}),
     case("tp2 sp", tp=2),
     case("tp2 etp2", tp=2, etp=2),
     case("pp2", pp=2),
@@ -49,6 +49,13 @@ TRAIN = [
     case("tp2 ep2", tp=2, ep=2, slow=True),
     case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
     case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
+    case(
+        "ep2 fused selective",
+        "train_on_stand_ins",
+        ep=2,
+        flags={"moe_permute_fusion": True, "recompute_granularity": "selective"},
+        slow=True,
+    ),
     case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
     case("tp2 offload", tp=2, flags={"teacher_memory": "offload"}, slow=True),
 ]
@@ -64,7 +71,10 @@ STARVED = [
     for backend in ("loop", "grouped_mm")
 ]
 FUSED = [case(f"fused {d}", "fused", ep=2, flags={"dispatcher": d}) for d in ("alltoall", "allgather")]
+FUSED += [case("fused alltoall etp2", "fused", tp=2, etp=2, flags={"dispatcher": "alltoall"})]
 FLEX = [case(f"flex {b}", "flex", ep=2, flags={"backend": b}) for b in ("deepep", "hybridep")]
+FLEX += [case("flex deepep etp2", "flex", tp=2, etp=2, flags={"backend": "deepep"})]
+FLEX_FLAGS = {"bf16": True, "moe_token_dispatcher_type": "flex", "moe_permute_fusion": True}
 ANSWERS = [
     case("answers dp2", "answers", flags=SAMPLED),
     case("answers ep2", "answers", flags=SAMPLED, ep=2),
@@ -83,6 +93,9 @@ OTHERS = [
     case("sharded optimizer dp2", "interrupted", flags=SHARDED),
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
     case("bf16 ep2", ep=2, flags={"bf16": True}, slow=True),
+    case("stock flex", "stock_flex", ep=2),
+    case("flex zero outputs", "zero_outputs", ep=2),
+    case("bf16 ep2 flex", "train_on_stand_ins", ep=2, flags=FLEX_FLAGS),
     case("wide scope dp2", "wide_scope"),
     case("initial dp2", "initial"),
     case("initial ep2", "initial", ep=2),
