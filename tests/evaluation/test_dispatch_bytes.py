@@ -77,6 +77,7 @@ def test_a_pick_rule_that_keeps_half_the_picks_sends_exactly_half(tmp_path):
     [
         (["--routing", "x"], "error: --routing 'x' is unknown; choose one of paired, topk"),
         (["--zero-shares", "0", "1.5"], "error: --zero-shares 0 1.5: give numbers from 0 to below 1"),
+        (["--hf-config", "/nowhere"], "error: --hf-config /nowhere: no such folder"),
         (
             ["--expert-model-parallel-size", "1"],
             "error: --expert-model-parallel-size must be at least 2: one process sends nothing",

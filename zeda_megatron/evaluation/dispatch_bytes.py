@@ -79,6 +79,12 @@ class ByteOptions:
                 raise UserError(f"{flag} {value} must be at least 1")
         if self.expert_model_parallel_size < 2:
             raise UserError("--expert-model-parallel-size must be at least 2: one process sends nothing")
+        for flag, folder in (
+            ("--hf-config", self.hf_config),
+            ("--pretrained-checkpoint", self.pretrained_checkpoint),
+        ):
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(f"{flag} {folder}: no such folder")
         if not self.shares or not all(0 <= share < 1 for share in self.shares):
             raise UserError(f"--zero-shares {' '.join(self.zero_shares)}: give numbers from 0 to below 1")
 
@@ -134,11 +140,16 @@ def work(options: ByteOptions) -> int:
     torch.set_num_threads(1)
     initialize(ParallelConfig(expert_model_parallel_size=options.expert_model_parallel_size))
     with tempfile.TemporaryDirectory() as folder:
-        if options.hf_config is None:
+        geometry = options.hf_config
+        if geometry is None and options.pretrained_checkpoint is None:
+            geometry = folder
             (Path(folder) / "config.json").write_text(json.dumps(GEOMETRY))
-        rows = measure_all(options, options.hf_config or folder)
+        rows = measure_all(options, geometry)
     if torch.distributed.get_rank() == 0:
-        weights = options.pretrained_checkpoint or f"random weights, {options.hf_config or 'small model'}"
+        name = (
+            options.hf_config or f"{GEOMETRY['num_experts']} experts, top-{GEOMETRY['num_experts_per_tok']}"
+        )
+        weights = options.pretrained_checkpoint or f"random weights, {name}"
         size = f"{options.micro_batches} x {options.seq_length} tokens on each of "
         size += f"{options.expert_model_parallel_size} expert-parallel processes"
         about = f"One step, {size}, {options.routing} routing, {weights}; all processes together"

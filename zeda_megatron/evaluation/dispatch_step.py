@@ -18,14 +18,14 @@ from ..training.step import Stepper, forward_model
 from .traffic import Traffic
 
 
-def measure(options, share: float, folder: str, **fields) -> dict:
+def measure(options, share: float, hf_config: str | None, **fields) -> dict:
     """Bytes of one step in this process group, added up over its ranks.
 
     Args:
-        folder: HF folder of the geometry.
+        hf_config: HF folder of the geometry; None takes the checkpoint's.
         fields: further options of the run (`moe_token_dispatcher_type`, `paired_head_lr`).
     """
-    model = {"stage": "pretrain", "moe_router_load_balancing_type": "none", "hf_config": folder}
+    model = {"stage": "pretrain", "moe_router_load_balancing_type": "none", "hf_config": hf_config}
     model |= {"pretrained_checkpoint": options.pretrained_checkpoint}
     model |= {"expert_model_parallel_size": options.expert_model_parallel_size}
     if options.routing == "paired":
@@ -104,12 +104,12 @@ def _figures(messages: list, teacher: list, slots: int, real: int) -> dict:
     return made | {"zero_share": 1 - made["real_slots"] / made["slots"]}
 
 
-def measure_all(options, folder: str) -> list[dict]:
+def measure_all(options, hf_config: str | None) -> list[dict]:
     """One row per zero share; then, for paired routing, a control that must not shrink."""
     shares = options.shares
     arms = [(f"{share:g}", share, {}) for share in shares]
     if options.routing == "paired" and len(shares) > 1:
         # Such a head learns from all picks, so all are dispatched (straight-through).
         arms.append((f"{shares[1]:g}, the head trains", shares[1], {"paired_head_lr": 1e-4}))
-    made = [{"arm": name} | measure(options, share, folder, **fields) for name, share, fields in arms]
+    made = [{"arm": name} | measure(options, share, hf_config, **fields) for name, share, fields in arms]
     return [row | {key + "_ratio": row[key] / made[0][key] for key in ("bytes", "sent")} for row in made]
