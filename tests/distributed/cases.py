@@ -23,7 +23,7 @@ WORLD_FLAGS = {
 
 def case(name, do="train", world="plain", flags=None, slow=False, **layout):
     """One case; keyword arguments are parallel sizes."""
-    flags = (STEPS if do in ("train", "interrupted") else {}) | WORLD_FLAGS[world] | (flags or {})
+    flags = (STEPS if "train" in do or do == "interrupted" else {}) | WORLD_FLAGS[world] | (flags or {})
     return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
 
 
@@ -31,6 +31,7 @@ TRAIN = [
     case("dp2"),
     case("ep2 alltoall", ep=2),
     case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}),
+    case("ep2 fused", "train_on_stand_ins", ep=2, flags={"moe_permute_fusion": True}),
     case("tp2 sp", tp=2),
     case("tp2 etp2", tp=2, etp=2),
     case("pp2", pp=2),
@@ -75,6 +76,13 @@ TRAIN = [
     case("tp2 ep2", tp=2, ep=2, slow=True),
     case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
     case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
+    case(
+        "ep2 fused selective",
+        "train_on_stand_ins",
+        ep=2,
+        flags={"moe_permute_fusion": True, "recompute_granularity": "selective"},
+        slow=True,
+    ),
     case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
     case("tp2 offload", tp=2, flags={"teacher_memory": "offload"}, slow=True),
 ]
@@ -93,6 +101,11 @@ STARVED = [
     for dispatcher in ("alltoall", "allgather")
     for backend in ("loop", "grouped_mm")
 ]
+FUSED = [case(f"fused {d}", "fused", ep=2, flags={"dispatcher": d}) for d in ("alltoall", "allgather")]
+FUSED += [case("fused alltoall etp2", "fused", tp=2, etp=2, flags={"dispatcher": "alltoall"})]
+FLEX = [case(f"flex {b}", "flex", ep=2, flags={"backend": b}) for b in ("deepep", "hybridep")]
+FLEX += [case("flex deepep etp2", "flex", tp=2, etp=2, flags={"backend": "deepep"})]
+FLEX_FLAGS = {"bf16": True, "moe_token_dispatcher_type": "flex", "moe_permute_fusion": True}
 ANSWERS = [
     case("answers dp2", "answers", flags=SAMPLED),
     case("answers ep2", "answers", flags=SAMPLED, ep=2),
@@ -111,6 +124,9 @@ OTHERS = [
     case("sharded optimizer dp2", "interrupted", flags=SHARDED),
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
     case("bf16 ep2", ep=2, flags={"bf16": True}, slow=True),
+    case("stock flex", "stock_flex", ep=2),
+    case("flex zero outputs", "zero_outputs", ep=2),
+    case("bf16 ep2 flex", "train_on_stand_ins", ep=2, flags=FLEX_FLAGS),
     case("wide scope dp2", "wide_scope"),
     case("initial dp2", "initial"),
     case("initial ep2", "initial", ep=2),
@@ -123,7 +139,7 @@ RESUMED = [
     case("resumed ep2", flags={"load": "HALFWAY"}, ep=2, slow=True),
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]
-TWO_PROCESSES = TRAIN + MASKED + STARVED + ANSWERS + UNEVEN + OTHERS + RESUMED
+TWO_PROCESSES = TRAIN + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED
 FOUR_PROCESSES = [
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),

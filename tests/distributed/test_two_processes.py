@@ -5,7 +5,19 @@ import json
 import pytest
 import tiny_world
 import torch
-from cases import ANSWERS, MASKED, OTHERS, RESUMED, SAMPLED, STARVED, TRAIN, UNEVEN, WORLD_FLAGS
+from cases import (
+    ANSWERS,
+    FLEX,
+    FUSED,
+    MASKED,
+    OTHERS,
+    RESUMED,
+    SAMPLED,
+    STARVED,
+    TRAIN,
+    UNEVEN,
+    WORLD_FLAGS,
+)
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -63,6 +75,47 @@ def test_a_rank_whose_tokens_pick_only_zero_experts_or_that_gets_no_token_neithe
         assert max(rank["worst"].values()) < 1e-4, rank["worst"]
 
 
+@each(FUSED)
+def test_permute_fusion_may_stay_on_over_several_ranks(results, case):
+    for rank in results(case["name"]):
+        assert len(rank) == 11
+        for made in rank.values():
+            assert max(made["worst"].values()) < 1e-4, made["worst"]
+            assert made["rows"][0] == made["rows"][1] and made["counts"][0] == made["counts"][1]
+            assert 0 not in made["allocated"]
+
+
+@each(FLEX)
+def test_the_flex_dispatcher_sends_and_counts_real_slots_only(results, case):
+    ranks, copies = results(case["name"]), 2 if "etp2" in case["name"] else 1
+    for situation in ranks[0]:
+        pair = [rank[situation] for rank in ranks]
+        for made in pair:
+            assert max(made["worst"].values()) < 1e-4, (situation, made["worst"])
+            assert made["rows"][0] == made["rows"][1] and made["counts"][0] == made["counts"][1], situation
+        # Every slot that some rank named became one row somewhere, on every tensor-parallel rank.
+        assert sum(made["named"] for made in pair) == sum(made["rows"][0] for made in pair)
+        if not situation.startswith("paired head"):
+            assert sum(made["named"] for made in pair) == copies * sum(pair[0]["kept"])
+    assert len(ranks[0]) == 22
+
+
+def test_megatrons_own_flex_dispatcher_sends_slots_that_no_token_chose(results):
+    """The reason for ours: the answers are right, but all K places are sent, counted and multiplied."""
+    ranks = results("stock flex")
+    for routing in ("shared", "paired", "topk"):
+        pair = [rank[routing] for rank in ranks]
+        assert all(made["worst"]["output"] < 1e-4 for made in pair)
+        assert sum(made["rows"][0] for made in pair) == 2 * 3 * 13 > sum(made["rows"][1] for made in pair)
+        assert any(made["counts"][0] != made["counts"][1] for made in pair)
+
+
+def test_zero_experts_with_an_output_work_through_the_flex_dispatcher(results):
+    for rank in results("flex zero outputs"):
+        assert rank["copy"] < 1e-4 > rank["learned"]
+        assert rank["copy adds"] > 1e-2 < rank["learned adds"]
+
+
 @each(ANSWERS)
 def test_stage_0_answers_the_same_on_every_layout(runs, results, world, tmp_path, case):
     from zeda_megatron.training.stage0 import run_stage0
@@ -106,7 +159,7 @@ def test_a_stage_without_moe_layers_saves_and_resumes_like_the_others(runs, resu
         assert_near(lines, alone["odd"][0])
 
 
-@each(OTHERS, ("bf16 ep2",))
+@each(OTHERS, ("bf16 ep2", "bf16 ep2 flex"))
 def test_bfloat16_stays_near_float32(runs, results, alone, case):
     results(case["name"])
     for mine, wanted in zip(tiny_world.read_metrics(runs(case["name"])[1]), alone["plain"][0], strict=True):

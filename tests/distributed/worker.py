@@ -21,9 +21,13 @@ from zeda_megatron.runtime import cpu  # noqa: E402
 
 cpu.install()
 
+import deepep_buffer  # noqa: E402
 import tiny  # noqa: E402
 import tiny_world  # noqa: E402
+from fused_kernels import FusedKernels  # noqa: E402
+from layer_cases import flex, fused, stock_flex, zero_outputs  # noqa: E402, F401
 from megatron.core import parallel_state  # noqa: E402
+from pytest import MonkeyPatch  # noqa: E402
 
 from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.moe.router import zero_mask  # noqa: E402
@@ -50,6 +54,15 @@ def train(world, out: Path, layout: dict, flags: dict) -> dict:
     before = run.teacher.weight_hash()
     code = run.run()
     return {"code": code, "iteration": run.iteration, "teacher_still": run.teacher.weight_hash() == before}
+
+
+def train_on_stand_ins(world, out: Path, layout: dict, flags: dict) -> dict:
+    """The same with stand-ins for Transformer Engine's permutation and for DeepEP."""
+    with MonkeyPatch.context() as patch:
+        kernels = FusedKernels().install(patch)
+        deepep, _ = deepep_buffer.install(patch, parallel_state.get_expert_model_parallel_group())
+        made = train(world, out, layout, flags)
+    return made | {"asked": {"permute": len(kernels.allocated), "deepep": len(deepep.indices_seen)}}
 
 
 def interrupted(world, out: Path, layout: dict, flags: dict) -> dict:

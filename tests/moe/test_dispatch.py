@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from zeda_megatron.config import ZeroExpertConfig
@@ -16,8 +15,8 @@ DISPATCHERS = ("alltoall", "allgather")
 BACKENDS = ("loop", "grouped_mm")
 
 
-def make(dispatcher="alltoall", backend="loop", fusion=False, **zero):
-    overrides = {"moe_token_dispatcher_type": dispatcher, "moe_permute_fusion": fusion}
+def make(dispatcher="alltoall", backend="loop", **zero):
+    overrides = {"moe_token_dispatcher_type": dispatcher}
     return tiny.moe_layer(ZeroExpertConfig(**({"num_zero_experts": NZ} | zero)), overrides, backend)
 
 
@@ -114,56 +113,6 @@ def test_num_out_tokens_is_the_true_count():
     stock(hidden)
     assert type(stock.token_dispatcher) is MoEAlltoAllTokenDispatcher
     assert stock.token_dispatcher.num_out_tokens == K * 13  # what upstream assumes
-
-
-class FusedKernels:
-    """Stand-ins that behave like the fused CUDA kernels: the output has exactly `num_out_tokens` rows, and a
-    row that no slot fills holds garbage."""
-
-    def __init__(self, monkeypatch):
-        self.allocated = []
-        monkeypatch.setattr(moe_utils, "HAVE_TE", True)
-        for name in ("permute_with_probs", "permute", "unpermute", "sort_chunks_by_index"):
-            monkeypatch.setattr(moe_utils, f"fused_{name}", getattr(self, name))
-        monkeypatch.setattr(moe_utils, "fused_sort_chunks_by_index_with_probs", self.sort_with_probs)
-
-    def permute_with_probs(self, tokens, probs, routing_map, num_out_tokens):
-        size = int(num_out_tokens)
-        self.allocated.append(size)
-        where = routing_map.t().nonzero()
-        rows = tokens.new_full((size, tokens.shape[1]), float("nan"))
-        weights = probs.new_full((size,), float("nan"))
-        rows = rows.index_put((torch.arange(len(where)),), tokens[where[:, 1]])
-        weights = weights.index_put((torch.arange(len(where)),), probs[where[:, 1], where[:, 0]])
-        return rows, weights, where[:, 1]
-
-    def permute(self, tokens, routing_map, num_out_tokens):
-        rows, _, where = self.permute_with_probs(tokens, routing_map.float(), routing_map, num_out_tokens)
-        return rows, where
-
-    def unpermute(self, rows, where, merging_probs=None, restore_shape=None):
-        assert merging_probs is None
-        return rows.new_zeros(restore_shape).index_add(0, where, rows)
-
-    def sort_chunks_by_index(self, rows, sizes, order):
-        pieces = rows.split(sizes.tolist())
-        return torch.cat([pieces[i] for i in order.tolist()])
-
-    def sort_with_probs(self, rows, probs, sizes, order):
-        return self.sort_chunks_by_index(rows, sizes, order), self.sort_chunks_by_index(probs, sizes, order)
-
-
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_permute_fusion_may_stay_on(monkeypatch, dispatcher):
-    kernels = FusedKernels(monkeypatch)
-    layer, hidden = make(dispatcher, fusion=True), tiny.hidden_states()
-    output, _ = layer(hidden)
-    expected, routed = dense_output(layer, hidden)
-    assert kernels.allocated == [int(routed.map_TE[:, :N].sum())]
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        all_gradients(output, layer, hidden), all_gradients(expected, layer, hidden), rtol=1e-4, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -139,13 +139,22 @@ def test_help_shows_text_and_default_of_every_flag(capsys):
             ["--moe-router-load-balancing-type 'x'", "grouped_aux_loss"],
         ),
         (
+            ["--moe-token-dispatcher-type", "x"],
+            ["--moe-token-dispatcher-type 'x'", "alltoall, allgather, flex"],
+        ),
+        (
             ["--moe-token-dispatcher-type", "flex"],
-            ["--moe-token-dispatcher-type 'flex'", "alltoall, allgather"],
+            ["--moe-token-dispatcher-type flex", "deep_ep", "github.com/deepseek-ai/DeepEP", "use alltoall"],
+        ),
+        (
+            ["--moe-flex-dispatcher-backend", "x"],
+            ["--moe-flex-dispatcher-backend 'x'", "deepep, hybridep"],
         ),
         (["--recompute-granularity", "some"], ["--recompute-granularity 'some'", "full, selective"]),
         (["--distill-loss", "kl"], ["--distill-loss", "'kl'", "forward_kl"]),
         (["--zero-experts-type", "x"], ["--zero-experts-type 'x'", "zero, copy, learned"]),
         (["--expert-backend", "x"], ["--expert-backend 'x'"]),
+        (["--moe-permute-fusion"], ["--moe-permute-fusion", "Transformer Engine", "leave the flag away"]),
         (["--group-loss-variant", "x"], ["--group-loss-variant 'x'"]),
         (
             ["--context-parallel-size", "2", "--seq-length", "126"],

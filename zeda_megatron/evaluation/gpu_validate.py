@@ -14,9 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
+
+from .gpu_kernels import flex, permute_fusion
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -38,7 +41,7 @@ class Validation:
             result = {"ok": False, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
         result = {"name": name, **result, "seconds": round(time.perf_counter() - started, 1)}
         self.results.append(result)
-        print(f"{'ok  ' if result['ok'] else 'FAIL'} {name}: {_summary(result)}", flush=True)
+        print(f"{_state(result):4} {name}: {_summary(result)}", flush=True)
 
     def command(self, *parts: str, env: dict[str, str] | None = None) -> str:
         """Run a command of the project; raises with the end of its output if it fails."""
@@ -55,6 +58,7 @@ class Validation:
         env: dict[str, str] | None = None,
         steps: int = 4,
         start: str = "dynamic",
+        processes: int = 1,
     ) -> list[dict]:
         """Train on the rollouts; returns the lines of metrics.jsonl."""
         folder = self.work / save
@@ -69,7 +73,7 @@ class Validation:
                 str(self.work / "rollouts.jsonl"),
             ),
             *("--train-iters", str(steps), "--no-progress", *flags),
-            env={**(env or ({} if self.device == "cuda" else CPU)), "NPROC_PER_NODE": "1"},
+            env={**(env or ({} if self.device == "cuda" else CPU)), "NPROC_PER_NODE": str(processes)},
         )
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -165,6 +169,10 @@ class Validation:
         return {}
 
 
+def _state(result: dict) -> str:
+    return "skip" if "skipped" in result else "ok" if result["ok"] else "FAIL"
+
+
 def _summary(result: dict) -> str:
     shown = {
         k: f"{v:.3g}" if isinstance(v, float) else v for k, v in result.items() if k not in ("name", "ok")
@@ -198,15 +206,14 @@ def main() -> int:
             run.export,
         ):
             run.check(check.__name__, check)
+        for kernels in (permute_fusion, flex):
+            run.check(kernels.__name__, partial(kernels, run))
     out = args.out or args.root / "docs" / "gpu"
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{date.today().isoformat()}_{name.replace(' ', '_').replace('/', '_')}"
     about = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "checks": run.results}
     stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
-    rows = [
-        f"| {r['name']} | {'ok' if r['ok'] else 'FAIL'} | {r['seconds']} | {_summary(r)} |"
-        for r in run.results
-    ]
+    rows = [f"| {r['name']} | {_state(r)} | {r['seconds']} | {_summary(r)} |" for r in run.results]
     table = "\n".join([f"# {name}", "", "| check | result | seconds | figures |", "|---|---|---|---|", *rows])
     stem.with_suffix(".md").write_text(table + "\n")
     print(f"written: {stem}.json, .md")

@@ -43,7 +43,7 @@ def routes(machine: Machine) -> list[Route]:
         Route(
             "permutation",
             "Megatron-Core, unfused",  # models/build.py
-            "the default; moe_permute_fusion takes Transformer Engine's fused one" if te else no_te,
+            "the default; --moe-permute-fusion takes Transformer Engine's fused one" if te else no_te,
         ),
         _optimizer(machine),
     ]

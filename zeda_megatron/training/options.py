@@ -13,6 +13,7 @@ from ..config import (
 )
 from ..distill.losses import LossConfig
 from ..errors import UserError
+from ..moe.dispatch import check_dispatcher
 from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
 from ..runtime.process_groups import ParallelConfig
@@ -75,7 +76,13 @@ class ModelOptions:
     """Product of the local experts: auto, grouped_mm, loop."""
 
     moe_token_dispatcher_type: str = "alltoall"
-    """alltoall or allgather."""
+    """alltoall, allgather, or flex (DeepEP's kernels; GPUs)."""
+
+    moe_flex_dispatcher_backend: str = "deepep"
+    """deepep or hybridep."""
+
+    moe_permute_fusion: bool = False
+    """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
 
     trainable: str = "all"
     """all, or router (only the routers train)."""
@@ -319,7 +326,6 @@ class Options:
                 self.model.moe_router_load_balancing_type,
                 ("grouped_aux_loss", "aux_loss", "seq_aux_loss", "none"),
             ),
-            ("--moe-token-dispatcher-type", self.model.moe_token_dispatcher_type, ("alltoall", "allgather")),
             ("--zero-experts-type", self.model.zero_experts_type or "zero", ZERO_EXPERT_TYPES),
             ("--zero-expert-routing", self.model.zero_expert_routing or "shared", ZERO_EXPERT_ROUTINGS),
             ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
@@ -359,6 +365,13 @@ class Options:
             )
         self._validate_rows()
         choose_backend(self.model.expert_backend)
+        check_dispatcher(
+            self.model.moe_token_dispatcher_type,
+            self.model.moe_flex_dispatcher_backend,
+            self.model.moe_permute_fusion,
+            self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size,
+            self.model.bf16,
+        )
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
         self.share.validate()

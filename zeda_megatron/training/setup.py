@@ -115,6 +115,8 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
     per_expert = balancing in ("aux_loss", "seq_aux_loss")
     overrides = {
         "moe_token_dispatcher_type": options.model.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": options.model.moe_flex_dispatcher_backend,
+        "moe_permute_fusion": options.model.moe_permute_fusion,
         "moe_router_load_balancing_type": balancing if per_expert else "none",
         "moe_aux_loss_coeff": options.model.moe_aux_loss_coeff if per_expert else 0.0,
         "recompute_granularity": options.model.recompute_granularity,
