@@ -341,6 +341,23 @@ def test_group_loss_drives_the_zero_share_to_its_target(world, tmp_path):
     assert abs(shares[0] - target) > 0.2 and abs(shares[-1] - target) < 0.1
 
 
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+@pytest.mark.parametrize("memory", ["own", "shared"])
+def test_routers_alone_learn_the_same_with_recomputation(world, granularity, memory):
+    """Embeddings are frozen then, so the first recomputed block has no input that wants a gradient of its own."""
+    ends = []
+    for recompute in (None, granularity):
+        flags = {"trainable": "router", "teacher_memory": memory, "recompute_granularity": recompute}
+        run = tiny_world.start(world, train_iters=2, **flags)
+        run.run()
+        ends.append(
+            {name: p.detach() for name, p in run.student.chunks[0].named_parameters() if "router" in name}
+        )
+        assert run.stepper.step(run.rows_of_rank(range(4)))["grad_norm"] > 1e-4
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-6, atol=1e-7, msg=name)
+
+
 @pytest.mark.parametrize("trainable", ["all", "router"])
 def test_trainable_says_which_weights_move(world, trainable):
     run = tiny_world.start(world, trainable=trainable, lr_warmup_fraction=0.0, train_iters=1)

@@ -159,6 +159,9 @@ def build_student(options: Options) -> Student:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(".router." in name)
+            if chunk.pre_process:
+                # Recomputation follows gradients through its inputs only: with frozen embeddings none would begin.
+                chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for paired in paired_modules(chunks):
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
