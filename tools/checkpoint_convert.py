@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from zeda_megatron.config import ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from zeda_megatron.errors import run_main
 from zeda_megatron.runtime import cpu
+from zeda_megatron.runtime.quiet import quiet
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,6 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    quiet()
     cpu.install()
     from zeda_megatron.checkpoint import convert
 

@@ -102,11 +102,19 @@ def test_generators_that_megatron_forks_do_not_disturb_each_other(one_process):
         assert not torch.equal(torch.rand(3), inside)
 
 
-@pytest.mark.parametrize("found", ["0.15.3", "0.19.2", "1.0.0", "0.160.0"])
+@pytest.mark.parametrize("found", ["0.15.3", "0.18.1", "0.20.0", "1.0.0", "0.160.0"])
 def test_an_unsupported_megatron_is_a_user_error(monkeypatch, found):
     monkeypatch.setattr(cpu, "version", lambda name: found)
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f) is not cpu._CoreFinder])
     with pytest.raises(UserError, match=rf"megatron-core {found}.*pip install megatron-core==0\.16\.1"):
+        cpu.install()
+
+
+def test_a_megatron_that_needs_triton_says_so(monkeypatch):
+    monkeypatch.setattr(cpu, "version", lambda name: "0.19.2")
+    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f) is not cpu._CoreFinder])
+    with pytest.raises(UserError, match="triton: pip install triton"):
         cpu.install()
 
 

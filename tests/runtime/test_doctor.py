@@ -30,7 +30,8 @@ def path_of(operator: str, on: Machine) -> str:
 def test_required_packages_are_those_of_the_metadata():
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg")
-    wanted = metadata["options"]["install_requires"].split()
+    wanted = metadata["options"]["install_requires"].strip().splitlines()
+    wanted = [line for line in wanted if ";" not in line]  # triton comes with newer Pythons' Megatron
     assert sorted(REQUIRED) == sorted(wanted)
 
 
@@ -123,4 +124,4 @@ def test_a_wrong_version_of_a_requirement_is_a_problem(monkeypatch):
 
     real = facts._version
     monkeypatch.setattr(facts, "_version", lambda name: "0.15.0" if name == "megatron-core" else real(name))
-    assert inspect().problems == ("megatron-core==0.16.1 is required, 0.15.0 is installed",)
+    assert inspect().problems == (f"{REQUIRED[0]} is required, 0.15.0 is installed",)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zeda_megatron.runtime.megatron_api import accepted, moe_submodules, replace_experts
+from zeda_megatron.runtime.megatron_api import moe_submodules, replace_experts
 
 
 class SequentialMLP:
@@ -74,15 +74,3 @@ def test_experts_of_another_kind_are_left_alone(version):
     before = moe.experts
     assert not replace_experts(moe, SequentialMLP, Ours)
     assert moe.experts is before
-
-
-def test_only_keywords_that_a_version_knows_are_passed():
-    def old(config, pg_collection=None):
-        """TopKRouter.__init__ of 0.16.1."""
-
-    def new(config, pg_collection=None, is_mtp_layer=False):
-        """TopKRouter.__init__ of 0.19.2."""
-
-    assert accepted(old, pg_collection=1, is_mtp_layer=True) == {"pg_collection": 1}
-    assert accepted(new, pg_collection=1, is_mtp_layer=True) == {"pg_collection": 1, "is_mtp_layer": True}
-    assert accepted(lambda **keywords: None, anything=2) == {"anything": 2}

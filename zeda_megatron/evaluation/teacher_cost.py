@@ -1,4 +1,4 @@
-"""What the teacher costs: step time and peak memory of its modes beside plain training, measured in one run.
+"""What the teacher costs: step time and peak memory of its modes beside plain fine-tuning, measured in one run.
 
 python tools/measure_teacher_cost.py
 
@@ -26,16 +26,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TEACHER = ROOT / "examples" / "quickstart" / "teacher"
 ROWS = ROOT / "examples" / "quickstart" / "data" / "heldout.jsonl"
 VARIANTS = {
-    "plain training (no teacher)": ["--stage", "pretrain"],
-    "own, ahead": [],
-    "own, alongside": ["--teacher-schedule", "alongside"],
-    "offload, ahead": ["--teacher-memory", "offload"],
-    "routers only, no teacher": ["--stage", "pretrain", "--trainable", "router"],
-    "routers only, own, ahead": ["--trainable", "router"],
-    "routers only, shared, ahead": ["--trainable", "router", "--teacher-memory", "shared"],
+    "plain, static model": ("static", ["--stage", "pretrain", "--moe-router-load-balancing-type", "none"]),
+    "plain, zero experts": ("dynamic", ["--stage", "pretrain"]),
+    "own, ahead": ("dynamic", []),
+    "own, alongside": ("dynamic", ["--teacher-schedule", "alongside"]),
+    "offload, ahead": ("dynamic", ["--teacher-memory", "offload"]),
+    "routers only, no teacher": ("dynamic", ["--stage", "pretrain", "--trainable", "router"]),
+    "routers only, own, ahead": ("dynamic", ["--trainable", "router"]),
+    "routers only, shared, ahead": ("dynamic", ["--trainable", "router", "--teacher-memory", "shared"]),
 }
+"""Name -> checkpoint it starts from and its flags."""
 BASE = {"routers only": "routers only, no teacher"}
-"""First words of a variant -> what it is compared with; the others with plain training."""
+"""First words of a variant -> what it is compared with; the others with fine-tuning of the static model."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,13 +60,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def build(options: argparse.Namespace, checkpoint: str, flags: list[str]):
-    """A `TrainingRun` of one variant, in this process."""
+def build(options: argparse.Namespace, checkpoints: str, name: str):
+    """A `TrainingRun` of one variant, in this process. `checkpoints`: folder of `static` and `dynamic`."""
     from ..arguments import parse as parse_flags
     from ..training.loop import TrainingRun
     from ..training.options import GROUPS, Options
 
-    argv = ["--pretrained-checkpoint", checkpoint, "--data-path", str(options.rows), "--no-progress"]
+    start, flags = VARIANTS[name]
+    argv = [
+        "--pretrained-checkpoint",
+        f"{checkpoints}/{start}",
+        "--data-path",
+        str(options.rows),
+        "--no-progress",
+    ]
     argv += ["--seq-length", str(options.seq_length), "--global-batch-size", str(options.global_batch_size)]
     argv += ["--lr", "1e-4", "--overlong", "truncate", *flags]
     made = Options(**parse_flags(argv, GROUPS))
@@ -72,12 +81,12 @@ def build(options: argparse.Namespace, checkpoint: str, flags: list[str]):
     return TrainingRun(made)
 
 
-def times(options: argparse.Namespace, checkpoint: str) -> dict[str, float]:
+def times(options: argparse.Namespace, checkpoints: str) -> dict[str, float]:
     """Median seconds of a step per variant, the variants taking turns."""
     import torch
 
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    runs = {name: build(options, checkpoint, flags) for name, flags in VARIANTS.items()}
+    runs = {name: build(options, checkpoints, name) for name in VARIANTS}
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(options.steps):
         for name, run in runs.items():
@@ -92,23 +101,23 @@ def times(options: argparse.Namespace, checkpoint: str) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in spent.items()}
 
 
-def peak(options: argparse.Namespace, checkpoint: str, flags: list[str]) -> int:
+def peak(options: argparse.Namespace, checkpoints: str, name: str) -> int:
     """Bytes that building a variant and two steps need at their peak, in this process."""
     import torch
 
     from ..training import loop  # noqa: F401  (libraries are loaded before memory is counted)
 
     before = resident("VmRSS")
-    run = build(options, checkpoint, flags)
+    run = build(options, checkpoints, name)
     for step in range(2):
         first = step * options.global_batch_size
         run.stepper.step(run.rows_of_rank(range(first, first + options.global_batch_size)))
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
 
 
-def peak_apart(options: argparse.Namespace, checkpoint: str, name: str) -> int:
+def peak_apart(options: argparse.Namespace, checkpoints: str, name: str) -> int:
     """`peak` in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--measure", checkpoint, name, "--rows", options.rows]
+    command = [sys.executable, "-m", __spec__.name, "--measure", checkpoints, name, "--rows", options.rows]
     command += ["--seq-length", options.seq_length, "--global-batch-size", options.global_batch_size]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
@@ -128,16 +137,17 @@ def main() -> int:
     process_groups.initialize(process_groups.ParallelConfig())
     try:
         if options.measure:
-            checkpoint, name = options.measure
-            print(peak(options, checkpoint, VARIANTS[name]))
+            print(peak(options, *options.measure))
             return 0
         from ..checkpoint.convert import hf_to_megatron
 
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = str(Path(folder) / "dynamic")
-            hf_to_megatron(options.hf, Path(checkpoint), num_zero_experts=options.num_zero_experts)
-            seconds = times(options, checkpoint)
-            memory = {name: peak_apart(options, checkpoint, name) for name in VARIANTS}
+            hf_to_megatron(options.hf, f"{folder}/static", dtype="fp32")
+            hf_to_megatron(
+                options.hf, f"{folder}/dynamic", num_zero_experts=options.num_zero_experts, dtype="fp32"
+            )
+            seconds = times(options, folder)
+            memory = {name: peak_apart(options, folder, name) for name in VARIANTS}
     finally:
         process_groups.destroy()
     table = []

@@ -1,6 +1,6 @@
 """Megatron-Core on CPU and gloo: the one module of this project that patches anything.
 
-Megatron-Core 0.16 names the CUDA device in many places. On a machine without CUDA, `install()` gives every
+Megatron-Core names the CUDA device in many places. On a machine without CUDA, `install()` gives every
 `megatron.core.*` module a stand-in for its global `torch` whose factories allocate on the CPU and whose
 `.cuda` answers harmlessly. User code keeps the real torch. With CUDA present `install()` does nothing, so the
 GPU path is stock Megatron.
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.abc
-import importlib.util
 import sys
 import types
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
@@ -40,12 +40,16 @@ def install() -> bool:
     try:
         found = version("megatron-core")
     except PackageNotFoundError:
-        raise UserError("megatron-core is not installed: pip install megatron-core==0.16.1") from None
+        raise UserError(
+            "megatron-core is not installed: pip install megatron-core==0.16.1 (Python 3.12 and newer: 0.19.2)"
+        ) from None
     if not found.startswith(tuple(f"{series}." for series in SUPPORTED)):
         raise UserError(
             f"megatron-core {found} has no CPU runtime here (supported: {', '.join(SUPPORTED)}.x): "
-            "pip install megatron-core==0.16.1"
+            "pip install megatron-core==0.16.1 (Python 3.12 and newer: 0.19.2)"
         )
+    if found.startswith("0.19.") and find_spec("triton") is None:
+        raise UserError("megatron-core 0.19 does not import without triton: pip install triton")
     sys.meta_path.insert(0, _CoreFinder())
     for name, module in list(sys.modules.items()):
         if name == _PREFIX or name.startswith(_PREFIX + "."):

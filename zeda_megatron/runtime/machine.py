@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 REQUIRED = (
-    "megatron-core==0.16.1",
+    "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
     "torch>=2.9",
     "transformers>=5.0,<6",
     "safetensors>=0.5",

@@ -1,23 +1,12 @@
 """Where Megatron-Core's versions differ, one function per difference; nothing here asks for a version number.
 
-Run with 0.16.1 and 0.19.2. Differences are told from what an object or a signature looks like, so versions between
-have a fair chance.
+Run with 0.16.1 and 0.19.2: differences are told from what an object looks like.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-
-def accepted(function: Callable, **keywords: Any) -> dict[str, Any]:
-    """Those keywords that a function takes: newer versions have more."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return keywords
-    return {name: value for name, value in keywords.items() if name in parameters}
 
 
 def moe_submodules(layer_spec):

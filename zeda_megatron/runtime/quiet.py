@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 
@@ -12,3 +13,9 @@ def quiet() -> None:
     # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
     for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Newer ones advise every user of GPTModel to use another class.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_no_advice)
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return "IS DEPRECATED" not in record.getMessage()
