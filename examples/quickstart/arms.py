@@ -151,7 +151,7 @@ DIAL = (
 )
 TUNING = (
     *(beam(f"beam_kl_lr{rate}", head_lr=rate) for rate in ("0.01", "0.1", "0.3")),
-    *(paired(f"paired_trained_kl_lr{rate}", 0.5, paired_head_lr=rate) for rate in ("0.015", "0.05")),
+    *(paired(f"paired_trained_kl_lr{rate}", 0.5, paired_head_lr=rate) for rate in ("5e-4", "0.015", "0.05")),
 )
 """Other learning rates of heads that train."""
 
@@ -169,7 +169,9 @@ LONG = tuple(
         net("net_kl", 2),
         zeda("zeda_stage1_kl", ZEDA_WEIGHT),
         paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
-        beam("beam_kl_lr0.1", head_lr="0.1"),
+        paired("paired_trained_kl_lr5e-4", 0.5, paired_head_lr="5e-4"),
+        beam("beam_kl_lr0.3", head_lr="0.3"),
+        *(beam("beam_kl_lr0.1" + end, seed, head_lr="0.1") for end, seed in _EACH_SEED),
         *(paired("paired_kl" + end, 0.5, seed) for end, seed in _EACH_SEED),
         *(beam("beam_kl" + end, seed) for end, seed in _EACH_SEED),
     )
