@@ -117,7 +117,9 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
     if torch.equal(picks_LN, kept_LN):
         return {}
     skipped_LN = (1 - kept_LN / picks_LN).tolist()
-    return {"skipped_by_expert": [[None if math.isnan(s) else s for s in row] for row in skipped_LN]}
+    return {
+        "skipped_by_expert": [[None if math.isnan(s) else round(s, 4) for s in row] for row in skipped_LN]
+    }
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 from ..errors import UserError
@@ -48,7 +49,7 @@ def write_report(report: dict, history: dict[str, list[dict]], out_dir: str | Pa
     report = complete(report)
     out = Path(out_dir)
     texts = {
-        out / "report.json": json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+        out / "report.json": _json(report),
         out / "report.html": render(report, _plain(history), sorted_arms(report)),
     }
     try:
@@ -60,6 +61,16 @@ def write_report(report: dict, history: dict[str, list[dict]], out_dir: str | Pa
     except OSError as error:
         raise UserError(f"--out {out}: cannot write the report there ({error.strerror})") from None
     return out / "report.json", out / "report.html"
+
+
+def _json(report: dict) -> str:
+    """Indented, but a list of numbers is one line."""
+    text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
+    return re.sub(r"\[\s+([\d.,eE\s+\-nul]+?)\s+\]", _one_line, text) + "\n"
+
+
+def _one_line(numbers: re.Match) -> str:
+    return f"[{' '.join(numbers[1].split())}]"
 
 
 def complete(report: dict) -> dict:
