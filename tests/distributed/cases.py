@@ -14,6 +14,8 @@ WORLD_FLAGS = {
     "aligned": ALIGNED,
     "aligned paired": ALIGNED,
     "ce": {"distill_loss": "ce"},
+    "reverse": {"distill_loss": "reverse_kl"},
+    "jsd": {"distill_loss": "jsd"},
     "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
@@ -67,6 +69,11 @@ TRAIN = [
     *(
         case(f"ce {name}", world="ce", slow=True, **layout)
         for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "pp2": {"pp": 2}}.items()
+    ),
+    *(
+        case(f"{loss} {name}2", world=loss, slow=True, **{name: 2})
+        for loss in ("reverse", "jsd")
+        for name in ("tp", "ep", "pp")
     ),
     case("rows cp2", world="rows", cp=2),
     *(

@@ -32,6 +32,8 @@ WORLDS = {
     "aligned": "",
     "aligned paired": "paired",
     "ce": "cross-entropy",
+    "reverse": "reverse KL",
+    "jsd": "JSD",
     "rows": "mean over rows",
     "paired": "paired",
     "paired head": "paired, head trains",
