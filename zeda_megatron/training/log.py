@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint.state import truncate_metrics
+from ..runtime.agreement import rank
 from .options import RunOptions
 
 _TENSORBOARD = {
@@ -25,6 +26,12 @@ _TENSORBOARD = {
     "lr": "learning-rate",
     "tokens_per_second": "throughput/tokens_per_second",
 }
+
+
+def warn(text: str) -> None:
+    """A line about something that is not as it should be; the run goes on."""
+    if rank() == 0:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class RunLog:

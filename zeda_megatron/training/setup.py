@@ -25,6 +25,7 @@ from megatron.core.utils import get_model_config
 
 from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.hf_files import read_json
+from ..checkpoint.integrity import require_intact
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
 from ..distill.teacher import Teacher
@@ -147,6 +148,7 @@ def build_student(options: Options) -> Student:
     chunks = build_chunks(options, arch, zero)
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
+        require_intact(folder, "--pretrained-checkpoint", options.run.verify_checkpoint)
         load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True)
     if options.model.trainable == "router":
         for chunk in chunks:
@@ -161,7 +163,7 @@ def build_student(options: Options) -> Student:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=options.optimizer.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # it raises on one rank alone; ours (`finite`) on all
     )
     wrapped = []
     for chunk in chunks:
@@ -194,7 +196,10 @@ def build_teacher(options: Options, student: Student) -> Teacher:
         )
         zero = zero_experts(plain, student.arch, source)
     chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
-    load_weights(chunks, require_checkpoint(source, "--teacher-load"), "--teacher-load", fresh_heads=True)
+    folder = require_checkpoint(source, "--teacher-load")
+    if source != options.model.pretrained_checkpoint:  # that one was looked at for the student
+        require_intact(folder, "--teacher-load", options.run.verify_checkpoint)
+    load_weights(chunks, folder, "--teacher-load", fresh_heads=True)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.hf_files import read_json
+from ..checkpoint.integrity import require_intact
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..data.tokenizers import load_tokenizer
 from ..distill.rollout import BuiltinEngine
@@ -43,6 +44,7 @@ def run_stage0(options: Options) -> int:
         options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
     )
     folder = require_checkpoint(source, "--pretrained-checkpoint")
+    require_intact(folder, "--pretrained-checkpoint", options.run.verify_checkpoint)
     file = RolloutFile(options.generate.rollout_path, sampling_settings(sampling, teacher_id(source, folder)))
     rank0 = torch.distributed.get_rank() == 0
     if rank0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -49,9 +50,12 @@ class Stepper:
         optimizer: MegatronOptimizer,
         loss: LossConfig,
         seq_length: int,
+        check: Callable[[dict[str, float]], None] | None = None,
     ):
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.seq_length = loss, seq_length
+        self.check = check
+        """Gets the metrics before the weights are updated; may raise."""
 
     def step(self, batches: list[PackedBatch]) -> dict[str, float]:
         """Train on this data-parallel rank's micro-batches.
@@ -88,8 +92,10 @@ class Stepper:
             micro_batch_size=1,
             forward_only=False,
         )
-        ok, grad_norm, _ = self.optimizer.step()
         metrics = self._reduce(sums)
+        if self.check is not None:
+            self.check(metrics)
+        ok, grad_norm, _ = self.optimizer.step()
         metrics["grad_norm"] = float(grad_norm or 0.0)
         metrics["updated"] = float(ok)
         return metrics
