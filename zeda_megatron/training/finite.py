@@ -65,5 +65,5 @@ class FiniteCheck:
     def _end(self, what: str, weights: list[str]) -> None:
         where = f"; not finite: {', '.join(weights[:3])}" if weights else ""
         kept = f"; checkpoints in --save {self.save} are from before" if self.save else ""
-        advice = "look at that checkpoint" if weights else "lower --lr or look at the data of this step"
+        advice = "start from sound weights" if weights else "lower --lr or look at the data of this step"
         raise NotFinite(f"step {self.step}: {what}{where}{kept}; {advice} {_ON}")
