@@ -6,8 +6,10 @@ The tracker names the newest one; if it is missing or stale, the newest whole fo
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
+import shutil
 from pathlib import Path
 
 from ..errors import UserError
@@ -71,11 +73,20 @@ def require_checkpoint(root: str | Path, flag: str) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Write, flush to disk, rename: the file has the old or the new content, never a part."""
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that the target is the old or the new one, never a part; nothing if they are equal."""
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
+        return
+    temporary = target.with_name(target.name + f".tmp-{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
 
 
 def set_aside(folder: Path) -> Path:

@@ -55,7 +55,7 @@ class CheckpointSaver:
         """
         self.finish()
         final = self.folder(iteration)
-        with self._told():
+        with self.told():
             self._partial = self._make_partial(final)
             request = dist_checkpointing.save(state, str(self._partial), async_sharded_save=True)
             request = _noting_files(request, self._partial)
@@ -67,12 +67,12 @@ class CheckpointSaver:
 
     def poll(self) -> None:
         """Publish a checkpoint that is being written in the background, if all ranks are done."""
-        with self._told():
+        with self.told():
             self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Wait for the background and publish what it wrote."""
-        with self._told():
+        with self.told():
             self._queue.maybe_finalize_async_calls(blocking=True)
 
     def abandon(self) -> None:
@@ -127,8 +127,8 @@ class CheckpointSaver:
         self._partial = None
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Failures to write become one line; what was written so far is removed."""
+    def told(self) -> Iterator[None]:
+        """Failures to write in --save become one line; an unfinished checkpoint is removed."""
         try:
             yield
         except CheckpointException as error:  # only rank 0 is told what happened
@@ -139,7 +139,7 @@ class CheckpointSaver:
             cause = error
         else:
             return
-        self._discard()
+        self.abandon()
         reason = first_line(cause).removeprefix("Worker failure: ")
         raise UserError(
             f"--save {self.root}: cannot be written ({reason}); the last complete checkpoint there is unharmed"

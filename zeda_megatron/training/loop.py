@@ -184,8 +184,9 @@ class TrainingRun:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
         self.finite.weights()
         self.saver.save(self.iteration, self.state())
-        if torch.distributed.get_rank() == 0:
-            write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero)
+        with self.saver.told():
+            if torch.distributed.get_rank() == 0:
+                write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero)
 
     def _resume(self) -> None:
         run = self.options.run
