@@ -133,7 +133,7 @@ class CheckpointSaver:
             yield
         except CheckpointException as error:  # only rank 0 is told what happened
             cause = next(iter(error.failures.values()), ("another rank says why",))[0]
-        except (OSError, RuntimeError, CheckpointingException) as error:
+        except (OSError, EOFError, RuntimeError, CheckpointingException) as error:
             if is_lost_peer(error):
                 raise
             cause = error
