@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "find_checkpoint",
     "is_complete",
     "load_checkpoint",
+    "load_plain_values",
     "load_weights",
     "model_state",
     "require_checkpoint",
@@ -53,8 +55,17 @@ def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], kee
 
 def load_checkpoint(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
     """Load `folder` into a sharded state dict. Raises `UserError` naming folder and reason."""
+    return _told(lambda: dist_checkpointing.load(state, str(folder)), folder, flag)
+
+
+def load_plain_values(folder: Path, flag: str) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors. Raises `UserError` naming folder and reason."""
+    return _told(lambda: dist_checkpointing.load_common_state_dict(str(folder)), folder, flag)
+
+
+def _told(load: Callable[[], dict[str, Any]], folder: Path, flag: str) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(folder))
+        return load()
     except CheckpointException as error:  # a BaseException: what went wrong on some ranks
         cause = next(iter(error.failures.values()), (error,))[0]
     except Exception as error:  # a damaged pickle can raise nearly anything

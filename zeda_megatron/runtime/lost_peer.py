@@ -61,6 +61,6 @@ def _where(error: BaseException) -> str:
         file = Path(frame.filename)
         if file.name == "distributed_c10d.py":
             call = frame.name
-        elif file.is_relative_to(_PACKAGE):
+        elif file.is_relative_to(_PACKAGE) and file.parent != Path(__file__).parent:
             place = f" in {file.relative_to(_PACKAGE)} ({frame.name})"
     return call + place

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
-from ..checkpoint.state import load_checkpoint, model_state, require_checkpoint
+from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
@@ -175,6 +175,7 @@ class TrainingRun:
                 "consumed_rows": self.consumed_rows,
                 "consumed_tokens": self.consumed_tokens,
                 "optimizer_step": optimizer_step(self.optimizer),
+                "distributed_optimizer": self.options.optimizer.use_distributed_optimizer,
             },
             "share_control": self.control.state_dict(),
             "data": self.dataset.fingerprint(),
@@ -198,6 +199,13 @@ class TrainingRun:
             if run.load:
                 require_checkpoint(root, flag)  # says what is missing
             return
+        plain = load_plain_values(folder, flag)
+        sharded = plain.get("progress", {}).get("distributed_optimizer")
+        if sharded not in (None, self.options.optimizer.use_distributed_optimizer):
+            raise UserError(
+                f"{flag} {folder}: was saved {'with' if sharded else 'without'} --use-distributed-optimizer; resume "
+                f"{'with' if sharded else 'without'} it (the two keep the optimizer's state in different forms)"
+            )
         loaded = load_checkpoint(folder, self.state(is_loading=True), flag)
         if loaded.get("data") != self.dataset.fingerprint():
             raise UserError(
