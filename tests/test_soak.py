@@ -52,9 +52,10 @@ def partials(folder):
 def wait_for_the_moment(folder, process, draw, old) -> None:
     """Half of the kills: a short while after a save began. The others: any time after the first new step."""
     metrics, before = folder / "metrics.jsonl", steps_of(folder)
-    in_a_save = draw.random() < 0.5
+    in_a_save, seen, nth = draw.random() < 0.5, set(), draw.randint(1, 3)
     while process.poll() is None:
-        if in_a_save and partials(folder) - old:
+        seen |= partials(folder) - old
+        if in_a_save and len(seen) == nth:
             time.sleep(draw.random() * 0.3)
             return
         if not in_a_save and metrics.is_file() and steps_of(folder) != before:

@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..runtime.agreement import barrier
 from ..runtime.lost_peer import is_lost_peer
 from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint, write_atomically
+from .integrity import require_intact
 from .saving import CheckpointSaver, first_line
 
 __all__ = [
@@ -87,12 +88,18 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_weights(
-    model_chunks: list[torch.nn.Module], folder: Path, flag: str, fresh_heads: bool = False
+    model_chunks: list[torch.nn.Module],
+    folder: Path,
+    flag: str,
+    fresh_heads: bool = False,
+    verify: str = "hash",
 ) -> None:
     """Load the weights of a checkpoint into bare (unwrapped) model chunks.
 
     With `fresh_heads`, a checkpoint without heads of paired zero experts is fine: they keep their initial values.
+    `verify` says how closely the files are looked at first (`integrity.LEVELS`).
     """
+    require_intact(folder, flag, verify)
     wanted = model_state(model_chunks)
     fresh = fresh_heads and not _has_heads(folder)
     if fresh:

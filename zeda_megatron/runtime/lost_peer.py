@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-_GLOO = re.compile(r"gloo/|\[?gloo\]?", re.IGNORECASE)
+_GLOO = re.compile(r"gloo", re.IGNORECASE)
 _GONE = re.compile(r"closed by peer|reset by peer|connection (was )?(closed|refused|reset)|broken pipe", re.I)
 _WAITED = re.compile(r"timed? ?out(?: after)?(?: waiting)?(?: (?P<ms>\d+) ?ms)?", re.I)
 _TORCH = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -28,19 +28,16 @@ class LostPeer(UserError):
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether `error` is the word of a communication library about a process that does not answer."""
-    if type(error).__name__ in _TORCH:
-        return True
     text = str(error)
-    return isinstance(error, RuntimeError) and bool(
-        _GLOO.search(text) and (_GONE.search(text) or _WAITED.search(text))
-    )
+    speaks = type(error).__name__ in _TORCH or (isinstance(error, RuntimeError) and _GLOO.search(text))
+    return bool(speaks and (_GONE.search(text) or _WAITED.search(text)))
 
 
 def lost_peer(error: BaseException) -> LostPeer | None:
     """`error` in one line, or None if it is about something else."""
     if not is_lost_peer(error):
         return None
-    waited = _WAITED.search(str(error))
+    waited = None if _GONE.search(str(error)) else _WAITED.search(str(error))
     again = "start the same command again to go on from the last checkpoint"
     if waited is None:
         return LostPeer(

@@ -25,7 +25,6 @@ from megatron.core.utils import get_model_config
 
 from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.hf_files import read_json
-from ..checkpoint.integrity import require_intact
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
 from ..distill.teacher import Teacher
@@ -148,8 +147,8 @@ def build_student(options: Options) -> Student:
     chunks = build_chunks(options, arch, zero)
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
-        require_intact(folder, "--pretrained-checkpoint", options.run.verify_checkpoint)
-        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True)
+        verify = options.run.verify_checkpoint
+        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True, verify=verify)
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -197,9 +196,9 @@ def build_teacher(options: Options, student: Student) -> Teacher:
         zero = zero_experts(plain, student.arch, source)
     chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
     folder = require_checkpoint(source, "--teacher-load")
-    if source != options.model.pretrained_checkpoint:  # that one was looked at for the student
-        require_intact(folder, "--teacher-load", options.run.verify_checkpoint)
-    load_weights(chunks, folder, "--teacher-load", fresh_heads=True)
+    seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
+    verify = "none" if seen else options.run.verify_checkpoint
+    load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.hf_files import read_json
-from ..checkpoint.integrity import require_intact
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..data.tokenizers import load_tokenizer
 from ..distill.rollout import BuiltinEngine
@@ -44,7 +43,6 @@ def run_stage0(options: Options) -> int:
         options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
     )
     folder = require_checkpoint(source, "--pretrained-checkpoint")
-    require_intact(folder, "--pretrained-checkpoint", options.run.verify_checkpoint)
     file = RolloutFile(options.generate.rollout_path, sampling_settings(sampling, teacher_id(source, folder)))
     rank0 = torch.distributed.get_rank() == 0
     if rank0:
@@ -52,7 +50,7 @@ def run_stage0(options: Options) -> int:
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
-    load_weights(chunks, folder, "--pretrained-checkpoint")
+    load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_zero_mask(chunks, True)  # the teacher is the static model
     engine = BuiltinEngine(
         chunks[0],
