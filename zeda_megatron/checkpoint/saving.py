@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import UserError
 from ..runtime.agreement import from_rank0, rank
+from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
 from .folders import TRACKER, iteration_of, iterations, set_aside, write_atomically
 from .integrity import note_own_files, seal
@@ -41,6 +42,7 @@ class CheckpointSaver:
     def __init__(self, root: str | Path, keep: int = 0, background: bool = False):
         self.root, self.keep, self.background = Path(root), keep, background
         self._queue = AsyncCallsQueue()
+        end_with_parent()
         self._partial: Path | None = None
 
     def folder(self, iteration: int) -> Path:
