@@ -17,6 +17,10 @@ def test_a_timeout_names_the_limit_and_what_to_do():
     assert "start the same command again" in told and "\n" not in told
 
 
+def test_the_second_collective_after_a_timeout_is_told_as_one_too():
+    assert "did not answer" in str(lost_peer(RuntimeError("Application timeout caused pair closure")))
+
+
 def test_a_closed_connection_says_that_a_process_is_gone():
     told = str(lost_peer(RuntimeError(GONE)))
     assert "another process of this run is gone" in told and "start the same command again" in told

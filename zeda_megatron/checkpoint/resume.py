@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..runtime.agreement import from_rank0
+from ..runtime.agreement import from_rank0, rank
 from .folders import find_checkpoint, is_complete, iteration_of, iterations, tracked
 from .integrity import INTEGRITY, REMEDY, find_damage, has_integrity, require_intact
 
@@ -27,8 +27,8 @@ def intact_checkpoint(
         UserError: all are damaged, or `root` is a single checkpoint and damaged; the message names the file.
     """
     root = Path(root)
-    # Rank 0 looks: others may see a shared file system later, and all must take the same folder.
-    single, found = from_rank0((_is_single(root), _newest_first(root)))
+    # Rank 0 looks: others may see a shared file system sooner or later, and all must take the same folder.
+    single, found = from_rank0((_is_single(root), _newest_first(root)) if rank() == 0 else (False, []))
     if single:
         return _noted(require_intact(root, flag, level), level, warn)
     damages = []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-_GLOO = re.compile(r"gloo", re.IGNORECASE)
+_GLOO = re.compile(r"gloo|pair closure", re.IGNORECASE)
 _GONE = re.compile(r"closed by peer|reset by peer|connection (was )?(closed|refused|reset)|broken pipe", re.I)
 _WAITED = re.compile(r"timed? ?out(?: after)?(?: waiting)?(?: (?P<ms>\d+) ?ms)?", re.I)
 _TORCH = ("DistBackendError", "DistNetworkError", "DistStoreError")

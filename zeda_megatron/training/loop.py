@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,7 +191,7 @@ class TrainingRun:
     def _resume(self) -> None:
         run = self.options.run
         flag, root = ("--load", run.load) if run.load else ("--save", run.save)
-        if not root or not (run.load or Path(root).is_dir()):
+        if not root:
             return
         folder = intact_checkpoint(root, flag, run.verify_checkpoint, warn)
         if folder is None:
