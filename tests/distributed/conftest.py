@@ -139,10 +139,13 @@ def assert_same_run(runs, results, alone, worlds):
                     assert a == b or a == pytest.approx(b, abs=1e-5, rel=1e-5), (line["step"], key)
         # One process reads what several wrote: resume under another layout.
         name = case["world"]
-        end = tiny_world.start(worlds[name], load=folder, **STEPS, **WORLD_FLAGS[name])
+        sharded = {key: value for key, value in case["flags"].items() if key == "use_distributed_optimizer"}
+        end = tiny_world.start(worlds[name], load=folder, **STEPS, **WORLD_FLAGS[name], **sharded)
         assert end.iteration == 3
         mine = tiny_world.snapshot(end)
-        assert mine.keys() == wanted.keys()
+        if sharded:  # a snapshot of it lacks the moments; the third step's weights come from them
+            wanted = {key: tensor for key, tensor in wanted.items() if key.startswith("/model")}
+        assert mine.keys() >= wanted.keys() and (sharded or mine.keys() == wanted.keys())
         assert max((mine[name].float() - wanted[name].float()).abs().max().item() for name in wanted) < 1e-5
 
     return check
