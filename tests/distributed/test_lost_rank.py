@@ -89,9 +89,10 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_message(world, tmp_path, one_
     assert last_saved(world, job.save) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_ends_the_run_within_the_timeout_with_one_line(world, tmp_path, one_process, rank):
-    job = Job(world, tmp_path / "run", "--distributed-timeout-minutes", "0.25")
+    job = Job(world, tmp_path / "run", "--distributed-timeout-minutes", "0.5")
     job.wait_for_steps(3)
     job.worker(rank).send_signal(signal.SIGSTOP)
     begun = time.monotonic()
@@ -100,11 +101,11 @@ def test_a_rank_that_hangs_ends_the_run_within_the_timeout_with_one_line(world, 
     who = "" if rank else "rank 1: "
     expected = (
         rf"error: {who}\w+ in [\w/]+\.py \(\w+\): another process did not answer within "
-        r"--distributed-timeout-minutes 0\.25: .*py-spy.*start the same command again.*\n"
+        r"--distributed-timeout-minutes 0\.5: .*py-spy.*start the same command again.*\n"
     )
     assert re.fullmatch(expected, told), told
     # The limit, torchrun's 30 seconds before it kills the one that hangs, and some for a slow machine.
-    assert time.monotonic() - begun < 15 + 30 + 60
+    assert time.monotonic() - begun < 30 + 30 + 60
     assert last_saved(world, job.save) >= 2
     assert [json.loads(line)["step"] for line in (job.save / "metrics.jsonl").read_text().splitlines()][
         :3
