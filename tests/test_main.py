@@ -107,3 +107,28 @@ def test_kill_at_any_moment_loses_nothing_that_was_saved(world, tmp_path, one_pr
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert tiny_world.read_metrics(folder) == tiny_world.read_metrics(tmp_path / "straight")
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for two checkpoints or so."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("how", ["--no-async-save", "--async-save"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_still_loads(world, small_disk, one_process, how):
+    process = start(*flags_of(world, small_disk, train_iters=50, save_interval=1), "--no-progress", how)
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 2 and out == ""
+    assert re.fullmatch(rf"error: --save {small_disk}: cannot be written \(.*unharmed\n", err), err
+    names = [path.name for path in small_disk.iterdir()]
+    assert not any("partial" in name for name in names)
+    last = max(name for name in names if name.startswith("iter_"))
+    resumed = tiny_world.start(world, load=small_disk, train_iters=50)
+    assert f"iter_{resumed.iteration:07d}" == last

@@ -10,6 +10,9 @@ from collections.abc import Callable
 class UserError(Exception):
     """A mistake in input, flags or files. The message names the thing at fault and what to do."""
 
+    exit_code = 2
+    """Exit code of a program that ends with it."""
+
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point and exit: 0 when fine, 2 with one line on stderr for a `UserError`.
@@ -22,5 +25,5 @@ def run_main(main: Callable[[], int | None]) -> None:
         if "--debug" in sys.argv or os.environ.get("ZEDA_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     sys.exit(code or 0)

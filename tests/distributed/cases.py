@@ -25,7 +25,8 @@ WORLD_FLAGS = {
 
 def case(name, do="train", world="plain", flags=None, slow=False, **layout):
     """One case; keyword arguments are parallel sizes."""
-    flags = (STEPS if "train" in do or do == "interrupted" else {}) | WORLD_FLAGS[world] | (flags or {})
+    steps = "train" in do or do in ("interrupted", "moved", "changed", "diverged", "damaged")
+    flags = (STEPS if steps else {}) | WORLD_FLAGS[world] | (flags or {})
     return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
 
 
@@ -120,6 +121,7 @@ ANSWERS = [
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
 ]
 SHARDED = {"use_distributed_optimizer": True}
+ASYNC = {"async_save": True, "save_interval": 1}
 UNEVEN = [
     case("uneven plain", "interrupted", world="odd", pp=2),
     case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}),
@@ -130,6 +132,9 @@ OTHERS = [
     case("interrupted ep2", "interrupted", ep=2),
     case("sharded optimizer dp2", "interrupted", flags=SHARDED),
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
+    case("async ep2", "interrupted", ep=2, flags=ASYNC),
+    case("diverged ep2", "diverged", ep=2),
+    case("damaged ep2", "damaged", ep=2),
     case("bf16 ep2", ep=2, flags={"bf16": True}, slow=True),
     case("stock flex", "stock_flex", ep=2),
     case("flex zero outputs", "zero_outputs", ep=2),
@@ -141,12 +146,31 @@ OTHERS = [
         "allgather answers ep2", "answers", flags=SAMPLED | {"moe_token_dispatcher_type": "allgather"}, ep=2
     ),
 ]
+MOVED = [
+    # Saved by two processes after two steps, loaded by two processes under another layout (`then`).
+    case("ep2 then tp2", "moved", ep=2, flags={"then": {"tp": 2}}),
+    case("pp2 then ep2", "moved", pp=2, flags={"then": {"ep": 2}}),
+    case("async tp2 then pp2", "moved", tp=2, flags=ASYNC | {"then": {"pp": 2}}),
+    case("sharded ep2 then sharded tp2", "moved", ep=2, flags=SHARDED | {"then": {"tp": 2}}),
+    case("dp2 then pp2", "moved", flags={"then": {"pp": 2}}, slow=True),
+    case("tp2 then ep2", "moved", tp=2, flags={"then": {"ep": 2}}, slow=True),
+    case("sharded dp2 then sharded pp2", "moved", flags=SHARDED | {"then": {"pp": 2}}, slow=True),
+    case(
+        "async sharded ep2 then sharded dp2", "moved", ep=2, flags=SHARDED | ASYNC | {"then": {}}, slow=True
+    ),
+]
+CHANGED = [
+    case("sharded ep2 then plain tp2", "changed", ep=2, flags=SHARDED | {"then": {"tp": 2}}),
+    case("plain ep2 then sharded tp2", "changed", ep=2, flags={"then": {"tp": 2}}, slow=True),
+]
 RESUMED = [
     case("resumed tp2", flags={"load": "HALFWAY"}, tp=2),
     case("resumed ep2", flags={"load": "HALFWAY"}, ep=2, slow=True),
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]
-TWO_PROCESSES = TRAIN + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED
+TWO_PROCESSES = (
+    TRAIN + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED + MOVED + CHANGED
+)
 FOUR_PROCESSES = [
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),

@@ -1,15 +1,18 @@
 """Two processes against one: losses, gradient norms, weights, masks, stage 0, signals."""
 
 import json
+import re
 
 import pytest
 import tiny_world
 import torch
 from cases import (
     ANSWERS,
+    CHANGED,
     FLEX,
     FUSED,
     MASKED,
+    MOVED,
     OTHERS,
     RESUMED,
     SAMPLED,
@@ -38,6 +41,34 @@ def test_same_numbers_everywhere(assert_same_run, case):
 @each(RESUMED)
 def test_a_run_of_one_process_goes_on_under_another_layout(assert_same_run, case):
     assert_same_run(case, first_step=3)
+
+
+@each(MOVED)
+def test_a_run_of_two_processes_goes_on_under_another_layout(assert_same_run, results, case):
+    assert_same_run(case)
+    assert all(rank["stopped"] == rank["resumed"] == 2 for rank in results(case["name"]))
+
+
+@each(CHANGED)
+def test_a_run_goes_on_with_the_other_kind_of_optimizer_or_says_why_not(results, case):
+    for rank in results(case["name"]):
+        assert re.search("--use-distributed-optimizer", rank["told"]) and "\n" not in rank["told"]
+
+
+def test_weights_that_are_no_numbers_on_one_rank_end_all_ranks_at_the_same_step(runs, results):
+    first, second = results("diverged ep2")
+    assert first == second and first["tracker"] == "2"
+    assert re.match(
+        r"step 3: .* not finite: student decoder\.layers\.0\..*experts.* \(rank 1\)", first["told"]
+    )
+    folder = runs("diverged ep2")[1]
+    assert [path.name for path in folder.glob("*iter_*")] == ["iter_0000002"]
+
+
+def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
+    first, second = results("damaged ep2")
+    assert first == second and first["resumed"] == 2
+    assert "iter_0000003: __1_0.distcp has changed" in first["told"]
 
 
 @each(TRAIN)
@@ -129,10 +160,11 @@ def test_stage_0_answers_the_same_on_every_layout(runs, results, world, tmp_path
     assert one == two and len(lines[0]) == len(lines[1]) == 9
 
 
-def test_sigterm_to_one_rank_stops_all_at_the_same_step_and_a_resume_ends_equal(runs, results):
-    for rank in results("interrupted ep2"):
+@pytest.mark.parametrize("name", ["interrupted ep2", "async ep2"])
+def test_sigterm_to_one_rank_stops_all_at_the_same_step_and_a_resume_ends_equal(runs, results, name):
+    for rank in results(name):
         assert rank == {"code": 0, "stopped": 2, "resumed": 2, "end": 0}
-    folders = [runs(name)[1] for name in ("interrupted ep2", "ep2 alltoall")]
+    folders = [runs(name)[1] for name in (name, "ep2 alltoall")]
     assert tiny_world.read_metrics(folders[0]) == tiny_world.read_metrics(folders[1])
 
 

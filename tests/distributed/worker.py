@@ -30,6 +30,7 @@ from megatron.core import parallel_state  # noqa: E402
 from pytest import MonkeyPatch  # noqa: E402
 
 from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
+from zeda_megatron.errors import UserError  # noqa: E402
 from zeda_megatron.moe.router import zero_mask  # noqa: E402
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
@@ -79,6 +80,74 @@ def interrupted(world, out: Path, layout: dict, flags: dict) -> dict:
     code, stopped = run.run(), run.iteration
     again = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
     return {"code": code, "stopped": stopped, "resumed": again.iteration, "end": again.run()}
+
+
+def moved(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Two steps under one layout, the third under another, with the same processes."""
+    flags, then = dict(flags), flags["then"]
+    del flags["then"]
+    first = tiny_world.start(world, save=out, exit_interval=2, **sizes_of(layout), **flags)
+    first.run()
+    parallel_state.destroy_model_parallel()
+    initialize(ParallelConfig(**sizes_of(then), distributed_timeout_minutes=2))
+    again = tiny_world.start(world, save=out, **sizes_of(then), **flags)
+    resumed = again.iteration
+    return {"stopped": first.iteration, "resumed": resumed, "code": again.run(), "iteration": again.iteration}
+
+
+def changed(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Saved with one kind of optimizer, loaded with the other."""
+    flags, then = dict(flags), flags["then"]
+    sharded = flags.pop("use_distributed_optimizer", False)
+    del flags["then"]
+    kind = {"use_distributed_optimizer": sharded}
+    tiny_world.start(world, save=out, exit_interval=2, **sizes_of(layout), **flags, **kind).run()
+    parallel_state.destroy_model_parallel()
+    initialize(ParallelConfig(**sizes_of(then), distributed_timeout_minutes=2))
+    kind = {"use_distributed_optimizer": not sharded}
+    try:
+        again = tiny_world.start(world, save=out, **sizes_of(then), **flags, **kind)
+    except UserError as error:
+        return {"told": str(error)}
+    return {"resumed": again.iteration, "code": again.run()}
+
+
+def diverged(world, out: Path, layout: dict, flags: dict) -> dict:
+    """An expert of the last rank gets NaN in the third step; the checkpoint of the second is still being written."""
+    flags = flags | {"save_interval": 2, "async_save": True}
+    run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
+    step = run.stepper.step
+
+    def spoiled(batches):
+        if run.iteration == 2 and torch.distributed.get_rank() == 1:
+            for fc1, _ in tiny.expert_weights(run.student.chunks[0].decoder.layers[0].mlp):
+                fc1.data.fill_(float("nan"))
+        return step(batches)
+
+    run.stepper.step = spoiled
+    try:
+        run.run()
+    except UserError as error:
+        return {"told": str(error), "tracker": (out / "latest_checkpointed_iteration.txt").read_text()}
+    return {"told": None}
+
+
+def damaged(world, out: Path, layout: dict, flags: dict) -> dict:
+    """A file that the last rank has written is damaged: all ranks go back to the same older checkpoint."""
+    tiny_world.start(world, save=out, save_interval=1, **sizes_of(layout), **flags).run()
+    newest = out / "iter_0000003"
+    if torch.distributed.get_rank() == 0:
+        file = newest / "__1_0.distcp"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    torch.distributed.barrier()
+    again = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
+    try:
+        tiny_world.start(world, load=newest, **sizes_of(layout), **flags)
+    except UserError as error:
+        return {"resumed": again.iteration, "told": str(error)}
+    return {"resumed": again.iteration, "told": None}
 
 
 def masked(world, out: Path, layout: dict, flags: dict) -> dict:

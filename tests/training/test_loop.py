@@ -92,19 +92,23 @@ def test_resume_with_the_distributed_optimizer_is_bit_equal(world, tmp_path):
     assert_same(tiny_world.snapshot(resumed), tiny_world.snapshot(whole))
 
 
-def test_sigterm_saves_and_ends_with_0_and_a_later_resume_is_equal(world, straight, tmp_path, monkeypatch):
-    run = tiny_world.start(world, save=tmp_path)
-    step, before = run.stepper.step, signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_request_to_stop_saves_and_ends_with_0_and_a_later_resume_is_equal(
+    world, straight, tmp_path, monkeypatch, number, background
+):
+    run = tiny_world.start(world, save=tmp_path, async_save=background, save_interval=1)
+    step, before = run.stepper.step, signal.getsignal(number)
 
     def interrupted(batches):
         if run.iteration == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(batches)
 
     monkeypatch.setattr(run.stepper, "step", interrupted)
     assert run.run() == 0
     assert run.iteration == 2 and find_checkpoint(tmp_path).name == "iter_0000002"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert finish(world, tmp_path, straight) == 2
 
 
@@ -183,6 +187,42 @@ def test_load_takes_another_folder_and_wins_over_save(world, halfway, straight, 
     assert [line["step"] for line in tiny_world.read_metrics(tmp_path / "new")] == [4, 5, 6]
 
 
+def one_sample_less(lines):
+    return lines[:-1]
+
+
+def one_word_changed(lines):
+    return [lines[0].replace('"content": "', '"content": "x', 1)] + lines[1:]
+
+
+def another_order(lines):
+    return lines[::-1]
+
+
+@pytest.mark.parametrize("change", [one_sample_less, one_word_changed, another_order])
+def test_a_data_file_that_changed_since_the_save_is_a_user_error(world, halfway, tmp_path, change):
+    lines = world.rollouts.read_text().splitlines()
+    file = tmp_path / "rollouts.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    assert (
+        tiny_world.start(world, load=halfway, data_path=file).iteration == 3
+    )  # the same text elsewhere is fine
+    file.write_text("\n".join(change(lines)) + "\n")
+    with pytest.raises(UserError, match=r"--load .*iter_0000003: was trained on other data .*--data-path"):
+        tiny_world.start(world, load=halfway, data_path=file)
+
+
+def test_a_data_file_cut_in_the_middle_of_a_line_is_a_user_error_that_names_the_line(
+    world, halfway, tmp_path
+):
+    lines = world.rollouts.read_bytes().splitlines(keepends=True)
+    file = tmp_path / "rollouts.jsonl"
+    file.write_bytes(b"".join(lines[:40]) + lines[40][:30])
+    with pytest.raises(UserError, match=r"rollouts.jsonl line 41: not valid JSON") as told:
+        tiny_world.start(world, load=halfway, data_path=file)
+    assert "\n" not in str(told.value)
+
+
 def test_mistakes_on_resume_are_user_errors(world, halfway, tmp_path):
     with pytest.raises(UserError, match=r"--load .*nowhere: no such folder"):
         tiny_world.start(world, load=tmp_path / "nowhere")
@@ -200,7 +240,7 @@ def test_mistakes_on_resume_are_user_errors(world, halfway, tmp_path):
         for file in (folder / "iter_0000003").glob("*.distcp"):
             os.truncate(file, size)
         with pytest.raises(UserError, match=r"--load .*iter_0000003: cannot be read") as caught:
-            tiny_world.start(world, load=folder)
+            tiny_world.start(world, load=folder, verify_checkpoint="none")
         assert "\n" not in str(caught.value)
 
 

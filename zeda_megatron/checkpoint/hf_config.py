@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from .bits import DTYPES
+from .folders import copy_whole, write_atomically
 from .paired_config import PAIRED_KEYS, is_paired, paired_experts_of
 
 _NATIVE_TYPES = {"qwen3_moe_plus_plus": "qwen3_moe", "glm4_moe_lite_plus_plus": "glm4_moe_lite"}
@@ -122,10 +122,10 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json, and the modeling file where the config asks for ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     file = _MODELING_FILES.get((config.get("architectures") or [""])[0])
     if file is not None:
-        shutil.copyfile(Path(__file__).parents[1] / "serving" / file, folder / file)
+        copy_whole(Path(__file__).parents[1] / "serving" / file, folder / file)
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
@@ -133,5 +133,5 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     found = sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()})
     for path in found:
-        shutil.copyfile(path, target / path.name)
+        copy_whole(path, target / path.name)
     return [path.name for path in found]

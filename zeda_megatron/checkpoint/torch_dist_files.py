@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..errors import UserError
+from .integrity import require_intact
 from .layout import Box
 from .state import require_checkpoint
 
@@ -113,11 +114,11 @@ class TorchDistReader:
     """Reads boxes out of a checkpoint, whatever TP/EP/PP layout wrote it.
 
     Raises:
-        UserError: no such checkpoint, unreadable index, missing or truncated data file.
+        UserError: no such checkpoint, unreadable index, a missing, truncated or changed file.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = require_checkpoint(folder, "--megatron")
+        self.folder = require_intact(require_checkpoint(folder, "--megatron"), "--megatron", "hash")
         self._reader = FileSystemReader(self.folder)
         try:
             self._metadata = self._reader.read_metadata()

@@ -2,7 +2,7 @@
 
 Three differences to plain torchrun, all for the one who waits for the command to end:
 - the exit code is that of the first worker that failed (torchrun: always 1);
-- a user's mistake (exit code 2) stays the one line that the worker printed;
+- a user's mistake (exit code 2) and a rank that hangs (3) stay the one line that the worker printed;
 - SIGTERM and SIGUSR1 go to the workers, which save and end in their own time (torchrun: SIGTERM, killed after 30
   seconds, exit code 1 even if all went well; SIGUSR1 ends torchrun and leaves the workers behind).
 """
@@ -15,8 +15,8 @@ import os
 import signal
 import sys
 
-USER_ERROR = 2
-"""Exit code of a worker that has told the user what is wrong."""
+TOLD = (2, 3)
+"""Exit codes of a worker that has told the user what is wrong: a mistake, a process that does not answer."""
 
 _NOISY = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         if forward.received and failure.exitcode == -forward.received:
             name = signal.Signals(forward.received).name
             print(f"stopped by {name} before the first step: nothing to save", file=sys.stderr)
-        elif code != USER_ERROR:
+        elif code not in TOLD:
             print(error, file=sys.stderr)
         return code
     except SignalException as error:

@@ -35,7 +35,7 @@ class ParallelConfig:
     expert_tensor_parallel_size: int = 1
     """Tensor parallelism inside one expert."""
 
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: float = 10.0
     """A collective that takes longer than this ends the run."""
 
     @property
@@ -59,8 +59,11 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
     cpu.install()
     from megatron.core import parallel_state, rerun_state_machine, tensor_parallel
 
+    minutes = parallel.distributed_timeout_minutes
+    if not minutes > 0:
+        raise UserError(f"--distributed-timeout-minutes {minutes:g} must be above 0")
     for name, size in vars(parallel).items():
-        if size < 1:
+        if size < 1 and name.endswith("_size"):
             raise UserError(f"--{name.replace('_', '-')} {size} must be at least 1")
     rank, world, local = _place()
     expert_size = (
@@ -84,7 +87,7 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
             rank=rank,
             world_size=world,
             store=store,
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            timeout=timedelta(minutes=minutes),
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -95,6 +98,7 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=minutes,
         )
         _disable_reruns(rerun_state_machine)
     # Seeds differ between pipeline stages and, inside Megatron's tracker, between tensor and expert ranks.

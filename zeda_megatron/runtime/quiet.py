@@ -10,6 +10,8 @@ def quiet() -> None:
     """Silence what a user can do nothing about, and nothing else."""
     # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # Collectives that Megatron calls have a new name in PyTorch.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
     for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import UserError
+from .lost_peer import lost_peer
 
 _MAIN_PID = "ZEDA_MAIN_PID"
 PATIENCE_SECONDS = 20.0
@@ -19,7 +20,7 @@ PATIENCE_SECONDS = 20.0
 
 
 def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECONDS) -> None:
-    """Run `main` and exit with its code; 2 and one line on stderr for a `UserError`.
+    """Run `main` and exit with its code; 2 and one line on stderr for a `UserError`, 3 if another process is lost.
 
     Rank 0 prints at once. The others, if nobody has ended them after `patience` seconds, print their own line
     with their rank: the mistake is on their host only, such as a missing file. `--debug` on the command line (or
@@ -29,14 +30,15 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
     os.environ[_MAIN_PID] = str(os.getpid())
     try:
         code = main()
-    except UserError as error:
-        if "--debug" in sys.argv or os.environ.get("ZEDA_DEBUG") == "1":
+    except (UserError, RuntimeError) as error:
+        told = error if isinstance(error, UserError) else lost_peer(error)
+        if told is None or "--debug" in sys.argv or os.environ.get("ZEDA_DEBUG") == "1":
             raise
         if rank:
-            time.sleep(patience)
-        _tell_torchrun(f"error: {error}")
-        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            time.sleep(min(patience, getattr(told, "patience", patience)))
+        _tell_torchrun(f"error: {told}")
+        print(f"error: rank {rank}: {told}" if rank else f"error: {told}", file=sys.stderr, flush=True)
+        _leave(told.exit_code)
     except KeyboardInterrupt:
         if not rank:
             print("interrupted: what was not saved is lost (SIGTERM would save)", file=sys.stderr, flush=True)
@@ -50,7 +52,8 @@ def _leave(code: int) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for child in multiprocessing.active_children():  # Megatron's writers of checkpoints would stay behind
             child.terminate()
-            child.join()
+            child.join(5)
+            child.kill()  # one that writes in the background takes SIGTERM as its parent does: it remembers it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

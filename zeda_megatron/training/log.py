@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..checkpoint.state import truncate_metrics
+from ..errors import UserError
+from ..runtime.agreement import rank
 from .options import RunOptions
 
 _TENSORBOARD = {
@@ -27,6 +31,12 @@ _TENSORBOARD = {
 }
 
 
+def warn(text: str) -> None:
+    """A line about something that is not as it should be; the run goes on."""
+    if rank() == 0:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 class RunLog:
     """Logs on one rank; silent on the others."""
 
@@ -35,6 +45,20 @@ class RunLog:
         self.file = self.writer = self.bar = None
         if not active:
             return
+        with self._told():
+            self._open(first_step)
+        if options.progress:
+            self.bar = tqdm(
+                total=last_step,
+                initial=first_step,
+                unit="step",
+                file=sys.stderr,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
+
+    def _open(self, first_step: int) -> None:
+        options = self.options
         if options.save:
             folder = Path(options.save)
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,20 +70,14 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(target, purge_step=first_step + 1 if first_step else None)
-        if options.progress:
-            self.bar = tqdm(
-                total=last_step,
-                initial=first_step,
-                unit="step",
-                file=sys.stderr,
-                mininterval=0.5,
-                dynamic_ncols=True,
-            )
 
     def step(self, step: int, metrics: dict, zero_share_by_layer: list[float | None]) -> None:
-        """Record one step."""
-        if not self.active:
-            return
+        """Record one step. Raises `UserError` if that cannot be written."""
+        if self.active:
+            with self._told():
+                self._step(step, metrics, zero_share_by_layer)
+
+    def _step(self, step: int, metrics: dict, zero_share_by_layer: list[float | None]) -> None:
         line = {"step": step, **metrics}
         if any(share is not None for share in zero_share_by_layer):
             line["zero_share_by_layer"] = zero_share_by_layer
@@ -87,6 +105,18 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """End the bar, close the files. A disk without room has been told of already."""
         for part in (self.bar, self.writer, self.file):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):
+                    part.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = self.options.save or self.options.tensorboard_dir
+            raise UserError(
+                f"--save {where}: cannot be written ({error}); checkpoints there are unharmed"
+            ) from error

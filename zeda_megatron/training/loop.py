@@ -5,19 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from ..checkpoint.state import (
-    find_checkpoint,
-    load_checkpoint,
-    model_state,
-    require_checkpoint,
-    save_checkpoint,
-)
+from ..checkpoint.resume import intact_checkpoint
+from ..checkpoint.saving import CheckpointSaver
+from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..data.context_part import context_part
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
@@ -29,7 +24,8 @@ from ..models.architecture import read_architecture
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
-from .log import RunLog
+from .finite import FiniteCheck, NotFinite
+from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
 from .setup import build_optimizer, build_student, build_teacher, hf_folder
@@ -51,6 +47,13 @@ class TrainingRun:
         self.optimizer, self.schedule = build_optimizer(
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
+        run = options.run
+        self.finite = FiniteCheck(
+            self.student.chunks,
+            self.teacher,
+            run.save,
+            options.optimizer.check_for_nan_in_loss_and_grad,
+        )
         self.stepper = Stepper(
             self.student,
             self.teacher,
@@ -59,8 +62,10 @@ class TrainingRun:
             options.data.seq_length,
             alongside=options.distill.teacher_schedule == "alongside",
             per_token=options.distill.calculate_per_token_loss,
+            check=self.finite.loss,
         )
         self.control = build_share_control(options, self.student)
+        self.saver = CheckpointSaver(run.save, run.most_recent_k, run.async_save) if run.save else None
         self.iteration = 0
         self.consumed_rows = 0
         self.consumed_tokens = 0
@@ -70,10 +75,10 @@ class TrainingRun:
         """Train to --train-iters (or to a signal). Returns the exit code."""
         options, run = self.options.optimizer, self.options.run
         log = RunLog(run, torch.distributed.get_rank() == 0, self.iteration, options.train_iters)
-        saved_at = self.iteration
+        stopping = False
         try:
             with StopRequest() as stop:
-                while self.iteration < options.train_iters:
+                while self.iteration < options.train_iters and not stopping:
                     self._one_step(log)
                     if self.iteration == options.train_iters:
                         self._calibrate(log)
@@ -81,23 +86,40 @@ class TrainingRun:
                         run.exit_interval and self.iteration % run.exit_interval == 0
                     )
                     due = run.save_interval and self.iteration % run.save_interval == 0
-                    if run.save and (due or stopping or self.iteration == options.train_iters):
-                        self.save()
-                        saved_at = self.iteration
-                    if stopping:
-                        where = (
-                            f"saved step {saved_at}" if run.save else "nothing saved: --save was not given"
-                        )
-                        log.say(f"stopped at step {self.iteration} on request; {where}")
-                        break
+                    self._keep(due or stopping or self.iteration == options.train_iters)
+                self._finish_saving()
+            if stopping:
+                where = (
+                    f"saved step {self.iteration}" if self.saver else "nothing saved: --save was not given"
+                )
+                log.say(f"stopped at step {self.iteration} on request; {where}")
+        except NotFinite:
+            self._finish_saving()  # a checkpoint of before, still on its way to the disk
+            raise
+        except BaseException:
+            if self.saver:
+                self.saver.abandon()
+            raise
         finally:
             log.close()
         return 0
+
+    def _keep(self, due: bool) -> None:
+        """Publish what was written in the background meanwhile; save if it is time to."""
+        if self.saver:
+            self.saver.poll()
+            if due:
+                self.save()
+
+    def _finish_saving(self) -> None:
+        if self.saver:
+            self.saver.finish()
 
     def _one_step(self, log: RunLog) -> None:
         started = time.perf_counter()
         lr = self.schedule.get_lr({})
         self.control.before_step(self.iteration)
+        self.finite.step = self.iteration + 1
         metrics = self.stepper.step(self._rows())
         self.schedule.step(increment=1)
         self.iteration += 1
@@ -110,6 +132,7 @@ class TrainingRun:
         metrics["kd_loss"] = metrics["loss"]
         metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
         metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
+        self.finite.update(metrics)
         metrics["zero_share"] = report.zero_share
         metrics |= self.control.after_step(report)
         metrics["lr"] = lr
@@ -160,6 +183,7 @@ class TrainingRun:
                 "consumed_rows": self.consumed_rows,
                 "consumed_tokens": self.consumed_tokens,
                 "optimizer_step": optimizer_step(self.optimizer),
+                "distributed_optimizer": self.options.optimizer.use_distributed_optimizer,
             },
             "share_control": self.control.state_dict(),
             "data": self.dataset.fingerprint(),
@@ -167,22 +191,29 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
-        run = self.options.run
-        save_checkpoint(run.save, self.iteration, self.state(), keep=run.most_recent_k)
-        if torch.distributed.get_rank() == 0:
-            write_side_files(Path(run.save), hf_folder(self.options.model), self.student.zero)
+        self.finite.weights()
+        self.saver.save(self.iteration, self.state())
+        with self.saver.told():
+            if torch.distributed.get_rank() == 0:
+                write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero)
 
     def _resume(self) -> None:
         run = self.options.run
-        if run.load:
-            folder, flag = require_checkpoint(run.load, "--load"), "--load"
-        else:
-            folder, flag = (
-                (find_checkpoint(run.save) if run.save and Path(run.save).is_dir() else None),
-                "--save",
-            )
-        if folder is None:
+        flag, root = ("--load", run.load) if run.load else ("--save", run.save)
+        if not root:
             return
+        folder = intact_checkpoint(root, flag, run.verify_checkpoint, warn)
+        if folder is None:
+            if run.load:
+                require_checkpoint(root, flag)  # says what is missing
+            return
+        plain = load_plain_values(folder, flag)
+        sharded = plain.get("progress", {}).get("distributed_optimizer")
+        if sharded not in (None, self.options.optimizer.use_distributed_optimizer):
+            raise UserError(
+                f"{flag} {folder}: was saved {'with' if sharded else 'without'} --use-distributed-optimizer; resume "
+                f"{'with' if sharded else 'without'} it (the two keep the optimizer's state in different forms)"
+            )
         loaded = load_checkpoint(folder, self.state(is_loading=True), flag)
         if loaded.get("data") != self.dataset.fingerprint():
             raise UserError(

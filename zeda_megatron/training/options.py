@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checkpoint.integrity import LEVELS
 from ..config import (
     GROUP_LOSS_SCOPES,
     GROUP_LOSS_VARIANTS,
@@ -206,6 +207,9 @@ class OptimizerOptions:
     clip_grad: float = 1.0
     """Largest gradient norm; 0 does not clip."""
 
+    check_for_nan_in_loss_and_grad: bool = True
+    """End the run, on all ranks and without a save, at the first loss, gradient norm or weight that is no number."""
+
     use_distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks."""
 
@@ -228,6 +232,13 @@ class RunOptions:
 
     most_recent_k: int = 0
     """Keep only the newest k checkpoints; 0 keeps all."""
+
+    async_save: bool = False
+    """Write checkpoints in child processes while training goes on."""
+
+    verify_checkpoint: str = "hash"
+    """Before a checkpoint is loaded, compare its files with its integrity.json: hash (reads them all, split over the
+    ranks), size, none."""
 
     tensorboard_dir: str | None = None
     """Default: tensorboard/ in --save."""
@@ -331,6 +342,7 @@ class Options:
             ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.model.group_loss_scope, GROUP_LOSS_SCOPES),
             ("--recompute-granularity", self.model.recompute_granularity or "full", ("full", "selective")),
+            ("--verify-checkpoint", self.run.verify_checkpoint, LEVELS),
         ):
             if value not in allowed:
                 raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")

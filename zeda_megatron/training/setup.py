@@ -154,7 +154,8 @@ def build_student(options: Options) -> Student:
     chunks = build_chunks(options, arch, zero)
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
-        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True)
+        verify = options.run.verify_checkpoint
+        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True, verify=verify)
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -171,7 +172,7 @@ def build_student(options: Options) -> Student:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=options.optimizer.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # it raises on one rank alone; ours (`finite`) on all
     )
     wrapped = []
     for chunk in chunks:
@@ -204,7 +205,10 @@ def build_teacher(options: Options, student: Student) -> Teacher:
         )
         zero = zero_experts(plain, student.arch, source)
     chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
-    load_weights(chunks, require_checkpoint(source, "--teacher-load"), "--teacher-load", fresh_heads=True)
+    folder = require_checkpoint(source, "--teacher-load")
+    seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
+    verify = "none" if seen else options.run.verify_checkpoint
+    load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()

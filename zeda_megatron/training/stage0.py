@@ -50,7 +50,7 @@ def run_stage0(options: Options) -> int:
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
-    load_weights(chunks, folder, "--pretrained-checkpoint")
+    load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_zero_mask(chunks, True)  # the teacher is the static model
     engine = BuiltinEngine(
         chunks[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -51,12 +52,15 @@ class Stepper:
         seq_length: int,
         alongside: bool = False,
         per_token: bool = True,
+        check: Callable[[dict[str, float]], None] | None = None,
     ):
         """`alongside`: run the teacher's micro-batch just before the student's, in one pipeline; else all of its
-        micro-batches come first. `per_token`: see `step`."""
+        micro-batches come first. `per_token`: see `step`. `check` gets the metrics before the weights are
+        updated; it may raise."""
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.seq_length = loss, seq_length
         self.alongside, self.per_token = alongside and teacher is not None, per_token
+        self.check = check
 
     def step(self, batches: list[PackedBatch]) -> dict[str, float]:
         """Train on this data-parallel rank's micro-batches.
@@ -94,8 +98,10 @@ class Stepper:
             forward_only=False,
             adjust_tensor_shapes_fn=_twice_as_wide if self.alongside and self._stages() > 1 else None,
         )
-        ok, grad_norm, _ = self.optimizer.step()
         metrics = self._reduce(sums)
+        if self.check is not None:
+            self.check(metrics)
+        ok, grad_norm, _ = self.optimizer.step()
         metrics["grad_norm"] = float(grad_norm or 0.0)
         metrics["updated"] = float(ok)
         return metrics

@@ -1,0 +1,96 @@
+"""Checkpoint folders and the tracker file: which are there, which is the newest, how one appears and goes.
+
+A checkpoint is written under a temporary name and renamed when complete, so a folder called `iter_*` was whole once.
+The tracker names the newest one; if it is missing or stale, the newest whole folder is used.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+import shutil
+from pathlib import Path
+
+from ..errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_of(folder: Path) -> int | None:
+    """The step of a folder `iter_*`; None for other folders."""
+    match = _ITERATION.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def iterations(root: Path) -> list[Path]:
+    """Folders `iter_*`, oldest first."""
+    found = [(iteration_of(folder), folder) for folder in root.glob("iter_*")]
+    return [folder for number, folder in sorted(pair for pair in found if pair[0] is not None)]
+
+
+def is_complete(folder: Path) -> bool:
+    """A torch_dist checkpoint whose last file, `metadata.json`, was written."""
+    return (folder / "metadata.json").is_file() and (folder / ".metadata").is_file()
+
+
+def tracked(root: Path) -> Path | None:
+    """The folder that the tracker names, there or not; None without a readable tracker."""
+    try:
+        name = (root / TRACKER).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return root / (f"iter_{int(name):07d}" if name.isdecimal() else name) if name else None
+
+
+def find_checkpoint(root: str | Path) -> Path | None:
+    """The newest whole checkpoint folder in `root` (or `root` itself if it is one); None if there is none."""
+    root = Path(root)
+    if is_complete(root):
+        return root
+    named = tracked(root)
+    if named is not None and is_complete(named):
+        return named
+    whole = [folder for folder in iterations(root) if is_complete(folder)]
+    if whole:
+        return whole[-1]
+    return root / "release" if is_complete(root / "release") else None
+
+
+def require_checkpoint(root: str | Path, flag: str) -> Path:
+    """As `find_checkpoint`, but raises `UserError` naming the flag."""
+    if not Path(root).is_dir():
+        raise UserError(f"{flag} {root}: no such folder")
+    found = find_checkpoint(root)
+    if found is None:
+        raise UserError(
+            f"{flag} {root}: holds no complete Megatron checkpoint (looked for release/ and iter_*/)"
+        )
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write, flush to disk, rename: the file has the old or the new content, never a part."""
+    temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that the target is the old or the new one, never a part; nothing if they are equal."""
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
+        return
+    temporary = target.with_name(target.name + f".tmp-{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename before deleting: a process killed meanwhile leaves no half folder that is called `iter_*`."""
+    aside = folder.with_name(f".{folder.name}.deleted")
+    os.replace(folder, aside)
+    return aside
