@@ -50,7 +50,7 @@ class HeadFit:
         from ..models.build import build_gpt_model, transformer_config
         from ..moe.paired_fit import moe_layers
         from .fit_rows import read_fit_rows
-        from .options import ModelOptions
+        from .model_options import ModelOptions
         from .setup import hf_folder, zero_experts
 
         self.options, self.started = options, time.perf_counter()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..checkpoint.state import truncate_metrics
 from ..errors import UserError
 from ..runtime.agreement import rank
-from .options import RunOptions
+from .run_options import RunOptions
 
 _TENSORBOARD = {
     "loss": "loss",

@@ -34,7 +34,9 @@ from ..models.build import build_gpt_model, transformer_config
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router import set_pick_rule
-from .options import ModelOptions, OptimizerOptions, Options
+from .model_options import ModelOptions
+from .options import Options
+from .run_options import OptimizerOptions
 
 
 @dataclass(frozen=True)

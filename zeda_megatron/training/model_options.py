@@ -1,0 +1,99 @@
+"""Options of the model and its zero experts. Each field is a flag and a YAML key (see `arguments.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import ZeroExpertConfig
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model and its zero experts."""
+
+    stage: str = "1"
+    """What to run. `pretrain`: no teacher, cross-entropy. `0`: the teacher answers prompts. `1`: distillation on
+    its answers."""
+
+    hf_config: str | None = None
+    """Folder of the HF model (config.json gives the architecture). Default: hf_config/ of the checkpoint."""
+
+    pretrained_checkpoint: str | None = None
+    """Megatron checkpoint to start from (from tools/checkpoint_convert.py). None: random weights."""
+
+    num_zero_experts: int | None = None
+    """Nz. Default: as many as the checkpoint has."""
+
+    zero_experts_type: str | None = None
+    """zero, copy or learned. Default: as the checkpoint was converted."""
+
+    zero_expert_routing: str | None = None
+    """shared (the paper's zero experts) or paired (one per real expert). Default: as the checkpoint."""
+
+    paired_score: str | None = None
+    """Terms of a pick's score under paired routing, joined by '+': weight, head, residual. Default: as the
+    checkpoint, else all three."""
+
+    paired_temperature: float = 1.0
+    """Width of the gate through which a paired head trains."""
+
+    moe_zero_expert_weight: float = 2.0
+    """w: the group loss is least at a zero share of w*Nz/(N+w*Nz)."""
+
+    moe_router_load_balancing_type: str = "grouped_aux_loss"
+    """grouped_aux_loss (shared zero experts; paired ones have no such loss), aux_loss or seq_aux_loss (static
+    models), none."""
+
+    moe_aux_loss_coeff: float = 0.1
+    """Coefficient of that loss (alpha)."""
+
+    group_loss_variant: str = "routed"
+    """routed: count real slots. authors: count as the paper's code does."""
+
+    group_loss_scope: str = "tp_cp"
+    """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""
+
+    renormalize_after_drop: bool = False
+    """Rescale the real weights after dropping zero slots (for study; costs quality)."""
+
+    moe_pick_rule: str | None = None
+    """Thin out the student's picks: topk=2 (NET), skip=0.4, top_p=0.7, each with optional ',renormalize'."""
+
+    expert_backend: str = "auto"
+    """Product of the local experts: auto, grouped_mm, loop."""
+
+    moe_token_dispatcher_type: str = "alltoall"
+    """alltoall, allgather, or flex (DeepEP's kernels; GPUs)."""
+
+    moe_flex_dispatcher_backend: str = "deepep"
+    """deepep or hybridep."""
+
+    moe_permute_fusion: bool = False
+    """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
+
+    trainable: str = "all"
+    """all, or router (only the routers train)."""
+
+    bf16: bool = False
+    """bfloat16 weights and activations with fp32 master weights; otherwise fp32."""
+
+    recompute_granularity: str | None = None
+    """None, full or selective activation recomputation."""
+
+    def zero(
+        self, num_zero_experts: int, zero_experts_type: str, routing: str = "shared", score: str | None = None
+    ) -> ZeroExpertConfig:
+        """The zero-expert config of this run."""
+        grouped = self.moe_router_load_balancing_type == "grouped_aux_loss" and routing == "shared"
+        return ZeroExpertConfig(
+            num_zero_experts=num_zero_experts,
+            zero_experts_type=zero_experts_type,
+            zero_expert_routing=routing,
+            paired_score=score or ZeroExpertConfig.paired_score,
+            paired_temperature=self.paired_temperature,
+            group_loss_coeff=self.moe_aux_loss_coeff if grouped else 0.0,
+            moe_zero_expert_weight=self.moe_zero_expert_weight,
+            group_loss_variant=self.group_loss_variant,
+            group_loss_scope=self.group_loss_scope,
+            renormalize_after_drop=self.renormalize_after_drop,
+        )

@@ -1,0 +1,171 @@
+"""Options of data, distillation, optimizer, checkpoints and answers. Each field is a flag and a YAML key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Text and tokens."""
+
+    data_path: list[str] | None = None
+    """Rollout files (jsonl with `messages`), or prompt files for stage 0."""
+
+    tokenizer_model: str | None = None
+    """HF folder or sentencepiece .model. Default: the folder of --hf-config."""
+
+    tokenizer_type: str = "auto"
+    """auto, hf or sentencepiece."""
+
+    chat_template_file: str | None = None
+    """jinja2 chat template that replaces the tokenizer's."""
+
+    seq_length: int = 2048
+    """Tokens of one packed row; a micro-batch is one row."""
+
+    pad_seq_to_mult: int = 0
+    """Every sequence in a row is padded to a multiple of this. 0: of what context parallelism needs, 2 x its size."""
+
+    overlong: str = "error"
+    """What to do with a conversation longer than a row: error, skip or truncate."""
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Teacher and loss."""
+
+    distill_loss: str = "forward_kl"
+    """ce (the paper's stage 1), forward_kl, reverse_kl or jsd."""
+
+    distill_beta: float = 0.5
+    """beta of jsd."""
+
+    distill_temperature: float = 1.0
+    """Divides both logits."""
+
+    loss_chunk_tokens: int = 1024
+    """Tokens whose logits exist at a time."""
+
+    teacher_load: str | None = None
+    """Checkpoint of the teacher. Default: --pretrained-checkpoint."""
+
+    teacher_memory: str = "own"
+    """own: a second copy of the weights. offload: that copy waits in host memory. shared: with --trainable
+    router, the student's own weights with the zero experts masked."""
+
+    teacher_schedule: str = "ahead"
+    """ahead: the teacher runs all micro-batches of a step first; their hidden states wait on the last pipeline stage.
+    alongside: each of its micro-batches runs just before the student's, in the same pipeline."""
+
+    calculate_per_token_loss: bool = True
+    """Every response token of a step weighs the same. Off: every row does."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer and schedule; defaults are the paper's stage 1."""
+
+    train_iters: int = 100
+    """Optimizer steps."""
+
+    global_batch_size: int = 128
+    """Packed rows per step over all data-parallel ranks."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+
+    lr_decay_style: str = "cosine"
+    """constant, linear or cosine."""
+
+    lr_warmup_fraction: float = 0.1
+    """Share of the steps that warm up."""
+
+    weight_decay: float = 0.1
+    """AdamW's weight decay."""
+
+    adam_beta1: float = 0.9
+    """beta1."""
+
+    adam_beta2: float = 0.98
+    """beta2."""
+
+    adam_eps: float = 1e-8
+    """epsilon."""
+
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+    check_for_nan_in_loss_and_grad: bool = True
+    """End the run, on all ranks and without a save, at the first loss, gradient norm or weight that is no number."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer states over data-parallel ranks."""
+
+    seed: int = 1234
+    """Seed of initial weights and data order."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Checkpoints, logging, end of the run."""
+
+    save: str | None = None
+    """Folder of checkpoints, metrics.jsonl and TensorBoard files."""
+
+    load: str | None = None
+    """Folder to resume from. Default: --save, if it holds a checkpoint."""
+
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+
+    most_recent_k: int = 0
+    """Keep only the newest k checkpoints; 0 keeps all."""
+
+    async_save: bool = False
+    """Write checkpoints in child processes while training goes on."""
+
+    verify_checkpoint: str = "hash"
+    """Before a checkpoint is loaded, compare its files with its integrity.json: hash (reads them all, split over the
+    ranks), size, none."""
+
+    tensorboard_dir: str | None = None
+    """Default: tensorboard/ in --save."""
+
+    log_interval: int = 1
+    """Steps between TensorBoard entries; metrics.jsonl gets every step."""
+
+    progress: bool = True
+    """Progress bar on rank 0."""
+
+    exit_interval: int = 0
+    """Stop (and save) when the step is a multiple of this; 0 never."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Stage 0: the teacher's answers."""
+
+    rollout_path: str | None = None
+    """jsonl file that answers are appended to."""
+
+    max_new_tokens: int = 256
+    """Longest answer."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+
+    top_p: float = 1.0
+    """Nucleus sampling."""
+
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is all."""
+
+    generate_batch_size: int = 32
+    """Prompts answered at a time."""
+
+    samples_per_prompt: int = 1
+    """Answers per prompt."""
