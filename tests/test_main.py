@@ -1,8 +1,6 @@
 """The entry point as a process: what the terminal shows, exit codes, signals."""
 
-import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import tiny_world
-import torch
 
 from zeda_megatron.checkpoint.state import find_checkpoint
 
@@ -75,38 +72,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(world, flags, words):
     out, err = process.communicate(timeout=200)
     assert process.returncode == 2 and out == ""
     assert err.startswith(words) and err.count("\n") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_kill_at_any_moment_loses_nothing_that_was_saved(world, tmp_path, one_process):
-    """A run that saves after every step is killed again and again; the end equals the run that was not."""
-    straight = tiny_world.start(world, save=tmp_path / "straight", train_iters=12)
-    straight.run()
-    draw, folder, saved, kills = random.Random(0), tmp_path / "killed", 0, 0
-    flags = flags_of(world, folder, train_iters=12, save_interval=1)
-    while saved < 12:
-        process = start(*flags, "--no-progress")
-        wait_for_steps(folder, saved + 1, process)
-        time.sleep(draw.random() * 2)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        _, err = process.communicate(timeout=200)
-        # A child that was writing may complain of its parent's death; the run itself never fails.
-        assert process.returncode in (0, -signal.SIGKILL), err
-        found = find_checkpoint(folder)
-        now = int(found.name.split("_")[1]) if found else 0
-        assert now >= saved
-        saved = now
-    assert kills > 2
-    end = tiny_world.start(world, save=folder, train_iters=12)
-    for name, tensor in tiny_world.snapshot(straight).items():
-        assert torch.equal(tiny_world.snapshot(end)[name], tensor), name
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert tiny_world.read_metrics(folder) == tiny_world.read_metrics(tmp_path / "straight")
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
