@@ -59,6 +59,11 @@ def paired(name: str, share: float, seed: int | None = None, start: str = "paire
     return Arm(name, start, {**PAIRED, "--target-zero-share": str(share), **_flags(flags), **_seed(seed)})
 
 
+def trained(name: str, seed: int | None = None, head_lr: str = "5e-4") -> Arm:
+    """Paired zero experts whose fitted head trains on, at the rate of the other weights unless another is given."""
+    return paired(name, 0.5, seed, paired_head_lr=head_lr)
+
+
 def fresh(name: str, score: str, share: float = 0.5, seed: int | None = None, **flags: str) -> Arm:
     """Paired routing without a fit, from the static model."""
     return Arm(
@@ -114,7 +119,7 @@ DEFAULT = UNTRAINED + TRAINED
 RELATIVES = (
     fresh("logw_threshold_kl", "weight"),
     beam("beam_kl"),
-    paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
+    trained("paired_trained_kl"),
     Arm("paired_layer_untrained", "paired_layer"),
     paired("paired_layer_kl", 0.5, start="paired_layer", paired_budget="layer"),
     Arm("paired_norm_untrained", "paired_norm"),
@@ -151,7 +156,7 @@ DIAL = (
 )
 TUNING = (
     *(beam(f"beam_kl_lr{rate}", head_lr=rate) for rate in ("0.01", "0.1", "0.3")),
-    *(paired(f"paired_trained_kl_lr{rate}", 0.5, paired_head_lr=rate) for rate in ("5e-4", "0.015", "0.05")),
+    *(trained(f"paired_trained_kl_lr{rate}", head_lr=rate) for rate in ("2e-3", "0.015", "0.05")),
 )
 """Other learning rates of heads that train."""
 
@@ -168,8 +173,8 @@ LONG = tuple(
     for arm in (
         net("net_kl", 2),
         zeda("zeda_stage1_kl", ZEDA_WEIGHT),
-        paired("paired_trained_kl", 0.5, paired_head_lr="2e-3"),
-        paired("paired_trained_kl_lr5e-4", 0.5, paired_head_lr="5e-4"),
+        trained("paired_trained_kl_lr2e-3", head_lr="2e-3"),
+        *(trained("paired_trained_kl" + end, seed) for end, seed in _EACH_SEED),
         beam("beam_kl_lr0.3", head_lr="0.3"),
         *(beam("beam_kl_lr0.1" + end, seed, head_lr="0.1") for end, seed in _EACH_SEED),
         *(paired("paired_kl" + end, 0.5, seed) for end, seed in _EACH_SEED),
@@ -190,6 +195,7 @@ FULL = (
             net(f"net_kl_seed{seed}", 2, seed),
             zeda(f"zeda_stage1_kl_seed{seed}", ZEDA_WEIGHT, seed=seed),
             paired(f"paired_kl_seed{seed}", 0.5, seed),
+            trained(f"paired_trained_kl_seed{seed}", seed),
             beam(f"beam_kl_seed{seed}", seed),
             net(f"net_kl_75_seed{seed}", 1, seed),
             zeda(f"zeda_stage1_kl_75_seed{seed}", WEIGHTS[75], seed=seed),

@@ -115,7 +115,8 @@ def ablations(report: dict) -> str:
 BUDGETS = {
     "paired zero experts": "paired_kl",
     "paired, head trained too": "paired_trained_kl",
-    "learned mask (BEAM-like)": "beam_kl",
+    "learned mask (BEAM-like), rate 0.03": "beam_kl",
+    "learned mask (BEAM-like), rate 0.1": "beam_kl_lr0.1",
     "shared zero experts": "zeda_stage1_kl",
     "NET": "net_kl",
 }
@@ -142,7 +143,8 @@ RATES = {
         "0.3": "beam_kl_lr0.3",
     },
     "fitted head, trained on": {
-        "0.002": "paired_trained_kl",
+        "0.0005": "paired_trained_kl",
+        "0.002": "paired_trained_kl_lr2e-3",
         "0.015": "paired_trained_kl_lr0.015",
         "0.05": "paired_trained_kl_lr0.05",
     },

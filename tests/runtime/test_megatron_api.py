@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zeda_megatron.runtime.megatron_api import moe_submodules, replace_experts
+from zeda_megatron.runtime.megatron_api import accepted, moe_submodules, replace_experts
 
 
 class SequentialMLP:
@@ -74,3 +74,14 @@ def test_experts_of_another_kind_are_left_alone(version):
     before = moe.experts
     assert not replace_experts(moe, SequentialMLP, Ours)
     assert moe.experts is before
+
+
+def test_only_keywords_that_a_version_knows_are_passed():
+    def old(sharded_state_dict, checkpoint_dir, async_sharded_save=False):
+        """dist_checkpointing.save of 0.16.1 (some parameters left out)."""
+
+    def new(sharded_state_dict, checkpoint_dir, async_sharded_save=False, async_strategy="nvrx"):
+        """The same of 0.19.2, whose default wants another package."""
+
+    assert accepted(old, async_strategy="mcore") == {}
+    assert accepted(new, async_strategy="mcore") == {"async_strategy": "mcore"}

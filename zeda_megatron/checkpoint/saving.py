@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..runtime.agreement import from_rank0, rank
 from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
+from ..runtime.megatron_api import accepted
 from .folders import TRACKER, iteration_of, iterations, set_aside, write_atomically
 from .integrity import note_own_files, seal
 
@@ -59,7 +60,9 @@ class CheckpointSaver:
         final = self.folder(iteration)
         with self.told():
             self._partial = self._make_partial(final)
-            request = dist_checkpointing.save(state, str(self._partial), async_sharded_save=True)
+            # Newer versions would rather write with another package.
+            own = accepted(dist_checkpointing.save, async_strategy="mcore")
+            request = dist_checkpointing.save(state, str(self._partial), async_sharded_save=True, **own)
             request = _noting_files(request, self._partial)
             request.add_finalize_fn(partial(self._publish, self._partial, final))
             if self.background:

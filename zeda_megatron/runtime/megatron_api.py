@@ -5,8 +5,16 @@ Run with 0.16.1 and 0.19.2: differences are told from what an object looks like.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+
+def accepted(function: Callable, **keywords: Any) -> dict[str, Any]:
+    """Those keywords that a function takes: newer versions have more."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in keywords.items() if name in known}
 
 
 def moe_submodules(layer_spec):
