@@ -64,6 +64,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, states: dict[int, Any], s
         state = states[number]
         if not _knows_step(state) and step is not None:
             _complete(part, state, step)
+        _take_rates(part, state)
         if isinstance(part, DistributedOptimizer) and _is_plain_adam(part):
             _load_sharded_adam(part, state)
         else:
@@ -110,6 +111,19 @@ def _complete(part: MegatronOptimizer, state: dict[str, Any], step: int) -> None
     inner["param_groups"] = [{**own, **loaded} for own, loaded in zip(own_groups, inner["param_groups"])]
     if _is_plain_adam(part):
         inner["state"]["common_step"] = torch.tensor(float(step))
+
+
+def _take_rates(part: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Loaded groups get this run's rates: newer versions tell groups apart by them, and --lr may have changed."""
+    own_groups = {_group_key(group): group for group in part.optimizer.param_groups}
+    loaded = state["optimizer"] if isinstance(part, DistributedOptimizer) else _inner(state)
+    for group in loaded.get("param_groups") or []:
+        own = own_groups.get(_group_key(group), {})
+        group.update({rate: own[rate] for rate in ("max_lr", "min_lr") if rate in own})
+
+
+def _group_key(group: dict[str, Any]) -> tuple:
+    return tuple(group.get(key) for key in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr"))
 
 
 def _make_room(part: DistributedOptimizer) -> None:
