@@ -381,6 +381,14 @@ def test_group_loss_drives_the_zero_share_to_its_target(world, tmp_path):
     assert abs(shares[0] - target) > 0.2 and abs(shares[-1] - target) < 0.1
 
 
+def test_a_run_may_go_on_with_another_learning_rate(world, halfway, tmp_path):
+    folder = copied(halfway, tmp_path)
+    run = tiny_world.start(world, save=folder, lr=2e-3)
+    assert run.iteration == 3 and run.run() == 0
+    rates = [line["lr"] for line in tiny_world.read_metrics(folder)]
+    assert max(rates[:3]) > 5e-3 and max(rates[3:]) <= 2e-3
+
+
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 @pytest.mark.parametrize("memory", ["own", "shared"])
 def test_routers_alone_learn_the_same_with_recomputation(world, granularity, memory):
