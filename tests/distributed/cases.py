@@ -42,7 +42,7 @@ TRAIN = [
     case("pp2 vpp2", world="deep", pp=2, vpp=2),
     case("cp2", world="aligned", cp=2),
     case("cp2 ep2", world="aligned", cp=2, ep=2),
-    case("cp2 paired", world="aligned paired", cp=2),
+    case("cp2 paired", world="aligned paired", cp=2, slow=True),
     case("pp2 alongside", pp=2, flags={"teacher_schedule": "alongside"}),
     case("dp2 alongside", flags={"teacher_schedule": "alongside"}, slow=True),
     case("tp2 odd", world="odd", tp=2),
