@@ -14,6 +14,7 @@ WORLD_FLAGS = {
     "aligned": ALIGNED,
     "aligned paired": ALIGNED,
     "ce": {"distill_loss": "ce"},
+    "router": ALIGNED | {"trainable": "router"},
     "reverse": {"distill_loss": "reverse_kl"},
     "jsd": {"distill_loss": "jsd"},
     "rows": ALIGNED | {"calculate_per_token_loss": False},
@@ -92,7 +93,18 @@ TRAIN = [
         slow=True,
     ),
     case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
-    case("tp2 offload", tp=2, flags={"teacher_memory": "offload"}, slow=True),
+    *(
+        case(f"{memory} {name}", world="router", flags={"teacher_memory": memory}, slow=True, **layout)
+        for memory in ("offload", "shared")
+        for name, layout in {"ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}.items()
+    ),
+    case(
+        "shared pp2 alongside",
+        world="router",
+        pp=2,
+        flags={"teacher_memory": "shared", "teacher_schedule": "alongside"},
+        slow=True,
+    ),
 ]
 MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),

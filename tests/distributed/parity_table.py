@@ -32,6 +32,7 @@ WORLDS = {
     "aligned": "",
     "aligned paired": "paired",
     "ce": "cross-entropy",
+    "router": "routers train",
     "reverse": "reverse KL",
     "jsd": "JSD",
     "rows": "mean over rows",
