@@ -84,12 +84,13 @@ def test_megatron_gives_the_logits_of_transformers_on_the_trained_teacher(teache
 
 def test_the_readme_shows_the_table_of_the_committed_report():
     sys.path.insert(0, str(QUICKSTART))
-    from readme_table import ablations, frontier, markdown
+    from readme_table import ablations, budgets, frontier, markdown, rates
 
     report = json.loads((QUICKSTART / "results" / "report.json").read_text())
     page = (ROOT / "README.md").read_text()
     assert markdown(report) in page and frontier(report) in page
-    assert ablations(report) in (ROOT / "docs" / "paired_zero_experts.md").read_text()
+    paired = (ROOT / "docs" / "paired_zero_experts.md").read_text()
+    assert all(table(report) in paired for table in (ablations, budgets, rates))
 
 
 def test_seeds_of_an_arm_become_a_mean_and_a_spread():
