@@ -181,9 +181,13 @@ def main(argv: list[str] | None = None) -> int:
     for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
         if value is None:
             raise UserError(f"{flag} is missing")
-    if options.paired_budget not in ("model", "layer"):
-        raise UserError(f"--paired-budget {options.paired_budget!r} is unknown; choose model or layer")
     cpu.install()
+    from ..training.share_options import BUDGETS
+
+    if options.paired_budget not in BUDGETS:
+        raise UserError(
+            f"--paired-budget {options.paired_budget!r} is unknown; choose one of {', '.join(BUDGETS)}"
+        )
     process_groups.initialize(process_groups.ParallelConfig())
     try:
         result = measure_arm(options)
