@@ -30,3 +30,13 @@ def world(tmp_path_factory):
     from tiny_world import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def halfway(one_process, world, tmp_path_factory):
+    """A run stopped (and saved) after two steps; tests that write take a copy."""
+    import tiny_world
+
+    folder = tmp_path_factory.mktemp("halfway")
+    tiny_world.start(world, save=folder, exit_interval=2).run()
+    return folder

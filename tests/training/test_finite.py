@@ -14,14 +14,6 @@ from zeda_megatron.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-@pytest.fixture(scope="module")
-def halfway(world, tmp_path_factory):
-    """A run stopped (and saved) after two steps."""
-    folder = tmp_path_factory.mktemp("halfway")
-    tiny_world.start(world, save=folder, exit_interval=2).run()
-    return folder
-
-
 def spoil(module, name, value=math.nan):
     """One element of one weight."""
     parameter = dict(module.named_parameters())[name]
