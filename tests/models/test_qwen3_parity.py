@@ -7,7 +7,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from zeda_megatron.config import ZeroExpertConfig
-from zeda_megatron.distill.rollout import BuiltinEngine
+from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.distill.sampling import Sampler, SamplingConfig, filter_logits
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.router import zero_mask

@@ -51,11 +51,11 @@ def filter_logits(logits_BV: torch.Tensor, config: SamplingConfig) -> torch.Tens
 
 
 class Sampler:
-    """Draws tokens for a batch. Answer i has its own random stream, so batching does not change it.
+    """Draws tokens. Answer i has its own random stream, so batching does not change it.
 
     Args:
         config: how to sample.
-        stream_ids: one integer per row; together with the seed it fixes the row's random numbers.
+        stream_ids: one integer per answer; together with the seed it fixes the answer's random numbers.
     """
 
     def __init__(self, config: SamplingConfig, stream_ids: list[int], device: torch.device):
@@ -67,26 +67,27 @@ class Sampler:
                 stream.manual_seed((config.seed * 1_000_003 + stream_id) % 2**63)
                 self._streams.append(stream)
 
-    def __call__(self, logits_BV: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their log-probabilities under the sampling distribution for some rows of the batch.
+    def __call__(self, logits_BV: torch.Tensor, answers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of some answers, and its log-probability under the sampling distribution.
 
         Args:
-            logits_BV: [B, V]. rows: numbers of the rows to draw for (others keep their streams).
+            logits_BV: [B, V], one row per answer. answers: their numbers; others keep their streams.
 
         Returns:
-            tokens [len(rows)] int64, log-probabilities [len(rows)] float32.
+            tokens [B] int64, log-probabilities [B] float32.
         """
-        picked = logits_BV[rows]
         if self.config.temperature == 0:
-            logp = picked.float().log_softmax(dim=1)
-            tokens = picked.argmax(dim=1)
+            logp = logits_BV.float().log_softmax(dim=1)
+            tokens = logits_BV.argmax(dim=1)
         else:
-            logp = filter_logits(picked, self.config).log_softmax(dim=1)
+            logp = filter_logits(logits_BV, self.config).log_softmax(dim=1)
             # The Gumbel trick: argmax(log p + noise) is a draw from p.
             noise = torch.stack(
                 [
-                    torch.empty(logp.shape[1], device=logp.device).exponential_(generator=self._streams[row])
-                    for row in rows
+                    torch.empty(logp.shape[1], device=logp.device).exponential_(
+                        generator=self._streams[answer]
+                    )
+                    for answer in answers
                 ]
             )
             tokens = (logp - noise.log()).argmax(dim=1)

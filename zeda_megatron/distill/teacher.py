@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..data.packing import PackedBatch
 from ..moe.router import zero_mask
-from ..moe.stats import routers
+from ..moe.stats import routers, stats_aside
 
 
 def forward_only(
@@ -118,23 +118,18 @@ class Teacher:
             chunk.return_hidden = True
         mine = routers(self.model_chunks)
         student = [router.weight.data for router in mine] if self.mode == "shared" else []
-        stats = [router.routing_stats for router in mine]
         for router, weight in zip(mine, self._router_weights):
             router.weight.data = weight
-        for router in mine:
-            router.routing_stats = type(router.routing_stats)()
         if self.mode == "offload":
             self._move("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with zero_mask(self.model_chunks):
+            with zero_mask(self.model_chunks), stats_aside(self.model_chunks):
                 yield
         finally:
             if self.mode == "offload":
                 self._move("cpu")
             for router, weight in zip(mine, student):
                 router.weight.data = weight
-            for router, kept in zip(mine, stats):
-                router.routing_stats = kept
             for chunk, was_training in zip(self.model_chunks, training):
                 chunk.train(was_training)
 

@@ -51,7 +51,7 @@ def check(options: CheckOptions) -> dict:
 
     from ..data.conversation import tokenize_rollout
     from ..data.prompts import load_rollouts
-    from ..distill.rollout import BuiltinEngine
+    from ..distill.builtin_engine import BuiltinEngine
     from ..distill.sampling import SamplingConfig
     from .models import load_model
 

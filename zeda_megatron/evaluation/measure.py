@@ -156,7 +156,7 @@ def _score(student, teacher, rows, vocab_size, seq_length):
 
 def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int = 64) -> dict[str, float]:
     """Share of right greedy answers per family; texts are stripped and compared."""
-    from ..distill.rollout import BuiltinEngine
+    from ..distill.builtin_engine import BuiltinEngine
     from ..distill.sampling import SamplingConfig
 
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens

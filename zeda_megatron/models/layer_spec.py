@@ -10,7 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..runtime.megatron_api import moe_submodules
-from .local_layers import SDPAttention, SPRMSNorm
+from .local_layers import SDPAttention, SPRMSNorm, with_explicit_masks
 
 
 def has_transformer_engine() -> bool:
@@ -32,6 +32,9 @@ def decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if use_te:
+        for layer in block.layer_specs:
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = with_explicit_masks(attention.core_attention)
         return block
     for layer in block.layer_specs:
         parts = layer.submodules

@@ -120,20 +120,44 @@ class SDPAttention(MegatronModule):
         return torch.cat(parts).squeeze(1)
 
     def _attend(self, query, key, value, mask, causal: bool) -> torch.Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        if mask is not None:
-            mask = ~mask
-            if causal and mask.shape[-1] == q.shape[2]:
-                mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal and mask is None,
-            scale=self.softmax_scale,
-        )
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        dropout = self.dropout if self.training else 0.0
+        return attend(query, key, value, mask, causal, self.softmax_scale, dropout)
+
+
+def attend(query, key, value, mask, causal: bool, scale: float, dropout: float = 0.0) -> torch.Tensor:
+    """Attention of [S, B, heads, D] tensors with grouped queries -> [S, B, heads*D]. `mask` (True = hidden,
+    [B, 1, Sq, Sk]) is joined with the causal one."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if mask is not None:
+        mask = ~mask
+        if causal and mask.shape[-1] == q.shape[2]:
+            mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
+    )
+    return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def with_explicit_masks(base: type) -> type:
+    """A core attention class that leaves passes with an explicit mask to `attend`.
+
+    Transformer Engine's attention ignores the mask that answers of different beginnings need while decoding (its
+    mask type is `no_mask` there). Training rows are packed, have none, and stay with `base`.
+    """
+
+    class ExplicitMaskAttention(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            config = kwargs.get("config", args[0] if args else None)
+            channels = kwargs.get("k_channels") or config.kv_channels
+            self.explicit_scale = kwargs.get("softmax_scale") or 1.0 / math.sqrt(channels)
+
+        def forward(self, query, key, value, attention_mask=None, *args, **kwargs):
+            packed = kwargs.get("packed_seq_params")
+            if attention_mask is None or packed is not None:
+                return super().forward(query, key, value, attention_mask, *args, **kwargs)
+            return attend(query, key, value, attention_mask, False, self.explicit_scale)
+
+    return ExplicitMaskAttention

@@ -97,25 +97,27 @@ class PairedZeroExperts(torch.nn.Module):
             raise RuntimeError("paired zero experts saw no residual for these tokens: install_residual_norms")
         return seen
 
+    def kept(self, score_TN: torch.Tensor, map_TN: torch.Tensor) -> torch.Tensor:
+        """Picks at or above the threshold, [T, N] bool: those that stay with their real experts."""
+        return map_TN & (score_TN >= self.threshold)
+
     def thin_out(
-        self, score_TN: torch.Tensor, probs_TN: torch.Tensor, map_TN: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Hand picks below the threshold to their zero experts. All [T, N].
+        self, score_TN: torch.Tensor, probs_TN: torch.Tensor, map_TN: torch.Tensor, kept_TN: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hand the picks that are not kept to their zero experts. All [T, N].
 
         Returns:
-            probs and map for the dispatcher, the map of kept picks, and the gates (None for a frozen head). With
-            a head that trains, the dispatched map still has all picks: those that are skipped have weight 0 and
-            a gradient, the straight-through estimate.
+            probs and map for the dispatcher, and the gates (None for a frozen head). With a head that trains, the
+            dispatched map still has all picks: those that are skipped have weight 0 and a gradient, the
+            straight-through estimate.
         """
-        kept_TN = map_TN & (score_TN >= self.threshold)
         if not (self.trains and self.training):
-            return probs_TN * kept_TN, kept_TN, kept_TN, None
+            return probs_TN * kept_TN, kept_TN, None
         gate_TN = torch.sigmoid((score_TN - self.threshold) / self.temperature)
         hard_TN = kept_TN.to(probs_TN.dtype)
         return (
             probs_TN * (hard_TN + (gate_TN - gate_TN.detach()).to(probs_TN.dtype)),
             map_TN,
-            kept_TN,
             gate_TN,
         )
 

@@ -19,6 +19,7 @@ from ..errors import UserError
 from .group_loss import group_loss
 from .paired import PairedZeroExperts
 from .pick_rules import PickRule, apply_pick_rule
+from .replay import RoutingReplay
 from .stats import RoutingStats, routers
 from .zero_output import ZeroExpertOutput
 
@@ -37,6 +38,8 @@ class ZeroExpertRouter(TopKRouter):
         zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
         zero_weight: w of the group loss; a share control may move it.
         routing_stats: counts since the last reset.
+        router_replay: `replay.RoutingReplay` (or Megatron's) that fixes or records the picks, or None. The masked
+            model, which is the teacher, routes freely.
     """
 
     def __init__(self, config, pg_collection=None, *, zero: ZeroExpertConfig, **kwargs):
@@ -98,7 +101,9 @@ class ZeroExpertRouter(TopKRouter):
         logits_TE = logits.reshape(-1, logits.shape[-1])
         padding_T = self._local_padding(padding_mask, logits_TE.shape[0])
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
-        bias = self.expert_bias
+        bias, replay = self.expert_bias, None if self.zero_mask else self.router_replay
+        if isinstance(replay, RoutingReplay):
+            replay.begin(self.training)
         probs_TE, map_TE = topk_routing_with_score_function(
             logits_TE,
             self.topk,
@@ -109,7 +114,7 @@ class ZeroExpertRouter(TopKRouter):
             score_function=self.score_function,
             expert_bias=None if bias is None else bias[: logits_TE.shape[1]],
             fused=self.config.moe_router_fusion,
-            router_replay=self.router_replay,
+            router_replay=replay,
         )
         probs_TN, map_TN = probs_TE[:, : self.num_real].contiguous(), map_TE[:, : self.num_real].contiguous()
         if self.zero.renormalize_after_drop:
@@ -138,7 +143,10 @@ class ZeroExpertRouter(TopKRouter):
         score_TN = self.paired.scores(hidden_TH, probs_TN)
         if counting:
             self.routing_stats.add_scores(score_TN, map_TN, valid_T)
-        probs, dispatched_TN, kept_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN)
+        kept_TN = self.paired.kept(score_TN, map_TN)
+        if isinstance(self.router_replay, RoutingReplay):
+            kept_TN = self.router_replay.kept(kept_TN)
+        probs, dispatched_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN, kept_TN)
         if gate_TN is not None and torch.is_grad_enabled() and self.paired.sparsity_coeff:
             probs = self._attach_sparsity_loss(probs, gate_TN, map_TN, valid_T)
         return probs, dispatched_TN, kept_TN

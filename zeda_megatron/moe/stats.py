@@ -5,6 +5,8 @@ Each router owns a `RoutingStats`; `collect` reads them from a model and adds th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -140,6 +142,19 @@ def collect(
         group_loss=float(torch.where(calls > 0, loss / calls.clamp(min=1e-12), loss * 0).sum()),
         score_counts=scores if scores.any() else None,
     )
+
+
+@contextmanager
+def stats_aside(model_chunks) -> Iterator[None]:
+    """What runs inside leaves no trace in the statistics."""
+    mine = [(router, router.routing_stats) for router in routers(model_chunks)]
+    for router, kept in mine:
+        router.routing_stats = type(kept)()
+    try:
+        yield
+    finally:
+        for router, kept in mine:
+            router.routing_stats = kept
 
 
 def record_experts(model_chunks, on: bool = True) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..data.tokenizers import load_tokenizer
-from ..distill.rollout import BuiltinEngine
+from ..distill.builtin_engine import BuiltinEngine
 from ..distill.sampling import SamplingConfig
 from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from ..errors import UserError
