@@ -180,7 +180,7 @@ def megatron_model(hf, zero=None, backend: str = "auto", overrides: dict | None 
     weights, dims, read = weight_map_of(arch), dims_of(arch, seed=3), hf_reader(hf)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "zero_output" not in name:
+            if "zero_output" not in name and ".paired." not in name:
                 parameter.copy_(weights.for_mcore_name(name).to_mcore(read, parameter.shape, dims))
     return model.eval()
 

@@ -74,7 +74,7 @@ def make_world(folder: Path, **changes) -> World:
 
 
 def options(world: World, *flags: str, **values):
-    """Options of a stage 1 run of the dynamic model; keyword arguments are fields."""
+    """Options of a stage 1 run of the dynamic model, or of stage 2; keyword arguments are fields."""
     from zeda_megatron.arguments import parse
     from zeda_megatron.training.options import GROUPS, Options
 
@@ -86,7 +86,10 @@ def options(world: World, *flags: str, **values):
         "train_iters": 6,
         "lr": 1e-2,
         "loss_chunk_tokens": 32,
-    } | values
+    }
+    if values.get("stage") == "2":
+        fields |= {"data_path": world.prompts, "teacher_load": world.static, "max_new_tokens": 12}
+    fields |= values
     argv = ["--no-progress", *flags]
     for name, value in fields.items():
         flag = "--" + name.replace("_", "-")
@@ -109,7 +112,8 @@ def start(world: World, *flags: str, **values):
 def read_metrics(folder: Path) -> list[dict]:
     """Lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    clocks = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in lines]
 
 
 def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:

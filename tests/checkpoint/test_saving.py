@@ -76,7 +76,7 @@ def test_a_checkpoint_written_in_the_background_appears_when_it_is_whole_and_hol
     run.save()
     run.saver.poll()
     assert find_checkpoint(folder).name == "iter_0000002" and in_the_way(folder)
-    run.stepper.step([run.dataset[row] for row in range(4)])  # training goes on meanwhile
+    run.stepper.step([run.feed.dataset[row] for row in range(4)])  # training goes on meanwhile
     run.saver.finish()
     assert find_checkpoint(folder).name == "iter_0000003" and in_the_way(folder) == ["iter_0000003"]
     resumed = tiny_world.snapshot(tiny_world.start(world, save=folder))

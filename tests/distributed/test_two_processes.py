@@ -88,7 +88,7 @@ def test_masked_student_is_the_teacher_on_every_layout(results, worlds, case):
     flags = flags | {"pretrained_checkpoint": world.static, "moe_router_load_balancing_type": "none"}
     run = tiny_world.start(world, **flags)
     for i in range(2):
-        row = run.dataset[i]
+        row = run.feed.dataset[i]
         expected = run.teacher.hidden_states([row], 128, forward_model)[0].flatten(0, 1)
         parts = [torch.tensor(rank["hidden"][i]) for rank in ranks if rank["count"]]
         if "cp2" in case["name"]:

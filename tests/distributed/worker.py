@@ -71,10 +71,10 @@ def interrupted(world, out: Path, layout: dict, flags: dict) -> dict:
     run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
     step, last = run.stepper.step, torch.distributed.get_world_size() - 1
 
-    def step_with_signal(batches):
+    def step_with_signal(*given):
         if run.iteration == 1 and torch.distributed.get_rank() == last:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(batches)
+        return step(*given)
 
     run.stepper.step = step_with_signal
     code, stopped = run.run(), run.iteration
@@ -118,11 +118,11 @@ def diverged(world, out: Path, layout: dict, flags: dict) -> dict:
     run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
     step = run.stepper.step
 
-    def spoiled(batches):
+    def spoiled(*given):
         if run.iteration == 2 and torch.distributed.get_rank() == 1:
             for fc1, _ in tiny.expert_weights(run.student.chunks[0].decoder.layers[0].mlp):
                 fc1.data.fill_(float("nan"))
-        return step(batches)
+        return step(*given)
 
     run.stepper.step = spoiled
     try:
@@ -156,7 +156,7 @@ def masked(world, out: Path, layout: dict, flags: dict) -> dict:
     for name, balancing in (("dynamic", "grouped_aux_loss"), ("static", "none")):
         values = {"pretrained_checkpoint": getattr(world, name), "moe_router_load_balancing_type": balancing}
         run = tiny_world.start(world, **sizes_of(layout), **(flags | values))
-        batches = run.rows_of_rank(range(2))
+        batches = run.feed.rows_of_rank(range(2))
         run.teacher.model_chunks = run.student.chunks  # its forward pass, on the student's own weights
         with zero_mask(run.student.chunks):
             hidden[name] = run.teacher.hidden_states(batches, 128, forward_model)

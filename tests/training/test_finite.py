@@ -25,10 +25,10 @@ def before_step(run, step, do):
     """`do` comes first in the given step."""
     stock = run.stepper.step
 
-    def spoiled(batches):
+    def spoiled(*given):
         if run.iteration + 1 == step:
             do()
-        return stock(batches)
+        return stock(*given)
 
     run.stepper.step = spoiled
 

@@ -48,7 +48,7 @@ def heads(folder):
 
 def rows_of(world, count):
     run = tiny_world.start(world)
-    return [run.dataset[i] for i in range(count)]
+    return [run.feed.dataset[i] for i in range(count)]
 
 
 def test_the_checkpoint_serves_the_wanted_share_and_the_report_says_so(world, fitted):

@@ -64,7 +64,7 @@ def finish(world, folder, straight):
 
 
 def batches_of(run, rows=4):
-    return [run.dataset[row] for row in range(rows)]
+    return [run.feed.dataset[row] for row in range(rows)]
 
 
 def gradients(run) -> dict:
@@ -100,10 +100,10 @@ def test_a_request_to_stop_saves_and_ends_with_0_and_a_later_resume_is_equal(
     run = tiny_world.start(world, save=tmp_path, async_save=background, save_interval=1)
     step, before = run.stepper.step, signal.getsignal(number)
 
-    def interrupted(batches):
+    def interrupted(*given):
         if run.iteration == 1:
             os.kill(os.getpid(), number)
-        return step(batches)
+        return step(*given)
 
     monkeypatch.setattr(run.stepper, "step", interrupted)
     assert run.run() == 0
@@ -401,7 +401,7 @@ def test_routers_alone_learn_the_same_with_recomputation(world, granularity, mem
         ends.append(
             {name: p.detach() for name, p in run.student.chunks[0].named_parameters() if "router" in name}
         )
-        assert run.stepper.step(run.rows_of_rank(range(4)))["grad_norm"] > 1e-4
+        assert run.stepper.step(run.feed.rows_of_rank(range(4)))["grad_norm"] > 1e-4
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=1e-6, atol=1e-7, msg=name)
 
@@ -570,7 +570,7 @@ def test_other_kinds_of_zero_experts_train_and_resume(world, tmp_path, kind):
     resumed.run()
     assert_same(tiny_world.snapshot(resumed), tiny_world.snapshot(whole))
     about = json.loads((tmp_path / "a" / "zeda.json").read_text())
-    assert about == {"num_zero_experts": 4, "zero_experts_type": kind}
+    assert about == {"num_zero_experts": 4, "zero_experts_type": kind, "adapted_steps": 3}
     if kind == "learned":
         assert whole.student.chunks[0].decoder.layers[0].mlp.router.zero_output.bias.abs().sum() > 0
         with pytest.raises(UserError, match=r"--zero-experts-type zero: .* learned"):

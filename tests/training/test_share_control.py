@@ -33,7 +33,7 @@ def share_of(run, rows=8):
     stats.reset(chunk)
     with torch.no_grad():
         for row in range(rows):
-            forward_model(chunk, run.dataset[row])
+            forward_model(chunk, run.feed.dataset[row])
     return stats.collect(chunk, 2, torch.device("cpu")).zero_share
 
 
@@ -58,7 +58,7 @@ def test_a_budget_per_layer_holds_every_layer_at_the_target(world, paired_world,
     stats.reset(chunk)
     with torch.no_grad():
         for row in range(8):
-            forward_model(chunk, run.dataset[row])
+            forward_model(chunk, run.feed.dataset[row])
     shares = stats.collect(chunk, 2, torch.device("cpu")).zero_share_by_layer
     assert shares == [pytest.approx(0.4, abs=0.01)] * 2
 

@@ -52,11 +52,28 @@ class PackedBatch:
     """Length of the longest sequence."""
     kinds: tuple[str, ...] = ()
     """Domain of each sequence ("" for padding)."""
+    picks: Tensor | None = None
+    """int16 [1, S, L, K]: experts that routing replay takes (`moe.replay`); -1 leaves it to the router."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """A copy with every tensor on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
+
+
+def blank_row(seq_length: int, pad_id: int) -> PackedBatch:
+    """A row of padding alone, for a rank that has nothing to do."""
+    pad = torch.full((1, seq_length), pad_id)
+    return PackedBatch(
+        tokens=pad,
+        labels=pad.clone(),
+        loss_mask=torch.zeros(1, seq_length),
+        position_ids=torch.arange(seq_length)[None],
+        padding_mask=torch.ones(1, seq_length, dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, seq_length], dtype=torch.int32),
+        max_seqlen=seq_length,
+        kinds=("",),
+    )
 
 
 def pack_first_fit(lengths: list[int], order: list[int], seq_length: int) -> list[list[int]]:

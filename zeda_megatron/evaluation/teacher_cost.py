@@ -90,7 +90,7 @@ def times(options: argparse.Namespace, checkpoints: str) -> dict[str, float]:
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(options.steps):
         for name, run in runs.items():
-            rows = run.rows_of_rank(
+            rows = run.feed.rows_of_rank(
                 range(step * options.global_batch_size, (step + 1) * options.global_batch_size)
             )
             begun = clock()
@@ -111,7 +111,7 @@ def peak(options: argparse.Namespace, checkpoints: str, name: str) -> int:
     run = build(options, checkpoints, name)
     for step in range(2):
         first = step * options.global_batch_size
-        run.stepper.step(run.rows_of_rank(range(first, first + options.global_batch_size)))
+        run.stepper.step(run.feed.rows_of_rank(range(first, first + options.global_batch_size)))
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
 
 

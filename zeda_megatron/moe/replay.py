@@ -74,7 +74,9 @@ class RoutingReplay:
         """Paired routing: the map [T, N] of picks that real experts keep, as decided now or then; records it."""
         if self._now_TK is not None:
             target_TK = self._now_TK.to(kept_TN.device)
-            then_TN = torch.zeros_like(kept_TN).scatter(1, target_TK.clamp(min=0) % self.num_real, target_TK < self.num_real)
+            then_TN = torch.zeros_like(kept_TN).scatter(
+                1, target_TK.clamp(min=0) % self.num_real, target_TK < self.num_real
+            )
             kept_TN = then_TN.where((target_TK >= 0).all(1, keepdim=True), kept_TN)
         if self.recording:
             skipped_TK = ~kept_TN.gather(1, self.recorded_TK)
@@ -101,7 +103,9 @@ def recorded_picks(model: torch.nn.Module) -> torch.Tensor:
     """Picks of the last pass in every decoder layer, int16 [T, L, K]; -1 in layers without experts."""
     mine = routers(model)
     first = mine[0].router_replay.recorded_TK
-    picks_TLK = first.new_full((first.shape[0], model.config.num_layers, first.shape[1]), -1, dtype=torch.int16)
+    picks_TLK = first.new_full(
+        (first.shape[0], model.config.num_layers, first.shape[1]), -1, dtype=torch.int16
+    )
     for router in mine:
         picks_TLK[:, layer_of(router)] = router.router_replay.recorded_TK.to(torch.int16)
     return picks_TLK

@@ -37,6 +37,7 @@ class ZeroExpertRouter(TopKRouter):
         paired: scores of paired zero experts, or None (shared routing).
         zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
         zero_weight: w of the group loss; a share control may move it.
+        loss_factor: multiplies the losses attached here; above 1 where some micro-batches are padding alone.
         routing_stats: counts since the last reset.
         router_replay: `replay.RoutingReplay` (or Megatron's) that fixes or records the picks, or None. The masked
             model, which is the teacher, routes freely.
@@ -55,6 +56,7 @@ class ZeroExpertRouter(TopKRouter):
         self.zero_mask = False
         self.zero_logit_bias = 0.0
         self.zero_weight = zero.moe_zero_expert_weight
+        self.loss_factor = 1.0
         self.pick_rule: PickRule | None = None
         self.routing_stats = RoutingStats()
         self.zero_output = None
@@ -158,7 +160,7 @@ class ZeroExpertRouter(TopKRouter):
         total, tokens = sums[1].detach().clone(), sums[1].detach() / self.topk
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
-        part = self.paired.sparsity_coeff * sums[0] / total.clamp(min=1)
+        part = self.loss_factor * self.paired.sparsity_coeff * sums[0] / total.clamp(min=1)
         if self.calculate_per_token_loss:
             part = part * tokens * self.tp_cp_group.size()
         return MoEAuxLossAutoScaler.apply(probs_TN, part)
@@ -192,8 +194,8 @@ class ZeroExpertRouter(TopKRouter):
             torch.distributed.all_reduce(counts, group=group)
         real, zero, total = counts.unbind()
         part = group_loss(real, zero, total, scores_TE, self.num_real, self.num_zero, self.zero_weight)
-        self.routing_stats.add_group_loss(part)
-        part = part * self.zero.group_loss_coeff
+        self.routing_stats.add_group_loss(part, total)
+        part = part * self.zero.group_loss_coeff * self.loss_factor
         if self.zero.group_loss_scope == "tp_dp_cp":
             # Data-parallel gradients are averaged, so each rank's part counts once per data-parallel rank.
             part = part * (group.size() / self.tp_cp_group.size())
@@ -256,6 +258,12 @@ def set_zero_weight(model_chunks, value: float) -> None:
     """Give the group loss of all layers this w."""
     for router in routers(model_chunks):
         router.zero_weight = value
+
+
+def set_loss_factor(model_chunks, value: float) -> None:
+    """Multiply the losses that all layers attach."""
+    for router in routers(model_chunks):
+        router.loss_factor = value
 
 
 def set_logit_bias(model_chunks, value: float) -> None:

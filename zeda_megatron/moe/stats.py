@@ -27,8 +27,8 @@ class RoutingStats:
     """All routed slots, padding not counted (0-d, int64)."""
     group_loss: torch.Tensor | None = None
     """Sum of this rank's parts of the group loss, without alpha (0-d, float32)."""
-    group_loss_calls: int = 0
-    """Micro-batches summed in `group_loss`."""
+    group_loss_calls: torch.Tensor | None = None
+    """Micro-batches summed in `group_loss`, without those of padding alone (0-d)."""
     score_counts: torch.Tensor | None = None
     """Histogram of the scores of all picks (paired routing), [SCORE_BINS] int64 over SCORE_RANGE."""
     record_tokens: bool = False
@@ -68,14 +68,15 @@ class RoutingStats:
         counts = torch.bincount(place.long().clamp(0, SCORE_BINS - 1), minlength=SCORE_BINS)
         self.score_counts = counts if self.score_counts is None else self.score_counts + counts
 
-    def add_group_loss(self, part: torch.Tensor) -> None:
-        part = part.detach().float()
+    def add_group_loss(self, part: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Add one micro-batch's loss over this many tokens (0-d each)."""
+        part, call = part.detach().float(), (tokens > 0).int()
         self.group_loss = part if self.group_loss is None else self.group_loss + part
-        self.group_loss_calls += 1
+        self.group_loss_calls = call if self.group_loss_calls is None else self.group_loss_calls + call
 
     def reset(self) -> None:
-        self.zero_slots = self.slots = self.group_loss = self.score_counts = self.picks_2N = None
-        self.group_loss_calls = 0
+        self.zero_slots = self.slots = self.score_counts = self.picks_2N = None
+        self.group_loss = self.group_loss_calls = None
         self.real_picks_T.clear()
 
 
@@ -129,7 +130,7 @@ def collect(
             row[0], row[1] = float(s.zero_slots), float(s.slots)
         if s.group_loss is not None:
             # Parts add up over the ranks that share a loss; micro-batches are averaged.
-            row[2], row[3] = float(s.group_loss), s.group_loss_calls / router.group_loss_ranks
+            row[2], row[3] = float(s.group_loss), float(s.group_loss_calls) / router.group_loss_ranks
         if s.score_counts is not None:
             scores[layer if scores_by_layer else 0] += s.score_counts.cpu()
         if reset_after:

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
-from ..data.context_part import context_part
-from ..data.conversation import tokenize_rollouts
-from ..data.packing import PackedDataset
-from ..data.prompts import load_rollouts
-from ..data.tokenizers import load_tokenizer
 from ..distill.teacher import forward_only
 from ..errors import UserError
-from ..models.architecture import read_architecture
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
+from .build_feed import build_feed
 from .finite import FiniteCheck, NotFinite
 from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
-from .setup import build_optimizer, build_student, build_teacher, hf_folder
+from .setup import build_optimizer, build_student, build_teacher, hf_folder, teacher_id
 from .share_control import build_share_control
 from .side_files import write_side_files
 from .signals import StopRequest
@@ -36,14 +29,15 @@ from .step import Stepper, forward_model
 
 
 class TrainingRun:
-    """A run of stage 1 (or of plain training, `--stage pretrain`)."""
+    """A run of stage 1 or 2 (or of plain training, `--stage pretrain`)."""
 
     def __init__(self, options: Options):
         self.options = options
-        self.dataset = build_dataset(options)
         self.student = build_student(options)
+        self.feed = build_feed(options, self.student)
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
+        self.teacher_id = teacher_id(options) if has_teacher else None
         self.optimizer, self.schedule = build_optimizer(
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
@@ -63,11 +57,12 @@ class TrainingRun:
             alongside=options.distill.teacher_schedule == "alongside",
             per_token=options.distill.calculate_per_token_loss,
             check=self.finite.loss,
+            replay=options.generate.routing_replay,
+            vocab_size=self.feed.vocab_size,
         )
         self.control = build_share_control(options, self.student)
         self.saver = CheckpointSaver(run.save, run.most_recent_k, run.async_save) if run.save else None
         self.iteration = 0
-        self.consumed_rows = 0
         self.consumed_tokens = 0
         self._resume()
 
@@ -120,10 +115,10 @@ class TrainingRun:
         lr = self.schedule.get_lr({})
         self.control.before_step(self.iteration)
         self.finite.step = self.iteration + 1
-        metrics = self.stepper.step(self._rows())
+        fed = self.feed.next_rows(self.iteration)
+        metrics = self.stepper.step(fed.rows, fed.padding_factor)
         self.schedule.step(increment=1)
         self.iteration += 1
-        self.consumed_rows += self.options.optimizer.global_batch_size
         self.consumed_tokens += int(metrics["tokens"])
         layers = self.student.chunks[0].config.num_layers
         by_layer = self.options.share.paired_budget == "layer"
@@ -134,6 +129,7 @@ class TrainingRun:
         metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
         self.finite.update(metrics)
         metrics["zero_share"] = report.zero_share
+        metrics |= on_policy_metrics(metrics, fed.metrics)
         metrics |= self.control.after_step(report)
         metrics["lr"] = lr
         metrics["consumed_tokens"] = self.consumed_tokens
@@ -146,28 +142,13 @@ class TrainingRun:
         wanted, chunks = self.options.share, self.student.chunks
         if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
             return
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
-        count = max(wanted.calibration_rows // size, 1)
-        rows = self.rows_of_rank(rank + i * size for i in range(count))
+        rows = self.feed.calibration_rows(wanted.calibration_rows)
         forward = partial(
             forward_only, seq_length=self.options.data.seq_length, forward=forward_model
         )  # all rows in one run of the pipeline
         share, by_layer = wanted.paired_target, wanted.paired_budget == "layer"
         found = calibrate_threshold(chunks, [rows], share, forward, by_layer=by_layer)
         log.say(f"threshold {format_thresholds(found)} for a zero share of {share:.1%}")
-
-    def _rows(self) -> list:
-        """This data-parallel rank's rows of the next global batch."""
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
-        first, count = self.consumed_rows, self.options.optimizer.global_batch_size
-        return self.rows_of_rank(range(first + rank, first + count, size))
-
-    def rows_of_rank(self, rows: Iterable[int]) -> list:
-        """These rows, or this context-parallel rank's part of them."""
-        place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-        return [context_part(self.dataset[row], *place) for row in rows]
 
     def state(self, is_loading: bool = False) -> dict[str, Any]:
         """Everything that a resumed run needs, as a Megatron sharded state dict."""
@@ -180,13 +161,14 @@ class TrainingRun:
             "schedule": self.schedule.state_dict(),
             "progress": {
                 "iteration": self.iteration,
-                "consumed_rows": self.consumed_rows,
                 "consumed_tokens": self.consumed_tokens,
                 "optimizer_step": optimizer_step(self.optimizer),
                 "distributed_optimizer": self.options.optimizer.use_distributed_optimizer,
+                "teacher": self.teacher_id,
             },
+            "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
-            "data": self.dataset.fingerprint(),
+            "data": self.feed.fingerprint(),
         }
 
     def save(self) -> None:
@@ -195,7 +177,8 @@ class TrainingRun:
         self.saver.save(self.iteration, self.state())
         with self.saver.told():
             if torch.distributed.get_rank() == 0:
-                write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero)
+                adapted = self.iteration if self.teacher else 0
+                write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero, adapted)
 
     def _resume(self) -> None:
         run = self.options.run
@@ -215,49 +198,31 @@ class TrainingRun:
                 f"{'with' if sharded else 'without'} it (the two keep the optimizer's state in different forms)"
             )
         loaded = load_checkpoint(folder, self.state(is_loading=True), flag)
-        if loaded.get("data") != self.dataset.fingerprint():
+        progress = loaded["progress"]
+        if loaded.get("data") != self.feed.fingerprint():
             raise UserError(
-                f"{flag} {folder}: was trained on other data (--data-path, --seq-length or --seed differ); "
-                "resume with the same, or start in a new --save folder"
+                f"{flag} {folder}: was trained on other data (--data-path, --seq-length, --seed or how answers are "
+                "sampled differ); resume with the same, or start in a new --save folder"
+            )
+        if progress.get("teacher", self.teacher_id) != self.teacher_id:
+            raise UserError(
+                f"{flag} {folder}: was trained with another teacher; resume with the same --teacher-load, or start in "
+                "a new --save folder"
             )
         for name, chunk in zip(model_state(self.student.chunks), self.student.chunks):
             chunk.load_state_dict(loaded[name], strict=True)
-        progress = loaded["progress"]
         load_optimizer_state(self.optimizer, loaded["optimizer"], progress.get("optimizer_step"))
         self.schedule.load_state_dict(loaded["schedule"])
         self.control.load_state_dict(loaded.get("share_control", {}))
         self.iteration = progress["iteration"]
-        self.consumed_rows = progress["consumed_rows"]
+        self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]
 
 
-def build_dataset(options: Options) -> PackedDataset:
-    """Tokenise the rollouts and plan their packing; equal on all ranks."""
-    data = options.data
-    tokenizer = load_tokenizer(
-        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
-    )
-    arch = read_architecture(hf_folder(options.model))
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {arch.vocab_size} rows: "
-            "give the tokenizer that belongs to the model with --tokenizer-model"
-        )
-    samples = tokenize_rollouts(
-        load_rollouts(data.data_path), tokenizer, data.seq_length, data.overlong, ", ".join(data.data_path)
-    )
-    data_ranks = parallel_state.get_data_parallel_world_size()
-    if options.optimizer.global_batch_size % data_ranks:
-        raise UserError(
-            f"--global-batch-size {options.optimizer.global_batch_size} is not a multiple of the {data_ranks} "
-            "data-parallel ranks"
-        )
-    stages = options.parallel.pipeline_model_parallel_size
-    if options.parallel.virtual_stages and options.optimizer.global_batch_size // data_ranks % stages:
-        raise UserError(
-            f"--global-batch-size {options.optimizer.global_batch_size}: the interleaved schedule wants a multiple of "
-            f"--pipeline-model-parallel-size {stages} rows on each of the {data_ranks} data-parallel ranks"
-        )
-    return PackedDataset(
-        samples, data.seq_length, tokenizer.pad_id, options.optimizer.seed, options.sequence_multiple
-    )
+def on_policy_metrics(trained: dict[str, float], fed: dict[str, float]) -> dict[str, float]:
+    """What is logged about the rows of a step; with sampled answers also `logp_gap`: their mean log-probability in the
+    training pass minus that in the rollout (nats per token; 0 but for rounding if both compute alike)."""
+    made = dict(fed)
+    if "rollout_logp" in made:
+        made["logp_gap"] = -trained["ce"] - made.pop("rollout_logp")
+    return made

@@ -12,8 +12,9 @@ from ..moe.dispatch import check_dispatcher
 from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
 from ..runtime.process_groups import ParallelConfig
+from .generate_options import GenerateOptions
 from .model_options import ModelOptions
-from .run_options import DataOptions, DistillOptions, GenerateOptions, OptimizerOptions, RunOptions
+from .run_options import DataOptions, DistillOptions, OptimizerOptions, RunOptions
 from .share_options import ShareOptions
 
 GROUPS = {
@@ -43,11 +44,13 @@ class Options:
 
     def loss(self) -> LossConfig:
         """The loss of the last stage. Raises `UserError` naming the flag."""
+        stage, on_policy = self.model.stage, self.model.stage == "2"
+        kind = self.distill.distill_loss or ("reverse_kl" if on_policy else "forward_kl")
         try:
             return LossConfig(
-                kind="ce" if self.model.stage == "pretrain" else self.distill.distill_loss,
+                kind="ce" if stage == "pretrain" else kind,
                 beta=self.distill.distill_beta,
-                temperature=self.distill.distill_temperature,
+                temperature=self.generate.temperature if on_policy else self.distill.distill_temperature,
                 chunk_tokens=self.distill.loss_chunk_tokens,
             )
         except UserError as error:
@@ -63,7 +66,7 @@ class Options:
     def validate(self) -> None:
         """Raise `UserError` for what cannot work, before anything is built."""
         for flag, value, allowed in (
-            ("--stage", self.model.stage, ("pretrain", "0", "1")),
+            ("--stage", self.model.stage, ("pretrain", "0", "1", "2")),
             ("--trainable", self.model.trainable, ("all", "router")),
             ("--teacher-memory", self.distill.teacher_memory, ("own", "offload", "shared")),
             ("--teacher-schedule", self.distill.teacher_schedule, ("ahead", "alongside")),
@@ -87,9 +90,6 @@ class Options:
             ("--train-iters", self.optimizer.train_iters),
             ("--global-batch-size", self.optimizer.global_batch_size),
             ("--seq-length", self.data.seq_length),
-            ("--max-new-tokens", self.generate.max_new_tokens),
-            ("--generate-batch-size", self.generate.generate_batch_size),
-            ("--samples-per-prompt", self.generate.samples_per_prompt),
         ):
             if value < 1:
                 raise UserError(f"{flag} {value} must be at least 1")
@@ -128,20 +128,19 @@ class Options:
             raise UserError("--topk-range sets the pick rule of every step: leave --moe-pick-rule away")
         if self.share.paired_head_lr and not self.optimizer.lr:
             raise UserError("--paired-head-lr needs --lr above 0: it is kept as a multiple of it")
-        self.loss()
+        self.generate.validate(self.model.stage, self.optimizer.global_batch_size)
+        self._validate_loss()
         if not self.data.data_path:
             raise UserError("--data-path is missing: give one or more jsonl files")
-        if self.model.stage == "0" and not self.generate.rollout_path:
-            raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")
-        if self.model.stage == "0":
+        if self.model.stage in ("0", "2"):
             for flag, value in (
                 ("--pipeline-model-parallel-size", self.parallel.pipeline_model_parallel_size),
                 ("--context-parallel-size", self.parallel.context_parallel_size),
             ):
                 if value > 1:
                     raise UserError(
-                        f"{flag} {value}: stage 0 needs 1 (the model answers token by token); use tensor, expert or "
-                        "data parallelism"
+                        f"{flag} {value}: stage {self.model.stage} needs 1 (the model answers token by token); use "
+                        "tensor, expert or data parallelism"
                     )
         if self.distill.teacher_schedule == "alongside" and self.parallel.virtual_stages:
             raise UserError(
@@ -150,6 +149,32 @@ class Options:
             )
         if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
             raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")
+
+    def _validate_loss(self) -> None:
+        """The loss fits the stage."""
+        loss, stage = self.loss(), self.model.stage
+        if stage == "2" and loss.kind == "ce":
+            raise UserError(
+                "--distill-loss ce does not work in stage 2: on its own samples a model learns nothing from them; "
+                "choose reverse_kl, sampled_reverse_kl, jsd or forward_kl"
+            )
+        if stage == "2" and self.distill.distill_temperature not in (1.0, self.generate.temperature):
+            raise UserError(
+                f"--distill-temperature {self.distill.distill_temperature}: stage 2 scores at the temperature it "
+                f"samples with, --temperature {self.generate.temperature}; leave it away"
+            )
+        if loss.kind != "sampled_reverse_kl":
+            return
+        if stage != "2":
+            raise UserError(
+                "--distill-loss sampled_reverse_kl is for stage 2: its tokens must be sampled from the student"
+            )
+        steps = self.generate.steps_per_round(self.optimizer.global_batch_size)
+        if steps > 1:
+            raise UserError(
+                f"--distill-loss sampled_reverse_kl needs fresh answers for every step, and --rollout-batch-size "
+                f"{self.generate.rollout_batch_size} serves {steps}; leave it away, or choose reverse_kl"
+            )
 
     @property
     def sequence_multiple(self) -> int:

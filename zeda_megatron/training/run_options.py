@@ -1,4 +1,4 @@
-"""Options of data, distillation, optimizer, checkpoints and answers. Each field is a flag and a YAML key."""
+"""Options of data, distillation, optimizer and checkpoints. Each field is a flag and a YAML key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class DataOptions:
     """Text and tokens."""
 
     data_path: list[str] | None = None
-    """Rollout files (jsonl with `messages`), or prompt files for stage 0."""
+    """Rollout files (jsonl with `messages`), or prompt files for the stages 0 and 2."""
 
     tokenizer_model: str | None = None
     """HF folder or sentencepiece .model. Default: the folder of --hf-config."""
@@ -35,14 +35,15 @@ class DataOptions:
 class DistillOptions:
     """Teacher and loss."""
 
-    distill_loss: str = "forward_kl"
-    """ce (the paper's stage 1), forward_kl, reverse_kl or jsd."""
+    distill_loss: str | None = None
+    """ce (the paper's stage 1), forward_kl (default of stage 1), reverse_kl (default of stage 2), jsd, or
+    sampled_reverse_kl (the paper's stage 2)."""
 
     distill_beta: float = 0.5
     """beta of jsd."""
 
     distill_temperature: float = 1.0
-    """Divides both logits."""
+    """Divides both logits. Stage 2 scores at the --temperature it samples with."""
 
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at a time."""
@@ -70,7 +71,7 @@ class OptimizerOptions:
     """Optimizer steps."""
 
     global_batch_size: int = 128
-    """Packed rows per step over all data-parallel ranks."""
+    """Packed rows per step over all data-parallel ranks; in stage 2 answers per step."""
 
     lr: float = 2e-5
     """Peak learning rate."""
@@ -143,29 +144,3 @@ class RunOptions:
 
     exit_interval: int = 0
     """Stop (and save) when the step is a multiple of this; 0 never."""
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Stage 0: the teacher's answers."""
-
-    rollout_path: str | None = None
-    """jsonl file that answers are appended to."""
-
-    max_new_tokens: int = 256
-    """Longest answer."""
-
-    temperature: float = 1.0
-    """0 is greedy."""
-
-    top_p: float = 1.0
-    """Nucleus sampling."""
-
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is all."""
-
-    generate_batch_size: int = 32
-    """Prompts answered at a time."""
-
-    samples_per_prompt: int = 1
-    """Answers per prompt."""

@@ -190,9 +190,7 @@ def build_student(options: Options) -> Student:
 def build_teacher(options: Options, student: Student) -> Teacher:
     """The frozen teacher in its memory mode, loaded from --teacher-load (default: where the student started)."""
     mode = options.distill.teacher_memory
-    source = options.distill.teacher_load or options.model.pretrained_checkpoint
-    if source is None:
-        raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
+    source = teacher_source(options)
     if mode == "shared":
         if options.distill.teacher_load not in (None, options.model.pretrained_checkpoint):
             raise UserError(
@@ -215,6 +213,34 @@ def build_teacher(options: Options, student: Student) -> Teacher:
         for chunk in chunks:
             chunk.bfloat16()
     return Teacher(chunks, mode)
+
+
+def teacher_source(options: Options) -> str:
+    """Checkpoint of the teacher: --teacher-load, else where the student starts.
+
+    Raises `UserError` if there is none, or if the student starts from weights that have been adapted already.
+    """
+    if options.distill.teacher_load:
+        return options.distill.teacher_load
+    source = options.model.pretrained_checkpoint
+    if source is None:
+        raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
+    about = beside(source, "zeda.json")
+    if about is not None and read_json(about).get("adapted_steps"):
+        raise UserError(
+            f"--teacher-load is missing: --pretrained-checkpoint {source} has been adapted already, so it is not the "
+            "original; give the checkpoint of the original as teacher"
+        )
+    return source
+
+
+def teacher_id(options: Options) -> str:
+    """What tells one teacher from another: hash of the converted model, else the names of its folders."""
+    source = teacher_source(options)
+    about = beside(source, "zeda.json")
+    facts = read_json(about) if about is not None else {}
+    folder = require_checkpoint(source, "--teacher-load")
+    return facts.get("source_sha256") or f"{folder.resolve().parent.name}/{folder.name}"
 
 
 def build_optimizer(

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..data.tokenizers import load_tokenizer
 from ..distill.builtin_engine import BuiltinEngine
-from ..distill.sampling import SamplingConfig
 from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.router import set_zero_mask
 from .options import Options
-from .setup import beside, build_chunks, hf_folder, zero_experts
+from .setup import build_chunks, hf_folder, teacher_id, zero_experts
 from .signals import StopRequest
 
 
 def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
-    sampling = SamplingConfig(
-        max_new_tokens=options.generate.max_new_tokens,
-        temperature=options.generate.temperature,
-        top_p=options.generate.top_p,
-        top_k=options.generate.top_k,
-        seed=options.optimizer.seed,
-    )
+    sampling = options.generate.sampling(options.optimizer.seed)
     source = options.distill.teacher_load or options.model.pretrained_checkpoint
     if source is None:
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
@@ -43,7 +34,7 @@ def run_stage0(options: Options) -> int:
         options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
     )
     folder = require_checkpoint(source, "--pretrained-checkpoint")
-    file = RolloutFile(options.generate.rollout_path, sampling_settings(sampling, teacher_id(source, folder)))
+    file = RolloutFile(options.generate.rollout_path, sampling_settings(sampling, teacher_id(options)))
     rank0 = torch.distributed.get_rank() == 0
     if rank0:
         file.open()
@@ -74,10 +65,3 @@ def run_stage0(options: Options) -> int:
         left = sum(question.key not in file.answered for question in questions)
         print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
     return 0
-
-
-def teacher_id(source: str, folder: Path) -> str:
-    """What tells one teacher from another: hash of the converted model, else the names of its folders."""
-    about = beside(source, "zeda.json")
-    facts = read_json(about) if about is not None else {}
-    return facts.get("source_sha256") or f"{folder.resolve().parent.name}/{folder.name}"

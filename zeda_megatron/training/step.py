@@ -14,7 +14,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from ..data.packing import PackedBatch
 from ..distill.losses import LossConfig, distill_loss
 from ..distill.teacher import Teacher
-from ..runtime.process_groups import device
+from ..moe.replay import enable_replay, set_targets
+from ..moe.router import set_loss_factor
+from ..runtime.process_groups import device, seconds_now
 from .setup import Student
 
 
@@ -53,35 +55,52 @@ class Stepper:
         alongside: bool = False,
         per_token: bool = True,
         check: Callable[[dict[str, float]], None] | None = None,
+        replay: bool = False,
+        vocab_size: int | None = None,
     ):
         """`alongside`: run the teacher's micro-batch just before the student's, in one pipeline; else all of its
         micro-batches come first. `per_token`: see `step`. `check` gets the metrics before the weights are
-        updated; it may raise."""
+        updated; it may raise. `replay`: the student takes the experts that the rows' `picks` name. `vocab_size`: ids
+        that the loss compares (default: the model's)."""
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.seq_length = loss, seq_length
         self.alongside, self.per_token = alongside and teacher is not None, per_token
-        self.check = check
+        self.check, self.replay = check, replay
+        self.vocab_size = vocab_size or student.arch.vocab_size
+        if replay:
+            enable_replay(student.chunks)
 
-    def step(self, batches: list[PackedBatch]) -> dict[str, float]:
+    def step(self, batches: list[PackedBatch], padding_factor: float = 1.0) -> dict[str, float]:
         """Train on this data-parallel rank's micro-batches.
 
         The loss is a mean over all response tokens of the global batch: they are counted first, so gradients do
         not depend on how the batch is cut into micro-batches and ranks. With `per_token` off it is the mean over rows
         of the mean over a row's response tokens.
 
+        Args:
+            padding_factor: rows over rows that hold text, on all ranks; the others weigh nothing.
+
         Returns:
-            Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens` and `grad_norm`.
+            Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens`, `grad_norm`, `update_seconds`
+            (student's passes and update), and with a teacher that runs ahead `teacher_seconds`.
         """
         for chunk in self.student.wrapped:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
         ahead = self.teacher is not None and not self.alongside
+        started = seconds_now()
         hidden = self.teacher.hidden_states(batches, self.seq_length, forward_model) if ahead else []
-        rows = list(zip(batches, hidden or [None] * len(batches), self._scales(batches), strict=True))
+        teacher_seconds = seconds_now() - started
+        set_loss_factor(self.student.chunks, padding_factor)
+        scales = self._scales(batches, padding_factor)
+        rows = list(zip(batches, hidden or [None] * len(batches), scales, strict=True))
 
         def forward_step(iterator, model):
             batch, teacher_hidden, scale = next(iterator)
+            if self.replay:
+                picks = None if batch.picks is None else batch.picks[0]
+                set_targets(model, picks)
             if self.alongside:
                 output, teacher_hidden = self._both(model, batch)
             else:
@@ -104,9 +123,12 @@ class Stepper:
         ok, grad_norm, _ = self.optimizer.step()
         metrics["grad_norm"] = float(grad_norm or 0.0)
         metrics["updated"] = float(ok)
+        if ahead:
+            metrics["teacher_seconds"] = teacher_seconds
+        metrics["update_seconds"] = seconds_now() - started - teacher_seconds
         return metrics
 
-    def _scales(self, batches: list[PackedBatch]) -> list[torch.Tensor]:
+    def _scales(self, batches: list[PackedBatch], padding_factor: float) -> list[torch.Tensor]:
         """What each micro-batch's sum of losses is multiplied by.
 
         Megatron divides by the number of micro-batches, its DDP by the number of data- and context-parallel ranks.
@@ -117,7 +139,7 @@ class Stepper:
             tokens_M, factor = tokens_M.sum().expand(len(batches)).clone(), len(batches) * ranks.size()
         else:
             ranks = parallel_state.get_context_parallel_group()
-            factor = ranks.size()
+            factor = ranks.size() * padding_factor
         if ranks.size() > 1:
             torch.distributed.all_reduce(tokens_M, group=ranks)
         return list(factor / tokens_M.clamp(min=1))
@@ -156,7 +178,7 @@ class Stepper:
             self.loss,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=model.config.sequence_parallel,
-            vocab_size=self.student.arch.vocab_size,
+            vocab_size=self.vocab_size,
         )
         logged = {"loss": loss.detach(), **sums}
         return loss * scale, torch.ones((), dtype=torch.int), logged

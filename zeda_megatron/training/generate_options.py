@@ -1,0 +1,107 @@
+"""Options of answers: stage 0's by the teacher, stage 2's by the student. Each field is a flag and a YAML key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..distill.rollout import check_engine
+from ..distill.sampling import SamplingConfig
+from ..errors import UserError
+
+TRUNCATED = ("train", "mask")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How answers are sampled."""
+
+    rollout_path: str | None = None
+    """Stage 0: jsonl file that answers are appended to."""
+
+    max_new_tokens: int = 256
+    """Longest answer."""
+
+    temperature: float = 1.0
+    """0 is greedy (stage 0 only)."""
+
+    top_p: float = 1.0
+    """Nucleus sampling (stage 0 only)."""
+
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is all (stage 0 only)."""
+
+    generate_batch_size: int = 32
+    """Answers under way at a time; the next prompt takes the place of one that has ended."""
+
+    samples_per_prompt: int = 1
+    """Answers per prompt."""
+
+    rollout_engine: str = "builtin"
+    """What samples stage 2's answers: builtin (the model that trains), or vllm."""
+
+    rollout_batch_size: int = 0
+    """Stage 2: prompts per round of rollouts. 0: as many as one step trains on, so every step has fresh answers."""
+
+    truncated_answers: str = "train"
+    """Stage 2: learn from answers that were cut off at --max-new-tokens too (train), or leave them out (mask)."""
+
+    routing_replay: bool = False
+    """Stage 2: the training pass takes the experts that the rollout took. Off: the built-in engine routes as training
+    does, but for rounding."""
+
+    def sampling(self, seed: int) -> SamplingConfig:
+        """The sampler's settings."""
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)
+
+    def validate(self, stage: str, global_batch_size: int) -> None:
+        """Raise `UserError` naming the flag that cannot work."""
+        for flag, value in (
+            ("--max-new-tokens", self.max_new_tokens),
+            ("--generate-batch-size", self.generate_batch_size),
+            ("--samples-per-prompt", self.samples_per_prompt),
+        ):
+            if value < 1:
+                raise UserError(f"{flag} {value} must be at least 1")
+        if self.truncated_answers not in TRUNCATED:
+            raise UserError(
+                f"--truncated-answers {self.truncated_answers!r} is unknown; choose one of {', '.join(TRUNCATED)}"
+            )
+        check_engine(self.rollout_engine)
+        if stage == "0" and not self.rollout_path:
+            raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")
+        if stage == "2":
+            self._validate_stage2(global_batch_size)
+        elif self.routing_replay:
+            raise UserError("--routing-replay is for stage 2: stored rollouts have no routed experts")
+
+    def _validate_stage2(self, global_batch_size: int) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature} must be above 0: stage 2 samples")
+        for flag, value, off in (("--top-p", self.top_p, 1.0), ("--top-k", self.top_k, 0)):
+            if value != off:
+                raise UserError(
+                    f"{flag} {value} does not work in stage 2: the loss compares whole distributions, so answers must "
+                    f"be sampled from the whole one; leave the flag away"
+                )
+        if self.rollout_batch_size < 0:
+            raise UserError(f"--rollout-batch-size {self.rollout_batch_size} must not be negative")
+        if not self.rollout_batch_size and global_batch_size % self.samples_per_prompt:
+            raise UserError(
+                f"--global-batch-size {global_batch_size} (answers per step) is not a multiple of "
+                f"--samples-per-prompt {self.samples_per_prompt}"
+            )
+        answers = self.rollout_batch_size * self.samples_per_prompt or global_batch_size
+        if answers % global_batch_size:
+            raise UserError(
+                f"--rollout-batch-size {self.rollout_batch_size} prompts give {answers} answers, which is not a "
+                f"multiple of --global-batch-size {global_batch_size} (answers per step)"
+            )
+        if self.routing_replay and answers != global_batch_size:
+            raise UserError(
+                f"--routing-replay needs fresh answers for every step: --rollout-batch-size {self.rollout_batch_size} "
+                "must be 0, or fill one --global-batch-size"
+            )
+
+    def steps_per_round(self, global_batch_size: int) -> int:
+        """Optimizer steps that one round of rollouts serves."""
+        return max(self.rollout_batch_size * self.samples_per_prompt // global_batch_size, 1)
