@@ -147,5 +147,5 @@ def test_picks_of_another_row_are_refused(router):
 
 
 def test_a_model_without_our_routers_is_named():
-    with pytest.raises(UserError, match="--routing-replay.*--moe-router-load-balancing-type none"):
+    with pytest.raises(UserError, match=r"--routing-replay.*--moe-router-load-balancing-type none"):
         enable_replay(torch.nn.Linear(2, 2))

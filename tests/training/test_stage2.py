@@ -8,7 +8,6 @@ import pytest
 import tiny_world
 import torch
 
-from zeda_megatron.distill.answers import Answer
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.replay import set_targets
@@ -219,7 +218,7 @@ def stopped(world, tmp_path_factory):
     [{"temperature": 0.9}, {"max_new_tokens": 11}, {"samples_per_prompt": 1}, {"truncated_answers": "mask"}],
 )
 def test_a_run_is_not_resumed_with_other_answers(world, stopped, tmp_path, changes):
-    with pytest.raises(UserError, match="other data.*how answers are sampled"):
+    with pytest.raises(UserError, match=r"other data.*how answers are sampled"):
         start(world, shutil.copytree(stopped, tmp_path / "copy"), **changes)
 
 
@@ -227,13 +226,13 @@ def test_a_run_is_not_resumed_with_another_teacher(world, stopped, tmp_path):
     other = shutil.copytree(world.static, tmp_path / "other")
     about = json.loads((other / "zeda.json").read_text())
     (other / "zeda.json").write_text(json.dumps(about | {"source_sha256": "0" * 64}))
-    with pytest.raises(UserError, match="another teacher.*--teacher-load"):
+    with pytest.raises(UserError, match=r"another teacher.*--teacher-load"):
         start(world, shutil.copytree(stopped, tmp_path / "copy"), teacher_load=other)
 
 
 def test_an_adapted_model_is_not_its_own_teacher_by_accident(world, stopped):
     for stage in ("1", "2"):
-        with pytest.raises(UserError, match="--teacher-load is missing.*adapted already"):
+        with pytest.raises(UserError, match=r"--teacher-load is missing.*adapted already"):
             tiny_world.start(world, stage=stage, pretrained_checkpoint=stopped, teacher_load=None)
     assert start(world, pretrained_checkpoint=stopped).iteration == 0  # from stage 1 to stage 2
 

@@ -81,8 +81,8 @@ class Stepper:
             padding_factor: rows over rows that hold text, on all ranks; the others weigh nothing.
 
         Returns:
-            Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens`, `grad_norm`, `update_seconds`
-            (student's passes and update), and with a teacher that runs ahead `teacher_seconds`.
+            Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens`, `grad_norm`,
+            `update_seconds` (student's passes and update), and with a teacher that runs ahead `teacher_seconds`.
         """
         for chunk in self.student.wrapped:
             chunk.zero_grad_buffer()
