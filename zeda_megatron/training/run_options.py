@@ -36,7 +36,8 @@ class DistillOptions:
     """Teacher and loss."""
 
     distill_loss: str = "forward_kl"
-    """ce (the paper's stage 1), forward_kl, reverse_kl or jsd."""
+    """ce (the paper's stage 1), forward_kl, reverse_kl, sampled_reverse_kl (the paper's stage 2: a policy gradient on
+    answers that the student has sampled) or jsd."""
 
     distill_beta: float = 0.5
     """beta of jsd."""
