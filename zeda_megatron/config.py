@@ -9,7 +9,7 @@ from .errors import UserError
 ZERO_EXPERT_TYPES = ("zero", "copy", "learned")
 ZERO_EXPERT_ROUTINGS = ("shared", "paired")
 SCORE_TERMS = ("weight", "head", "residual")
-GROUP_LOSS_VARIANTS = ("routed", "authors")
+GROUP_LOSS_VARIANTS = ("routed", "authors", "adamoe")
 GROUP_LOSS_SCOPES = ("tp_cp", "tp_dp_cp")
 
 
@@ -39,11 +39,13 @@ class ZeroExpertConfig:
     """alpha: coefficient of the group-level balancing loss (paper: 0.1). 0 switches it off."""
 
     moe_zero_expert_weight: float = 2.0
-    """w: the group loss is least at a zero share of w*Nz / (N + w*Nz)."""
+    """w: the group loss is least at a zero share of w*Nz / (N + w*Nz). Variant `adamoe` has no w."""
 
     group_loss_variant: str = "routed"
     """`routed`: count the slots that were really routed. `authors`: count a fresh top-k of the scores, without
-    expert bias, padding included (what the paper's code does)."""
+    expert bias, padding included (what the paper's code does). `adamoe`: balance every real expert too, with the zero
+    experts as one kind (arXiv 2406.13233; `moe.null_expert_loss`); it counts like `routed` and pulls the zero share to
+    Nz / (N + Nz). With `renormalize_after_drop` it makes AdaMoE's layer."""
 
     group_loss_scope: str = "tp_cp"
     """Ranks over which slots are counted: one micro-batch (`tp_cp`) or all data-parallel ones (`tp_dp_cp`)."""
@@ -119,6 +121,7 @@ class ZeroExpertConfig:
             )
 
     def target_share(self, num_moe_experts: int) -> float:
-        """Zero share at which the group loss is least: w*Nz / (N + w*Nz)."""
-        weighted = self.moe_zero_expert_weight * self.num_zero_experts
+        """Zero share at which the group loss is least: w*Nz / (N + w*Nz), with w = 1 for the variant `adamoe`."""
+        weight = 1.0 if self.group_loss_variant == "adamoe" else self.moe_zero_expert_weight
+        weighted = weight * self.num_zero_experts
         return weighted / (num_moe_experts + weighted)

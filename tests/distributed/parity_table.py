@@ -35,6 +35,7 @@ WORLDS = {
     "router": "routers train",
     "reverse": "reverse KL",
     "jsd": "JSD",
+    "adamoe": "AdaMoE's loss and weights",
     "rows": "mean over rows",
     "paired": "paired",
     "paired head": "paired, head trains",

@@ -242,6 +242,10 @@ def test_flags_that_cannot_work_are_named(world, flags, message):
         (("--paired-budget", "layer"), "--paired-budget"),
         (("--target-zero-share", "0"), "--target-zero-share"),
         (("--target-zero-share", "0.5", "--moe-router-load-balancing-type", "none"), "--target-zero-share"),
+        (
+            ("--target-zero-share", "0.5", "--group-loss-variant", "adamoe"),
+            "--group-loss-variant adamoe has no weight",
+        ),
         (("--topk-range", "1", "4"), "--topk-range"),  # the model has top-3
     ],
 )

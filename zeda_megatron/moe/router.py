@@ -17,8 +17,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from .group_loss import group_loss
+from .null_expert_loss import null_expert_loss
 from .paired import PairedZeroExperts
 from .pick_rules import PickRule, apply_pick_rule
+from .routed_slots import RoutedSlots
 from .stats import RoutingStats, routers
 from .zero_output import ZeroExpertOutput
 
@@ -156,34 +158,15 @@ class ZeroExpertRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs_TN, part)
 
     def _attach_group_loss(self, probs_TN, logits_TE, map_TE, padding_T):
-        if self.score_function == "softmax":
-            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
-        else:
-            scores_TE = torch.sigmoid(logits_TE.float())
-            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
         if self.zero.group_loss_variant == "authors":
-            # Their loss counts a fresh top-k of the scores, without expert bias, padding included.
-            picks = scores_TE.topk(self.topk, dim=1).indices
-            map_TE = torch.zeros_like(map_TE).scatter(1, picks, True)
-            padding_T = None
-        if padding_T is not None:
-            map_TE = map_TE & ~padding_T[:, None]
-            scores_TE = scores_TE * ~padding_T[:, None]
-        slots_E = map_TE.sum(0)
-        tokens = map_TE.shape[0] if padding_T is None else (~padding_T).sum()
-        counts = torch.stack(
-            [
-                slots_E[: self.num_real].sum(),
-                slots_E[self.num_real :].sum(),
-                torch.as_tensor(tokens, device=slots_E.device),
-            ]
-        ).float()
-        local_tokens = counts[2].clone()
+            routed = RoutedSlots.count_fresh(logits_TE, self.topk, self.score_function)
+        else:
+            routed = RoutedSlots.count(logits_TE, map_TE, padding_T, self.score_function)
+        counts = torch.cat([routed.slots_E, routed.tokens[None]]).float()
         group = self.tp_dp_cp_group if self.zero.group_loss_scope == "tp_dp_cp" else self.tp_cp_group
         if group.size() > 1:
             torch.distributed.all_reduce(counts, group=group)
-        real, zero, total = counts.unbind()
-        part = group_loss(real, zero, total, scores_TE, self.num_real, self.num_zero, self.zero_weight)
+        part = self._balance(counts[:-1], counts[-1], routed.scores_TE)
         self.routing_stats.add_group_loss(part)
         part = part * self.zero.group_loss_coeff
         if self.zero.group_loss_scope == "tp_dp_cp":
@@ -191,8 +174,15 @@ class ZeroExpertRouter(TopKRouter):
             part = part * (group.size() / self.tp_cp_group.size())
         if self.calculate_per_token_loss:
             # Gradients are divided by the number of tokens later; undo it, over the ranks of the loss.
-            part = part * local_tokens * self.tp_cp_group.size()
+            part = part * routed.tokens * self.tp_cp_group.size()
         return MoEAuxLossAutoScaler.apply(probs_TN, part)
+
+    def _balance(self, slots_E, tokens, scores_TE):
+        """This rank's part of the loss, from the slots and tokens of all ranks of its group."""
+        if self.zero.group_loss_variant == "adamoe":
+            return null_expert_loss(slots_E, tokens, scores_TE, self.num_real)
+        real, zero = slots_E[: self.num_real].sum(), slots_E[self.num_real :].sum()
+        return group_loss(real, zero, tokens, scores_TE, self.num_real, self.num_zero, self.zero_weight)
 
     def _local_padding(self, padding_mask, num_tokens: int):
         """Flatten [S, B] to [T]; take this rank's part where Megatron handed over the whole sequence.

@@ -38,7 +38,7 @@ class ModelOptions:
     """Width of the gate through which a paired head trains."""
 
     moe_zero_expert_weight: float = 2.0
-    """w: the group loss is least at a zero share of w*Nz/(N+w*Nz)."""
+    """w: the group loss is least at a zero share of w*Nz/(N+w*Nz). The variant adamoe has no w."""
 
     moe_router_load_balancing_type: str = "grouped_aux_loss"
     """grouped_aux_loss (shared zero experts; paired ones have no such loss), aux_loss or seq_aux_loss (static
@@ -48,7 +48,8 @@ class ModelOptions:
     """Coefficient of that loss (alpha)."""
 
     group_loss_variant: str = "routed"
-    """routed: count real slots. authors: count as the paper's code does."""
+    """routed: count real slots. authors: count as the paper's code does. adamoe: AdaMoE's loss, which balances every
+    real expert too (use it with --renormalize-after-drop); it pulls the share to Nz/(N+Nz)."""
 
     group_loss_scope: str = "tp_cp"
     """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""

@@ -187,6 +187,11 @@ def build_share_control(options: Options, student: Student) -> ShareControl:
                 f"--target-zero-share {wanted.target_zero_share}: shared zero experts are steered by the group loss; "
                 "give a share above 0, --moe-router-load-balancing-type grouped_aux_loss and --moe-aux-loss-coeff"
             )
+        if zero.group_loss_variant == "adamoe":
+            raise UserError(
+                f"--target-zero-share {wanted.target_zero_share}: --group-loss-variant adamoe has no weight that could "
+                "be moved; choose routed or authors, or leave the share to --num-zero-experts"
+            )
         real = chunks[0].config.num_moe_experts
         ramp = round(wanted.zero_share_ramp_fraction * options.optimizer.train_iters)
         return WeightControl(
