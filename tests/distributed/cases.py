@@ -18,6 +18,7 @@ WORLD_FLAGS = {
     "reverse": {"distill_loss": "reverse_kl"},
     "jsd": {"distill_loss": "jsd"},
     "adamoe": {"group_loss_variant": "adamoe", "renormalize_after_drop": True},
+    "model budget": {"group_loss_budget": "model"},
     "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
@@ -79,6 +80,8 @@ TRAIN = [
         for name in ("tp", "ep", "pp")
     ),
     case("adamoe tp2", world="adamoe", tp=2, slow=True),
+    case("model budget pp2", world="model budget", pp=2),
+    case("model budget tp2", world="model budget", tp=2, slow=True),
     case("rows cp2", world="rows", cp=2),
     *(
         case(f"rows {name}", world="rows", slow=True, **layout)

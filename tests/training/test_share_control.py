@@ -8,7 +8,8 @@ import torch
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
-from zeda_megatron.training.share_control import OPEN, SparsityControl, WeightControl
+from zeda_megatron.training.group_loss_control import WeightControl
+from zeda_megatron.training.paired_control import OPEN, SparsityControl
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

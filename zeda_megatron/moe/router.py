@@ -38,6 +38,7 @@ class ZeroExpertRouter(TopKRouter):
         paired: scores of paired zero experts, or None (shared routing).
         zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
         zero_weight: w of the group loss; a share control may move it.
+        model_zero_share: zero share that the group loss takes in place of this layer's slots, or None.
         routing_stats: counts since the last reset.
     """
 
@@ -54,6 +55,7 @@ class ZeroExpertRouter(TopKRouter):
         self.zero_mask = False
         self.zero_logit_bias = 0.0
         self.zero_weight = zero.moe_zero_expert_weight
+        self.model_zero_share: float | None = None
         self.pick_rule: PickRule | None = None
         self.routing_stats = RoutingStats()
         self.zero_output = None
@@ -182,6 +184,9 @@ class ZeroExpertRouter(TopKRouter):
         if self.zero.group_loss_variant == "adamoe":
             return null_expert_loss(slots_E, tokens, scores_TE, self.num_real)
         real, zero = slots_E[: self.num_real].sum(), slots_E[self.num_real :].sum()
+        if self.model_zero_share is not None:
+            zero = slots_E.new_tensor(self.model_zero_share)
+            real = 1 - zero
         return group_loss(real, zero, tokens, scores_TE, self.num_real, self.num_zero, self.zero_weight)
 
     def _local_padding(self, padding_mask, num_tokens: int):
@@ -238,6 +243,12 @@ def set_zero_weight(model_chunks, value: float) -> None:
     """Give the group loss of all layers this w."""
     for router in routers(model_chunks):
         router.zero_weight = value
+
+
+def set_model_share(model_chunks, value: float | None) -> None:
+    """Let the group loss of all layers take this zero share in place of their slots (None: count the slots)."""
+    for router in routers(model_chunks):
+        router.model_zero_share = value
 
 
 def set_logit_bias(model_chunks, value: float) -> None:

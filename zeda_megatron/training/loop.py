@@ -24,12 +24,12 @@ from ..models.architecture import read_architecture
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
+from .build_control import build_share_control
 from .finite import FiniteCheck, NotFinite
 from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
 from .setup import build_optimizer, build_student, build_teacher, hf_folder
-from .share_control import build_share_control
 from .side_files import write_side_files
 from .signals import StopRequest
 from .step import Stepper, forward_model

@@ -54,6 +54,10 @@ class ModelOptions:
     group_loss_scope: str = "tp_cp"
     """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""
 
+    group_loss_budget: str = "layer"
+    """layer: the group loss steers the zero share of every layer. model: of all layers together, which may differ then
+    (by the share of the step before)."""
+
     renormalize_after_drop: bool = False
     """Rescale the real weights after dropping zero slots (for study; costs quality)."""
 
@@ -96,5 +100,6 @@ class ModelOptions:
             moe_zero_expert_weight=self.moe_zero_expert_weight,
             group_loss_variant=self.group_loss_variant,
             group_loss_scope=self.group_loss_scope,
+            group_loss_budget=self.group_loss_budget,
             renormalize_after_drop=self.renormalize_after_drop,
         )
