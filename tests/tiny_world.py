@@ -139,7 +139,7 @@ def snapshot(run) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors(state).items()}
 
 
-def run_on_pairs(world: World, seq_length: int, scope: str):
+def run_on_pairs(world: World, seq_length: int, scope: str, **more):
     """A run with a strong group loss, and this rank's rows of four sequences of 64 tokens each.
 
     With seq_length 64 a row is one sequence, with 128 it holds two: what two data-parallel ranks see at a time.
@@ -155,6 +155,6 @@ def run_on_pairs(world: World, seq_length: int, scope: str):
     ]
     rows = PackedDataset(samples, seq_length, pad_id=0, seed=1)
     values = {"group_loss_scope": scope, "moe_aux_loss_coeff": 20.0, "clip_grad": 0.0, "overlong": "skip"}
-    run = start(world, seq_length=seq_length, **values)
+    run = start(world, seq_length=seq_length, **values, **more)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return run, [rows[i] for i in range(rank, 256 // seq_length, ranks)]

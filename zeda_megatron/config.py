@@ -9,8 +9,9 @@ from .errors import UserError
 ZERO_EXPERT_TYPES = ("zero", "copy", "learned")
 ZERO_EXPERT_ROUTINGS = ("shared", "paired")
 SCORE_TERMS = ("weight", "head", "residual")
-GROUP_LOSS_VARIANTS = ("routed", "authors")
+GROUP_LOSS_VARIANTS = ("routed", "authors", "adamoe")
 GROUP_LOSS_SCOPES = ("tp_cp", "tp_dp_cp")
+GROUP_LOSS_BUDGETS = ("layer", "model")
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,22 @@ class ZeroExpertConfig:
     """alpha: coefficient of the group-level balancing loss (paper: 0.1). 0 switches it off."""
 
     moe_zero_expert_weight: float = 2.0
-    """w: the group loss is least at a zero share of w*Nz / (N + w*Nz)."""
+    """w: the group loss is least at a zero share of w*Nz / (N + w*Nz). Variant `adamoe` has no w."""
 
     group_loss_variant: str = "routed"
     """`routed`: count the slots that were really routed. `authors`: count a fresh top-k of the scores, without
-    expert bias, padding included (what the paper's code does)."""
+    expert bias, padding included (what the paper's code does). `adamoe`: balance every real expert too, with the zero
+    experts as one kind (arXiv 2406.13233; `moe.null_expert_loss`); it counts like `routed` and pulls the zero share to
+    Nz / (N + Nz). With `renormalize_after_drop` it makes AdaMoE's layer."""
 
     group_loss_scope: str = "tp_cp"
     """Ranks over which slots are counted: one micro-batch (`tp_cp`) or all data-parallel ones (`tp_dp_cp`)."""
+
+    group_loss_budget: str = "layer"
+    """Whose zero share the group loss steers. `layer`: every layer's own. `model`: one budget for all layers: a layer's
+    loss takes the share of all layers and ranks at the step before in place of its own slots (which the first step
+    counts), so layers may differ while the model keeps the target. With a large alpha the share may swing around it.
+    Variant `routed` only."""
 
     renormalize_after_drop: bool = False
     """Rescale the weights of the real picks to their sum before the drop. Costs 1.7 points in the paper."""
@@ -81,11 +90,17 @@ class ZeroExpertConfig:
             ("--zero-expert-routing", self.zero_expert_routing, ZERO_EXPERT_ROUTINGS),
             ("--group-loss-variant", self.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.group_loss_scope, GROUP_LOSS_SCOPES),
+            ("--group-loss-budget", self.group_loss_budget, GROUP_LOSS_BUDGETS),
         ):
             if value not in allowed:
                 raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
         if self.zero_expert_routing == "paired":
             self._validate_paired(num_moe_experts)
+        if self.group_loss_budget == "model" and self.group_loss_variant != "routed":
+            raise UserError(
+                f"--group-loss-budget model cannot be combined with --group-loss-variant {self.group_loss_variant}: it "
+                "counts each layer's own slots; use routed"
+            )
         if self.group_loss_coeff:
             if self.num_zero_experts <= 0:
                 raise UserError(
@@ -110,6 +125,10 @@ class ZeroExpertConfig:
             raise UserError(
                 f"--paired-score {self.paired_score!r} is unknown; join some of {', '.join(SCORE_TERMS)} with '+'"
             )
+        if self.group_loss_budget == "model":
+            raise UserError(
+                "--group-loss-budget model steers shared zero experts; with paired routing use --paired-budget model"
+            )
         if not self.paired_temperature > 0:
             raise UserError(f"--paired-temperature {self.paired_temperature} must be positive")
         if self.group_loss_coeff:
@@ -119,6 +138,7 @@ class ZeroExpertConfig:
             )
 
     def target_share(self, num_moe_experts: int) -> float:
-        """Zero share at which the group loss is least: w*Nz / (N + w*Nz)."""
-        weighted = self.moe_zero_expert_weight * self.num_zero_experts
+        """Zero share at which the group loss is least: w*Nz / (N + w*Nz), with w = 1 for the variant `adamoe`."""
+        weight = 1.0 if self.group_loss_variant == "adamoe" else self.moe_zero_expert_weight
+        weighted = weight * self.num_zero_experts
         return weighted / (num_moe_experts + weighted)

@@ -17,6 +17,8 @@ WORLD_FLAGS = {
     "router": ALIGNED | {"trainable": "router"},
     "reverse": {"distill_loss": "reverse_kl"},
     "jsd": {"distill_loss": "jsd"},
+    "adamoe": {"group_loss_variant": "adamoe", "renormalize_after_drop": True},
+    "model budget": {"group_loss_budget": "model"},
     "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
@@ -77,6 +79,9 @@ TRAIN = [
         for loss in ("reverse", "jsd")
         for name in ("tp", "ep", "pp")
     ),
+    case("adamoe tp2", world="adamoe", tp=2, slow=True),
+    case("model budget pp2", world="model budget", pp=2),
+    case("model budget tp2", world="model budget", tp=2, slow=True),
     case("rows cp2", world="rows", cp=2),
     *(
         case(f"rows {name}", world="rows", slow=True, **layout)
@@ -152,6 +157,7 @@ OTHERS = [
     case("flex zero outputs", "zero_outputs", ep=2),
     case("bf16 ep2 flex", "train_on_stand_ins", ep=2, flags=FLEX_FLAGS),
     case("wide scope dp2", "wide_scope"),
+    case("wide scope adamoe dp2", "wide_scope", flags={"group_loss_variant": "adamoe"}),
     case("initial dp2", "initial"),
     case("initial ep2", "initial", ep=2),
     case(

@@ -198,10 +198,11 @@ def test_bfloat16_stays_near_float32(runs, results, alone, case):
         assert mine["ce"] == pytest.approx(wanted["ce"], rel=0.02) and mine["updated"] == 1.0
 
 
-def test_wide_scope_counts_the_slots_of_all_data_parallel_ranks(results, world):
+@each([case for case in OTHERS if case["do"] == "wide_scope"])
+def test_wide_scope_counts_the_slots_of_all_data_parallel_ranks(results, world, case):
     """Two ranks with one sequence each get the gradients of one process with both in a row."""
-    ranks = results("wide scope dp2")
-    run, rows = tiny_world.run_on_pairs(world, 128, "tp_cp")
+    ranks = results(case["name"])
+    run, rows = tiny_world.run_on_pairs(world, 128, "tp_cp", **case["flags"])
     norm = run.stepper.step(rows)["grad_norm"]
     wanted = {name: p.main_grad for name, p in run.student.chunks[0].named_parameters()}
     for rank in ranks:

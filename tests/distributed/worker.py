@@ -240,7 +240,7 @@ def wide_scope(world, out: Path, layout: dict, flags: dict) -> dict:
     """One step whose group loss counts the slots of both ranks together, and one whose does not."""
     made = {}
     for name, scope in (("narrow", "tp_cp"), ("wide", "tp_dp_cp")):
-        run, rows = tiny_world.run_on_pairs(world, 64, scope)
+        run, rows = tiny_world.run_on_pairs(world, 64, scope, **flags)
         made[f"{name} norm"] = run.stepper.step(rows)["grad_norm"]
     gradients = {
         n: p.main_grad.tolist() for n, p in run.student.chunks[0].named_parameters() if "router" in n

@@ -88,10 +88,12 @@ def check_agreement_compares_global_columns(rank, group):
 def worker(rank, folder):
     group = start(rank, folder)
     for kind in KINDS:
+        # The gradient of a sample is as long as its log-ratio, here up to 6.6.
+        single = 1e-5 if kind == "sampled_reverse_kl" else 3e-6
         check_split_equals_whole(rank, group, kind, VOCAB, torch.float64, 1e-12)
-        check_split_equals_whole(rank, group, kind, VOCAB, torch.float32, 3e-6)
+        check_split_equals_whole(rank, group, kind, VOCAB, torch.float32, single)
         check_split_equals_whole(rank, group, kind, 17, torch.float64, 1e-12)  # padding on the last rank
-        check_split_equals_whole(rank, group, kind, 9, torch.float32, 3e-6)  # the last rank is all padding
+        check_split_equals_whole(rank, group, kind, 9, torch.float32, single)  # the last rank is all padding
         check_split_equals_whole(rank, group, kind, VOCAB, torch.float64, 1e-12, whole_numbers=True)  # ties
         check_collectives_per_chunk(group, kind, expected=2 if kind == "jsd" else 1)
     check_agreement_compares_global_columns(rank, group)

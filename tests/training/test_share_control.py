@@ -8,7 +8,8 @@ import torch
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
-from zeda_megatron.training.share_control import OPEN, SparsityControl, WeightControl
+from zeda_megatron.training.group_loss_control import WeightControl
+from zeda_megatron.training.paired_control import OPEN, SparsityControl
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -242,6 +243,10 @@ def test_flags_that_cannot_work_are_named(world, flags, message):
         (("--paired-budget", "layer"), "--paired-budget"),
         (("--target-zero-share", "0"), "--target-zero-share"),
         (("--target-zero-share", "0.5", "--moe-router-load-balancing-type", "none"), "--target-zero-share"),
+        (
+            ("--target-zero-share", "0.5", "--group-loss-variant", "adamoe"),
+            "--group-loss-variant adamoe has no weight",
+        ),
         (("--topk-range", "1", "4"), "--topk-range"),  # the model has top-3
     ],
 )

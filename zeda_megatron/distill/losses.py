@@ -20,7 +20,8 @@ class LossConfig:
 
     kind: str = "forward_kl"
     """ce (the labels, as the paper's stage 1), forward_kl (KL(teacher || student)), reverse_kl
-    (KL(student || teacher)) or jsd (GKD's mixture of both)."""
+    (KL(student || teacher)), sampled_reverse_kl (its policy gradient on labels that the student has sampled, the
+    paper's stage 2) or jsd (GKD's mixture of both)."""
     beta: float = 0.5
     """Weight of the teacher in the jsd mixture, between 0 and 1 exclusive."""
     temperature: float = 1.0

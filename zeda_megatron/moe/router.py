@@ -17,9 +17,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from .group_loss import group_loss
+from .null_expert_loss import null_expert_loss
 from .paired import PairedZeroExperts
 from .pick_rules import PickRule, apply_pick_rule
 from .replay import RoutingReplay
+from .routed_slots import RoutedSlots
 from .stats import RoutingStats, routers
 from .zero_output import ZeroExpertOutput
 
@@ -38,6 +40,7 @@ class ZeroExpertRouter(TopKRouter):
         zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
         zero_weight: w of the group loss; a share control may move it.
         loss_factor: multiplies the losses attached here; above 1 where some micro-batches are padding alone.
+        model_zero_share: zero share that the group loss takes in place of this layer's slots, or None.
         routing_stats: counts since the last reset.
         router_replay: `replay.RoutingReplay` (or Megatron's) that fixes or records the picks, or None. The masked
             model, which is the teacher, routes freely.
@@ -57,6 +60,7 @@ class ZeroExpertRouter(TopKRouter):
         self.zero_logit_bias = 0.0
         self.zero_weight = zero.moe_zero_expert_weight
         self.loss_factor = 1.0
+        self.model_zero_share: float | None = None
         self.pick_rule: PickRule | None = None
         self.routing_stats = RoutingStats()
         self.zero_output = None
@@ -166,43 +170,34 @@ class ZeroExpertRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs_TN, part)
 
     def _attach_group_loss(self, probs_TN, logits_TE, map_TE, padding_T):
-        if self.score_function == "softmax":
-            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
-        else:
-            scores_TE = torch.sigmoid(logits_TE.float())
-            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
         if self.zero.group_loss_variant == "authors":
-            # Their loss counts a fresh top-k of the scores, without expert bias, padding included.
-            picks = scores_TE.topk(self.topk, dim=1).indices
-            map_TE = torch.zeros_like(map_TE).scatter(1, picks, True)
-            padding_T = None
-        if padding_T is not None:
-            map_TE = map_TE & ~padding_T[:, None]
-            scores_TE = scores_TE * ~padding_T[:, None]
-        slots_E = map_TE.sum(0)
-        tokens = map_TE.shape[0] if padding_T is None else (~padding_T).sum()
-        counts = torch.stack(
-            [
-                slots_E[: self.num_real].sum(),
-                slots_E[self.num_real :].sum(),
-                torch.as_tensor(tokens, device=slots_E.device),
-            ]
-        ).float()
-        local_tokens = counts[2].clone()
+            routed = RoutedSlots.count_fresh(logits_TE, self.topk, self.score_function)
+        else:
+            routed = RoutedSlots.count(logits_TE, map_TE, padding_T, self.score_function)
+        counts = torch.cat([routed.slots_E, routed.tokens[None]]).float()
         group = self.tp_dp_cp_group if self.zero.group_loss_scope == "tp_dp_cp" else self.tp_cp_group
         if group.size() > 1:
             torch.distributed.all_reduce(counts, group=group)
-        real, zero, total = counts.unbind()
-        part = group_loss(real, zero, total, scores_TE, self.num_real, self.num_zero, self.zero_weight)
-        self.routing_stats.add_group_loss(part, total)
+        part = self._balance(counts[:-1], counts[-1], routed.scores_TE)
+        self.routing_stats.add_group_loss(part, counts[-1])
         part = part * self.zero.group_loss_coeff * self.loss_factor
         if self.zero.group_loss_scope == "tp_dp_cp":
             # Data-parallel gradients are averaged, so each rank's part counts once per data-parallel rank.
             part = part * (group.size() / self.tp_cp_group.size())
         if self.calculate_per_token_loss:
             # Gradients are divided by the number of tokens later; undo it, over the ranks of the loss.
-            part = part * local_tokens * self.tp_cp_group.size()
+            part = part * routed.tokens * self.tp_cp_group.size()
         return MoEAuxLossAutoScaler.apply(probs_TN, part)
+
+    def _balance(self, slots_E, tokens, scores_TE):
+        """This rank's part of the loss, from the slots and tokens of all ranks of its group."""
+        if self.zero.group_loss_variant == "adamoe":
+            return null_expert_loss(slots_E, tokens, scores_TE, self.num_real)
+        real, zero = slots_E[: self.num_real].sum(), slots_E[self.num_real :].sum()
+        if self.model_zero_share is not None:
+            zero = slots_E.new_tensor(self.model_zero_share)
+            real = 1 - zero
+        return group_loss(real, zero, tokens, scores_TE, self.num_real, self.num_zero, self.zero_weight)
 
     def _local_padding(self, padding_mask, num_tokens: int):
         """Flatten [S, B] to [T]; take this rank's part where Megatron handed over the whole sequence.
@@ -264,6 +259,10 @@ def set_loss_factor(model_chunks, value: float) -> None:
     """Multiply the losses that all layers attach."""
     for router in routers(model_chunks):
         router.loss_factor = value
+def set_model_share(model_chunks, value: float | None) -> None:
+    """Let the group loss of all layers take this zero share in place of their slots (None: count the slots)."""
+    for router in routers(model_chunks):
+        router.model_zero_share = value
 
 
 def set_logit_bias(model_chunks, value: float) -> None:

@@ -3,14 +3,18 @@
 With p the student's and q the teacher's distribution at the given temperature, and z the student's logits
 divided by it:
 
-    kind          loss of a token                          gradient in z
-    ce            -log p[label]                            p - onehot(label)
-    forward_kl    KL(q || p)                               p - q
-    reverse_kl    KL(p || q)                               p * (log p - log q - KL(p || q))
-    jsd           beta KL(q || M) + (1-beta) KL(p || M)    (1-beta) p * (log p - log M - KL(p || M))
-                  with M = beta q + (1-beta) p
+    kind                  loss of a token                          gradient in z
+    ce                    -log p[label]                            p - onehot(label)
+    forward_kl            KL(q || p)                               p - q
+    reverse_kl            KL(p || q)                               p * (log p - log q - KL(p || q))
+    sampled_reverse_kl    -A with A = log q[label] - log p[label]  -A * (onehot(label) - p)
+    jsd                   beta KL(q || M) + (1-beta) KL(p || M)    (1-beta) p * (log p - log M - KL(p || M))
+                          with M = beta q + (1-beta) p
 
-"jsd" is the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649).
+"sampled_reverse_kl" is the token-level policy gradient of the paper's stage 2 (arXiv 2605.18643), for labels that
+the student has sampled: the advantage A carries no gradient, so value and gradient are not those of one function.
+Over labels drawn from p, their means are the value and the gradient of "reverse_kl". "jsd" is the generalised
+Jensen-Shannon divergence of GKD (arXiv 2306.13649).
 
 Dimensions: C tokens of the chunk, H hidden, V columns of this rank, R ranks, P numbers of a rank per token,
 X values reported per token.
@@ -102,6 +106,10 @@ def chunk_loss(
         if want_grad:
             p_CV.mul_(shift_C.exp()[:, None])
             dlogits_CV = ratio_CV.add_((shift_C - teacher_shift_C - loss_C)[:, None]).mul_(p_CV)
+    elif plan.kind == "sampled_reverse_kl":
+        loss_C = teacher.ce_C - student.ce_C
+        if want_grad:
+            dlogits_CV = _ce_gradient(p_CV, student, labels_C, plan).mul_(-loss_C[:, None])
     else:
         p_CV.mul_(shift_C.exp()[:, None])
         q_CV.mul_(teacher_shift_C.exp()[:, None])

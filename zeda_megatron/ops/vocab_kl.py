@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from zeda_megatron.ops.vocab_chunk import LossPlan, chunk_loss
 from zeda_megatron.ops.vocab_scores import compute_dtype
 
-KINDS = ("ce", "forward_kl", "reverse_kl", "jsd")
+KINDS = ("ce", "forward_kl", "reverse_kl", "sampled_reverse_kl", "jsd")
 
 
 def fused_distill_loss(
@@ -45,7 +45,8 @@ def fused_distill_loss(
         None is allowed for kind "ce".
     labels_T: int64 global vocabulary ids. weights_T: any sign; tokens of weight 0 are dropped before any
         GEMM, so their labels and hidden states may hold anything.
-    kind: see the table in `vocab_chunk`; beta belongs to "jsd" alone.
+    kind: see the table in `vocab_chunk`; beta belongs to "jsd" alone. "sampled_reverse_kl" expects labels that the
+        student has sampled at this temperature.
     temperature: divides both models' logits, for the loss ("ce" included) and the metrics; the loss is not
         multiplied by temperature**2.
     vocab_size: true vocabulary; columns from there on are padding and take no part (default: every column).
@@ -200,6 +201,10 @@ def reference_distill_loss(
             loss_T = values["kl"]
         elif kind == "reverse_kl":
             loss_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=1)
+        elif kind == "sampled_reverse_kl":
+            value_T = (values["teacher_ce"] - ce_T).detach()
+            surrogate_T = -value_T * ce_T  # -A * log p(label) with A a constant
+            loss_T = value_T + (surrogate_T - surrogate_T.detach())
         elif kind == "jsd":
             log_m_TV = (beta * log_q_TV.exp() + (1 - beta) * log_p_TV.exp()).log()
             to_teacher_T = (log_q_TV.exp() * (log_q_TV - log_m_TV)).sum(dim=1)

@@ -38,7 +38,7 @@ class ModelOptions:
     """Width of the gate through which a paired head trains."""
 
     moe_zero_expert_weight: float = 2.0
-    """w: the group loss is least at a zero share of w*Nz/(N+w*Nz)."""
+    """w: the group loss is least at a zero share of w*Nz/(N+w*Nz). The variant adamoe has no w."""
 
     moe_router_load_balancing_type: str = "grouped_aux_loss"
     """grouped_aux_loss (shared zero experts; paired ones have no such loss), aux_loss or seq_aux_loss (static
@@ -48,10 +48,15 @@ class ModelOptions:
     """Coefficient of that loss (alpha)."""
 
     group_loss_variant: str = "routed"
-    """routed: count real slots. authors: count as the paper's code does."""
+    """routed: count real slots. authors: count as the paper's code does. adamoe: AdaMoE's loss, which balances every
+    real expert too (use it with --renormalize-after-drop); it pulls the share to Nz/(N+Nz)."""
 
     group_loss_scope: str = "tp_cp"
     """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""
+
+    group_loss_budget: str = "layer"
+    """layer: the group loss steers the zero share of every layer. model: of all layers together, which may differ then
+    (by the share of the step before)."""
 
     renormalize_after_drop: bool = False
     """Rescale the real weights after dropping zero slots (for study; costs quality)."""
@@ -95,5 +100,6 @@ class ModelOptions:
             moe_zero_expert_weight=self.moe_zero_expert_weight,
             group_loss_variant=self.group_loss_variant,
             group_loss_scope=self.group_loss_scope,
+            group_loss_budget=self.group_loss_budget,
             renormalize_after_drop=self.renormalize_after_drop,
         )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checkpoint.integrity import LEVELS
-from ..config import GROUP_LOSS_SCOPES, GROUP_LOSS_VARIANTS, ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES
+from ..config import (
+    GROUP_LOSS_BUDGETS,
+    GROUP_LOSS_SCOPES,
+    GROUP_LOSS_VARIANTS,
+    ZERO_EXPERT_ROUTINGS,
+    ZERO_EXPERT_TYPES,
+)
 from ..distill.losses import LossConfig
 from ..errors import UserError
 from ..moe.dispatch import check_dispatcher
@@ -81,6 +87,7 @@ class Options:
             ("--zero-expert-routing", self.model.zero_expert_routing or "shared", ZERO_EXPERT_ROUTINGS),
             ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.model.group_loss_scope, GROUP_LOSS_SCOPES),
+            ("--group-loss-budget", self.model.group_loss_budget, GROUP_LOSS_BUDGETS),
             ("--recompute-granularity", self.model.recompute_granularity or "full", ("full", "selective")),
             ("--verify-checkpoint", self.run.verify_checkpoint, LEVELS),
         ):

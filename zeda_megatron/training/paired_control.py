@@ -1,0 +1,79 @@
+"""Controls of paired zero experts: their threshold, or the sparsity loss of their head."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from ..moe.paired import KEEP_ALL, paired_modules
+from ..moe.stats import SCORE_BINS, StatsReport
+from ..moe.threshold import ScoreQuantiles, set_thresholds
+from .share_control import ShareControl
+
+OPEN = -0.5
+"""Threshold of a fresh mask that learns to close: with U = 0 and c = 0 every pick is half a unit inside."""
+
+
+class ThresholdControl(ShareControl):
+    """Each step's threshold is the quantile of recent scores at the target share; of each layer's own scores where
+    the statistics come per layer.
+
+    With a range, each step draws its own target from it (from the seed and the step alone, so a resumed run draws
+    the same): the model learns to serve at any share.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], target: float, bounds: tuple | None, seed: int):
+        self.chunks, self.target, self.bounds, self.seed = chunks, target, bounds, seed
+        self.quantiles = ScoreQuantiles()
+
+    def before_step(self, step: int) -> None:
+        target = self.target
+        if self.bounds:
+            target = random.Random(f"{self.seed}:{step}").uniform(*self.bounds)
+        found = self.quantiles.thresholds(target)
+        if found is not None:  # the first step keeps the checkpoint's
+            set_thresholds(self.chunks, found)
+
+    def after_step(self, report: StatsReport) -> dict[str, float]:
+        self.quantiles.observe(report.score_counts)
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score_counts": self.quantiles.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.quantiles.counts = state["score_counts"].view(-1, SCORE_BINS)
+
+
+class SparsityControl(ShareControl):
+    """The threshold stands; the coefficient of the sparsity loss follows the share (a BEAM-like mask router).
+
+    A proportional-integral controller, never below 0, whose target rises from 0 over the first steps.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], target: float, ramp_steps: int, gain: float):
+        self.chunks, self.target, self.ramp_steps, self.gain = chunks, target, max(ramp_steps, 1), gain
+        self.step, self.integral, self.share = 0, 0.0, 0.0
+        for paired in paired_modules(chunks):
+            if float(paired.threshold) == KEEP_ALL:
+                paired.threshold.fill_(OPEN)
+
+    def before_step(self, step: int) -> None:
+        target = self.target * min(1.0, (step + 1) / self.ramp_steps)
+        error = target - self.share
+        self.integral = max(0.0, self.integral + 0.1 * self.gain * error)
+        for paired in paired_modules(self.chunks):
+            paired.sparsity_coeff = max(0.0, self.gain * error + self.integral)
+
+    def after_step(self, report: StatsReport) -> dict[str, float]:
+        self.share = report.zero_share
+        modules = paired_modules(self.chunks)
+        return {"sparsity_coeff": modules[0].sparsity_coeff} if modules else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"integral": self.integral, "share": self.share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.integral, self.share = state["integral"], state["share"]
