@@ -166,6 +166,36 @@ def rates(report: dict) -> str:
     return "\n".join(lines)
 
 
+SKIPPING = ("zeda_stage1_kl", "zeda_stage2", "paired_kl", "dynamic_skipping", "top_p")
+"""Arms whose tokens may skip differently."""
+
+
+def token_table(report: dict) -> str:
+    """Which tokens skip: Spearman's r of a token's skipped share; empty if no arm of the report was asked."""
+    head = "| skipped share of a token | with teacher's entropy | the same, by kind of text | with gap of log-probs "
+    head += "| with position | skipped, lowest fifth of entropy | highest fifth |"
+    lines = []
+    for name in SKIPPING:
+        block = report["arms"].get(name, {}).get("tokens")
+        if not block or not block["correlations"]:
+            continue
+        found, fifths = block["correlations"], block["by_entropy"]
+        kinds = [r for r in found["teacher_entropy"]["by_kind"].values() if r is not None]
+        cells = [
+            _signed(found["teacher_entropy"]["all"]),
+            f"{_signed(min(kinds))} to {_signed(max(kinds))}" if kinds else "",
+            _signed(found["log_prob_gap"]["all"]),
+            _signed(found["position"]["all"]),
+            *("" if fifths[q]["skipped"] is None else f"{fifths[q]['skipped']:.1%}" for q in ("q1", "q5")),
+        ]
+        lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join([head, "|---" * 7 + "|", *lines]) if lines else ""
+
+
+def _signed(r: float | None) -> str:
+    return "" if r is None else f"{r:+.2f}"
+
+
 def _cell(m: dict | None) -> str:
     if m is None:
         return ""
@@ -192,3 +222,5 @@ if __name__ == "__main__":
     print(markdown(report))
     if "net_kl_75" in report["arms"]:
         print(f"\n{frontier(report)}\n\n{ablations(report)}\n\n{budgets(report)}\n\n{rates(report)}")
+    if skips := token_table(report):
+        print(f"\n{skips}")

@@ -6,6 +6,7 @@ import torch
 
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.moe import stats
+from zeda_megatron.moe.paired import set_threshold
 from zeda_megatron.moe.pick_rules import StaticTopK
 
 N, NZ, K = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"]
@@ -80,6 +81,29 @@ def test_tokens_are_recorded_on_request():
         routers[0](hidden)
     assert [t.tolist() for t in routers[0].routing_stats.real_picks_T] == [map_TE[:, :N].sum(1).tolist()] * 2
     stats.reset(routers)
+    assert routers[0].routing_stats.real_picks_T == []
+
+
+@pytest.mark.parametrize("routing", ["shared", "paired"])
+def test_skipped_shares_of_tokens_are_those_of_the_maps_over_layers_and_passes(routing):
+    routers = model(3, 1)
+    if routing == "paired":
+        zero = ZeroExpertConfig(N, zero_expert_routing="paired", paired_score="head")
+        routers = torch.nn.ModuleList(tiny.router(zero, seed=i) for i in range(2))
+        set_threshold(routers, 0.0)
+    routers[1].pick_rule = StaticTopK(2)
+    routers.eval()
+    stats.record_tokens(routers)
+    inputs = [tiny.hidden_states(13, seed=1), tiny.hidden_states(5, seed=2)]
+    kept_T = torch.cat([sum(router(hidden)[1].sum(1) for router in routers) for hidden in inputs])
+    assert 0 < kept_T.sum() < 18 * 2 * K and len(kept_T.unique()) > 1
+    torch.testing.assert_close(stats.take_skipped(routers), 1 - kept_T.double() / (2 * K))
+    again = tiny.hidden_states(4, seed=3)
+    kept_T = sum(router(again)[1].sum(1) for router in routers)
+    torch.testing.assert_close(stats.take_skipped(routers), 1 - kept_T.double() / (2 * K))
+    routers[0](again)
+    stats.record_tokens(routers, False)
+    routers[0](again)
     assert routers[0].routing_stats.real_picks_T == []
 
 

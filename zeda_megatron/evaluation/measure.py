@@ -67,20 +67,23 @@ class MeasureOptions:
 def measure(
     student, teacher, held_out, vocab_size: int, tokenizer, seq_length: int, max_new_tokens: int
 ) -> dict:
-    """METRICS of the report (without adapt_*), plus `by_kind` and `zero_share_by_layer`.
+    """METRICS of the report (without adapt_*), plus `by_kind`, `zero_share_by_layer` and `tokens`.
 
     Args:
         student: bare model chunk, its mask and pick rule set as the arm wants them.
         teacher: `distill.teacher.Teacher`; may hold the same chunk.
         held_out: `heldout.HeldOut`.
     """
-    from ..moe.stats import record_experts
+    from ..moe.stats import record_experts, record_tokens
+    from .token_classes import TokenClasses
+    from .token_skips import token_skips
 
-    by_kind, layers, picks_2LN = {}, None, 0
-    total = defaultdict(float)
+    by_kind, layers, picks_2LN, tokens = {}, None, 0, {}
+    total, classes = defaultdict(float), TokenClasses(tokenizer)
     record_experts(student)
+    record_tokens(student)
     for kind, rows in held_out.rows_by_kind.items():
-        sums, report, picks = _score(student, teacher, rows, vocab_size, seq_length)
+        sums, report, picks, tokens[kind] = _score(student, teacher, rows, vocab_size, seq_length, classes)
         picks_2LN = picks_2LN + picks
         slots = sums.pop("tokens_routed")
         for name, value in sums.items():
@@ -95,6 +98,7 @@ def measure(
             "zero_share": report.zero_share,
         }
     record_experts(student, False)
+    record_tokens(student, False)
     right = _exact_match(student, held_out.tasks, tokenizer, max_new_tokens)
     for kind, value in right.items():
         by_kind[kind]["exact_match"] = value
@@ -109,6 +113,7 @@ def measure(
         "by_kind": by_kind,
         "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / total["slots"]).tolist()],
         **_by_expert(*picks_2LN),
+        "tokens": token_skips(tokens),
     }
 
 
@@ -123,16 +128,17 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def _score(student, teacher, rows, vocab_size, seq_length):
+def _score(student, teacher, rows, vocab_size, seq_length, classes):
     from ..distill.losses import LossConfig, distill_loss
     from ..moe import stats
     from ..training.step import forward_model
+    from .scored_tokens import ScoredTokens
 
     expected = teacher.hidden_states(rows, seq_length, forward_model)
     student.eval()
     student.return_hidden = True
     stats.reset(student)
-    sums = defaultdict(float)
+    sums, tokens = defaultdict(float), []
     head = student.head_weight()
     for row, hidden in zip(rows, expected, strict=True):
         got = forward_model(student, row)
@@ -149,9 +155,13 @@ def _score(student, teacher, rows, vocab_size, seq_length):
         for name, value in metrics.items():
             sums[name] += float(value)
         sums["tokens_routed"] += float((~row.padding_mask).sum())
+        mine, theirs = (got.to(head.dtype), head), (hidden, teacher.head_weight())
+        skipped_S = stats.take_skipped(student)
+        tokens.append(ScoredTokens.of_row(row, skipped_S, mine, theirs, vocab_size, classes))
     layers, where = student.config.num_layers, process_groups.device()
     picks = stats.collect_experts(student, layers, student.config.num_moe_experts, where)
-    return sums, stats.collect(student, layers, where), torch.stack(picks)
+    report = stats.collect(student, layers, where)
+    return sums, report, torch.stack(picks), ScoredTokens.join(tokens)
 
 
 def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int = 64) -> dict[str, float]:

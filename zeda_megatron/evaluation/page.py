@@ -8,6 +8,7 @@ from html import escape
 from .finding import BAND, TIE, Finding, finding
 from .legend import Arm, legend
 from .page_plots import expert_plots, frontier_plot, layer_plots, training_plots
+from .page_skips import skip_note, skip_tables
 from .page_style import stylesheet
 from .page_tables import count, duration, heat_table, results_table
 
@@ -50,6 +51,12 @@ def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> st
             "By kind of text",
             "Darker is more. The zero share shows where a model finds experts it can do without.",
             f'<div class="panels one">{"".join(kinds)}</div>' if any(kinds) else "",
+        ),
+        _section(
+            "Which tokens skip",
+            f"{escape(skip_note(report, order, found.ours))} Over the tokens whose next one belongs to a response; "
+            "arms in which every token skips the same are left out.",
+            skip_tables(report, order),
         ),
         _section("Zero share per layer", "Dashed: the arm's mean.", layer_plots(report, order, arms)),
         _section(

@@ -36,14 +36,19 @@ def heat_table(report: dict, order: list[str], field: str, title: str, form: str
     if field == "exact_match":
         rows = {"teacher": report["teacher"], **rows}
     cells = {name: {k: v.get(field) for k, v in (m.get("by_kind") or {}).items()} for name, m in rows.items()}
+    return heat_grid(cells, sorted({kind for row in cells.values() for kind in row}), title, form)
+
+
+def heat_grid(cells: dict[str, dict], columns: list[str], title: str, form: str) -> str:
+    """Rows by columns, darker for more; rows and columns without a figure are left out, all of them: empty."""
     cells = {name: row for name, row in cells.items() if any(v is not None for v in row.values())}
-    kinds = sorted({kind for row in cells.values() for kind, v in row.items() if v is not None})
-    if not kinds:
+    columns = [c for c in columns if any(row.get(c) is not None for row in cells.values())]
+    if not columns:
         return ""
     most = max(v for row in cells.values() for v in row.values() if v is not None) or 1.0
-    head = "".join(f"<th>{breakable(kind)}</th>" for kind in kinds)
+    head = "".join(f"<th>{breakable(column)}</th>" for column in columns)
     lines = (
-        f"<tr><th>{breakable(name)}</th>{''.join(_heat_cell(row.get(k), most, form) for k in kinds)}</tr>"
+        f"<tr><th>{breakable(name)}</th>{''.join(_heat_cell(row.get(c), most, form) for c in columns)}</tr>"
         for name, row in cells.items()
     )
     return (

@@ -6,6 +6,7 @@ has the keys below, None where a figure was not measured, and may have more:
 * `by_kind`: {kind of text: {"ce", "kl", "zero_share", "exact_match"}}
 * `zero_share_by_layer`: one share per layer
 * `skipped_by_expert`: per layer and real expert, the share of its picks that were skipped
+* `tokens`: which tokens skip, over the tokens that are scored; see `token_skips.py`
 * `kl_to_teacher_std`: spread over seeds; `seeds`: how many
 """
 

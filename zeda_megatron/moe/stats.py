@@ -176,6 +176,27 @@ def collect_experts(
     return picks[:, 0], picks[:, 1]
 
 
+def record_tokens(model_chunks, on: bool = True) -> None:
+    """Let all routers keep the number of real picks of every token from now on, or stop it and forget them."""
+    for router in routers(model_chunks):
+        router.routing_stats.record_tokens = on
+        router.routing_stats.real_picks_T.clear()
+
+
+def take_skipped(model_chunks) -> torch.Tensor:
+    """Share of each token's picks, over this process's MoE layers, that no real expert computed.
+
+    Returns:
+        [T] float64, padding included, in the order of the forward passes since tokens were recorded or last
+        taken; they are forgotten here.
+    """
+    mine = routers(model_chunks)
+    real_T = sum(torch.cat(router.routing_stats.real_picks_T).double() for router in mine)
+    for router in mine:
+        router.routing_stats.real_picks_T.clear()
+    return 1.0 - real_T / sum(router.topk for router in mine)
+
+
 def layer_of(router) -> int:
     """Row of a router's layer in tables over all layers."""
     return (router.layer_number or 1) - 1
