@@ -16,21 +16,13 @@ from ..errors import UserError
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
-<<<<<<< HEAD
-from .build_feed import build_feed
-=======
 from .build_control import build_share_control
->>>>>>> s2-loss
+from .build_feed import build_feed
 from .finite import FiniteCheck, NotFinite
 from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
-<<<<<<< HEAD
 from .setup import build_optimizer, build_student, build_teacher, hf_folder, teacher_id
-from .share_control import build_share_control
-=======
-from .setup import build_optimizer, build_student, build_teacher, hf_folder
->>>>>>> s2-loss
 from .side_files import write_side_files
 from .signals import StopRequest
 from .step import Stepper, forward_model
