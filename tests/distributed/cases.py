@@ -6,6 +6,8 @@ STEPS = {"train_iters": 3, "lr": 1e-3, "lr_warmup_fraction": 0.0}
 SAMPLED = {"max_new_tokens": 6, "temperature": 1.0, "generate_batch_size": 2}
 
 HEAD = {"paired_head_lr": 1e-2}
+STAGE2 = {"stage": "2", "samples_per_prompt": 2, "global_batch_size": 10, "generate_batch_size": 3}
+"""Ten answers make three rows: one of two data-parallel ranks gets a row of padding."""
 ALIGNED = {"pad_seq_to_mult": 4}
 WORLD_FLAGS = {
     "plain": {},
@@ -22,6 +24,11 @@ WORLD_FLAGS = {
     "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
+    "stage 2": STAGE2,
+    "stage 2 sampled": STAGE2 | {"distill_loss": "sampled_reverse_kl"},
+    "stage 2 replay": STAGE2 | {"routing_replay": True},
+    "stage 2 paired": STAGE2 | {"moe_router_load_balancing_type": "none"},
+    "stage 2 rounds": STAGE2 | {"rollout_batch_size": 5},
 }
 """World -> flags of every run in it. In `paired head` the head of paired zero experts trains too."""
 
@@ -111,6 +118,28 @@ TRAIN = [
         slow=True,
     ),
 ]
+STAGE_2 = [
+    case("stage 2 dp2", world="stage 2"),
+    case("stage 2 ep2", world="stage 2", ep=2),
+    case("stage 2 tp2", world="stage 2", tp=2),
+    case("stage 2 sampled ep2", world="stage 2 sampled", ep=2),
+    case("stage 2 replay dp2", world="stage 2 replay"),
+    case("stage 2 replay tp2", world="stage 2 replay", tp=2),
+    case("stage 2 paired ep2", world="stage 2 paired", ep=2),
+    case("stage 2 rounds dp2", world="stage 2 rounds"),
+    case("stage 2 alongside", world="stage 2", flags={"teacher_schedule": "alongside"}, slow=True),
+    *(
+        case(f"stage 2 {kind} {name}", world=f"stage 2 {kind}", slow=True, **layout)
+        for kind, name, layout in (
+            ("sampled", "dp2", {}),
+            ("sampled", "tp2", {"tp": 2}),
+            ("replay", "ep2", {"ep": 2}),
+            ("paired", "dp2", {}),
+            ("paired", "tp2", {"tp": 2}),
+            ("rounds", "ep2", {"ep": 2}),
+        )
+    ),
+]
 MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
     case("masked cp2", "masked", world="aligned", cp=2),
@@ -187,7 +216,7 @@ RESUMED = [
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]
 TWO_PROCESSES = (
-    TRAIN + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED + MOVED + CHANGED
+    TRAIN + STAGE_2 + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED + MOVED + CHANGED
 )
 FOUR_PROCESSES = [
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
@@ -201,5 +230,8 @@ FOUR_PROCESSES = [
     case("cp2 tp2 ep2 paired", world="aligned paired", cp=2, tp=2, ep=2, slow=True),
     case("pp2 vpp2 ep2", world="deep", pp=2, vpp=2, ep=2, slow=True),
     case("pp2 tp2 alongside", pp=2, tp=2, flags={"teacher_schedule": "alongside"}, slow=True),
+    case("stage 2 tp2 ep2", world="stage 2", tp=2, ep=2, slow=True),
+    case("stage 2 tp2 dp2 ep4", world="stage 2", tp=2, ep=4, slow=True),
+    case("stage 2 replay tp2 dp2", world="stage 2 replay", tp=2, slow=True),
     case("paired head tp2 pp2 ep2", world="paired head", tp=2, pp=2, ep=2, slow=True),
 ]

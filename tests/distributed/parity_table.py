@@ -19,7 +19,7 @@ from zeda_megatron.runtime import cpu  # noqa: E402
 cpu.install()
 
 import tiny_world  # noqa: E402
-from cases import FOUR_PROCESSES, TRAIN  # noqa: E402
+from cases import FOUR_PROCESSES, STAGE_2, TRAIN  # noqa: E402
 from runs import Alone, Runs, differences, make_worlds  # noqa: E402
 
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
@@ -40,6 +40,11 @@ WORLDS = {
     "rows": "mean over rows",
     "paired": "paired",
     "paired head": "paired, head trains",
+    "stage 2": "stage 2, reverse KL",
+    "stage 2 sampled": "stage 2, sampled reverse KL",
+    "stage 2 replay": "stage 2, routing replay",
+    "stage 2 paired": "stage 2, paired",
+    "stage 2 rounds": "stage 2, one step in two on older answers",
 }
 FLAGS = {
     "moe_token_dispatcher_type": "{} dispatcher",
@@ -82,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "parallelism.md")
     parser.add_argument("--only", help="comma-separated names of cases; prints the rows and writes nothing")
     options = parser.parse_args()
-    cases = [case for case in TRAIN + FOUR_PROCESSES if case["do"] == "train"]
+    cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
     if options.only:
         cases = [case for case in cases if case["name"] in options.only.split(",")]
     initialize(ParallelConfig())

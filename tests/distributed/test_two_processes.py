@@ -16,6 +16,7 @@ from cases import (
     OTHERS,
     RESUMED,
     SAMPLED,
+    STAGE_2,
     STARVED,
     TRAIN,
     UNEVEN,
@@ -33,7 +34,7 @@ def each(cases, names=None):
     )
 
 
-@each(TRAIN)
+@each(TRAIN + STAGE_2)
 def test_same_numbers_everywhere(assert_same_run, case):
     assert_same_run(case)
 
@@ -71,7 +72,7 @@ def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
     assert "iter_0000003: __1_0.distcp has changed" in first["told"]
 
 
-@each(TRAIN)
+@each(TRAIN + STAGE_2)
 def test_the_teacher_does_not_move_on_any_rank(results, case):
     assert all(rank["teacher_still"] for rank in results(case["name"]))
 

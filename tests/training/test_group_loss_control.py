@@ -41,9 +41,9 @@ def test_every_step_takes_the_share_of_the_step_before(world):
     layers, seen, measured = routers(run.student.chunks), [], []
     step, after_step = run.stepper.step, run.control.after_step
 
-    def watched(rows):
+    def watched(*given):
         seen.append([router.model_zero_share for router in layers])
-        return step(rows)
+        return step(*given)
 
     def told(report):
         measured.append(report.zero_share)

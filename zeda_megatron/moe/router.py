@@ -259,6 +259,8 @@ def set_loss_factor(model_chunks, value: float) -> None:
     """Multiply the losses that all layers attach."""
     for router in routers(model_chunks):
         router.loss_factor = value
+
+
 def set_model_share(model_chunks, value: float | None) -> None:
     """Let the group loss of all layers take this zero share in place of their slots (None: count the slots)."""
     for router in routers(model_chunks):
