@@ -7,6 +7,8 @@ SAMPLED = {"max_new_tokens": 6, "temperature": 1.0, "generate_batch_size": 2}
 
 HEAD = {"paired_head_lr": 1e-2}
 ALIGNED = {"pad_seq_to_mult": 4}
+EVALUATED = {"eval_rows": 3, "eval_interval": 2}
+"""Three rows: two data-parallel ranks have one silent row between them."""
 WORLD_FLAGS = {
     "plain": {},
     "odd": {},
@@ -20,13 +22,17 @@ WORLD_FLAGS = {
     "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
+    "evaluated": EVALUATED,
+    "evaluated deep": EVALUATED,
+    "evaluated aligned": ALIGNED | EVALUATED,
+    "evaluated paired": EVALUATED,
 }
 """World -> flags of every run in it. In `paired head` the head of paired zero experts trains too."""
 
 
 def case(name, do="train", world="plain", flags=None, slow=False, **layout):
     """One case; keyword arguments are parallel sizes."""
-    steps = "train" in do or do in ("interrupted", "moved", "changed", "diverged", "damaged")
+    steps = "train" in do or do in ("interrupted", "moved", "changed", "diverged", "guarded", "damaged")
     flags = (STEPS if steps else {}) | WORLD_FLAGS[world] | (flags or {})
     return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
 
@@ -77,6 +83,13 @@ TRAIN = [
         for loss in ("reverse", "jsd")
         for name in ("tp", "ep", "pp")
     ),
+    case("evaluated ep2", world="evaluated", ep=2),
+    case("evaluated tp2", world="evaluated", tp=2),
+    case("evaluated pp2", world="evaluated", pp=2),
+    case("evaluated dp2", world="evaluated", slow=True),
+    case("evaluated cp2", world="evaluated aligned", cp=2, slow=True),
+    case("evaluated pp2 vpp2", world="evaluated deep", pp=2, vpp=2, slow=True),
+    case("evaluated paired ep2", world="evaluated paired", ep=2, slow=True),
     case("rows cp2", world="rows", cp=2),
     *(
         case(f"rows {name}", world="rows", slow=True, **layout)
@@ -146,6 +159,7 @@ OTHERS = [
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
     case("async ep2", "interrupted", ep=2, flags=ASYNC),
     case("diverged ep2", "diverged", ep=2),
+    case("guarded ep2", "guarded", ep=2),
     case("damaged ep2", "damaged", ep=2),
     case("bf16 ep2", ep=2, flags={"bf16": True}, slow=True),
     case("stock flex", "stock_flex", ep=2),
@@ -188,6 +202,7 @@ FOUR_PROCESSES = [
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),
     case("tp2 dp2 ep4", tp=2, ep=4, slow=True),
     case("tp2 dp2", tp=2, slow=True),
+    case("evaluated tp2 dp2", world="evaluated", tp=2, slow=True),
     case("pp2 ep2", pp=2, ep=2, slow=True),
     case("ep2 dp2", ep=2, slow=True),
     case("cp2 tp2", world="aligned", cp=2, tp=2, slow=True),

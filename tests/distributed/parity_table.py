@@ -38,6 +38,10 @@ WORLDS = {
     "rows": "mean over rows",
     "paired": "paired",
     "paired head": "paired, head trains",
+    "evaluated": "held-out rows",
+    "evaluated deep": "held-out rows, four layers",
+    "evaluated aligned": "held-out rows",
+    "evaluated paired": "held-out rows, paired",
 }
 FLAGS = {
     "moe_token_dispatcher_type": "{} dispatcher",

@@ -24,7 +24,9 @@ from ..models.architecture import read_architecture
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
+from .evaluate import build_evaluation
 from .finite import FiniteCheck, NotFinite
+from .guards import Guards, GuardTripped
 from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
@@ -65,6 +67,8 @@ class TrainingRun:
             check=self.finite.loss,
         )
         self.control = build_share_control(options, self.student)
+        self.evaluation = build_evaluation(options, self.student, self.teacher)
+        self.guards = Guards(options.guard, self.evaluation.fingerprint)
         self.saver = CheckpointSaver(run.save, run.most_recent_k, run.async_save) if run.save else None
         self.iteration = 0
         self.consumed_rows = 0
@@ -78,10 +82,10 @@ class TrainingRun:
         stopping = False
         try:
             with StopRequest() as stop:
+                if self.iteration == 0:
+                    self.guards.start(self.evaluation.start(log))
                 while self.iteration < options.train_iters and not stopping:
                     self._one_step(log)
-                    if self.iteration == options.train_iters:
-                        self._calibrate(log)
                     stopping = stop.agreed() or (
                         run.exit_interval and self.iteration % run.exit_interval == 0
                     )
@@ -93,7 +97,7 @@ class TrainingRun:
                     f"saved step {self.iteration}" if self.saver else "nothing saved: --save was not given"
                 )
                 log.say(f"stopped at step {self.iteration} on request; {where}")
-        except NotFinite:
+        except (NotFinite, GuardTripped):
             self._finish_saving()  # a checkpoint of before, still on its way to the disk
             raise
         except BaseException:
@@ -139,7 +143,11 @@ class TrainingRun:
         metrics["consumed_tokens"] = self.consumed_tokens
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+        if self.iteration == self.options.optimizer.train_iters:
+            self._calibrate(log)
+        metrics |= self.evaluation.after_step(self.iteration, log)
         log.step(self.iteration, metrics, report.zero_share_by_layer)
+        self.guards.after_step(self.iteration, metrics)
 
     def _calibrate(self, log: RunLog) -> None:
         """Set the threshold of paired zero experts so that training rows give the target share in evaluation."""
@@ -186,6 +194,7 @@ class TrainingRun:
                 "distributed_optimizer": self.options.optimizer.use_distributed_optimizer,
             },
             "share_control": self.control.state_dict(),
+            "guards": self.guards.state_dict(),
             "data": self.dataset.fingerprint(),
         }
 
@@ -193,6 +202,7 @@ class TrainingRun:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
         self.finite.weights()
         self.saver.save(self.iteration, self.state())
+        self.guards.newest = self.saver.folder(self.iteration)
         with self.saver.told():
             if torch.distributed.get_rank() == 0:
                 write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero)
@@ -226,6 +236,8 @@ class TrainingRun:
         load_optimizer_state(self.optimizer, loaded["optimizer"], progress.get("optimizer_step"))
         self.schedule.load_state_dict(loaded["schedule"])
         self.control.load_state_dict(loaded.get("share_control", {}))
+        self.guards.load_state_dict(loaded.get("guards", {}))
+        self.guards.newest = folder
         self.iteration = progress["iteration"]
         self.consumed_rows = progress["consumed_rows"]
         self.consumed_tokens = progress["consumed_tokens"]
