@@ -35,13 +35,16 @@ class World:
     """Conversations (jsonl)."""
     prompts: Path
     """Questions (jsonl)."""
+    heldout: Path
+    """Conversations that are in no rollout (jsonl)."""
 
 
 def make_world(folder: Path, **changes) -> World:
     """Write the files; `changes` are config keys of the model."""
     from zeda_megatron.checkpoint.convert import hf_to_megatron
 
-    world = World(*(folder / name for name in ("hf", "static", "dynamic", "rollouts.jsonl", "prompts.jsonl")))
+    files = ("rollouts.jsonl", "prompts.jsonl", "heldout.jsonl")
+    world = World(*(folder / name for name in ("hf", "static", "dynamic", *files)))
     tiny.hf_model(std=0.1, **(MODEL | changes)).save_pretrained(world.hf)
     tokenizer = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
@@ -59,22 +62,27 @@ def make_world(folder: Path, **changes) -> World:
     def text(words: int) -> str:
         return " ".join(draw.choice(WORDS) for _ in range(words))
 
-    rows = [{"role": "user", "content": text(draw.randint(1, 4))} for _ in range(60)]
-    world.rollouts.write_text(
-        "".join(
+    def conversations(number: int) -> str:
+        rows = [{"role": "user", "content": text(draw.randint(1, 4))} for _ in range(number)]
+        return "".join(
             json.dumps({"messages": [row, {"role": "assistant", "content": text(draw.randint(1, 12))}]})
             + "\n"
             for row in rows
         )
-    )
+
+    world.rollouts.write_text(conversations(60))
     world.prompts.write_text(
         "".join(json.dumps({"prompt": text(i % 5 + 1), "label": i}) + "\n" for i in range(9))
     )
+    world.heldout.write_text(conversations(20))
     return world
 
 
 def options(world: World, *flags: str, **values):
-    """Options of a stage 1 run of the dynamic model, or of stage 2; keyword arguments are fields."""
+    """Options of a stage 1 run of the dynamic model, or of stage 2; keyword arguments are fields.
+
+    With `eval_rows` it is evaluated on the held-out conversations.
+    """
     from zeda_megatron.arguments import parse
     from zeda_megatron.training.options import GROUPS, Options
 
@@ -90,13 +98,15 @@ def options(world: World, *flags: str, **values):
     if values.get("stage") == "2":
         fields |= {"data_path": world.prompts, "teacher_load": world.static, "max_new_tokens": 12}
     fields |= values
+    if "eval_rows" in values:
+        fields.setdefault("eval_data_path", world.heldout)
     argv = ["--no-progress", *flags]
     for name, value in fields.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(flag if value else "--no-" + flag[2:])
         elif value is not None:
-            argv += [flag, str(value)]
+            argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     made = Options(**parse(argv, GROUPS))
     made.validate()
     return made

@@ -9,6 +9,8 @@ HEAD = {"paired_head_lr": 1e-2}
 STAGE2 = {"stage": "2", "samples_per_prompt": 2, "global_batch_size": 10, "generate_batch_size": 3}
 """Ten answers make three rows: one of two data-parallel ranks gets a row of padding."""
 ALIGNED = {"pad_seq_to_mult": 4}
+EVALUATED = {"eval_rows": 3, "eval_interval": 2}
+"""Three rows: two data-parallel ranks have one silent row between them."""
 WORLD_FLAGS = {
     "plain": {},
     "odd": {},
@@ -29,13 +31,17 @@ WORLD_FLAGS = {
     "stage 2 replay": STAGE2 | {"routing_replay": True},
     "stage 2 paired": STAGE2 | {"moe_router_load_balancing_type": "none"},
     "stage 2 rounds": STAGE2 | {"rollout_batch_size": 5},
+    "evaluated": EVALUATED,
+    "evaluated deep": EVALUATED,
+    "evaluated aligned": ALIGNED | EVALUATED,
+    "evaluated paired": EVALUATED,
 }
 """World -> flags of every run in it. In `paired head` the head of paired zero experts trains too."""
 
 
 def case(name, do="train", world="plain", flags=None, slow=False, **layout):
     """One case; keyword arguments are parallel sizes."""
-    steps = "train" in do or do in ("interrupted", "moved", "changed", "diverged", "damaged")
+    steps = "train" in do or do in ("interrupted", "moved", "changed", "diverged", "guarded", "damaged")
     flags = (STEPS if steps else {}) | WORLD_FLAGS[world] | (flags or {})
     return {"name": name, "do": do, "world": world, "layout": layout, "flags": flags, "slow": slow}
 
@@ -89,6 +95,13 @@ TRAIN = [
     case("adamoe tp2", world="adamoe", tp=2, slow=True),
     case("model budget pp2", world="model budget", pp=2),
     case("model budget tp2", world="model budget", tp=2, slow=True),
+    case("evaluated ep2", world="evaluated", ep=2),
+    case("evaluated tp2", world="evaluated", tp=2),
+    case("evaluated pp2", world="evaluated", pp=2),
+    case("evaluated dp2", world="evaluated", slow=True),
+    case("evaluated cp2", world="evaluated aligned", cp=2, slow=True),
+    case("evaluated pp2 vpp2", world="evaluated deep", pp=2, vpp=2, slow=True),
+    case("evaluated paired ep2", world="evaluated paired", ep=2, slow=True),
     case("rows cp2", world="rows", cp=2),
     *(
         case(f"rows {name}", world="rows", slow=True, **layout)
@@ -180,6 +193,7 @@ OTHERS = [
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
     case("async ep2", "interrupted", ep=2, flags=ASYNC),
     case("diverged ep2", "diverged", ep=2),
+    case("guarded ep2", "guarded", ep=2),
     case("damaged ep2", "damaged", ep=2),
     case("bf16 ep2", ep=2, flags={"bf16": True}, slow=True),
     case("stock flex", "stock_flex", ep=2),
@@ -223,6 +237,7 @@ FOUR_PROCESSES = [
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),
     case("tp2 dp2 ep4", tp=2, ep=4, slow=True),
     case("tp2 dp2", tp=2, slow=True),
+    case("evaluated tp2 dp2", world="evaluated", tp=2, slow=True),
     case("pp2 ep2", pp=2, ep=2, slow=True),
     case("ep2 dp2", ep=2, slow=True),
     case("cp2 tp2", world="aligned", cp=2, tp=2, slow=True),

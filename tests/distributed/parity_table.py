@@ -45,6 +45,10 @@ WORLDS = {
     "stage 2 replay": "stage 2, routing replay",
     "stage 2 paired": "stage 2, paired",
     "stage 2 rounds": "stage 2, one step in two on older answers",
+    "evaluated": "held-out rows",
+    "evaluated deep": "held-out rows, four layers",
+    "evaluated aligned": "held-out rows",
+    "evaluated paired": "held-out rows, paired",
 }
 FLAGS = {
     "moe_token_dispatcher_type": "{} dispatcher",

@@ -66,6 +66,14 @@ def test_weights_that_are_no_numbers_on_one_rank_end_all_ranks_at_the_same_step(
     assert [path.name for path in folder.glob("*iter_*")] == ["iter_0000002"]
 
 
+def test_a_guard_rail_ends_all_ranks_at_the_same_step_and_leaves_the_checkpoint_of_before(runs, results):
+    first, second = results("guarded ep2")
+    assert first == second and first["tracker"] == "2"
+    assert re.match(r"step 3: the mean zero share of the last 3 steps is 0\.\d+", first["told"])
+    folder = runs("guarded ep2")[1]
+    assert [path.name for path in folder.glob("*iter_*")] == ["iter_0000002"]
+
+
 def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
     first, second = results("damaged ep2")
     assert first == second and first["resumed"] == 2

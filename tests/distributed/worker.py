@@ -132,6 +132,18 @@ def diverged(world, out: Path, layout: dict, flags: dict) -> dict:
     return {"told": None}
 
 
+def guarded(world, out: Path, layout: dict, flags: dict) -> dict:
+    """The zero share is outside its band; the checkpoint of the second step is still being written."""
+    guards = {"zero_share_band": (0.95, 1), "guard_window": 3}
+    flags = flags | guards | {"save_interval": 2, "async_save": True}
+    run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
+    try:
+        run.run()
+    except UserError as error:
+        return {"told": str(error), "tracker": (out / "latest_checkpointed_iteration.txt").read_text()}
+    return {"told": None}
+
+
 def damaged(world, out: Path, layout: dict, flags: dict) -> dict:
     """A file that the last rank has written is damaged: all ranks go back to the same older checkpoint."""
     tiny_world.start(world, save=out, save_interval=1, **sizes_of(layout), **flags).run()

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron.core import parallel_state
 
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
+from ..distill.stage0 import make_questions
 from ..errors import UserError
+from ..models.architecture import Architecture, read_architecture
 from .feed import Feed, StoredFeed
 from .options import Options
 from .rollout_feed import RolloutFeed
 from .setup import Student, hf_folder
 
 
-def build_feed(options: Options, student: Student) -> Feed:
+def prepare_feed(options: Options) -> Callable[[Student], Feed]:
     """Stage 2: answers of the student to --data-path. Else the rollouts of --data-path. Equal on all ranks.
 
+    The files are read here, before a large model is built in vain; the student comes later.
     Raises `UserError` naming file or flag.
     """
-    tokenizer = _tokenizer(options, student)
+    arch = read_architecture(hf_folder(options.model))
+    tokenizer = _tokenizer(options, arch)
     if options.model.stage == "2":
-        return RolloutFeed(options, student, tokenizer)
-    return StoredFeed(_dataset(options, tokenizer), options.optimizer.global_batch_size)
+        longest = min(arch.max_position_embeddings, options.data.seq_length)
+        questions = make_questions(options.data.data_path, tokenizer, longest)
+        return lambda student: RolloutFeed(options, questions, student, tokenizer)
+    feed = StoredFeed(_dataset(options, tokenizer), options.optimizer.global_batch_size)
+    return lambda student: feed
 
 
-def _tokenizer(options: Options, student: Student) -> ChatTokenizer:
+def _tokenizer(options: Options, arch: Architecture) -> ChatTokenizer:
     data = options.data
     tokenizer = load_tokenizer(
         data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
     )
-    if tokenizer.vocab_size > student.arch.vocab_size:
+    if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {student.arch.vocab_size} rows: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {arch.vocab_size} rows: "
             "give the tokenizer that belongs to the model with --tokenizer-model"
         )
     return tokenizer

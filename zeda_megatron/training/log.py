@@ -99,6 +99,13 @@ class RunLog:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Numbers for TensorBoard alone, at any step, as `zeda/<name>`. Raises `UserError` if it cannot be written."""
+        if self.writer:
+            with self._told():
+                for name, value in values.items():
+                    self.writer.add_scalar(f"zeda/{name}", value, step)
+
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.active:

@@ -17,8 +17,10 @@ from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
 from .build_control import build_share_control
-from .build_feed import build_feed
+from .build_feed import prepare_feed
+from .evaluate import build_evaluation
 from .finite import FiniteCheck, NotFinite
+from .guards import Guards, GuardTripped
 from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
@@ -33,8 +35,9 @@ class TrainingRun:
 
     def __init__(self, options: Options):
         self.options = options
+        feed_for = prepare_feed(options)
         self.student = build_student(options)
-        self.feed = build_feed(options, self.student)
+        self.feed = feed_for(self.student)
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
         self.teacher_id = teacher_id(options) if has_teacher else None
@@ -61,6 +64,8 @@ class TrainingRun:
             vocab_size=self.feed.vocab_size,
         )
         self.control = build_share_control(options, self.student)
+        self.evaluation = build_evaluation(options, self.student, self.teacher)
+        self.guards = Guards(options.guard, self.evaluation.fingerprint)
         self.saver = CheckpointSaver(run.save, run.most_recent_k, run.async_save) if run.save else None
         self.iteration = 0
         self.consumed_tokens = 0
@@ -73,10 +78,10 @@ class TrainingRun:
         stopping = False
         try:
             with StopRequest() as stop:
+                if self.iteration == 0:
+                    self.guards.start(self.evaluation.start(log))
                 while self.iteration < options.train_iters and not stopping:
                     self._one_step(log)
-                    if self.iteration == options.train_iters:
-                        self._calibrate(log)
                     stopping = stop.agreed() or (
                         run.exit_interval and self.iteration % run.exit_interval == 0
                     )
@@ -88,7 +93,7 @@ class TrainingRun:
                     f"saved step {self.iteration}" if self.saver else "nothing saved: --save was not given"
                 )
                 log.say(f"stopped at step {self.iteration} on request; {where}")
-        except NotFinite:
+        except (NotFinite, GuardTripped):
             self._finish_saving()  # a checkpoint of before, still on its way to the disk
             raise
         except BaseException:
@@ -135,7 +140,11 @@ class TrainingRun:
         metrics["consumed_tokens"] = self.consumed_tokens
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+        if self.iteration == self.options.optimizer.train_iters:
+            self._calibrate(log)
+        metrics |= self.evaluation.after_step(self.iteration, log)
         log.step(self.iteration, metrics, report.zero_share_by_layer)
+        self.guards.after_step(self.iteration, metrics)
 
     def _calibrate(self, log: RunLog) -> None:
         """Set the threshold of paired zero experts so that training rows give the target share in evaluation."""
@@ -169,12 +178,14 @@ class TrainingRun:
             "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
             "data": self.feed.fingerprint(),
+            "guards": self.guards.state_dict(),
         }
 
     def save(self) -> None:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
         self.finite.weights()
         self.saver.save(self.iteration, self.state())
+        self.guards.newest = self.saver.folder(self.iteration)
         with self.saver.told():
             if torch.distributed.get_rank() == 0:
                 adapted = self.iteration if self.teacher else 0
@@ -214,6 +225,8 @@ class TrainingRun:
         load_optimizer_state(self.optimizer, loaded["optimizer"], progress.get("optimizer_step"))
         self.schedule.load_state_dict(loaded["schedule"])
         self.control.load_state_dict(loaded.get("share_control", {}))
+        self.guards.load_state_dict(loaded.get("guards", {}))
+        self.guards.newest = folder
         self.iteration = progress["iteration"]
         self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]

@@ -18,7 +18,9 @@ from ..moe.dispatch import check_dispatcher
 from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
 from ..runtime.process_groups import ParallelConfig
+from .eval_options import EvalOptions
 from .generate_options import GenerateOptions
+from .guard_options import GuardOptions
 from .model_options import ModelOptions
 from .run_options import DataOptions, DistillOptions, OptimizerOptions, RunOptions
 from .share_options import ShareOptions
@@ -30,6 +32,8 @@ GROUPS = {
     "distill": DistillOptions,
     "optimizer": OptimizerOptions,
     "run": RunOptions,
+    "evaluation": EvalOptions,
+    "guard": GuardOptions,
     "generate": GenerateOptions,
     "parallel": ParallelConfig,
 }
@@ -45,6 +49,8 @@ class Options:
     distill: DistillOptions
     optimizer: OptimizerOptions
     run: RunOptions
+    evaluation: EvalOptions
+    guard: GuardOptions
     generate: GenerateOptions
     parallel: ParallelConfig
 
@@ -131,6 +137,8 @@ class Options:
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
         self.share.validate()
+        self.evaluation.validate()
+        self.guard.validate(self.model.stage, bool(self.evaluation.eval_data_path))
         if self.share.topk_range and self.model.moe_pick_rule:
             raise UserError("--topk-range sets the pick rule of every step: leave --moe-pick-rule away")
         if self.share.paired_head_lr and not self.optimizer.lr:

@@ -14,7 +14,7 @@ from ..data.tokenizers import ChatTokenizer
 from ..distill.answers import Answer, Asked, Round, roll_out
 from ..distill.builtin_engine import BuiltinEngine
 from ..distill.rollout import RolloutEngine
-from ..distill.stage0 import make_questions
+from ..distill.stage0 import Question
 from ..runtime.process_groups import seconds_now
 from .answer_rows import AnswerRows
 from .feed import StepRows
@@ -37,12 +37,13 @@ class RolloutFeed:
         vocab_size: ids that can be sampled; the loss compares the distribution that answers come from.
     """
 
-    def __init__(self, options: Options, student: Student, tokenizer: ChatTokenizer):
-        self.options = options
+    def __init__(
+        self, options: Options, questions: list[Question], student: Student, tokenizer: ChatTokenizer
+    ):
+        self.options, self.questions = options, questions
         generate, length = options.generate, options.data.seq_length
         longest = min(student.arch.max_position_embeddings, length)
-        self.questions = make_questions(options.data.data_path, tokenizer, longest)
-        self.order = EpochOrder(len(self.questions), options.optimizer.seed)
+        self.order = EpochOrder(len(questions), options.optimizer.seed)
         self.sampling = generate.sampling(options.optimizer.seed)
         self.vocab_size = min(tokenizer.vocab_size, student.arch.vocab_size)
         self.engine: RolloutEngine = BuiltinEngine(

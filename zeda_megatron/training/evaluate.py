@@ -1,0 +1,184 @@
+"""Evaluation on held-out text while training: how far the student is from its teacher, at which zero share.
+
+A forward pass in evaluation mode that leaves no trace: weights, gradients, random numbers and the routing statistics
+of training steps stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+
+from ..distill.losses import LossConfig, distill_loss
+from ..distill.teacher import Teacher, forward_only
+from ..moe import stats
+from ..runtime.process_groups import device
+from .eval_rows import EvalRows, read_eval_rows
+from .log import RunLog
+from .options import Options
+from .setup import Student
+from .step import forward_model
+
+_SUMS = ("weight", "ce", "kl", "top1_agreement")
+
+
+class Evaluator:
+    """Measures the student on its rows.
+
+    Args:
+        teacher: None measures cross-entropy and zero share alone.
+        group: rows that run through the pipeline at a time; hidden states of so many exist together.
+        chunk_tokens: tokens whose logits exist at a time.
+    """
+
+    def __init__(
+        self,
+        rows: EvalRows,
+        student: Student,
+        teacher: Teacher | None,
+        seq_length: int,
+        group: int,
+        chunk_tokens: int,
+    ):
+        self.rows, self.student, self.teacher, self.seq_length = rows, student, teacher, seq_length
+        self.groups = [rows.rows[i : i + group] for i in range(0, len(rows.rows), group)]
+        # The models' own distributions: no --distill-temperature here.
+        self.loss = LossConfig("ce" if teacher is None else "forward_kl", chunk_tokens=chunk_tokens)
+
+    def measure(self) -> dict[str, float]:
+        """All processes call it; all get the same, whatever the layout.
+
+        Returns:
+            Means over response tokens: `eval_ce` (nats), and with a teacher `eval_kl` (KL(teacher || student), nats)
+            and `eval_top1_agreement`; and `eval_zero_share`, over all tokens that are no padding.
+        """
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
+        chunks = self.student.chunks
+        with _unnoticed(chunks), torch.no_grad():
+            for group in self.groups:
+                sums += self._group_sums(group)
+            share = stats.collect(chunks, chunks[0].config.num_layers, device()).zero_share
+        if torch.distributed.get_world_size() > 1:
+            sums = sums.to(device())
+            torch.distributed.all_reduce(sums)
+        tokens, ce, kl, agreement = sums.tolist()
+        tokens = max(tokens, 1.0)
+        found = {"eval_ce": ce / tokens}
+        if self.teacher is not None:
+            found |= {"eval_kl": kl / tokens, "eval_top1_agreement": agreement / tokens}
+        return found | {"eval_zero_share": share}
+
+    def _group_sums(self, batches: list) -> torch.Tensor:
+        """Sums over the response tokens of some rows; 0 where another rank counts them."""
+        theirs = [None] * len(batches)
+        if self.teacher is not None:
+            theirs = self.teacher.hidden_states(batches, self.seq_length, forward_model)
+        mine = forward_only(self.student.chunks, batches, self.seq_length, forward_model)
+        total = torch.zeros(len(_SUMS), dtype=torch.float64)
+        for batch, hidden, teacher_hidden in zip(batches, mine, theirs):  # none before the last stage
+            if not batch.loss_mask.any():
+                continue
+            sums = self._row_sums(batch, hidden, teacher_hidden)
+            total += torch.tensor([float(sums.get(name, 0.0)) for name in _SUMS], dtype=torch.float64)
+        # Tensor-parallel ranks have the same sums.
+        return total if parallel_state.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(total)
+
+    def _row_sums(self, batch, hidden, teacher_hidden) -> dict[str, torch.Tensor]:
+        model = self.student.chunks[-1]
+        head = model.head_weight()
+        _, sums = distill_loss(
+            hidden.to(head.dtype),
+            head,
+            teacher_hidden,
+            None if teacher_hidden is None else self.teacher.head_weight(),
+            batch.labels.to(hidden.device),
+            batch.loss_mask.to(hidden.device),
+            self.loss,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=model.config.sequence_parallel,
+            vocab_size=self.student.arch.vocab_size,
+        )
+        return sums
+
+
+class Evaluation:
+    """When a run evaluates, and what it says then. Without an evaluator it never does."""
+
+    def __init__(self, evaluator: Evaluator | None, interval: int, last_step: int):
+        self.evaluator, self.interval, self.last_step = evaluator, interval, last_step
+        self._start: dict[str, float] = {}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the held-out rows: measurements on others cannot be compared."""
+        return None if self.evaluator is None else self.evaluator.rows.fingerprint
+
+    def start(self, log: RunLog) -> dict[str, float]:
+        """Measure before the first step of a fresh run. The line of step 1 gets it as `eval_start_*`."""
+        found = self._measure(0, log)
+        self._start = {name.replace("eval_", "eval_start_", 1): value for name, value in found.items()}
+        return found
+
+    def after_step(self, step: int, log: RunLog) -> dict[str, float]:
+        """What the line of this step gets: nothing, or what `Evaluator.measure` returns."""
+        start, self._start = self._start, {}
+        due = step == self.last_step or (self.interval and step % self.interval == 0)
+        return start | (self._measure(step, log) if due else {})
+
+    def _measure(self, step: int, log: RunLog) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        begun = time.perf_counter()
+        found = self.evaluator.measure()
+        log.scalars(step, found)
+        when = f"after step {step}" if step else "before the first step"
+        log.say(f"held out, {when}: {_line(found)} ({time.perf_counter() - begun:.1f} s)")
+        return found
+
+
+def _line(found: dict[str, float]) -> str:
+    """`ce 2.3156, kl 0.0123, top1 agreement 91.20%, zero share 48.93%`."""
+    return ", ".join(
+        f"{name.removeprefix('eval_').replace('_', ' ')} "
+        + (f"{value:.4f}" if name in ("eval_ce", "eval_kl") else f"{value:.2%}")
+        for name, value in found.items()
+    )
+
+
+@contextmanager
+def _unnoticed(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Evaluation mode and fresh routing statistics; both as before afterwards."""
+    training = [chunk.training for chunk in chunks]
+    kept = [(router, router.routing_stats) for router in stats.routers(chunks)]
+    for router, _ in kept:
+        router.routing_stats = stats.RoutingStats()
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for router, before in kept:
+            router.routing_stats = before
+        for chunk, was_training in zip(chunks, training):
+            chunk.train(was_training)
+
+
+def build_evaluation(options: Options, student: Student, teacher: Teacher | None) -> Evaluation:
+    """The evaluation that the options ask for; one that never measures without --eval-data-path."""
+    wanted, evaluator = options.evaluation, None
+    if wanted.eval_data_path:
+        # No more rows at a time than a training step has.
+        group = options.optimizer.global_batch_size // parallel_state.get_data_parallel_world_size()
+        evaluator = Evaluator(
+            read_eval_rows(options),
+            student,
+            teacher,
+            options.data.seq_length,
+            group,
+            options.distill.loss_chunk_tokens,
+        )
+    return Evaluation(evaluator, wanted.eval_interval, options.optimizer.train_iters)

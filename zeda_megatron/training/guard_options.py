@@ -1,0 +1,63 @@
+"""Options of what ends a run that has left its path. Each field is a flag and a YAML key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """Guard rails: each ends the run before that step is saved. A loss that is no number ends it without any of
+    them (--check-for-nan-in-loss-and-grad)."""
+
+    zero_share_band: list[str] | None = None
+    """Two numbers, LOW HIGH: end the run when the mean zero share of the last --guard-window steps, or the zero share
+    of an evaluation after the first step, is outside. None: off."""
+
+    max_kl_rises: int = 0
+    """End the run when the KL to the teacher on held-out text rose in so many evaluations in a row; 0: off."""
+
+    min_response_length_share: float = 0.0
+    """Stage 2: end the run when the mean response length of the last --guard-window steps is below this share of that
+    of the run's first --guard-window steps; 0: off."""
+
+    guard_window: int = 10
+    """Steps that a mean is over. Before so many steps were made, no mean is looked at."""
+
+    def band(self) -> tuple[float, float] | None:
+        """`zero_share_band` as numbers. Raises `UserError` if they are none."""
+        if self.zero_share_band is None:
+            return None
+        try:
+            low, high = map(float, self.zero_share_band)
+            if not 0 <= low < high <= 1:
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"--zero-share-band {' '.join(self.zero_share_band)}: give two numbers, 0 <= LOW < HIGH <= 1"
+            ) from None
+        return low, high
+
+    def validate(self, stage: str, evaluates: bool) -> None:
+        """Raise `UserError` naming the flag that cannot work. `evaluates`: there is held-out text."""
+        self.band()
+        if self.guard_window < 1:
+            raise UserError(f"--guard-window {self.guard_window} must be at least 1")
+        if self.max_kl_rises < 0:
+            raise UserError(f"--max-kl-rises {self.max_kl_rises} must be at least 1 (or 0: off)")
+        if self.max_kl_rises and not evaluates:
+            raise UserError(
+                f"--max-kl-rises {self.max_kl_rises} needs --eval-data-path: a jsonl file of held-out conversations"
+            )
+        if self.max_kl_rises and stage == "pretrain":
+            raise UserError(f"--max-kl-rises {self.max_kl_rises} needs a teacher: --stage pretrain has none")
+        share = self.min_response_length_share
+        if not 0 <= share < 1:
+            raise UserError(f"--min-response-length-share {share} must be above 0 and below 1 (or 0: off)")
+        if share and stage != "2":
+            raise UserError(
+                f"--min-response-length-share {share} is for --stage 2, where the student writes responses; "
+                "leave the flag away"
+            )
