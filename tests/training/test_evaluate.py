@@ -135,7 +135,7 @@ def test_training_with_and_without_evaluation_is_bit_equal(world, tmp_path, flag
 def test_an_evaluation_puts_everything_back(world):
     run = tiny_world.start(world, eval_rows=3)
     chunk = run.student.chunks[0]
-    run.stepper.step(run.rows_of_rank(range(2)))
+    run.stepper.step(run.feed.rows_of_rank(range(2)))
     mine = routers(run.student.chunks)
     before = [(router.routing_stats, int(router.routing_stats.slots)) for router in mine]
     state = torch.get_rng_state()

@@ -182,7 +182,7 @@ def sampling_run(world, folder, exit_interval=0, **guard):
     options = tiny_world.options(world, save=folder, save_interval=1, exit_interval=exit_interval, **STEPS)
     run = TrainingRun(replace(options, guard=GuardOptions(guard_window=2, **guard)))
     step = run.stepper.step
-    run.stepper.step = lambda rows: step(rows) | {"response_length": LENGTHS[run.iteration]}
+    run.stepper.step = lambda *given: step(*given) | {"response_length": LENGTHS[run.iteration]}
     return run
 
 
