@@ -12,12 +12,14 @@ class Arm:
     name: str
     """Name in report.json."""
     start: str = "dynamic"
-    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts) one of `FITS`, or `arms/NAME`: what
-    another arm, earlier in the list, has trained."""
+    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts), `null` (as many as real experts), one of
+    `FITS`, or `arms/NAME`: what another arm, earlier in the list, has trained."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
     """Flags of the measuring command."""
+    stage: str = "1"
+    """2: trains on its own answers to the prompts, with stage2.yaml."""
 
     @property
     def waits(self) -> bool:
@@ -26,6 +28,9 @@ class Arm:
 
 
 NET = {"--moe-router-load-balancing-type": "none"}
+
+
+OWN = {"--own-answers": "300"}
 
 
 def net(name: str, keep: int, seed: int | None = None) -> Arm:
@@ -41,6 +46,12 @@ def zeda(name: str, weight: float, loss: str = "forward_kl", seed: int | None = 
         "dynamic",
         {"--moe-zero-expert-weight": str(weight), "--distill-loss": loss, **_seed(seed)},
     )
+
+
+def adamoe(name: str) -> Arm:
+    """Null experts after AdaMoE: as many as real ones, load balancing over all, weights over the real picks."""
+    loss = {"--group-loss-variant": "adamoe", "--renormalize-after-drop": ""}
+    return Arm(name, "null", loss)
 
 
 FITS = {
@@ -80,6 +91,11 @@ def fresh(name: str, score: str, share: float = 0.5, seed: int | None = None, **
     )
 
 
+def also_on_own_answers(arm: Arm) -> Arm:
+    """The arm, measured on its own answers too."""
+    return replace(arm, measure={**arm.measure, **OWN})
+
+
 def beam(name: str, seed: int | None = None, head_lr: str = "0.03", **flags: str) -> Arm:
     """A mask router learned from an open start by straight-through and a sparsity loss (after BEAM)."""
     return fresh(name, "head", 0.5, seed, paired_control="sparsity", paired_head_lr=head_lr, **flags)
@@ -103,19 +119,44 @@ SEEDS = (2, 3)
 _EACH_SEED = (("", None), *((f"_seed{seed}", seed) for seed in SEEDS))
 
 UNTRAINED = (
-    Arm("injected_untrained"),
-    Arm("static_topk_half", "static", measure={"--moe-pick-rule": "topk=2"}),
-    Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
-    Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
-    Arm("paired_untrained", "paired"),
-)
-TRAINED = (
-    net("net_kl", 2),
+    also_on_own_answers(net("net_kl", 2)),
     zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
-    zeda("zeda_stage1_kl", ZEDA_WEIGHT),
-    paired("paired_kl", 0.5),
+    also_on_own_answers(zeda("zeda_stage1_kl", ZEDA_WEIGHT)),
+    also_on_own_answers(paired("paired_kl", 0.5)),
 )
-DEFAULT = UNTRAINED + TRAINED
+STAGE1_END = {
+    "net_kl": NET | {"--moe-pick-rule": "topk=2"},
+    "zeda_stage1_kl": {"--moe-zero-expert-weight": str(ZEDA_WEIGHT)},
+    "paired_kl": PAIRED | {"--target-zero-share": "0.5"},
+}
+"""Arms of stage 1 that go on, and the flags they keep."""
+STAGE2_NAMES = {"net_kl": "net", "zeda_stage1_kl": "zeda", "paired_kl": "paired"}
+
+
+def going_on(start: str, end: str, flags: dict[str, str], stage: str, seed: int | None = None) -> Arm:
+    """An arm of stage 1 that goes on: NET, shared or paired zero experts."""
+    tail = "" if seed is None else f"_seed{seed}"
+    rule = {"--moe-pick-rule": "topk=2"} if start == "net_kl" else {}
+    return Arm(
+        f"{STAGE2_NAMES[start]}_{end}{tail}",
+        f"arms/{start}{tail}",
+        {**STAGE1_END[start], **flags, **_seed(seed)},
+        rule | OWN,
+        stage,
+    )
+
+
+def stage2(start: str, seed: int | None = None) -> Arm:
+    """On its own answers, exact reverse KL."""
+    return going_on(start, "stage2", {}, "2", seed)
+
+
+def more(start: str, seed: int | None = None) -> Arm:
+    """Stage 1 for as long again as stage 2 takes, with the learning rate of stage 2."""
+    return going_on(start, "more", {"--train-iters": "150", "--lr": "2e-4"}, "1", seed)
+
+
+DEFAULT = (*UNTRAINED, *TRAINED, stage2("net_kl"), stage2("zeda_stage1_kl"))
 RELATIVES = (
     fresh("logw_threshold_kl", "weight"),
     beam("beam_kl"),
@@ -181,8 +222,28 @@ LONG = tuple(
         *(beam("beam_kl" + end, seed) for end, seed in _EACH_SEED),
     )
 )
+STAGE2 = (
+    stage2("paired_kl"),
+    *map(more, STAGE1_END),
+    *(
+        going_on(start, "stage2_sampled", {"--distill-loss": "sampled_reverse_kl"}, "2")
+        for start in STAGE1_END
+    ),
+)
+STUDY = (
+    adamoe("adamoe"),
+    Arm(
+        "zeda_model_budget_kl",
+        "dynamic",
+        {"--moe-zero-expert-weight": str(ZEDA_WEIGHT), "--group-loss-budget": "model"},
+    ),
+    Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
+)
+"""AdaMoE's loss; one budget for all layers; a share that is held by the controller of w."""
 FULL = (
     *DEFAULT,
+    *STAGE2,
+    *STUDY,
     *RELATIVES,
     *FRONTIER,
     *DIAL,
@@ -192,14 +253,15 @@ FULL = (
         arm
         for seed in SEEDS
         for arm in (
-            net(f"net_kl_seed{seed}", 2, seed),
-            zeda(f"zeda_stage1_kl_seed{seed}", ZEDA_WEIGHT, seed=seed),
-            paired(f"paired_kl_seed{seed}", 0.5, seed),
+            also_on_own_answers(net(f"net_kl_seed{seed}", 2, seed)),
+            also_on_own_answers(zeda(f"zeda_stage1_kl_seed{seed}", ZEDA_WEIGHT, seed=seed)),
+            also_on_own_answers(paired(f"paired_kl_seed{seed}", 0.5, seed)),
             trained(f"paired_trained_kl_seed{seed}", seed),
             beam(f"beam_kl_seed{seed}", seed),
             net(f"net_kl_75_seed{seed}", 1, seed),
             zeda(f"zeda_stage1_kl_75_seed{seed}", WEIGHTS[75], seed=seed),
             paired(f"paired_kl_75_seed{seed}", 0.75, seed),
+            *(make(start, seed) for start in STAGE1_END for make in (stage2, more)),
         )
     ),
 )

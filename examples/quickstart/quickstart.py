@@ -1,4 +1,4 @@
-"""The whole walk on a small trained teacher: convert, stage 0, stage 1, export, reopen, measure, report.
+"""The whole walk on a small trained teacher: convert, stages 0 to 2, export, reopen, measure, report.
 
 Called by run.sh. Every step is one of the project's own commands, run as a user would run it and printed; a step
 whose result exists is not run again, so an interrupted quickstart goes on where it stopped.
@@ -82,7 +82,7 @@ def _short(part) -> str:
     return text
 
 
-def convert(walk: Walk, teacher: Path) -> None:
+def convert(walk: Walk, teacher: Path, starts: set[str]) -> None:
     tool = [
         sys.executable,
         str(ROOT / "tools" / "checkpoint_convert.py"),
@@ -92,11 +92,12 @@ def convert(walk: Walk, teacher: Path) -> None:
     ]
     common = ["--dtype", "fp32"]
     walk.run("convert static", [*tool, "--out", str(walk.out / "static"), *common], walk.out / "static")
-    walk.run(
-        "convert dynamic",
-        [*tool, "--out", str(walk.out / "dynamic"), "--num-zero-experts", "8", "--seed", "1234", *common],
-        walk.out / "dynamic",
-    )
+    for name, number in (("dynamic", "8"), ("null", "16")):
+        if name == "dynamic" or name in starts:
+            rows = ["--num-zero-experts", number, "--seed", "1234"]
+            walk.run(
+                f"convert {name}", [*tool, "--out", str(walk.out / name), *rows, *common], walk.out / name
+            )
 
 
 def answer(walk: Walk, prompts: Path) -> None:
@@ -117,17 +118,20 @@ def fit(walk: Walk, name: str) -> None:
     walk.run(f"fit {name}", [*command, "--save", str(walk.out / name)], walk.out / name)
 
 
-def train(walk: Walk, arm: Arm, train_iters: int | None) -> None:
+def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
     if not arm.train:
         return
     save = walk.out / "arms" / arm.name
-    command = ["bash", str(ROOT / "launch" / "pretrain_zeda.sh"), "--config", str(HERE / "stage1.yaml")]
-    command += [
-        "--pretrained-checkpoint",
-        str(walk.out / arm.start),
-        "--data-path",
-        str(walk.out / "rollouts.jsonl"),
+    command = [
+        "bash",
+        str(ROOT / "launch" / "pretrain_zeda.sh"),
+        "--config",
+        str(HERE / f"stage{arm.stage}.yaml"),
     ]
+    command += ["--pretrained-checkpoint", str(walk.out / arm.start)]
+    command += ["--data-path", str(prompts if arm.stage == "2" else walk.out / "rollouts.jsonl")]
+    if arm.waits:  # it starts from an adapted model: the teacher is the original
+        command += ["--teacher-load", str(walk.out / "static")]
     command += [part for flag, value in arm.train.items() for part in (flag, *value.split())]
     if train_iters and "--train-iters" not in arm.train:
         command += ["--train-iters", str(train_iters)]
@@ -171,10 +175,19 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
 
 
 def history_of(walk: Walk, arm: Arm) -> list[dict]:
-    path = walk.out / "arms" / arm.start.removeprefix("arms/") / "metrics.jsonl"
-    if arm.train:
-        path = walk.out / "arms" / arm.name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Lines of metrics.jsonl of all its training, what it started from first."""
+    names = [arm.start.removeprefix("arms/")] if arm.waits else []
+    names += [arm.name] if arm.train else []
+    lines = []
+    for name in names:
+        path = walk.out / "arms" / name / "metrics.jsonl"
+        before = lines[-1] if lines else {"step": 0, "consumed_tokens": 0}
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            made = json.loads(line)
+            for key in ("step", "consumed_tokens"):
+                made[key] += before[key]
+            lines.append(made)
+    return lines
 
 
 def add_spread(arms: dict[str, dict]) -> None:
@@ -185,9 +198,14 @@ def add_spread(arms: dict[str, dict]) -> None:
         if not others:
             continue
         first = arms[name]
-        first["runs"] = [{key: run[key] for key in keys} for run in (first, *map(arms.pop, others))]
-        first["seeds"] = len(first["runs"])
-        for key in keys:
+        runs = [first, *map(arms.pop, others)]
+        if all("own_answers" in run for run in runs):
+            for run in runs:
+                run["own_reverse_kl"] = run["own_answers"]["reverse_kl"]
+        wanted = [*keys, *(["own_reverse_kl"] if "own_reverse_kl" in first else [])]
+        first["runs"] = [{key: run[key] for key in wanted} for run in runs]
+        first["seeds"] = len(runs)
+        for key in wanted:
             values = [run[key] for run in first["runs"]]
             first[f"{key}_mean"], first[f"{key}_std"] = mean(values), stdev(values)
 
@@ -223,8 +241,9 @@ def main() -> int:
     started = time.perf_counter()
     walk = Walk(out)
     print(f"quickstart -> {out}", flush=True)
-    convert(walk, args.teacher.resolve())
-    answer(walk, args.prompts.resolve())
+    convert(walk, args.teacher.resolve(), {arm.start for arm in arms})
+    prompts = args.prompts.resolve()
+    answer(walk, prompts)
     for name in FITS:
         if any(arm.start == name for arm in arms):
             fit(walk, name)
@@ -232,14 +251,15 @@ def main() -> int:
 
     def work(arm: Arm | None) -> dict:
         if arm:
-            train(walk, arm, args.train_iters)
+            train(walk, arm, prompts, args.train_iters)
         return measure(walk, arm, heldout)
 
     measured = {}
     with ThreadPoolExecutor(args.workers) as pool:
         # Trained arms first: they take longest. What starts from one of them has to wait.
-        first = [None, *sorted((arm for arm in arms if not arm.waits), key=lambda arm: not arm.train)]
-        for group in (first, [arm for arm in arms if arm.waits]):
+        by_work = sorted(arms, key=lambda arm: not arm.train)
+        first = [None, *(arm for arm in by_work if not arm.waits)]
+        for group in (first, [arm for arm in by_work if arm.waits]):
             names = [arm.name if arm else "teacher" for arm in group]
             measured |= dict(zip(names, pool.map(work, group)))
     results = {}

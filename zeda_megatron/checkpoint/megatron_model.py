@@ -76,6 +76,10 @@ class MegatronModel:
         if rows < real:
             raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")
         about = self._about(root)
+        if about.get("renormalize_after_drop"):
+            raise UserError(
+                f"{root}: was trained with --renormalize-after-drop (for study), which the exported model does not do"
+            )
         if any(map(_HEAD_KEY.fullmatch, keys)):
             return self._paired(real, about, config)
         if about.get("zero_expert_routing") == "paired":

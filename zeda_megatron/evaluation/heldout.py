@@ -32,6 +32,8 @@ class HeldOut:
     """Packed rows, each of one kind of text."""
     tasks: list[Task] = field(repr=False)
     """Checkable questions."""
+    prompts: list[list[int]] = field(default_factory=list, repr=False)
+    """Token ids of all prompts, of texts too."""
 
 
 def load_held_out(
@@ -51,7 +53,7 @@ def load_held_out(
         UserError: no such file, a bad line, or a conversation longer than a row.
     """
     samples: dict[str, list[TokenSample]] = defaultdict(list)
-    tasks = []
+    tasks, prompts = [], []
     for number, rollout in enumerate(load_rollouts(file), 1):
         if limit is not None and len(samples[rollout.kind]) >= limit:
             continue
@@ -61,11 +63,12 @@ def load_held_out(
                 f"{file} line {number}: {len(sample.tokens)} tokens, more than a row of {seq_length}"
             )
         samples[rollout.kind].append(sample)
+        prompt = tokenizer.chat_ids(rollout.messages[:-1], add_generation_prompt=True)
+        prompts.append(prompt)
         if rollout.kind not in text_kinds and rollout.label is not None:
-            prompt = tokenizer.chat_ids(rollout.messages[:-1], add_generation_prompt=True)
             tasks.append(Task(rollout.kind, prompt, str(rollout.label).strip()))
     rows = {}
     for kind, some in samples.items():
         packed = PackedDataset(some, seq_length, tokenizer.pad_id, seed=0)
         rows[kind] = [packed[i] for i in range(packed.rows_in_epoch(0))]
-    return HeldOut(rows, tasks)
+    return HeldOut(rows, tasks, prompts)

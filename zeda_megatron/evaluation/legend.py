@@ -27,7 +27,18 @@ ARMS = {
     ),
     "zeda_stage1_kl": Arm("shared zero experts, distilled (KL)", False, True, "#1864ab", "#4dabf7"),
     "zeda_stage1_ce": Arm("shared zero experts, the paper's stage 1 (CE)", False, True, "#0c8599", "#3bc9db"),
-    "zeda_stage2": Arm("stage 1, then on-policy distillation", False, True, "#6741d9", "#b197fc"),
+    "zeda_stage2": Arm("shared: stage 1, then on-policy (reverse KL)", False, True, "#6741d9", "#b197fc"),
+    "zeda_stage2_sampled": Arm(
+        "shared: stage 1, then the paper's policy gradient", False, True, "#845ef7", "#d0bfff"
+    ),
+    "zeda_more": Arm("shared: stage 1, then as long again", False, True, "#3b5bdb", "#91a7ff"),
+    "paired_stage2": Arm("paired: stage 1, then on-policy (reverse KL)", False, True, "#e8590c", "#ffa94d"),
+    "paired_stage2_sampled": Arm(
+        "paired: stage 1, then the paper's policy gradient", False, True, "#d6336c", "#faa2c1"
+    ),
+    "paired_more": Arm("paired: stage 1, then as long again", False, True, "#b02525", "#ffa8a8"),
+    "zeda_target_kl": Arm("shared, w moved to hold a half", False, True, "#1098ad", "#66d9e8"),
+    "zeda_model_budget_kl": Arm("shared, one budget for all layers", False, True, "#0b7285", "#99e9f2"),
     "logw_threshold_kl": Arm(
         "threshold on the routing weight, distilled (KL)", False, True, "#2b8a3e", "#69db7c"
     ),
@@ -44,6 +55,11 @@ ARMS = {
     "paired_layer_kl": Arm("paired, every layer skips half", False, True, "#5c3c10", "#d9a066"),
     "net_range_kl": Arm("top-k cut, trained for all k", True, True, "#495057", "#ced4da"),
     "net_kl": Arm("top-k halved, the same distillation (KL)", True, True, "#343a40", "#e9ecef"),
+    "net_stage2": Arm("top-k halved: the same, then on-policy", True, True, "#5c5f66", "#c1c2c5"),
+    "net_stage2_sampled": Arm(
+        "top-k halved: then the paper's policy gradient", True, True, "#373a40", "#909296"
+    ),
+    "net_more": Arm("top-k halved: the same, then as long again", True, True, "#25262b", "#dee2e6"),
     "adamoe": Arm("null experts with AdaMoE's loss, distilled", True, True, "#5c940d", "#a9e34b"),
     "beam_kl": Arm("learned mask in BEAM's manner, distilled", True, True, "#c2255c", "#f783ac"),
     "static_topk_half": Arm("top-k halved, untrained", True, False, "#868e96", "#909aa3"),

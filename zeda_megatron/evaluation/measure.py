@@ -60,6 +60,12 @@ class MeasureOptions:
     max_new_tokens: int = 64
     """Longest answer to a task."""
 
+    own_answers: int = 0
+    """Also sample so many answers to held-out prompts from the student and tell its KL(student || teacher) on them."""
+
+    own_answer_tokens: int = 160
+    """Longest of these answers."""
+
     out: str | None = None
     """JSON file for the result."""
 
@@ -238,6 +244,14 @@ def measure_arm(options: MeasureOptions) -> dict:
         options.seq_length,
         options.max_new_tokens,
     )
+    if options.own_answers:
+        from .own_answers import own_answers
+
+        every = max(len(held_out.prompts) // options.own_answers, 1)
+        prompts = held_out.prompts[::every][: options.own_answers]
+        result["own_answers"] = own_answers(
+            student, teacher, prompts, tokenizer, options.seq_length, options.own_answer_tokens
+        )
     cost = head_cost(student)
     result["expert_flops"] += cost
     return {**result, **dial, **({"rule": rule} if rule else {}), **({"head_flops": cost} if cost else {})}

@@ -39,6 +39,7 @@ def load_model(folder: str) -> LoadedModel:
     arch = read_architecture(root / "hf_config")
     about = read_json(root / "zeda.json") if (root / "zeda.json").is_file() else {}
     keys = ("num_zero_experts", "zero_experts_type", "zero_expert_routing", "paired_score")
+    keys += ("renormalize_after_drop",)
     zero = ZeroExpertConfig(**{key: about[key] for key in keys if key in about})
     chunk = build_gpt_model(arch, transformer_config(arch), zero)
     load_weights([chunk], require_checkpoint(root, "checkpoint"), "checkpoint")

@@ -21,6 +21,8 @@ def write_side_files(root: Path, source: Path, zero: ZeroExpertConfig, adapted_s
     about = {"num_zero_experts": zero.num_zero_experts, "zero_experts_type": zero.zero_experts_type}
     if zero.paired:
         about |= {"zero_expert_routing": "paired", "paired_score": zero.paired_score}
+    if zero.renormalize_after_drop:
+        about["renormalize_after_drop"] = True
     if adapted_steps:
         about["adapted_steps"] = adapted_steps
     write_atomically(root / "zeda.json", json.dumps(about, indent=2) + "\n")
