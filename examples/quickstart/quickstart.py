@@ -227,7 +227,9 @@ def chosen(args: argparse.Namespace) -> list[Arm]:
     unknown = [name for name in args.arms.split(",") if name not in available]
     if unknown:
         raise SystemExit(f"error: --arms {unknown[0]!r} is unknown; choose among {', '.join(available)}")
-    return [available[name] for name in args.arms.split(",")]
+    arms = [available[name] for name in args.arms.split(",")]
+    starts = [available[arm.start.removeprefix("arms/")] for arm in arms if arm.waits]
+    return list({arm.name: arm for arm in [*starts, *arms]}.values())  # what an arm starts from comes with it
 
 
 def main() -> int:
