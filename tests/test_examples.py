@@ -102,11 +102,12 @@ def help_text(file: str, command: list[str]) -> str:
 
 
 def test_the_walk_of_the_large_example_is_complete():
-    """Convert, stage 0, stage 1, export, each with the flags it cannot do without."""
+    """Convert, stages 0, 1 and 2, export, each with the flags it cannot do without."""
     page = (ROOT / "examples/qwen3_30b_a3b/README.md").read_text()
     steps = [program(words) for words in commands(page, False) if program(words)]
     order = [arguments[0] if file.startswith("tools/check") else file for file, arguments in steps]
-    walk = ["hf-to-megatron", "verify", LAUNCH, "examples/qwen3_30b_a3b/plan.py", LAUNCH, "megatron-to-hf"]
+    plan = "examples/qwen3_30b_a3b/plan.py"
+    walk = ["hf-to-megatron", "verify", LAUNCH, plan, LAUNCH, LAUNCH, "megatron-to-hf"]
     assert order[: len(walk)] == walk
     for file, arguments in steps:
         if file == LAUNCH:
@@ -114,6 +115,7 @@ def test_the_walk_of_the_large_example_is_complete():
             options.validate()
             assert options.model.pretrained_checkpoint
             assert options.model.stage == "0" or options.run.save
+            assert options.model.stage != "2" or options.distill.teacher_load
 
 
 def test_the_papers_stage_1_is_what_the_file_says():
@@ -124,6 +126,15 @@ def test_the_papers_stage_1_is_what_the_file_says():
     assert (model.moe_zero_expert_weight, model.moe_aux_loss_coeff) == (2.0, 0.1)
     assert options.data.seq_length == 65536
     assert optimizer.train_iters == -(-60_000 // 128)
+
+
+def test_the_papers_stage_2_is_what_the_file_says():
+    options = Options(**parse(["--config", str(ROOT / "examples/qwen3_30b_a3b/stage2.yaml")], GROUPS))
+    assert (options.optimizer.train_iters, options.optimizer.global_batch_size) == (321, 16 * 2)
+    generate = options.generate
+    assert (generate.samples_per_prompt, generate.max_new_tokens, generate.temperature) == (2, 32768, 1.0)
+    assert generate.steps_per_round(options.optimizer.global_batch_size) == 1
+    assert options.loss().kind == "reverse_kl"
 
 
 @pytest.mark.parametrize("line", ["--pretrained-checkpont x", "--config examples/none.yaml"])

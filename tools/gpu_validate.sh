@@ -4,8 +4,9 @@
 #   bash tools/gpu_validate.sh [--out DIR]
 #
 # Runs the real commands on the quickstart's teacher: conversion, training on the GPU beside the same training on the
-# CPU, bf16, the three memory modes of the teacher, paired zero experts, generation, export. Writes
-# DIR/<date>_<gpu>.json and .md (default: docs/gpu). PYTHON chooses the interpreter; it needs this package's requirements and a CUDA PyTorch.
+# CPU, bf16, the three memory modes of the teacher, paired zero experts, generation, stage 2, export. Writes
+# DIR/<date>_<gpu>.json and .md (default: docs/gpu). PYTHON chooses the interpreter; it needs this package's
+# requirements and a CUDA PyTorch.
 # ZEDA_VALIDATE_DEVICE=cpu walks through the same checks without a GPU, to test this script.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

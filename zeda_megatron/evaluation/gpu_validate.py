@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .gpu_kernels import flex, permute_fusion
+from .gpu_stage2 import stage2
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -206,8 +207,8 @@ def main() -> int:
             run.export,
         ):
             run.check(check.__name__, check)
-        for kernels in (permute_fusion, flex):
-            run.check(kernels.__name__, partial(kernels, run))
+        for check in (stage2, permute_fusion, flex):
+            run.check(check.__name__, partial(check, run))
     out = args.out or args.root / "docs" / "gpu"
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{date.today().isoformat()}_{name.replace(' ', '_').replace('/', '_')}"
