@@ -22,6 +22,7 @@ LABELS = {
     "logw_threshold_kl": "threshold on the routing weight + KL",
     "beam_kl": "learned mask (BEAM-like) + KL",
     "paired_trained_kl": "paired zero experts, head trained too",
+    "adamoe": "null experts, AdaMoE's loss + KL",
 }
 FRONTIER = {
     "NET": {"25%": "net_kl_25", "50%": "net_kl", "75%": "net_kl_75"},

@@ -1,0 +1,55 @@
+"""Prints the tables of docs/on_policy.md from a report: `python examples/quickstart/on_policy_table.py REPORT.json`.
+
+A test compares them with the page, letter for letter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from readme_table import token_table
+
+ROUTINGS = {
+    "NET": ("net_kl", "net"),
+    "shared zero experts": ("zeda_stage1_kl", "zeda"),
+    "paired zero experts": ("paired_kl", "paired"),
+}
+PARTS = {
+    "stage 1 (100 steps)": None,
+    "+ stage 2, reverse KL (40 steps)": "stage2",
+    "+ stage 2, sampled reverse KL, the paper's (40 steps)": "stage2_sampled",
+    "+ stage 1 for as long (150 steps)": "more",
+}
+
+
+def stages(report: dict) -> str:
+    """What each routing gains by stage 2, and by stage 1 for about the same time."""
+    lines = [
+        "| | KL to teacher, held-out text | KL from teacher, own answers | exact match | skipped | seconds |",
+        "|---" * 6 + "|",
+    ]
+    for routing, (start, short) in ROUTINGS.items():
+        lines.append(f"| **{routing}** | | | | | |")
+        first = report["arms"][start]
+        for label, end in PARTS.items():
+            m = first if end is None else report["arms"].get(f"{short}_{end}")
+            if m is not None:
+                seconds = m["adapt_seconds"] - (first["adapt_seconds"] if end else 0.0)
+                lines.append(f"| {label} | {_cells(m)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _cells(m: dict) -> str:
+    own = m.get("own_reverse_kl_mean", m["own_answers"]["reverse_kl"])
+    spread = f" ± {m['own_reverse_kl_std']:.4f}" if "own_reverse_kl_std" in m else ""
+    kl = m.get("kl_to_teacher_mean", m["kl_to_teacher"])
+    kl_spread = f" ± {m['kl_to_teacher_std']:.4f}" if "kl_to_teacher_std" in m else ""
+    right, share = (m.get(f"{key}_mean", m[key]) for key in ("exact_match", "zero_share"))
+    return f"{kl:.4f}{kl_spread} | {own:.4f}{spread} | {right:.1%} | {share:.1%}"
+
+
+if __name__ == "__main__":
+    found = json.loads(Path(sys.argv[1]).read_text())
+    print(f"{stages(found)}\n\n{token_table(found)}")
