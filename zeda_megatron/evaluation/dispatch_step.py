@@ -12,8 +12,9 @@ from ..moe import stats
 from ..moe.pick_rules import StaticTopK
 from ..moe.router import set_pick_rule
 from ..moe.threshold import calibrate_threshold
+from ..training.build_optimizer import build_optimizer
 from ..training.options import GROUPS, Options
-from ..training.setup import build_optimizer, build_student
+from ..training.setup import build_student
 from ..training.step import Stepper, forward_model
 from .traffic import Traffic
 

@@ -18,13 +18,15 @@ from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device
 from .build_control import build_share_control
 from .build_feed import prepare_feed
+from .build_optimizer import build_optimizer
+from .build_teacher import build_teacher, teacher_id
 from .evaluate import build_evaluation
 from .finite import FiniteCheck, NotFinite
 from .guards import Guards, GuardTripped
 from .log import RunLog, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
-from .setup import build_optimizer, build_student, build_teacher, hf_folder, teacher_id
+from .setup import build_student, hf_folder
 from .side_files import write_side_files
 from .signals import StopRequest
 from .step import Stepper, forward_model

@@ -1,8 +1,8 @@
-"""From options to live objects: model, teacher, optimizer, schedule."""
+"""From options to live objects: the model's chunks and the student."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +12,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    OptimizerConfig,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
-from megatron.core.optimizer.optimizer_config import ParamKey
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
@@ -27,7 +19,6 @@ from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
-from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
@@ -36,7 +27,6 @@ from ..moe.pick_rules import parse_pick_rule
 from ..moe.router import set_pick_rule
 from .model_options import ModelOptions
 from .options import Options
-from .run_options import OptimizerOptions
 
 
 @dataclass(frozen=True)
@@ -185,109 +175,3 @@ def build_student(options: Options) -> Student:
     config = get_model_config(chunks[0])
     config.finalize_model_grads_func = finalize_model_grads
     return Student(chunks, wrapped, arch, zero)
-
-
-def build_teacher(options: Options, student: Student) -> Teacher:
-    """The frozen teacher in its memory mode, loaded from --teacher-load (default: where the student started)."""
-    mode = options.distill.teacher_memory
-    source = teacher_source(options)
-    if mode == "shared":
-        if options.distill.teacher_load not in (None, options.model.pretrained_checkpoint):
-            raise UserError(
-                "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal it"
-            )
-        return Teacher(student.chunks, mode)
-    zero = student.zero
-    if options.distill.teacher_load and beside(source, "zeda.json"):
-        # The teacher may be the static checkpoint: its zero experts are masked anyway.
-        plain = replace(
-            options.model, num_zero_experts=None, zero_experts_type=None, zero_expert_routing=None
-        )
-        zero = zero_experts(plain, student.arch, source)
-    chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
-    folder = require_checkpoint(source, "--teacher-load")
-    seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
-    verify = "none" if seen else options.run.verify_checkpoint
-    load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
-    if options.model.bf16:
-        for chunk in chunks:
-            chunk.bfloat16()
-    return Teacher(chunks, mode)
-
-
-def teacher_source(options: Options) -> str:
-    """Checkpoint of the teacher: --teacher-load, else where the student starts.
-
-    Raises `UserError` if there is none, or if the student starts from weights that have been adapted already.
-    """
-    if options.distill.teacher_load:
-        return options.distill.teacher_load
-    source = options.model.pretrained_checkpoint
-    if source is None:
-        raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
-    about = beside(source, "zeda.json")
-    if about is not None and read_json(about).get("adapted_steps"):
-        raise UserError(
-            f"--teacher-load is missing: --pretrained-checkpoint {source} has been adapted already, so it is not the "
-            "original; give the checkpoint of the original as teacher"
-        )
-    return source
-
-
-def teacher_id(options: Options) -> str:
-    """What tells one teacher from another: hash of the converted model, else the names of its folders."""
-    source = teacher_source(options)
-    about = beside(source, "zeda.json")
-    facts = read_json(about) if about is not None else {}
-    folder = require_checkpoint(source, "--teacher-load")
-    return facts.get("source_sha256") or f"{folder.resolve().parent.name}/{folder.name}"
-
-
-def build_optimizer(
-    options: OptimizerOptions, student: Student, bf16: bool, paired_head_lr: float = 0.0
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps.
-
-    Heads of paired zero experts have a learning rate of their own and no weight decay.
-    """
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=options.lr,
-        min_lr=options.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        clip_grad=options.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-    )
-    overrides = get_standard_config_overrides(config)
-    if paired_head_lr:
-        head = ParamGroupOverride(wd_mult=0.0)
-        if paired_head_lr != options.lr:
-            # Megatron's schedule takes the rates; when it resumes, it tells groups apart by the factor.
-            factor = paired_head_lr / options.lr
-            head.update(max_lr=paired_head_lr, min_lr=options.min_lr * factor, lr_mult=factor)
-        overrides[ParamKey(name="*.router.paired.*")] = head
-    optimizer = get_megatron_optimizer(
-        config, student.wrapped, config_overrides=overrides, use_gloo_process_groups=False
-    )
-    get_model_config(student.chunks[0]).grad_scale_func = optimizer.scale_loss
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=min(round(options.lr_warmup_fraction * options.train_iters), options.train_iters - 1),
-        lr_decay_steps=options.train_iters,
-        lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=options.train_iters,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return optimizer, schedule

@@ -13,8 +13,9 @@ from ..distill.stage0 import RolloutFile, answer_questions, make_questions, samp
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.router import set_zero_mask
+from .build_teacher import teacher_id
 from .options import Options
-from .setup import build_chunks, hf_folder, teacher_id, zero_experts
+from .setup import build_chunks, hf_folder, zero_experts
 from .signals import StopRequest
 
 
