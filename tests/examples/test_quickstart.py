@@ -93,6 +93,16 @@ def test_the_readme_shows_the_table_of_the_committed_report():
     assert all(table(report) in paired for table in (ablations, budgets, rates))
 
 
+def test_the_page_of_stage_2_shows_the_tables_of_the_committed_report():
+    sys.path.insert(0, str(QUICKSTART))
+    from on_policy_table import stages
+    from readme_table import token_table
+
+    report = json.loads((QUICKSTART / "results" / "report.json").read_text())
+    page = (ROOT / "docs" / "on_policy.md").read_text()
+    assert stages(report) in page and token_table(report) in page and len(token_table(report)) > 500
+
+
 def test_seeds_of_an_arm_become_a_mean_and_a_spread():
     sys.path.insert(0, str(QUICKSTART))
     from quickstart import add_spread
@@ -128,7 +138,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     ]
     command += [
         "--arms",
-        "static_topk_half,net_kl,zeda_stage1_kl,paired_kl",
+        "static_topk_half,net_kl,zeda_stage1_kl,paired_kl,zeda_stage2",
         "--prompts",
         str(prompts),
         "--heldout",
@@ -138,7 +148,10 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["teacher"]["kl_to_teacher"] == 0
-    assert set(report["arms"]) == {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl"}
+    assert set(report["arms"]) == {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl", "zeda_stage2"}
+    arms = report["arms"]
+    assert arms["zeda_stage2"]["adapt_seconds"] > arms["zeda_stage1_kl"]["adapt_seconds"]
+    assert arms["zeda_stage2"]["own_answers"]["reverse_kl"] > 0
     assert report["arms"]["net_kl"]["zero_share"] == pytest.approx(0.5)
     check = report["environment"]["export_check"]
     assert check["equal_answers"] == check["prompts"]
