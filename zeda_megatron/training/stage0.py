@@ -44,7 +44,7 @@ def run_stage0(options: Options) -> int:
     load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_zero_mask(chunks, True)  # the teacher is the static model
     engine = BuiltinEngine(
-        chunks[0],
+        chunks,
         tokenizer.eos_ids,
         tokenizer.pad_id,
         arch.max_position_embeddings,
