@@ -1,6 +1,7 @@
-"""Continuous refilling and recorded routing of the built-in engine."""
+"""Continuous refilling, recorded routing and traces of the built-in engine."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.distill import builtin_engine
+from zeda_megatron.distill.answering_pass import AnsweringPass, answering
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.moe.paired import paired_modules, set_threshold
@@ -112,7 +114,7 @@ def packed_picks(model, tokens):
     packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=len(tokens), max_seqlen_kv=len(tokens))
     with recording(model):
         model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None, packed_seq_params=packed)
-        return recorded_picks(model)
+        return recorded_picks([model], len(tokens))
 
 
 @pytest.mark.parametrize("slots", [None, 3])
@@ -156,3 +158,56 @@ def test_statistics_and_replay_of_training_are_untouched(model, prompts):
     before = state()
     answers(model, prompts, record_routing=True)
     assert state() == before
+
+
+SPLITS = ("sequence_parallel", "context_parallel_size", "cp_group", "return_hidden", "training")
+
+
+def splits(chunks):
+    """What of a model says how sequences are split, and what it returns."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    holders = [holder for module in modules for holder in (module, getattr(module, "config", None))]
+    return [getattr(holder, name, None) for holder in holders for name in SPLITS]
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_how_sequences_are_split_is_set_aside_while_answering_and_put_back(hf, ends):
+    chunks = [tiny.megatron_model(hf, ZeroExpertConfig(4)).train() for _ in range(2)]
+    group = torch.distributed.group.WORLD
+    for chunk in chunks:
+        chunk.return_hidden = chunk.config.sequence_parallel = True
+        chunk.config.context_parallel_size = 2
+        chunk.rotary_pos_emb.cp_group = group
+        for layer in chunk.decoder.layers:
+            layer.self_attention.core_attention.cp_group = group
+    chunks[1].eval()
+    before = splits(chunks)
+    with pytest.raises(KeyError) if ends == "badly" else nullcontext(), answering(chunks):
+        for chunk in chunks:
+            assert not (chunk.training or chunk.return_hidden or chunk.config.sequence_parallel)
+            assert chunk.config.context_parallel_size == 1 and chunk.rotary_pos_emb.cp_group is None
+            assert all(layer.self_attention.core_attention.cp_group is None for layer in chunk.decoder.layers)
+        if ends == "badly":
+            raise KeyError
+    assert splits(chunks) == before
+    assert [chunk.training for chunk in chunks] == [True, False]
+
+
+def test_an_explicit_mask_of_the_future_changes_no_answer(model, prompts, monkeypatch):
+    """Under context parallelism every pass has one, whatever the attention."""
+    plain = answers(model, prompts, slots=3)
+    made = AnsweringPass.__init__
+
+    def explicit(self, chunks):
+        made(self, chunks)
+        self.explicit = True
+
+    monkeypatch.setattr(AnsweringPass, "__init__", explicit)
+    masks = []
+    hook = model.register_forward_pre_hook(lambda module, args: masks.append(args[2]))
+    try:
+        again = answers(model, prompts, slots=3)
+    finally:
+        hook.remove()
+    assert all(mask is not None for mask in masks)
+    assert [one.response_ids for one in again] == [one.response_ids for one in plain]

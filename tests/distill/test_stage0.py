@@ -231,7 +231,7 @@ def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_sampled(world,
     hot, ids = SamplingConfig(max_new_tokens=40, temperature=50.0), list(range(30))
     free = [t for g in engine.generate([[5]] * 30, hot, ids) for t in g.response_ids]
     assert max(free) >= 259
-    careful = BuiltinEngine(engine.model, engine.stop_ids, engine.pad_id, 64, vocab_size=259)
+    careful = BuiltinEngine(engine.chunks, engine.stop_ids, engine.pad_id, 64, vocab_size=259)
     assert max(t for g in careful.generate([[5]] * 30, hot, ids) for t in g.response_ids) == 258
 
 

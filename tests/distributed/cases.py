@@ -33,6 +33,11 @@ WORLD_FLAGS = {
     "stage 2 replay": STAGE2 | {"routing_replay": True},
     "stage 2 paired": STAGE2 | {"moe_router_load_balancing_type": "none"},
     "stage 2 rounds": STAGE2 | {"rollout_batch_size": 5},
+    "stage 2 aligned": STAGE2 | ALIGNED,
+    "stage 2 replay aligned": STAGE2 | ALIGNED | {"routing_replay": True},
+    "stage 2 deep": STAGE2,
+    "stage 2 odd": STAGE2,
+    "stage 2 replay odd": STAGE2 | {"routing_replay": True},
     "evaluated": EVALUATED,
     "evaluated deep": EVALUATED,
     "evaluated aligned": ALIGNED | EVALUATED,
@@ -142,6 +147,14 @@ STAGE_2 = [
     case("stage 2 replay tp2", world="stage 2 replay", tp=2),
     case("stage 2 paired ep2", world="stage 2 paired", ep=2),
     case("stage 2 rounds dp2", world="stage 2 rounds"),
+    case("stage 2 pp2", world="stage 2", pp=2),
+    case("stage 2 cp2", world="stage 2 aligned", cp=2),
+    case("stage 2 replay pp2", world="stage 2 replay", pp=2),
+    case("stage 2 replay cp2", world="stage 2 replay aligned", cp=2, slow=True),
+    case("stage 2 cp2 ep2", world="stage 2 aligned", cp=2, ep=2, slow=True),
+    case("stage 2 pp2 vpp2", world="stage 2 deep", pp=2, vpp=2, slow=True),
+    case("stage 2 pp2 odd", world="stage 2 odd", pp=2, slow=True),
+    case("stage 2 replay pp2 odd", world="stage 2 replay odd", pp=2, slow=True),
     case("stage 2 alongside", world="stage 2", flags={"teacher_schedule": "alongside"}, slow=True),
     *(
         case(f"stage 2 {kind} {name}", world=f"stage 2 {kind}", slow=True, **layout)
@@ -154,6 +167,12 @@ STAGE_2 = [
             ("rounds", "ep2", {"ep": 2}),
         )
     ),
+]
+REPLAYED = [
+    case("replayed dp2", "replayed", world="stage 2 replay"),
+    case("replayed pp2", "replayed", world="stage 2 replay", pp=2),
+    case("replayed pp2 odd", "replayed", world="stage 2 replay odd", pp=2),
+    case("replayed cp2", "replayed", world="stage 2 replay aligned", cp=2),
 ]
 MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
@@ -179,6 +198,11 @@ ANSWERS = [
     case("answers dp2", "answers", flags=SAMPLED),
     case("answers ep2", "answers", flags=SAMPLED, ep=2),
     case("answers tp2", "answers", flags=SAMPLED, tp=2),
+    case("answers pp2", "answers", flags=SAMPLED, pp=2),
+    case("answers pp2 odd", "answers", world="odd", flags=SAMPLED, pp=2, slow=True),
+    case("answers pp2 vpp2", "answers", world="deep", flags=SAMPLED, pp=2, vpp=2),
+    case("answers cp2", "answers", flags=SAMPLED, cp=2),
+    case("answers cp2 ep2", "answers", flags=SAMPLED, cp=2, ep=2, slow=True),
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
 ]
 SHARDED = {"use_distributed_optimizer": True}
@@ -232,7 +256,19 @@ RESUMED = [
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]
 TWO_PROCESSES = (
-    TRAIN + STAGE_2 + MASKED + STARVED + FUSED + FLEX + ANSWERS + UNEVEN + OTHERS + RESUMED + MOVED + CHANGED
+    TRAIN
+    + STAGE_2
+    + REPLAYED
+    + MASKED
+    + STARVED
+    + FUSED
+    + FLEX
+    + ANSWERS
+    + UNEVEN
+    + OTHERS
+    + RESUMED
+    + MOVED
+    + CHANGED
 )
 FOUR_PROCESSES = [
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
@@ -250,5 +286,10 @@ FOUR_PROCESSES = [
     case("stage 2 tp2 ep2", world="stage 2", tp=2, ep=2, slow=True),
     case("stage 2 tp2 dp2 ep4", world="stage 2", tp=2, ep=4, slow=True),
     case("stage 2 replay tp2 dp2", world="stage 2 replay", tp=2, slow=True),
+    case("stage 2 tp2 pp2 ep2", world="stage 2", tp=2, pp=2, ep=2, slow=True),
+    case("stage 2 pp2 ep2", world="stage 2", pp=2, ep=2, slow=True),
+    case("stage 2 pp2 vpp2 dp2", world="stage 2 deep", pp=2, vpp=2, slow=True),
+    case("stage 2 cp2 pp2", world="stage 2 aligned", cp=2, pp=2, slow=True),
+    case("stage 2 replay cp2 dp2", world="stage 2 replay aligned", cp=2, slow=True),
     case("paired head tp2 pp2 ep2", world="paired head", tp=2, pp=2, ep=2, slow=True),
 ]

@@ -52,8 +52,12 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     # Its first layer is dense and its LM head is its embedding.
     odd = tiny_world.make_world(folder / "odd", mlp_only_layers=[0], tie_word_embeddings=True)
     deep = tiny_world.make_world(folder / "deep", num_hidden_layers=4)
-    special = {"odd": odd, "deep": deep, "evaluated deep": deep}
-    return {name: special.get(name, with_heads if "paired" in name else plain) for name in WORLD_FLAGS}
+    special = {"odd": odd, "deep": deep, "paired": with_heads}
+
+    def of(name: str) -> tiny_world.World:
+        return next((world for word, world in special.items() if word in name.split()), plain)
+
+    return {name: of(name) for name in WORLD_FLAGS}
 
 
 class Alone:

@@ -14,6 +14,7 @@ from cases import (
     MASKED,
     MOVED,
     OTHERS,
+    REPLAYED,
     RESUMED,
     SAMPLED,
     STAGE_2,
@@ -83,6 +84,15 @@ def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
 @each(TRAIN + STAGE_2)
 def test_the_teacher_does_not_move_on_any_rank(results, case):
     assert all(rank["teacher_still"] for rank in results(case["name"]))
+
+
+@each(REPLAYED)
+def test_every_pick_of_the_rollout_is_replayed_on_one_rank_and_stage(results, case):
+    """Open picks would change no number here: both passes route alike."""
+    ranks = results(case["name"])
+    fixed = [sum(counts) for counts in zip(*(rank["fixed"] for rank in ranks), strict=True)]
+    fed, dense = ranks[0]["fed"], "odd" in case["name"]
+    assert fed > 0 and fixed == [0 if dense else fed, fed]
 
 
 @each(MASKED)
@@ -157,10 +167,11 @@ def test_zero_experts_with_an_output_work_through_the_flex_dispatcher(results):
 
 
 @each(ANSWERS)
-def test_stage_0_answers_the_same_on_every_layout(runs, results, world, tmp_path, case):
+def test_stage_0_answers_the_same_on_every_layout(runs, results, worlds, tmp_path, case):
     from zeda_megatron.training.stage0 import run_stage0
 
     results(case["name"])
+    world = worlds[case["world"]]
     fields = {"stage": "0", "data_path": world.prompts, "rollout_path": tmp_path / "answers.jsonl"}
     run_stage0(tiny_world.options(world, **fields, **SAMPLED))
     files = (tmp_path / "answers.jsonl", runs(case["name"])[1] / "answers.jsonl")

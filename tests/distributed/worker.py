@@ -248,6 +248,16 @@ def answers(world, out: Path, layout: dict, flags: dict) -> dict:
     return {}
 
 
+def replayed(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Tokens of this rank's rows whose picks are fixed, per layer, and how many all rows together should have."""
+    run = tiny_world.start(world, **sizes_of(layout), **flags)
+    made = run.feed._roll_out(0)
+    rows, _ = run.feed.packing.pack(made.answers, made)
+    fixed_RSL = torch.cat([(row.picks >= 0).all(-1) for row in rows if row.picks is not None])
+    fed = sum(len(answer.prompt_ids) + len(answer.response_ids) - 1 for answer in made.answers)
+    return {"fixed": fixed_RSL.sum((0, 1)).tolist(), "fed": fed}
+
+
 def wide_scope(world, out: Path, layout: dict, flags: dict) -> dict:
     """One step whose group loss counts the slots of both ranks together, and one whose does not."""
     made = {}

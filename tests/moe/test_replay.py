@@ -128,7 +128,7 @@ def test_the_picks_of_a_model_can_be_recorded_and_taken_again():
     tokens, positions = torch.arange(10)[None], torch.arange(10)[None]
     with torch.no_grad(), recording(model):
         logits = model(tokens, positions, None)
-        picks_TLK = recorded_picks(model)
+        picks_TLK = recorded_picks([model], tokens=10)
     assert picks_TLK.dtype == torch.int16 and picks_TLK.shape == (10, 2, 3)
     assert all(router.router_replay is None for router in routers(model))
     enable_replay(model)
@@ -148,4 +148,12 @@ def test_picks_of_another_row_are_refused(router):
 
 def test_a_model_without_our_routers_is_named():
     with pytest.raises(UserError, match=r"--routing-replay.*--moe-router-load-balancing-type none"):
-        enable_replay(torch.nn.Linear(2, 2))
+        enable_replay(tiny.megatron_model(tiny.hf_model()))
+
+
+def test_a_pipeline_stage_without_experts_has_nothing_to_replay():
+    stage = tiny.megatron_model(tiny.hf_model(mlp_only_layers=[0, 1]), ZERO)
+    enable_replay(stage)
+    with recording(stage):
+        assert (recorded_picks([stage], tokens=4) == -1).all()
+    set_targets(stage, torch.zeros(4, 2, 3, dtype=torch.int16))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -16,6 +17,7 @@ from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 FLAGS = {"stage": "2", "train_iters": 4, "global_batch_size": 4, "samples_per_prompt": 2, "lr": 1e-2}
+"""Three rows."""
 TWO_STEPS_A_ROUND = FLAGS | {"rollout_batch_size": 4}
 
 
@@ -82,6 +84,17 @@ def test_truncated_answers_are_left_out_if_asked(world):
     assert sum(float(row.loss_mask.sum()) for row in rows) == sum(len(a.response_ids) for a in whole)
     with_all, _ = start(world).feed.packing.pack(made)
     assert sum(float(row.loss_mask.sum()) for row in with_all) == sum(len(a.response_ids) for a in made)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 7])
+def test_blank_rows_fill_up_what_the_interleaved_schedule_takes_at_a_time(world, multiple):
+    run = start(world, samples_per_prompt=1, global_batch_size=10)
+    made = run.feed._roll_out(0).answers
+    text = len(run.feed.packing.pack(made)[0])
+    rows, factor = replace(run.feed.packing, multiple=multiple).pack(made)
+    assert 1 < text < 7 and len(rows) == -(-text // multiple) * multiple
+    assert [bool(row.padding_mask.all()) for row in rows] == [False] * text + [True] * (len(rows) - text)
+    assert factor == len(rows) / text
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
@@ -284,8 +297,6 @@ def test_net_goes_through_stage_2(world, tmp_path):
         ({"rollout_engine": "vllm"}, "--rollout-engine vllm needs.*use builtin"),
         ({"stage": "1", "routing_replay": True}, "--routing-replay is for stage 2"),
         ({"stage": "1", "distill_loss": "sampled_reverse_kl"}, "sampled_reverse_kl is for stage 2"),
-        ({"context_parallel_size": 2}, "--context-parallel-size 2: stage 2 needs 1"),
-        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2: stage 2 needs 1"),
     ],
 )
 def test_flags_that_cannot_work_are_named(world, changes, message):

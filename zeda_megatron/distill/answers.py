@@ -1,4 +1,4 @@
-"""One round of rollouts: data-parallel ranks share the prompts, every rank gets to know all answers."""
+"""One round of rollouts: data- and context-parallel ranks share the prompts, every rank gets to know all answers."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class Round:
     answers: list[Answer]
     """All answers."""
     home: list[int]
-    """Per answer the data-parallel rank that gave it."""
+    """Per answer the rank that gave it, among data- and context-parallel ranks."""
     picks: dict[int, torch.Tensor]
-    """Routed experts int16 [T, L, K] of the answers that this rank gave, by number; empty unless recorded."""
+    """Routed experts int16 [T, L, K] of the answers that this rank gave, by number; empty unless recorded. -1 in layers
+    of other pipeline stages."""
     picks_shape: tuple[int, int]
     """(L, K)."""
 
@@ -65,7 +66,9 @@ def roll_out(
     picks_shape: tuple[int, int] = (0, 0),
 ) -> Round:
     """Answer prompts; all ranks call it with the same list. `picks_shape`: layers and picks per token."""
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    # Context-parallel ranks hold whole models: while answering, each has sequences of its own.
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    rank, ranks = group.rank(), group.size()
     # Long prompts are dealt out evenly.
     order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].prompt_ids), i))
     home = [0] * len(asked)
@@ -75,7 +78,7 @@ def roll_out(
     made = engine.generate(
         [asked[i].prompt_ids for i in mine], sampling, [asked[i].stream_id for i in mine], record_routing
     )
-    everyone = _gathered([_packed(one) for one in made])
+    everyone = _gathered([_packed(one) for one in made], group)
     answers = [
         Answer(question.prompt_ids, *_unpacked(next(everyone[home[i]])), version, question.kind)
         for i, question in enumerate(asked)
@@ -95,9 +98,8 @@ def _unpacked(packed: tuple) -> tuple[list[int], list[float], str]:
     return ids.tolist(), logprobs.tolist(), reason
 
 
-def _gathered(mine: list) -> list[Iterator]:
-    """Each data-parallel rank's answers."""
-    group = parallel_state.get_data_parallel_group()
+def _gathered(mine: list, group) -> list[Iterator]:
+    """The answers of each rank of the group."""
     parts = [mine]
     if group.size() > 1:
         parts = [None] * group.size()

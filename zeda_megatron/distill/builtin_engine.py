@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from megatron.core import parallel_state
@@ -14,6 +13,7 @@ from ..errors import UserError
 from ..moe.replay import recorded_picks, recording
 from ..moe.stats import stats_aside
 from ..runtime.process_groups import device
+from .answering_pass import AnsweringPass, answering
 from .kv_slots import KVSlots
 from .rollout import Generation
 from .sampling import Sampler, SamplingConfig
@@ -23,43 +23,48 @@ SLACK = 64
 
 
 class BuiltinEngine:
-    """Answers prompts with a Megatron GPTModel.
+    """Answers prompts with a Megatron GPTModel, on every layout.
 
-    Works under data, expert and tensor parallelism. Expert-parallel ranks must call `generate` equally often
-    (with an empty list where they have no prompts left): their all-to-alls meet.
+    Tensor-parallel ranks and pipeline stages get the same prompts; data- and context-parallel ranks may get different
+    ones, and under expert parallelism must call `generate` equally often (with an empty list where there are no prompts
+    left): their all-to-alls meet.
 
     Args:
-        model: a bare model chunk that holds the whole pipeline.
+        model: the bare model chunk of this pipeline rank, or a list of them (virtual stages).
         stop_ids: token ids that end an answer.
         pad_id: fed where a row has nothing to say.
         max_length: longest prompt plus answer.
         vocab_size: ids from here on are never sampled: an embedding may have rows that no tokenizer knows.
         slots: answers under way at a time; the next prompt takes the place of one that has ended. None: all.
+
+    Raises:
+        UserError: a dispatcher that generation cannot use.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | list[torch.nn.Module],
         stop_ids: set[int],
         pad_id: int,
         max_length: int,
         vocab_size: int | None = None,
         slots: int | None = None,
     ):
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            raise UserError(
-                "generation needs --pipeline-model-parallel-size 1; use tensor or expert parallelism"
-            )
-        if parallel_state.get_context_parallel_world_size() > 1:
-            raise UserError("generation needs --context-parallel-size 1")
-        ranks = parallel_state.get_expert_model_parallel_world_size()
-        if ranks > 1 and model.config.moe_token_dispatcher_type == "allgather":
+        self.chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+        self._refuse_allgather()
+        self.stop_ids, self.pad_id, self.max_length = stop_ids, pad_id, max_length
+        self.vocab_size, self.slots = vocab_size, slots
+
+    def _refuse_allgather(self) -> None:
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        experts = parallel_state.get_expert_model_parallel_world_size()
+        # Ranks of one tensor-parallel group have the same tokens.
+        strangers = experts > 1 or parallel_state.get_expert_tensor_parallel_world_size() > tensor
+        if strangers and self.chunks[0].config.moe_token_dispatcher_type == "allgather":
             raise UserError(
                 "--moe-token-dispatcher-type allgather wants equally many tokens on all expert-parallel ranks, "
                 "which generation has not: use alltoall"
             )
-        self.model, self.stop_ids, self.pad_id, self.max_length = model, stop_ids, pad_id, max_length
-        self.vocab_size, self.slots = vocab_size, slots
 
     @torch.no_grad()
     def generate(
@@ -75,8 +80,8 @@ class BuiltinEngine:
                 raise UserError(
                     f"a prompt of {len(prompt)} tokens does not fit a context of {self.max_length}"
                 )
-        record = recording(self.model) if record_routing else nullcontext()
-        with _answering(self.model), stats_aside(self.model), record:
+        record = recording(self.chunks) if record_routing else nullcontext()
+        with answering(self.chunks), stats_aside(self.chunks), record:
             return _Answers(self, prompts, sampling, stream_ids, record_routing).run()
 
 
@@ -85,6 +90,7 @@ class _Answers:
 
     def __init__(self, engine: BuiltinEngine, prompts, sampling: SamplingConfig, stream_ids, record: bool):
         self.engine, self.prompts, self.record = engine, prompts, record
+        self.passes = AnsweringPass(engine.chunks)
         self.limits = [min(len(p) + sampling.max_new_tokens, engine.max_length) for p in prompts]
         # Neighbours in the queue have similar lengths, so a prefill has little padding.
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
@@ -131,12 +137,13 @@ class _Answers:
         # Prompts end together: padding stands on the left, where nobody looks.
         tokens_BS = torch.tensor([[self.engine.pad_id] * (longest - len(p)) + p for p in prompts])
         context = StaticInferenceContext(len(prompts), longest)
-        logits_BV = self._forward(tokens_BS, context, _left_padding(lengths))
+        logits_BV = self.passes.logits(tokens_BS, context, _left_padding(lengths))
         self.cache.admit(slots, context, lengths)
         for slot, answer in zip(slots, answers, strict=True):
             self.answer_of[slot] = answer
         if self.record:
-            picks = recorded_picks(self.engine.model).unflatten(0, (longest, len(prompts)))
+            picks = recorded_picks(self.engine.chunks, longest * len(prompts))
+            picks = picks.unflatten(0, (longest, len(prompts)))
             for row, (answer, length) in enumerate(zip(answers, lengths, strict=True)):
                 self.picks[answer].append(picks[longest - length :, row].cpu())
         self._extend(logits_BV, slots)
@@ -149,37 +156,24 @@ class _Answers:
         free = [slot for slot, answer in enumerate(self.answer_of) if answer is None]
         hidden = self.cache.next_column(free)
         last = [self.engine.pad_id if a is None else self.tokens[a][-1] for a in self.answer_of]
-        logits_BV = self._forward(torch.tensor(last)[:, None], self.cache.context, hidden)
+        logits_BV = self.passes.logits(torch.tensor(last)[:, None], self.cache.context, hidden)
         if self.record:
-            picks = recorded_picks(self.engine.model).cpu()
+            picks = recorded_picks(self.engine.chunks, len(self.answer_of)).cpu()
             for slot in busy:
                 self.picks[self.answer_of[slot]].append(picks[slot : slot + 1])
-        self._extend(logits_BV[busy], busy)
+        self._extend(None if logits_BV is None else logits_BV[busy], busy)
 
     def _keep_company(self) -> None:
-        """A pass for the sake of the other expert-parallel ranks."""
-        self._forward(torch.tensor([[self.engine.pad_id]]), StaticInferenceContext(1, 1), None)
+        """A pass for the sake of the ranks that share its experts."""
+        self.passes.logits(torch.tensor([[self.engine.pad_id]]), StaticInferenceContext(1, 1), None)
 
-    def _forward(self, tokens_BS, context, hidden) -> torch.Tensor:
-        """Logits [B, V] behind the last position."""
-        tokens_BS = tokens_BS.to(device())
-        mask = None if hidden is None else hidden.to(tokens_BS.device)
-        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        logits = self.engine.model(
-            tokens_BS, positions, mask, inference_context=context, runtime_gather_output=True
-        )
-        return logits[:, -1, : self.engine.vocab_size]
-
-    def _extend(self, logits_BV: torch.Tensor, slots: list[int]) -> None:
-        """Sample the next token of the answers in these slots; logits are theirs, in this order."""
-        answers = [self.answer_of[slot] for slot in slots]
-        tokens, logprobs = self.sampler(logits_BV, answers)
-        group = parallel_state.get_tensor_model_parallel_group()
-        if group.size() > 1:  # equal in theory; one ulp of difference must not split the ranks
-            torch.distributed.broadcast(
-                tokens, parallel_state.get_tensor_model_parallel_src_rank(), group=group
-            )
-        for slot, answer, token, logprob in zip(slots, answers, tokens.tolist(), logprobs.tolist()):
+    def _extend(self, logits_BV: torch.Tensor | None, slots: list[int]) -> None:
+        """Sample the next token of the answers in these slots; the last stage has their logits, in this order."""
+        answers, drawn = [self.answer_of[slot] for slot in slots], None
+        if logits_BV is not None:
+            drawn = self.sampler(logits_BV[:, : self.engine.vocab_size], answers)
+        tokens, logprobs = self.passes.agree(drawn, len(answers))
+        for slot, answer, token, logprob in zip(slots, answers, tokens, logprobs, strict=True):
             self.tokens[answer].append(token)
             self.logprobs[answer].append(logprob)
             stopped = token in self.engine.stop_ids
@@ -203,38 +197,11 @@ def _left_padding(lengths: list[int]) -> torch.Tensor | None:
 
 
 def _any_rank(*flags: bool) -> list[bool]:
-    """Which flags are set on any expert-parallel rank."""
-    group = parallel_state.get_expert_model_parallel_group()
+    """Which flags are set on any rank that the experts' tokens are exchanged with. Every pipeline stage finds the
+    same: its ranks are those of the others, moved on."""
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
     if group.size() == 1:
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.int32, device=device())
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in tensor.tolist()]
-
-
-_SPLIT = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
-
-
-@contextmanager
-def _answering(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, logits instead of hidden states, and no sequence parallelism: one new token cannot be split
-    over tensor-parallel ranks."""
-    places = [
-        (holder, name, getattr(holder, name))
-        for module in model.modules()
-        for holder in (module, getattr(module, "config", None))
-        for name in _SPLIT
-        if hasattr(holder, name)
-    ]
-    training, returned = model.training, model.return_hidden
-    model.eval()
-    model.return_hidden = False
-    for holder, name, _ in places:
-        setattr(holder, name, False)
-    try:
-        yield
-    finally:
-        for holder, name, value in places:
-            setattr(holder, name, value)
-        model.return_hidden = returned
-        model.train(training)

@@ -130,15 +130,23 @@ def answer_questions(
 ) -> int:
     """Answer what is not answered yet; all processes call it. Returns how many were answered now.
 
-    Prompts of similar length share a batch; data-parallel ranks take batches in turn.
+    `batch_size`: prompts that the engine is given at a time; their answers are then on disk.
+
+    Prompts of similar length share a batch; data- and context-parallel ranks take batches in turn.
     """
     rank0 = torch.distributed.get_rank() == 0
     todo = [[q.key for q in questions if q.key not in file.answered]] if rank0 else [None]
     torch.distributed.broadcast_object_list(todo, src=0)
     wanted = set(todo[0])
     pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), q.key))
-    ranks = parallel_state.get_data_parallel_world_size()
-    mine = parallel_state.get_data_parallel_rank()
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    mine = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    # The ranks of one model (tensor-parallel ones, pipeline stages) know the same answers.
+    speaks = (
+        parallel_state.get_tensor_model_parallel_rank()
+        == parallel_state.get_pipeline_model_parallel_rank()
+        == 0
+    )
     answered = 0
     bar = tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress))
     for start in range(0, len(pending), batch_size * ranks):
@@ -146,9 +154,7 @@ def answer_questions(
         made = engine.generate(
             [q.ids for q in batch], sampling, [int(q.key[:12], 16) + _sample(q) for q in batch]
         )
-        lines = []
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)]
+        lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
         gathered = [None] * torch.distributed.get_world_size() if rank0 else None
         torch.distributed.gather_object(lines, gathered, dst=0)
         if rank0:

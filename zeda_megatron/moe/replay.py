@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from ..errors import UserError
+from ..runtime.process_groups import device
 from .stats import layer_of, routers
 
 
@@ -99,14 +101,13 @@ def recording(model_chunks) -> Iterator[None]:
             router.router_replay = replay
 
 
-def recorded_picks(model: torch.nn.Module) -> torch.Tensor:
-    """Picks of the last pass in every decoder layer, int16 [T, L, K]; -1 in layers without experts."""
-    mine = routers(model)
-    first = mine[0].router_replay.recorded_TK
-    picks_TLK = first.new_full(
-        (first.shape[0], model.config.num_layers, first.shape[1]), -1, dtype=torch.int16
-    )
-    for router in mine:
+def recorded_picks(model_chunks: list[torch.nn.Module], tokens: int) -> torch.Tensor:
+    """Picks of the last pass, of so many tokens, in every decoder layer: int16 [T, L, K]; -1 in layers without experts
+    and in those of other pipeline stages."""
+    config = model_chunks[0].config
+    picks_TLK = torch.full((tokens, config.num_layers, config.moe_router_topk), -1, dtype=torch.int16)
+    picks_TLK = picks_TLK.to(device())
+    for router in routers(model_chunks):
         picks_TLK[:, layer_of(router)] = router.router_replay.recorded_TK.to(torch.int16)
     return picks_TLK
 
@@ -134,8 +135,10 @@ def set_targets(model_chunks, picks_TLK: torch.Tensor | None) -> None:
 
 
 def _require(model_chunks) -> list:
-    mine = routers(model_chunks)
-    if not mine:
+    """Routers that know replay: those of this pipeline stage, which may have none."""
+    chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
+    mine = routers(chunks)
+    if not mine and any(isinstance(module, TopKRouter) for chunk in chunks for module in chunk.modules()):
         raise UserError(
             "--routing-replay: this model has Megatron's own routers (a static model with a per-expert loss); use "
             "--moe-router-load-balancing-type none"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core import parallel_state
 
+from ..data.context_part import context_part
 from ..data.packing import PackedBatch, PackedDataset, TokenSample, blank_row
 from ..distill.answers import Answer, Round
 from ..distill.exchange import exchange
@@ -22,6 +23,8 @@ class AnswerRows:
     """Token id of padding."""
     align: int = 1
     """Every sequence is padded to a multiple of this."""
+    multiple: int = 1
+    """The rows of a rank are a multiple of this: blank ones fill up."""
     train_truncated: bool = True
     """Whether answers that were cut off are learned from."""
 
@@ -30,7 +33,8 @@ class AnswerRows:
         return self.train_truncated or answer.finish_reason == "stop"
 
     def pack(self, answers: list[Answer], routing: Round | None = None) -> tuple[list[PackedBatch], float]:
-        """This rank's rows, equally many on every rank; all ranks call it with the same answers.
+        """This rank's rows (under context parallelism its part of them), equally many on every rank; all ranks call
+        it with the same answers.
 
         Args:
             routing: the round that these answers are, if the rows shall carry its routed experts.
@@ -53,10 +57,10 @@ class AnswerRows:
         if routing is not None:
             lengths = [len(sample.tokens) for sample in samples]
             rows = self._with_picks(rows, numbers, lengths, routing)
-        per_rank = -(-len(numbers) // ranks)
-        if len(rows) < per_rank:
-            rows.append(blank_row(self.seq_length, self.pad_id))
-        return rows, per_rank * ranks / len(numbers)
+        per_rank = -(-len(numbers) // (ranks * self.multiple)) * self.multiple
+        rows += [blank_row(self.seq_length, self.pad_id)] * (per_rank - len(rows))
+        place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        return [context_part(row, *place) for row in rows], per_rank * ranks / len(numbers)
 
     def _with_picks(
         self, rows: list[PackedBatch], numbers: list[list[int]], lengths: list[int], routing: Round

@@ -147,16 +147,6 @@ class Options:
         self._validate_loss()
         if not self.data.data_path:
             raise UserError("--data-path is missing: give one or more jsonl files")
-        if self.model.stage in ("0", "2"):
-            for flag, value in (
-                ("--pipeline-model-parallel-size", self.parallel.pipeline_model_parallel_size),
-                ("--context-parallel-size", self.parallel.context_parallel_size),
-            ):
-                if value > 1:
-                    raise UserError(
-                        f"{flag} {value}: stage {self.model.stage} needs 1 (the model answers token by token); use "
-                        "tensor, expert or data parallelism"
-                    )
         if self.distill.teacher_schedule == "alongside" and self.parallel.virtual_stages:
             raise UserError(
                 "--teacher-schedule alongside does not work with the interleaved schedule "

@@ -47,15 +47,21 @@ class RolloutFeed:
         self.sampling = generate.sampling(options.optimizer.seed)
         self.vocab_size = min(tokenizer.vocab_size, student.arch.vocab_size)
         self.engine: RolloutEngine = BuiltinEngine(
-            student.chunks[0],
+            student.chunks,
             tokenizer.eos_ids,
             tokenizer.pad_id,
             longest,
             self.vocab_size,
             generate.generate_batch_size,
         )
+        parallel = options.parallel
         self.packing = AnswerRows(
-            length, tokenizer.pad_id, options.sequence_multiple, generate.truncated_answers == "train"
+            length,
+            tokenizer.pad_id,
+            options.sequence_multiple,
+            # The interleaved schedule takes micro-batches by the number of stages.
+            parallel.pipeline_model_parallel_size if parallel.virtual_stages else 1,
+            generate.truncated_answers == "train",
         )
         config = student.chunks[0].config
         self.picks_shape = (config.num_layers, config.moe_router_topk)

@@ -19,6 +19,10 @@ from .setup import build_chunks, hf_folder, zero_experts
 from .signals import StopRequest
 
 
+ROUND = 4
+"""Prompts handed to the engine at a time, per slot: it refills slots from them; then their answers are written."""
+
+
 def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
     sampling = options.generate.sampling(options.optimizer.seed)
@@ -45,11 +49,12 @@ def run_stage0(options: Options) -> int:
     load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_zero_mask(chunks, True)  # the teacher is the static model
     engine = BuiltinEngine(
-        chunks[0],
+        chunks,
         tokenizer.eos_ids,
         tokenizer.pad_id,
         arch.max_position_embeddings,
         min(tokenizer.vocab_size, arch.vocab_size),
+        options.generate.generate_batch_size,
     )
     with StopRequest() as stop:
         count = answer_questions(
@@ -58,7 +63,7 @@ def run_stage0(options: Options) -> int:
             tokenizer,
             sampling,
             file,
-            options.generate.generate_batch_size,
+            ROUND * options.generate.generate_batch_size,
             progress=options.run.progress,
             should_stop=stop.agreed,
         )
