@@ -167,7 +167,13 @@ def rates(report: dict) -> str:
     return "\n".join(lines)
 
 
-SKIPPING = ("zeda_stage1_kl", "zeda_stage2", "paired_kl", "dynamic_skipping", "top_p")
+SKIPPING = {
+    "zeda_stage1_kl": "shared zero experts, stage 1",
+    "zeda_stage2": "shared zero experts, stages 1 and 2",
+    "paired_kl": "paired zero experts",
+    "dynamic_skipping": "Dynamic Skipping",
+    "top_p": "top-p",
+}
 """Arms whose tokens may skip differently."""
 
 
@@ -189,7 +195,7 @@ def token_table(report: dict) -> str:
             _signed(found["position"]["all"]),
             *("" if fifths[q]["skipped"] is None else f"{fifths[q]['skipped']:.1%}" for q in ("q1", "q5")),
         ]
-        lines.append(f"| {LABELS.get(name, name)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {SKIPPING[name]} | " + " | ".join(cells) + " |")
     return "\n".join([head, "|---" * 7 + "|", *lines]) if lines else ""
 
 

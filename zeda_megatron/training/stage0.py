@@ -18,7 +18,6 @@ from .options import Options
 from .setup import build_chunks, hf_folder, zero_experts
 from .signals import StopRequest
 
-
 ROUND = 4
 """Prompts handed to the engine at a time, per slot: it refills slots from them; then their answers are written."""
 
