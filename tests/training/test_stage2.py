@@ -17,7 +17,6 @@ from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 FLAGS = {"stage": "2", "train_iters": 4, "global_batch_size": 4, "samples_per_prompt": 2, "lr": 1e-2}
-"""Three rows."""
 TWO_STEPS_A_ROUND = FLAGS | {"rollout_batch_size": 4}
 
 
