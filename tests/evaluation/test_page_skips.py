@@ -124,7 +124,7 @@ def test_the_markdown_table_has_the_dynamic_arms_and_is_empty_without_figures(mo
     found, fifths = tokens["correlations"], tokens["by_entropy"]
     kinds = sorted(found["teacher_entropy"]["by_kind"].values())
     assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
-        "paired zero experts + KL",
+        "paired zero experts",
         f"{found['teacher_entropy']['all']:+.2f}",
         f"{kinds[0]:+.2f} to {kinds[1]:+.2f}",
         f"{found['log_prob_gap']['all']:+.2f}",
