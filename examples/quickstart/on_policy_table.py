@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from readme_table import token_table
+from readme_table import figure, mean_of, token_table
 
 ROUTINGS = {
     "NET": ("net_kl", "net"),
@@ -42,12 +42,9 @@ def stages(report: dict) -> str:
 
 
 def _cells(m: dict) -> str:
-    own = m.get("own_reverse_kl_mean", m["own_answers"]["reverse_kl"])
-    spread = f" ± {m['own_reverse_kl_std']:.4f}" if "own_reverse_kl_std" in m else ""
-    kl = m.get("kl_to_teacher_mean", m["kl_to_teacher"])
-    kl_spread = f" ± {m['kl_to_teacher_std']:.4f}" if "kl_to_teacher_std" in m else ""
-    right, share = (m.get(f"{key}_mean", m[key]) for key in ("exact_match", "zero_share"))
-    return f"{kl:.4f}{kl_spread} | {own:.4f}{spread} | {right:.1%} | {share:.1%}"
+    m = {"own_reverse_kl": m["own_answers"]["reverse_kl"], **m}
+    right, share = mean_of(m, "exact_match"), mean_of(m, "zero_share")
+    return f"{figure(m, 'kl_to_teacher')} | {figure(m, 'own_reverse_kl')} | {right:.1%} | {share:.1%}"
 
 
 if __name__ == "__main__":

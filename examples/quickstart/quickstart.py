@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -17,10 +16,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
 
 import arms as arm_list
 from arms import EXPORTED, FITS, Arm
+from figures import add_spread, environment, history_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -174,52 +173,6 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
     return json.loads(check.read_text())
 
 
-def history_of(walk: Walk, arm: Arm) -> list[dict]:
-    """Lines of metrics.jsonl of all its training, what it started from first."""
-    names = [arm.start.removeprefix("arms/")] if arm.waits else []
-    names += [arm.name] if arm.train else []
-    lines = []
-    for name in names:
-        path = walk.out / "arms" / name / "metrics.jsonl"
-        before = lines[-1] if lines else {"step": 0, "consumed_tokens": 0}
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            made = json.loads(line)
-            for key in ("step", "consumed_tokens"):
-                made[key] += before[key]
-            lines.append(made)
-    return lines
-
-
-def add_spread(arms: dict[str, dict]) -> None:
-    """Fold the seeds of an arm into one entry: the first seed's figures, `runs` with each seed's, `*_mean`, `*_std`."""
-    keys = ("kl_to_teacher", "ce", "exact_match", "zero_share")
-    for name in [name for name in arms if "_seed" not in name]:
-        others = [other for other in arms if other.startswith(f"{name}_seed")]
-        if not others:
-            continue
-        first = arms[name]
-        runs = [first, *map(arms.pop, others)]
-        if all("own_answers" in run for run in runs):
-            for run in runs:
-                run["own_reverse_kl"] = run["own_answers"]["reverse_kl"]
-        wanted = [*keys, *(["own_reverse_kl"] if "own_reverse_kl" in first else [])]
-        first["runs"] = [{key: run[key] for key in wanted} for run in runs]
-        first["seeds"] = len(runs)
-        for key in wanted:
-            values = [run[key] for run in first["runs"]]
-            first[f"{key}_mean"], first[f"{key}_std"] = mean(values), stdev(values)
-
-
-def environment() -> dict:
-    from importlib.metadata import version
-
-    import torch
-
-    packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {"python": platform.python_version(), **packages, "device": device}
-
-
 def chosen(args: argparse.Namespace) -> list[Arm]:
     available = {arm.name: arm for arm in arm_list.FULL}
     if not args.arms:
@@ -266,7 +219,7 @@ def main() -> int:
             measured |= dict(zip(names, pool.map(work, group)))
     results = {}
     for arm in arms:
-        lines = history_of(walk, arm)
+        lines = history_of(out, arm)
         results[arm.name] = {
             **measured[arm.name],
             "adapt_tokens": lines[-1]["consumed_tokens"] if lines else 0,
@@ -282,7 +235,7 @@ def main() -> int:
         "arms": results,
         "commands": walk.commands,
     }
-    histories = {arm.name: history_of(walk, arm) for arm in arms if arm.train and arm.name in results}
+    histories = {arm.name: history_of(out, arm) for arm in arms if arm.train and arm.name in results}
     from zeda_megatron.evaluation.report import format_table, write_report
 
     _, page = write_report(report, histories, out)

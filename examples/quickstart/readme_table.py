@@ -107,7 +107,7 @@ def ablations(report: dict) -> str:
         cells = [
             _cell(report["arms"].get(untrained)),
             _cell(m),
-            f"{_mean(m, 'exact_match'):.1%}" if m else "",
+            f"{mean_of(m, 'exact_match'):.1%}" if m else "",
         ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -131,7 +131,7 @@ def budgets(report: dict) -> str:
     ]
     for label, name in BUDGETS.items():
         arms = [report["arms"].get(name), report["arms"].get(f"{name}_4x")]
-        right = [f"{_mean(m, 'exact_match'):.1%}" if m else "" for m in arms]
+        right = [f"{mean_of(m, 'exact_match'):.1%}" if m else "" for m in arms]
         lines.append(f"| {label} | " + " | ".join([*map(_cell, arms), *right]) + " |")
     return "\n".join(lines)
 
@@ -206,21 +206,23 @@ def _signed(r: float | None) -> str:
 def _cell(m: dict | None) -> str:
     if m is None:
         return ""
-    return f"{_value(m, 'kl_to_teacher')} ({_mean(m, 'zero_share'):.1%})"
+    return f"{figure(m, 'kl_to_teacher')} ({mean_of(m, 'zero_share'):.1%})"
 
 
-def _mean(m: dict, key: str) -> float:
+def mean_of(m: dict, key: str) -> float:
+    """A figure of an arm: the mean over its seeds where there are several."""
     return m.get(f"{key}_mean", m[key])
 
 
-def _value(m: dict, key: str) -> str:
+def figure(m: dict, key: str) -> str:
+    """That figure with its spread over seeds, four digits."""
     spread = f" ± {m[f'{key}_std']:.4f}" if m.get("seeds") else ""
-    return f"{_mean(m, key):.4f}{spread}"
+    return f"{mean_of(m, key):.4f}{spread}"
 
 
 def _line(label: str, m: dict) -> str:
-    ce, kl = _value(m, "ce"), _value(m, "kl_to_teacher")
-    right, skipped = _mean(m, "exact_match"), _mean(m, "zero_share")
+    ce, kl = figure(m, "ce"), figure(m, "kl_to_teacher")
+    right, skipped = mean_of(m, "exact_match"), mean_of(m, "zero_share")
     return f"| {label} | {ce} | {kl} | {m['top1_agreement']:.1%} | {right:.1%} | {skipped:.1%} |"
 
 

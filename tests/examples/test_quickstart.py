@@ -105,7 +105,7 @@ def test_the_page_of_stage_2_shows_the_tables_of_the_committed_report():
 
 def test_seeds_of_an_arm_become_a_mean_and_a_spread():
     sys.path.insert(0, str(QUICKSTART))
-    from quickstart import add_spread
+    from figures import add_spread
 
     def run(kl):
         return {"kl_to_teacher": kl, "ce": 2.0, "exact_match": 0.5, "zero_share": 0.5}

@@ -135,9 +135,9 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def _score(student, teacher, rows, vocab_size, seq_length, classes):
-    from ..distill.losses import LossConfig, distill_loss
+    from ..distill.losses import LossConfig
     from ..moe import stats
-    from ..training.step import forward_model
+    from ..training.step import forward_model, row_loss
     from .scored_tokens import ScoredTokens
 
     expected = teacher.hidden_states(rows, seq_length, forward_model)
@@ -148,16 +148,7 @@ def _score(student, teacher, rows, vocab_size, seq_length, classes):
     head = student.head_weight()
     for row, hidden in zip(rows, expected, strict=True):
         got = forward_model(student, row)
-        _, metrics = distill_loss(
-            got.to(head.dtype),
-            head,
-            hidden,
-            teacher.head_weight(),
-            row.labels.to(got.device),
-            row.loss_mask.to(got.device),
-            LossConfig("forward_kl"),
-            vocab_size=vocab_size,
-        )
+        _, metrics = row_loss(student, teacher, row, got, hidden, LossConfig("forward_kl"), vocab_size)
         for name, value in metrics.items():
             sums[name] += float(value)
         sums["tokens_routed"] += float((~row.padding_mask).sum())
@@ -170,22 +161,19 @@ def _score(student, teacher, rows, vocab_size, seq_length, classes):
     return sums, report, torch.stack(picks), ScoredTokens.join(tokens)
 
 
-def _exact_match(student, tasks, tokenizer, max_new_tokens: int, batch_size: int = 64) -> dict[str, float]:
+def _exact_match(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> dict[str, float]:
     """Share of right greedy answers per family; texts are stripped and compared."""
     from ..distill.builtin_engine import BuiltinEngine
     from ..distill.sampling import SamplingConfig
 
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
-    engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length)
+    engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length, slots=slots)
     greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
+    made = engine.generate([task.prompt_ids for task in tasks], greedy, [0] * len(tasks))
     hits, counts = defaultdict(int), defaultdict(int)
-    tasks = sorted(tasks, key=lambda task: len(task.prompt_ids))
-    for start in range(0, len(tasks), batch_size):
-        batch = tasks[start : start + batch_size]
-        made = engine.generate([task.prompt_ids for task in batch], greedy, [0] * len(batch))
-        for task, generation in zip(batch, made):
-            counts[task.kind] += 1
-            hits[task.kind] += tokenizer.decode(generation.response_ids).strip() == task.label
+    for task, generation in zip(tasks, made, strict=True):
+        counts[task.kind] += 1
+        hits[task.kind] += tokenizer.decode(generation.response_ids).strip() == task.label
     return {kind: hits[kind] / counts[kind] for kind in counts}
 
 

@@ -38,8 +38,13 @@ def load_model(folder: str) -> LoadedModel:
         raise UserError(f"{root / 'hf_config'} is missing: is {root} a checkpoint of this project?")
     arch = read_architecture(root / "hf_config")
     about = read_json(root / "zeda.json") if (root / "zeda.json").is_file() else {}
-    keys = ("num_zero_experts", "zero_experts_type", "zero_expert_routing", "paired_score")
-    keys += ("renormalize_after_drop",)
+    keys = (
+        "num_zero_experts",
+        "zero_experts_type",
+        "zero_expert_routing",
+        "paired_score",
+        "renormalize_after_drop",
+    )
     zero = ZeroExpertConfig(**{key: about[key] for key in keys if key in about})
     chunk = build_gpt_model(arch, transformer_config(arch), zero)
     load_weights([chunk], require_checkpoint(root, "checkpoint"), "checkpoint")

@@ -6,7 +6,7 @@ import torch
 
 from ..data.packing import PackedDataset, TokenSample
 from ..distill.builtin_engine import BuiltinEngine
-from ..distill.losses import LossConfig, distill_loss
+from ..distill.losses import LossConfig
 from ..distill.sampling import SamplingConfig
 from ..distill.teacher import Teacher
 from ..moe.stats import stats_aside
@@ -29,7 +29,7 @@ def own_answers(
         `reverse_kl`: KL(student || teacher), exact over the vocabulary that is sampled from, mean over the answers'
         tokens, nats; `tokens`; `response_length`: mean.
     """
-    from ..training.step import forward_model
+    from ..training.step import forward_model, row_loss
 
     prompts = [prompt for prompt in prompts if len(prompt) < seq_length]
     vocab = min(tokenizer.vocab_size, student.head_weight().shape[0])
@@ -47,16 +47,8 @@ def own_answers(
         expected = teacher.hidden_states(rows, seq_length, forward_model)
         student.eval()
         for row, hidden in zip(rows, expected, strict=True):
-            loss, sums = distill_loss(
-                forward_model(student, row).to(hidden.dtype),
-                student.head_weight(),
-                hidden,
-                teacher.head_weight(),
-                row.labels.to(hidden.device),
-                row.loss_mask.to(hidden.device),
-                LossConfig("reverse_kl"),
-                vocab_size=vocab,
-            )
+            got = forward_model(student, row)
+            loss, sums = row_loss(student, teacher, row, got, hidden, LossConfig("reverse_kl"), vocab)
             total, tokens = total + float(loss), tokens + float(sums["weight"])
     return {
         "reverse_kl": total / tokens,

@@ -46,6 +46,12 @@ class ParallelConfig:
         return size if size > 1 else None
 
     @property
+    def row_multiple(self) -> int:
+        """What the rows of a data-parallel rank must be a multiple of: the interleaved schedule takes as many at a time
+        as there are stages."""
+        return self.pipeline_model_parallel_size if self.virtual_stages else 1
+
+    @property
     def model_parallel_size(self) -> int:
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core import parallel_state
 
-from ..data.context_part import context_part
 from ..data.packing import PackedBatch, PackedDataset, TokenSample, blank_row
 from ..distill.answers import Answer, Round
 from ..distill.exchange import exchange
+from .dealing import filled_up, rank_part, split_over_context
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,20 @@ class AnswerRows:
             for answer in answers
         ]
         data = PackedDataset(samples, self.seq_length, self.pad_id, seed=0, align=self.align)
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         numbers = [data.row_samples(row) for row in range(data.rows_in_epoch(0))]
-        rows = [data[row] for row in range(rank, len(numbers), ranks)]
+        rows = [data[row] for row in rank_part(range(len(numbers)))]
         if routing is not None:
             lengths = [len(sample.tokens) for sample in samples]
             rows = self._with_picks(rows, numbers, lengths, routing)
-        per_rank = -(-len(numbers) // (ranks * self.multiple)) * self.multiple
-        rows += [blank_row(self.seq_length, self.pad_id)] * (per_rank - len(rows))
-        place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-        return [context_part(row, *place) for row in rows], per_rank * ranks / len(numbers)
+        rows = filled_up(rows, len(numbers), blank_row(self.seq_length, self.pad_id), self.multiple)
+        total = len(rows) * parallel_state.get_data_parallel_world_size()
+        return split_over_context(rows), total / len(numbers)
 
     def _with_picks(
         self, rows: list[PackedBatch], numbers: list[list[int]], lengths: list[int], routing: Round
     ) -> list[PackedBatch]:
         """Lay the routed experts beside the tokens. An answer's last token was never fed: its picks are left open."""
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        ranks = parallel_state.get_data_parallel_world_size()
         place = {number: row % ranks for row, group in enumerate(numbers) for number in group}
         inner = routing.picks_shape
         picks = exchange(
@@ -77,7 +75,7 @@ class AnswerRows:
             torch.int16,
         )
         made = []
-        for row, group in zip(rows, numbers[rank::ranks], strict=True):
+        for row, group in zip(rows, rank_part(numbers), strict=True):
             picks_SLK = torch.full((self.seq_length, *inner), -1, dtype=torch.int16)
             for start, number in zip(row.cu_seqlens.tolist(), group):
                 picks_SLK[start : start + lengths[number] - 1] = picks[number]

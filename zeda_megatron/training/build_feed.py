@@ -9,14 +9,14 @@ from megatron.core import parallel_state
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedDataset
 from ..data.prompts import load_rollouts
-from ..data.tokenizers import ChatTokenizer, load_tokenizer
+from ..data.tokenizers import ChatTokenizer
 from ..distill.stage0 import make_questions
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from .feed import Feed, StoredFeed
 from .options import Options
 from .rollout_feed import RolloutFeed
-from .setup import Student, hf_folder
+from .setup import Student, hf_folder, run_tokenizer
 
 
 def prepare_feed(options: Options) -> Callable[[Student], Feed]:
@@ -36,10 +36,7 @@ def prepare_feed(options: Options) -> Callable[[Student], Feed]:
 
 
 def _tokenizer(options: Options, arch: Architecture) -> ChatTokenizer:
-    data = options.data
-    tokenizer = load_tokenizer(
-        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
-    )
+    tokenizer = run_tokenizer(options)
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {arch.vocab_size} rows: "
@@ -60,8 +57,8 @@ def _dataset(options: Options, tokenizer: ChatTokenizer) -> PackedDataset:
             f"--global-batch-size {options.optimizer.global_batch_size} is not a multiple of the {data_ranks} "
             "data-parallel ranks"
         )
-    stages = options.parallel.pipeline_model_parallel_size
-    if options.parallel.virtual_stages and options.optimizer.global_batch_size // data_ranks % stages:
+    stages = options.parallel.row_multiple
+    if options.optimizer.global_batch_size // data_ranks % stages:
         raise UserError(
             f"--global-batch-size {options.optimizer.global_batch_size}: the interleaved schedule wants a multiple of "
             f"--pipeline-model-parallel-size {stages} rows on each of the {data_ranks} data-parallel ranks"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-from megatron.core import parallel_state
-
-from ..data.context_part import context_part
 from ..data.conversation import tokenize_rollouts
-from ..data.packing import PackedBatch, PackedDataset
+from ..data.packing import PackedBatch, PackedDataset, blank_row
 from ..data.prompts import load_rollouts
-from ..data.tokenizers import load_tokenizer
 from ..errors import UserError
+from .dealing import filled_up, rank_part, split_over_context
 from .options import Options
-from .setup import hf_folder
+from .setup import run_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,7 @@ def read_eval_rows(options: Options) -> EvalRows:
     """
     data, wanted = options.data, options.evaluation
     files = ", ".join(wanted.eval_data_path)
-    tokenizer = load_tokenizer(
-        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
-    )
+    tokenizer = run_tokenizer(options)
     samples = list(
         tokenize_rollouts(
             load_rollouts(wanted.eval_data_path), tokenizer, data.seq_length, data.overlong, files
@@ -53,25 +47,7 @@ def read_eval_rows(options: Options) -> EvalRows:
         samples, data.seq_length, tokenizer.pad_id, seed=0, align=options.sequence_multiple
     )
     count = min(wanted.eval_rows, packed.rows_in_epoch(0))
-    # The interleaved schedule wants a multiple of the stages.
-    multiple = options.parallel.pipeline_model_parallel_size if options.parallel.virtual_stages else 1
-    return EvalRows(_deal(packed, count, multiple), count, f"{packed.fingerprint()} {count}")
-
-
-def _deal(packed: PackedDataset, count: int, multiple: int) -> list[PackedBatch]:
-    """Every data-parallel rank's part of the first `count` rows, filled up with silent rows."""
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    rows = [packed[i] for i in range(count)[rank::size]]
-    longest = -(-count // size)
-    rows += [_silent(packed[0])] * (-(-longest // multiple) * multiple - len(rows))
-    place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    return [context_part(row, *place) for row in rows]
-
-
-def _silent(row: PackedBatch) -> PackedBatch:
-    """A row that runs through the model and counts nowhere."""
-    return replace(
-        row,
-        padding_mask=torch.ones_like(row.padding_mask),
-        loss_mask=torch.zeros_like(row.loss_mask),
-    )
+    mine = [packed[row] for row in rank_part(range(count))]
+    blank = blank_row(data.seq_length, tokenizer.pad_id)
+    rows = split_over_context(filled_up(mine, count, blank, options.parallel.row_multiple))
+    return EvalRows(rows, count, f"{packed.fingerprint()} {count}")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from megatron.core import parallel_state
 
-from ..distill.losses import LossConfig, distill_loss
+from ..distill.losses import LossConfig
 from ..distill.teacher import Teacher, forward_only
 from ..moe import stats
 from ..runtime.process_groups import device
@@ -21,7 +21,7 @@ from .eval_rows import EvalRows, read_eval_rows
 from .log import RunLog
 from .options import Options
 from .setup import Student
-from .step import forward_model
+from .step import forward_model, row_loss
 
 _SUMS = ("weight", "ce", "kl", "top1_agreement")
 
@@ -82,27 +82,11 @@ class Evaluator:
         for batch, hidden, teacher_hidden in zip(batches, mine, theirs):  # none before the last stage
             if not batch.loss_mask.any():
                 continue
-            sums = self._row_sums(batch, hidden, teacher_hidden)
+            model, vocab = self.student.chunks[-1], self.student.arch.vocab_size
+            _, sums = row_loss(model, self.teacher, batch, hidden, teacher_hidden, self.loss, vocab)
             total += torch.tensor([float(sums.get(name, 0.0)) for name in _SUMS], dtype=torch.float64)
         # Tensor-parallel ranks have the same sums.
         return total if parallel_state.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(total)
-
-    def _row_sums(self, batch, hidden, teacher_hidden) -> dict[str, torch.Tensor]:
-        model = self.student.chunks[-1]
-        head = model.head_weight()
-        _, sums = distill_loss(
-            hidden.to(head.dtype),
-            head,
-            teacher_hidden,
-            None if teacher_hidden is None else self.teacher.head_weight(),
-            batch.labels.to(hidden.device),
-            batch.loss_mask.to(hidden.device),
-            self.loss,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=model.config.sequence_parallel,
-            vocab_size=self.student.arch.vocab_size,
-        )
-        return sums
 
 
 class Evaluation:
@@ -153,16 +137,12 @@ def _line(found: dict[str, float]) -> str:
 def _unnoticed(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """Evaluation mode and fresh routing statistics; both as before afterwards."""
     training = [chunk.training for chunk in chunks]
-    kept = [(router, router.routing_stats) for router in stats.routers(chunks)]
-    for router, _ in kept:
-        router.routing_stats = stats.RoutingStats()
     for chunk in chunks:
         chunk.eval()
     try:
-        yield
+        with stats.stats_aside(chunks):
+            yield
     finally:
-        for router, before in kept:
-            router.routing_stats = before
         for chunk, was_training in zip(chunks, training):
             chunk.train(was_training)
 

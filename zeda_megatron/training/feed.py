@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from megatron.core import parallel_state
 
-from ..data.context_part import context_part
 from ..data.packing import PackedBatch, PackedDataset
+from .dealing import rank_part, split_over_context
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,15 @@ class StoredFeed:
     def next_rows(self, step: int) -> StepRows:
         first = self.consumed_rows
         self.consumed_rows += self.global_batch_size
-        return StepRows(self._mine(range(first, first + self.global_batch_size)))
+        return StepRows(self.rows_of_rank(rank_part(range(first, first + self.global_batch_size))))
 
     def calibration_rows(self, count: int) -> list[PackedBatch]:
         ranks = parallel_state.get_data_parallel_world_size()
-        return self._mine(range(max(count // ranks, 1) * ranks))
+        return self.rows_of_rank(rank_part(range(max(count // ranks, 1) * ranks)))
 
     def rows_of_rank(self, rows: Iterable[int]) -> list[PackedBatch]:
         """These rows, or this context-parallel rank's part of them."""
-        place = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-        return [context_part(self.dataset[row], *place) for row in rows]
+        return split_over_context([self.dataset[row] for row in rows])
 
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
@@ -85,10 +84,3 @@ class StoredFeed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.consumed_rows = state["consumed_rows"]
-
-    def _mine(self, rows: range) -> list[PackedBatch]:
-        rank, size = (
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
-        return self.rows_of_rank(rows[rank::size])

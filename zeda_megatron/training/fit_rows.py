@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from megatron.core import parallel_state
-
 from ..data.conversation import tokenize_rollouts
-from ..data.packing import PackedBatch, PackedDataset
+from ..data.packing import PackedBatch, PackedDataset, blank_row
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import load_tokenizer
 from ..errors import UserError
+from .dealing import filled_up, rank_part
 from .fit_options import FitOptions
 
 CALIBRATION_ROWS = 16
@@ -64,9 +62,5 @@ def read_fit_rows(options: FitOptions, hf: Path) -> FitRows:
 
 
 def _deal(data: PackedDataset, numbers: range) -> list[PackedBatch]:
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    rows = [data[i] for i in numbers[rank::size]]
-    if len(rows) * size < len(numbers) or not rows:
-        row = data[numbers[0]]
-        rows.append(replace(row, padding_mask=torch.ones_like(row.padding_mask)))
-    return rows
+    mine = [data[row] for row in rank_part(numbers)]
+    return filled_up(mine, len(numbers), blank_row(data.seq_length, data.pad_id))

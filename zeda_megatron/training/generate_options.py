@@ -90,7 +90,7 @@ class GenerateOptions:
                 f"--global-batch-size {global_batch_size} (answers per step) is not a multiple of "
                 f"--samples-per-prompt {self.samples_per_prompt}"
             )
-        answers = self.rollout_batch_size * self.samples_per_prompt or global_batch_size
+        answers = self.prompts_per_round(global_batch_size) * self.samples_per_prompt
         if answers % global_batch_size:
             raise UserError(
                 f"--rollout-batch-size {self.rollout_batch_size} prompts give {answers} answers, which is not a "
@@ -102,6 +102,10 @@ class GenerateOptions:
                 "must be 0, or fill one --global-batch-size"
             )
 
+    def prompts_per_round(self, global_batch_size: int) -> int:
+        """Prompts that one round of rollouts answers."""
+        return self.rollout_batch_size or global_batch_size // self.samples_per_prompt
+
     def steps_per_round(self, global_batch_size: int) -> int:
         """Optimizer steps that one round of rollouts serves."""
-        return max(self.rollout_batch_size * self.samples_per_prompt // global_batch_size, 1)
+        return self.prompts_per_round(global_batch_size) * self.samples_per_prompt // global_batch_size

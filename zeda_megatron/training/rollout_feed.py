@@ -54,17 +54,16 @@ class RolloutFeed:
             self.vocab_size,
             generate.generate_batch_size,
         )
-        parallel = options.parallel
         self.packing = AnswerRows(
             length,
             tokenizer.pad_id,
             options.sequence_multiple,
-            # The interleaved schedule takes micro-batches by the number of stages.
-            parallel.pipeline_model_parallel_size if parallel.virtual_stages else 1,
+            options.parallel.row_multiple,
             generate.truncated_answers == "train",
         )
         config = student.chunks[0].config
         self.picks_shape = (config.num_layers, config.moe_router_topk)
+        self._prompts_per_round = generate.prompts_per_round(options.optimizer.global_batch_size)
         self.prompts = self.answers = 0
         self.pending: list[Answer] = []
 
@@ -108,7 +107,7 @@ class RolloutFeed:
         generate = self.options.generate
         settings = asdict(self.sampling) | {
             "seq_length": self.options.data.seq_length,
-            "round": [self._prompts_per_round(), generate.samples_per_prompt],
+            "round": [self._prompts_per_round, generate.samples_per_prompt],
             "truncated": generate.truncated_answers,
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -127,16 +126,10 @@ class RolloutFeed:
         self.prompts, self.answers = state["prompts"], state["answers"]
         self.pending = [Answer(**plain) for plain in state["pending"]]
 
-    def _prompts_per_round(self) -> int:
-        generate = self.options.generate
-        return generate.rollout_batch_size or (
-            self.options.optimizer.global_batch_size // generate.samples_per_prompt
-        )
-
     def _roll_out(self, step: int) -> Round:
         """Take the next prompts and answer them all."""
         asked, first = [], self.prompts
-        self.prompts += self._prompts_per_round()
+        self.prompts += self._prompts_per_round
         for position in range(first, self.prompts):
             question = self.questions[self.order[position]]
             for _ in range(self.options.generate.samples_per_prompt):

@@ -19,6 +19,7 @@ from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
+from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
@@ -56,6 +57,14 @@ def hf_folder(options: ModelOptions) -> Path:
             "HF model"
         )
     raise UserError("--hf-config is missing: give the folder of the HF model")
+
+
+def run_tokenizer(options: Options) -> ChatTokenizer:
+    """The tokenizer of the run: --tokenizer-model, else that of the HF folder."""
+    data = options.data
+    return load_tokenizer(
+        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
+    )
 
 
 def zero_experts(

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint.state import load_weights, require_checkpoint
-from ..data.tokenizers import load_tokenizer
 from ..distill.builtin_engine import BuiltinEngine
 from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from ..errors import UserError
@@ -15,7 +14,7 @@ from ..models.architecture import read_architecture
 from ..moe.router import set_zero_mask
 from .build_teacher import teacher_id
 from .options import Options
-from .setup import build_chunks, hf_folder, zero_experts
+from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
 from .signals import StopRequest
 
 ROUND = 4
@@ -29,11 +28,7 @@ def run_stage0(options: Options) -> int:
     if source is None:
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
     arch = read_architecture(hf_folder(options.model))
-    tokenizer = load_tokenizer(
-        options.data.tokenizer_model or hf_folder(options.model),
-        options.data.tokenizer_type,
-        options.data.chat_template_file,
-    )
+    tokenizer = run_tokenizer(options)
     questions = make_questions(
         options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
     )

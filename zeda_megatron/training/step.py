@@ -40,6 +40,32 @@ def forward_model(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
     )
 
 
+def row_loss(
+    model: torch.nn.Module,
+    teacher: Teacher | None,
+    batch: PackedBatch,
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    config: LossConfig,
+    vocab_size: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`distill_loss` of one packed row, from the last hidden states of both models [S, B, H]; `model` is the student's
+    last chunk. Sums over this row's response tokens."""
+    head = model.head_weight()
+    return distill_loss(
+        hidden.to(head.dtype),  # Megatron's bf16 wrapper hands out fp32
+        head,
+        teacher_hidden,
+        None if teacher_hidden is None else teacher.head_weight(),
+        batch.labels.to(hidden.device),
+        batch.loss_mask.to(hidden.device),
+        config,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        sequence_parallel=model.config.sequence_parallel,
+        vocab_size=vocab_size,
+    )
+
+
 class Stepper:
     """Runs optimizer steps of the distillation (or, without a teacher, of plain training)."""
 
@@ -167,18 +193,8 @@ class Stepper:
 
     def _loss(self, batch, teacher_hidden, scale, student_hidden):
         model = self.student.chunks[-1]
-        head = model.head_weight()
-        loss, sums = distill_loss(
-            student_hidden.to(head.dtype),  # Megatron's bf16 wrapper hands out fp32
-            head,
-            teacher_hidden,
-            None if teacher_hidden is None else self.teacher.head_weight(),
-            batch.labels.to(student_hidden.device),
-            batch.loss_mask.to(student_hidden.device),
-            self.loss,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=model.config.sequence_parallel,
-            vocab_size=self.vocab_size,
+        loss, sums = row_loss(
+            model, self.teacher, batch, student_hidden, teacher_hidden, self.loss, self.vocab_size
         )
         logged = {"loss": loss.detach(), **sums}
         return loss * scale, torch.ones((), dtype=torch.int), logged
