@@ -169,6 +169,9 @@ def _exact_match(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
     engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length, slots=slots)
     greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
+    tasks = sorted(
+        tasks, key=lambda task: len(task.prompt_ids)
+    )  # the order of families is that of the mean's sum
     made = engine.generate([task.prompt_ids for task in tasks], greedy, [0] * len(tasks))
     hits, counts = defaultdict(int), defaultdict(int)
     for task, generation in zip(tasks, made, strict=True):
