@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ..config import ZeroExpertConfig
 from ..errors import UserError
@@ -86,6 +86,8 @@ def transformer_config(
         "batch_p2p_comm": False,
         **(overrides or {}),
     }
+    if fields.get("multi_latent_attention"):
+        return MLATransformerConfig(**{"rotary_base": arch.rotary_base, **fields})
     return TransformerConfig(**fields)
 
 
@@ -98,6 +100,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
         ("--tensor-model-parallel-size", tp, "attention heads", fields["num_attention_heads"]),
         ("--tensor-model-parallel-size", tp, "key/value heads", fields.get("num_query_groups")),
         ("--tensor-model-parallel-size", tp, "channels of the dense MLP", fields["ffn_hidden_size"]),
+        (
+            "--tensor-model-parallel-size",
+            tp,
+            "channels of the shared expert",
+            fields.get("moe_shared_expert_intermediate_size"),
+        ),
         ("--pipeline-model-parallel-size", pp, "layers", fields["num_layers"]),
         (
             "--pipeline-model-parallel-size x --virtual-pipeline-model-parallel-size",
