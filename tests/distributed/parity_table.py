@@ -45,6 +45,8 @@ WORLDS = {
     "stage 2 replay": "stage 2, routing replay",
     "stage 2 paired": "stage 2, paired",
     "stage 2 rounds": "stage 2, one step in two on older answers",
+    "glm": "GLM",
+    "glm aligned": "GLM",
     "evaluated": "held-out rows",
     "evaluated deep": "held-out rows, four layers",
     "evaluated aligned": "held-out rows",

@@ -52,7 +52,9 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     # Its first layer is dense and its LM head is its embedding.
     odd = tiny_world.make_world(folder / "odd", mlp_only_layers=[0], tie_word_embeddings=True)
     deep = tiny_world.make_world(folder / "deep", num_hidden_layers=4)
-    special = {"odd": odd, "deep": deep, "evaluated deep": deep}
+    # Latent attention; with two layers the first pipeline stage has no MoE layer.
+    glm = tiny_world.make_world(folder / "glm", tiny.glm_model, num_hidden_layers=2)
+    special = {"odd": odd, "deep": deep, "evaluated deep": deep, "glm": glm, "glm aligned": glm}
     return {name: special.get(name, with_heads if "paired" in name else plain) for name in WORLD_FLAGS}
 
 

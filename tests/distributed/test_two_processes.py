@@ -157,10 +157,11 @@ def test_zero_experts_with_an_output_work_through_the_flex_dispatcher(results):
 
 
 @each(ANSWERS)
-def test_stage_0_answers_the_same_on_every_layout(runs, results, world, tmp_path, case):
+def test_stage_0_answers_the_same_on_every_layout(runs, results, worlds, tmp_path, case):
     from zeda_megatron.training.stage0 import run_stage0
 
     results(case["name"])
+    world = worlds[case["world"]]
     fields = {"stage": "0", "data_path": world.prompts, "rollout_path": tmp_path / "answers.jsonl"}
     run_stage0(tiny_world.options(world, **fields, **SAMPLED))
     files = (tmp_path / "answers.jsonl", runs(case["name"])[1] / "answers.jsonl")

@@ -9,7 +9,7 @@ the others, nothing is computed for them. The shared expert is added as usual.
 config.json: `zce_nums` [Nz], `zce_types` ["zero"], `use_zce_mask` (True: the N real experts only, which is the static
 model), `zce_logit_bias` (compute dial, added to the logits of the zero experts). `model_type` stays `glm4_moe_lite`,
 so that transformers merges the per-expert weights as for the stock model. Multi-token-prediction layers are ignored.
-transformers looks for the text `@use_experts_implementation` here before it lets a user choose
+transformers looks for `@use_experts_implementation` in this text before it lets a user choose
 `experts_implementation`: "eager" means a loop over experts, everything else one grouped product.
 """
 
@@ -72,8 +72,7 @@ class ZeroExpertMoeBlock(nn.Module):
         self.config = config
         self.gate = ZeroExpertRouter(config)
         self.experts, self.shared_experts = stock.experts, stock.shared_experts
-        self.static_shapes = False
-        self.token_mask_BS = None
+        self.static_shapes, self.token_mask_BS = False, None
         self.reset_counts()
 
     def reset_counts(self):
@@ -175,9 +174,8 @@ class Glm4MoeLitePlusPlusForCausalLM(Glm4MoeLiteForCausalLM):
 
     def _pass_padding_mask(self, module, args, kwargs):
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        usable = isinstance(mask, torch.Tensor) and mask.dim() == 2
         for block in self.moe_blocks():
-            block.token_mask_BS = mask if usable else None
+            block.token_mask_BS = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     def set_zero_mask(self, on: bool) -> None:
         """True: route over the real experts only, as the static model does."""
