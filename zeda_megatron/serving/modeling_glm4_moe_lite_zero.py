@@ -14,6 +14,7 @@ transformers looks for `@use_experts_implementation` in this text before it lets
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -82,13 +83,10 @@ class ZeroExpertMoeBlock(nn.Module):
         """[B, S, H] -> [B, S, H]."""
         hidden_TH = hidden_BSH.view(-1, hidden_BSH.shape[-1])
         _, weights_TK, ids_TK = self.gate(hidden_TH)
-        if self.gate.masked:
-            output_TH = self.experts(hidden_TH, ids_TK, weights_TK)
-        else:
-            output_TH = self._real_slots(hidden_TH, weights_TK, ids_TK, hidden_BSH.shape)
-        return output_TH.view_as(hidden_BSH) + self.shared_experts(hidden_BSH)
+        routed = self.experts if self.gate.masked else partial(self._real_slots, shape=hidden_BSH.shape)
+        return routed(hidden_TH, ids_TK, weights_TK).view_as(hidden_BSH) + self.shared_experts(hidden_BSH)
 
-    def _real_slots(self, hidden_TH, weights_TK, ids_TK, shape):
+    def _real_slots(self, hidden_TH, ids_TK, weights_TK, shape):
         num_real, static = self.gate.num_experts, self.static_shapes or _shapes_must_be_static()
         if not static:
             self._count(ids_TK >= num_real, shape)
