@@ -6,7 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 TINY = dict(
     architectures=["Qwen3MoeForCausalLM"],
@@ -26,6 +26,46 @@ TINY = dict(
     tie_word_embeddings=False,
 )
 """Geometry of all tiny models: 8 experts, top-3."""
+
+
+GLM = dict(
+    architectures=["Glm4MoeLiteForCausalLM"],
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=12,
+    kv_lora_rank=16,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=6,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    moe_intermediate_size=16,
+    routed_scaling_factor=1.8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+)
+"""The tiny GLM-4.7-Flash: latent attention, first layer dense, 8 experts, top-3; no two sizes are equal by chance."""
+
+
+def glm_model(seed: int = 0, std: float = 0.3, **changes) -> Glm4MoeLiteForCausalLM:
+    """A random GLM-4.7-Flash in which every weight is drawn, norms and score biases too."""
+    torch.manual_seed(seed)
+    model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**(GLM | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=std)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
+    model.tie_weights()
+    return model.eval()
 
 
 def hf_model(seed: int = 0, std: float = 0.3, **changes) -> Qwen3MoeForCausalLM:
@@ -173,14 +213,14 @@ def megatron_model(hf, zero=None, backend: str = "auto", overrides: dict | None 
     from zeda_megatron.models.build import build_gpt_model, transformer_config
     from zeda_megatron.models.weight_maps import dims_of, weight_map_of
 
-    arch = read_architecture(hf.config.to_dict() | {"architectures": TINY["architectures"]})
+    arch = read_architecture(hf.config.to_dict() | {"architectures": [type(hf).__name__]})
     model = build_gpt_model(
         arch, transformer_config(arch, dtype=dtype, overrides=overrides), zero, expert_backend=backend
     )
     weights, dims, read = weight_map_of(arch), dims_of(arch, seed=3), hf_reader(hf)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "zero_output" not in name and ".paired." not in name:
+        for name, parameter in model.state_dict().items():
+            if torch.is_tensor(parameter) and "zero_output" not in name and ".paired." not in name:
                 parameter.copy_(weights.for_mcore_name(name).to_mcore(read, parameter.shape, dims))
     return model.eval()
 

@@ -39,13 +39,14 @@ class World:
     """Conversations that are in no rollout (jsonl)."""
 
 
-def make_world(folder: Path, **changes) -> World:
-    """Write the files; `changes` are config keys of the model."""
+def make_world(folder: Path, model=tiny.hf_model, **changes) -> World:
+    """Write the files; `model` makes the Hugging Face model (`tiny.hf_model`, `tiny.glm_model`), `changes` are its
+    config keys."""
     from zeda_megatron.checkpoint.convert import hf_to_megatron
 
     files = ("rollouts.jsonl", "prompts.jsonl", "heldout.jsonl")
     world = World(*(folder / name for name in ("hf", "static", "dynamic", *files)))
-    tiny.hf_model(std=0.1, **(MODEL | changes)).save_pretrained(world.hf)
+    model(std=0.1, **(MODEL | changes)).save_pretrained(world.hf)
     tokenizer = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
     )

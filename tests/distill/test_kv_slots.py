@@ -64,3 +64,24 @@ def test_equal_beginnings_need_no_mask():
     cache = KVSlots(slots=2, length=8)
     cache.admit([0, 1], prefill([[1, 2], [3, 4]]), [2, 2])
     assert cache.next_column([]) is None
+
+
+def test_moving_columns_leaves_positions_as_they_are():
+    """What latent attention needs: a cached key was rotated for its position, which is its column plus the drift."""
+    cache = KVSlots(slots=2, length=6)
+    context = cache.prefill_context([0], 3)
+    assert context.drift == 0
+    cache.admit([0], prefill([[0, 1, 2]]), [3])  # numbers are the positions
+    write(cache, [3, 0], free=[1])
+    context = cache.prefill_context([1], 5)
+    assert context.drift == -1  # five tokens that end with position 3
+    cache.admit([1], prefill([[-1, 0, 1, 2, 3]]), [5])
+    for position in range(4, 30):
+        write(cache, [position, position], free=[0])
+        assert cache.context.sequence_len_offset + cache.context.drift == position
+        here = range(int(cache.starts_B[1]), cache.clock)
+        assert seen(cache, 1) == [column + cache.context.drift for column in here]
+        if cache.clock == cache.length:
+            cache.starts_B[1] += 2  # the oldest are forgotten
+    cache.prefill_context([0, 1], 2)
+    assert cache.clock + cache.context.drift == 2  # nobody remembers: positions begin anew

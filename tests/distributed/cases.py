@@ -10,6 +10,8 @@ STAGE2 = {"stage": "2", "samples_per_prompt": 2, "global_batch_size": 10, "gener
 """Ten answers make three rows: one of two data-parallel ranks gets a row of padding."""
 # The reverse KL of this start is tiny, and where a gradient is below Adam's epsilon, rounding would decide the update.
 STAGE2 |= {"adam_eps": 1e-6}
+GLM = {"adam_eps": 1e-6}
+"""For the same reason: gradients of latents that few tokens move."""
 ALIGNED = {"pad_seq_to_mult": 4}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
 """Three rows: two data-parallel ranks have one silent row between them."""
@@ -38,6 +40,8 @@ WORLD_FLAGS = {
     "stage 2 deep": STAGE2,
     "stage 2 odd": STAGE2,
     "stage 2 replay odd": STAGE2 | {"routing_replay": True},
+    "glm": GLM,
+    "glm aligned": GLM | ALIGNED,
     "evaluated": EVALUATED,
     "evaluated deep": EVALUATED,
     "evaluated aligned": ALIGNED | EVALUATED,
@@ -114,6 +118,12 @@ TRAIN = [
         case(f"rows {name}", world="rows", slow=True, **layout)
         for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}.items()
     ),
+    case("glm tp2", world="glm", tp=2),
+    case("glm ep2", world="glm", ep=2),
+    case("glm pp2", world="glm", pp=2),
+    case("glm cp2", world="glm aligned", cp=2),
+    case("glm tp2 ep2", world="glm", tp=2, ep=2, slow=True),
+    case("glm dp2", world="glm", slow=True),
     case("tp2 ep2", tp=2, ep=2, slow=True),
     case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
     case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
@@ -185,6 +195,7 @@ REPLAYED = [
 MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
     case("masked cp2", "masked", world="aligned", cp=2),
+    case("masked glm tp2", "masked", world="glm", tp=2),
     case("masked pp2 vpp2", "masked", world="deep", pp=2, vpp=2),
 ]
 STARVED = [
@@ -211,6 +222,7 @@ ANSWERS = [
     case("answers pp2 vpp2", "answers", world="deep", flags=SAMPLED, pp=2, vpp=2),
     case("answers cp2", "answers", flags=SAMPLED, cp=2),
     case("answers cp2 ep2", "answers", flags=SAMPLED, cp=2, ep=2, slow=True),
+    case("answers glm tp2", "answers", world="glm", flags=SAMPLED, tp=2),
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
 ]
 SHARDED = {"use_distributed_optimizer": True}
@@ -279,6 +291,7 @@ TWO_PROCESSES = (
     + CHANGED
 )
 FOUR_PROCESSES = [
+    case("glm tp2 pp2 ep2", world="glm", tp=2, pp=2, ep=2, slow=True),
     case("tp2 pp2 ep2", tp=2, pp=2, ep=2, slow=True),
     case("tp2 dp2 ep2", tp=2, ep=2, slow=True),
     case("tp2 dp2 ep4", tp=2, ep=4, slow=True),

@@ -50,6 +50,8 @@ WORLDS = {
     "stage 2 deep": "stage 2, four layers",
     "stage 2 odd": "stage 2, first layer dense, tied LM head",
     "stage 2 replay odd": "stage 2, routing replay, first layer dense, tied LM head",
+    "glm": "GLM",
+    "glm aligned": "GLM",
     "evaluated": "held-out rows",
     "evaluated deep": "held-out rows, four layers",
     "evaluated aligned": "held-out rows",

@@ -52,7 +52,9 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     # Its first layer is dense and its LM head is its embedding.
     odd = tiny_world.make_world(folder / "odd", mlp_only_layers=[0], tie_word_embeddings=True)
     deep = tiny_world.make_world(folder / "deep", num_hidden_layers=4)
-    special = {"odd": odd, "deep": deep, "paired": with_heads}
+    # Latent attention; with two layers the first pipeline stage has no MoE layer.
+    glm = tiny_world.make_world(folder / "glm", tiny.glm_model, num_hidden_layers=2)
+    special = {"odd": odd, "deep": deep, "paired": with_heads, "glm": glm}
 
     def of(name: str) -> tiny_world.World:
         return next((world for word, world in special.items() if word in name.split()), plain)

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from ..config import ZeroExpertConfig
 from ..models.architecture import read_architecture
-from ..models.weight_map import Added, ModelDims, Setting, WeightMapping
+from ..models.weight_map import Added, ModelDims, ScoreBias, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
 from ..moe.paired import KEEP_ALL
 from .bits import HashingRead, caster, same_bits
+from .carried import carried_differences, carried_source, keep_carried, own_keys, write_carried
 from .hf_config import (
     copy_side_files,
     dynamic_config,
@@ -81,7 +82,7 @@ def hf_to_megatron(
     zero.validate(real, arch.megatron["moe_router_topk"])
     layout = model_layout(arch, zero)
     weights, dims = weight_map_of(arch), dims_of(arch, seed)
-    bound = weights.bind(layout.shapes(), reader.keys(), dims, str(reader.folder))
+    bound = weights.bind(layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
     check_source(reader, layout, bound, dims, weights.tied)
     check_added(reader, bound, present)
     settings = settings_of(reader.config, bound.values()) if present.paired else {}
@@ -92,7 +93,8 @@ def hf_to_megatron(
             for parameter in tqdm(layout.parameters, desc="import", disable=None):
                 mapping = bound[parameter.name]
                 if not isinstance(mapping, Setting):
-                    tensor = cast(_import_one(reader, read, mapping, parameter, dims))
+                    tensor = _import_one(reader, read, mapping, parameter, dims)
+                    tensor = tensor if isinstance(mapping, ScoreBias) else cast(tensor)
                 elif present.paired:
                     tensor = mapping.to_mcore(read, parameter.shape, dims)
                 else:
@@ -105,6 +107,7 @@ def hf_to_megatron(
             writer.finish({"iteration": 0, "checkpoint_version": 3.0})
         copy_side_files(reader.folder, staging / HF_CONFIG_NAME)
         write_config(staging / HF_CONFIG_NAME, with_dtype(static_config(reader.config), dtype))
+        keep_carried(reader, arch, staging / HF_CONFIG_NAME, cast)
         facts = {
             "num_zero_experts": zero.num_zero_experts,
             "zero_experts_type": zero.zero_experts_type,
@@ -141,6 +144,7 @@ def megatron_to_hf(
     arch, config = read_architecture(template), read_json(template / "config.json")
     model = MegatronModel(Path(megatron), arch, config)
     weights, dims = weight_map_of(arch), dims_of(arch)
+    carried = carried_source(template, arch)
     with staged_folder(out, overwrite) as staging:
         writer, settings = HFWriter(staging, max_shard_bytes), SettingsWriter()
         for parameter in tqdm(model.layout.parameters, desc="export", disable=None):
@@ -148,7 +152,9 @@ def megatron_to_hf(
             if isinstance(mapping, Setting):
                 settings.add(mapping, tensor)
             for key, part in mapping.to_hf(tensor, dims).items():
-                writer.add(key, cast(part))
+                writer.add(key, part if isinstance(mapping, ScoreBias) else cast(part))
+        if carried is not None:
+            write_carried(carried, arch, writer, cast)
         count = writer.finish()
         copy_side_files(template, staging)
         write_config(staging, with_dtype(dynamic_config(config, model.zero, settings.entries()), dtype))
@@ -170,7 +176,7 @@ def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
     reader, arch = HFReader(hf), read_architecture(hf)
     model = MegatronModel(Path(megatron), arch, reader.config)
     weights, dims = weight_map_of(arch), dims_of(arch)
-    bound = weights.bind(model.layout.shapes(), reader.keys(), dims, str(reader.folder))
+    bound = weights.bind(model.layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
     present, differences = zero_experts_of(reader.config), []
     check_added(reader, bound, present)
     settings = settings_of(reader.config, bound.values()) if present.paired else {}
@@ -184,7 +190,7 @@ def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
         for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
             if key in reader:
                 differences += _difference(reader.read(key), parts[key], key, allowed)
-    return differences
+    return differences + carried_differences(reader, arch, Path(megatron))
 
 
 def _difference(original: torch.Tensor, ours: torch.Tensor, key: str, allowed) -> list[str]:

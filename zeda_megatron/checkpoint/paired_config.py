@@ -31,7 +31,8 @@ def paired_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
     Raises:
         UserError: naming the key that is missing or makes no sense.
     """
-    real = config.get("num_experts", config.get("num_local_experts"))
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    real = next((config[name] for name in names if name in config), None)
     nums, kinds = config.get("zce_nums"), config.get("zce_types") or ["zero"]
     if nums != [real] or kinds != ["zero"]:
         raise UserError(

@@ -136,7 +136,7 @@ class _Answers:
         lengths, longest = [len(p) for p in prompts], max(map(len, prompts))
         # Prompts end together: padding stands on the left, where nobody looks.
         tokens_BS = torch.tensor([[self.engine.pad_id] * (longest - len(p)) + p for p in prompts])
-        context = StaticInferenceContext(len(prompts), longest)
+        context = self.cache.prefill_context(slots, longest)
         logits_BV = self.passes.logits(tokens_BS, context, _left_padding(lengths))
         self.cache.admit(slots, context, lengths)
         for slot, answer in zip(slots, answers, strict=True):

@@ -2,13 +2,30 @@
 
 All rows share one clock: column c of the cache holds what was computed at tick c, and a row that began at tick s
 sees columns s, s+1, ... alone. Rotary embeddings depend on differences of positions only, so a row may begin at any
-tick. Megatron caches keys before the rotation, hence columns may also be moved to other ticks.
+tick.
+
+Columns may also be moved. Grouped-query attention caches keys before their rotation, and rotates them all by their
+columns at every pass. Latent attention caches keys after it: a moved key keeps the position it was rotated for, and
+`SlotContext.drift` tells the rotary embedding how far positions and columns are apart. As all columns move together,
+one number is enough, and no key is rotated (and rounded) twice.
 """
 
 from __future__ import annotations
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+
+
+class SlotContext(StaticInferenceContext):
+    """Megatron's cache of keys and values, with a rotary position for each column.
+
+    Attributes:
+        drift: rotary position of column 0, for keys that are cached after their rotation.
+    """
+
+    def __init__(self, rows: int, length: int, drift: int = 0):
+        super().__init__(rows, length)
+        self.drift = drift
 
 
 class KVSlots:
@@ -21,9 +38,17 @@ class KVSlots:
     """
 
     def __init__(self, slots: int, length: int):
-        self.context = StaticInferenceContext(slots, length)
+        self.context = SlotContext(slots, length)
         self.length, self.clock = length, 0
         self.starts_B = torch.zeros(slots, dtype=torch.int64)
+
+    def prefill_context(self, rows: list[int], longest: int) -> SlotContext:
+        """A cache for the prefill of prompts that `admit` will move into these free rows."""
+        self.starts_B[torch.tensor(rows)] = self.clock
+        if not self._seen():  # nobody remembers the past: positions begin anew
+            self.context.drift = longest - self.clock
+        # Moving columns changes no position, so the newest one has that of today's clock.
+        return SlotContext(len(rows), longest, self.clock + self.context.drift - longest)
 
     def admit(self, rows: list[int], prefill: StaticInferenceContext, lengths: list[int]) -> None:
         """Move prompts from the cache of their prefill, where they end at the last column, into free rows."""
@@ -74,6 +99,7 @@ class KVSlots:
                 for part in parts:
                     part[clock - seen : clock] = part[self.clock - seen : self.clock].clone()
         self.starts_B += clock - self.clock
+        self.context.drift -= clock - self.clock
         self.clock = clock
 
     def _memory(self, layer: int, like: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

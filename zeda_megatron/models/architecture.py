@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import qwen3_moe
+from . import glm4_moe_lite, qwen3_moe
 
-REGISTRY = {name: qwen3_moe for name in qwen3_moe.ARCHITECTURES}
-MODEL_TYPES = {name: qwen3_moe for name in qwen3_moe.MODEL_TYPES}
+_MODELS = (qwen3_moe, glm4_moe_lite)
+REGISTRY = {name: model for model in _MODELS for name in model.ARCHITECTURES}
+MODEL_TYPES = {name: model for model in _MODELS for name in model.MODEL_TYPES}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Architecture:
     """LM head = embedding."""
     num_zero_experts: int
     """Zero experts already in the checkpoint (`zce_nums`), 0 for a static model."""
+
+    def is_carried(self, key: str) -> bool:
+        """True for an HF tensor behind the decoder's layers (multi-token prediction): conversions carry it along."""
+        layers, more = self.hf["num_hidden_layers"], self.hf.get("num_nextn_predict_layers") or 0
+        match = re.match(r"model\.layers\.(\d+)\.", key)
+        return match is not None and layers <= int(match[1]) < layers + more
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
@@ -69,8 +77,11 @@ def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
     try:
         megatron = model.transformer_config_kwargs(hf)
         vocab = hf["vocab_size"]
+        refusal = model.refusal(hf)
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing") from None
+    if refusal:
+        raise UserError(f"{where}: {refusal}")
     if megatron["moe_router_topk"] > megatron["num_moe_experts"]:
         raise UserError(
             f"{where}: num_experts_per_tok {megatron['moe_router_topk']} is larger than num_experts "

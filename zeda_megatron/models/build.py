@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from ..config import ZeroExpertConfig
 from ..errors import UserError
@@ -86,6 +86,8 @@ def transformer_config(
         "batch_p2p_comm": False,
         **(overrides or {}),
     }
+    if fields.get("multi_latent_attention"):
+        return MLATransformerConfig(**{"rotary_base": arch.rotary_base, **fields})
     return TransformerConfig(**fields)
 
 
@@ -98,6 +100,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
         ("--tensor-model-parallel-size", tp, "attention heads", fields["num_attention_heads"]),
         ("--tensor-model-parallel-size", tp, "key/value heads", fields.get("num_query_groups")),
         ("--tensor-model-parallel-size", tp, "channels of the dense MLP", fields["ffn_hidden_size"]),
+        (
+            "--tensor-model-parallel-size",
+            tp,
+            "channels of the shared expert",
+            fields.get("moe_shared_expert_intermediate_size"),
+        ),
         ("--pipeline-model-parallel-size", pp, "layers", fields["num_layers"]),
         (
             "--pipeline-model-parallel-size x --virtual-pipeline-model-parallel-size",
@@ -134,6 +142,7 @@ def build_gpt_model(
         block = apply_grouped_experts(block, expert_backend)
     else:
         zero.validate(config.num_moe_experts, config.moe_router_topk)
+        refuse_unserved(arch, zero)
         block = apply_zero_experts(block, zero, expert_backend)
     divisor = config.tensor_model_parallel_size
     model = ZedaGPTModel(
@@ -158,6 +167,18 @@ def build_gpt_model(
     if torch.cuda.is_available() and not next(model.parameters()).is_meta:
         model.cuda(torch.cuda.current_device())
     return model
+
+
+def refuse_unserved(arch: Architecture, zero: ZeroExpertConfig) -> None:
+    """Raise `UserError` for zero experts that this architecture's modeling file for transformers has not."""
+    if not arch.megatron.get("multi_latent_attention") or not zero.num_zero_experts:
+        return
+    for flag, value, known in (
+        ("--zero-expert-routing", zero.zero_expert_routing, "shared"),
+        ("--zero-experts-type", zero.zero_experts_type, "zero"),
+    ):
+        if value != known:
+            raise UserError(f"{flag} {value} is not supported for {arch.name}, only {known}")
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:

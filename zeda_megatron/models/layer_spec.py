@@ -9,7 +9,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ..runtime.megatron_api import moe_submodules
+from ..runtime.megatron_api import mend_latent_attention, moe_submodules
+from .latent_attention import LatentAttention
 from .local_layers import SDPAttention, SPRMSNorm, with_explicit_masks
 
 
@@ -31,6 +32,12 @@ def decoder_block_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
+    if config.multi_latent_attention:
+        mend_latent_attention()
+        for layer in block.layer_specs:
+            attention = layer.submodules.self_attention
+            attention.module = LatentAttention
+            attention.params = {**attention.params, "whole_down_projections": not use_te}
     if use_te:
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention.submodules
@@ -44,12 +51,21 @@ def decoder_block_spec(
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, SPRMSNorm)
-        # Checkpoint keys as Transformer Engine's spec writes them: it fuses the input norm into linear_qkv, and
-        # the norm before a dense MLP into linear_fc1, but not the norm before a MoE layer.
-        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-        if moe_submodules(layer) is None:
-            keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-        if not config.multi_latent_attention:
-            parts.sharded_state_dict_keys_map = keys
+        parts.sharded_state_dict_keys_map = _fused_keys(config, moe_submodules(layer) is None)
     block.layer_norm = SPRMSNorm
     return block
+
+
+def _fused_keys(config, dense: bool) -> dict[str, str]:
+    """Checkpoint keys as Transformer Engine's spec writes them.
+
+    It fuses the input norm into linear_qkv (latent attention: the latents' norms into the up projections, the input
+    norm stays), and the norm before a dense MLP into linear_fc1, but not the norm before a MoE layer.
+    """
+    if config.multi_latent_attention:
+        keys = {"self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_"}
+        if config.q_lora_rank is not None:
+            keys["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+    else:
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return keys | ({"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {})

@@ -12,6 +12,11 @@ REQUIRED = {"attention_bias": False, "use_sliding_window": False, "hidden_act": 
 """Config keys that must have this value where they are given; no published model has another."""
 
 
+def refusal(hf: dict[str, Any]) -> str | None:
+    """Nothing else would keep Megatron from following a config."""
+    return None
+
+
 def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of Megatron's `TransformerConfig` for an HF `config.json` (as a dict)."""
     layers, step = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1)

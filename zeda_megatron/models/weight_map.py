@@ -145,6 +145,11 @@ class Router:
 
 
 @dataclass(frozen=True)
+class ScoreBias(Router):
+    """Score bias [N+Nz] that chooses experts: a `Router` of one number each, which no `--dtype` rounds."""
+
+
+@dataclass(frozen=True)
 class Added:
     """A parameter that static checkpoints lack (of learned or paired zero experts): zeros there."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ..errors import UserError
 from .architecture import Architecture
+from .glm4_moe_lite_weights import GLM4_MOE_LITE_WEIGHTS
 from .qwen3_moe_weights import QWEN3_MOE_WEIGHTS
 from .weight_map import ModelDims, WeightMap
 
 WEIGHT_MAPS: dict[str, WeightMap] = {
     "Qwen3MoeForCausalLM": QWEN3_MOE_WEIGHTS,
     "Qwen3MoePlusPlusForCausalLM": QWEN3_MOE_WEIGHTS,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE_WEIGHTS,
+    "Glm4MoeLitePlusPlusForCausalLM": GLM4_MOE_LITE_WEIGHTS,
 }
 
 

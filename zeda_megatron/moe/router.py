@@ -79,6 +79,14 @@ class ZeroExpertRouter(TopKRouter):
                 config.sequence_parallel,
             )
 
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but let no cast round the score bias, which is float32 whatever the model's type."""
+        exact = self.expert_bias
+        super()._apply(fn, recurse)
+        if exact is not None and not exact.is_meta:
+            self.expert_bias = exact.to(self.expert_bias.device)
+        return self
+
     @property
     def group_loss_ranks(self) -> int:
         """Ranks whose parts add up to one group loss."""

@@ -266,19 +266,12 @@ def _cpu_generator(module) -> None:
     module._get_cuda_rng_state, module._set_cuda_rng_state = get_state, set_state
 
 
-def _mla_without_te(module) -> None:
-    # Importing succeeds with TELinear=None and HAVE_TE=True, then isinstance() fails.
-    if getattr(module, "TELinear", None) is None:
-        module.HAVE_TE = False
-
-
 _EXTRA: dict[str, Callable] = {
     "megatron.core.jit": _no_jit,
     "megatron.core.transformer.moe.moe_utils": _define_te_names,
     "megatron.core.transformer.moe.token_dispatcher": _splits_as_lists,
     "megatron.core.tensor_parallel.mappings": _uneven_gather,
     "megatron.core.tensor_parallel.random": _cpu_generator,
-    "megatron.core.transformer.multi_latent_attention": _mla_without_te,
 }
 
 _CUDA_TYPE = {

@@ -20,8 +20,19 @@ def load_qwen3_moe_zero(folder: str | os.PathLike, **kwargs) -> Qwen3MoePlusPlus
     """
     from transformers import Qwen3MoeConfig
 
+    return _load(folder, Qwen3MoePlusPlusForCausalLM, Qwen3MoeConfig, kwargs)
+
+
+def load_glm4_moe_lite_zero(folder: str | os.PathLike, **kwargs):
+    """The same for GLM-4.7-Flash (`glm4_moe_lite_plus_plus` is read as `glm4_moe_lite`); transformers >= 5.23."""
+    from transformers import Glm4MoeLiteConfig
+
+    from .modeling_glm4_moe_lite_zero import Glm4MoeLitePlusPlusForCausalLM
+
+    return _load(folder, Glm4MoeLitePlusPlusForCausalLM, Glm4MoeLiteConfig, kwargs)
+
+
+def _load(folder, model: type, config_class: type, kwargs: dict):
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    config["model_type"] = Qwen3MoeConfig.model_type
-    return Qwen3MoePlusPlusForCausalLM.from_pretrained(
-        folder, config=Qwen3MoeConfig.from_dict(config), **kwargs
-    )
+    config["model_type"] = config_class.model_type
+    return model.from_pretrained(folder, config=config_class.from_dict(config), **kwargs)
