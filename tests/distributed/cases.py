@@ -42,6 +42,9 @@ WORLD_FLAGS = {
     "stage 2 replay odd": STAGE2 | {"routing_replay": True},
     "glm": GLM,
     "glm aligned": GLM | ALIGNED,
+    "stage 2 glm": STAGE2,
+    "stage 2 glm aligned": STAGE2 | ALIGNED,
+    "stage 2 replay glm": STAGE2 | {"routing_replay": True},
     "evaluated": EVALUATED,
     "evaluated deep": EVALUATED,
     "evaluated aligned": ALIGNED | EVALUATED,
@@ -173,6 +176,11 @@ STAGE_2 = [
     case("stage 2 pp2 vpp2", world="stage 2 deep", pp=2, vpp=2, slow=True),
     case("stage 2 pp2 odd", world="stage 2 odd", pp=2, slow=True),
     case("stage 2 replay pp2 odd", world="stage 2 replay odd", pp=2, slow=True),
+    case("stage 2 glm ep2", world="stage 2 glm", ep=2),
+    case("stage 2 glm tp2", world="stage 2 glm", tp=2, slow=True),
+    case("stage 2 glm pp2", world="stage 2 glm", pp=2, slow=True),
+    case("stage 2 glm cp2", world="stage 2 glm aligned", cp=2, slow=True),
+    case("stage 2 replay glm ep2", world="stage 2 replay glm", ep=2, slow=True),
     case("stage 2 alongside", world="stage 2", flags={"teacher_schedule": "alongside"}, slow=True),
     *(
         case(f"stage 2 {kind} {name}", world=f"stage 2 {kind}", slow=True, **layout)
@@ -223,6 +231,8 @@ ANSWERS = [
     case("answers cp2", "answers", flags=SAMPLED, cp=2),
     case("answers cp2 ep2", "answers", flags=SAMPLED, cp=2, ep=2, slow=True),
     case("answers glm tp2", "answers", world="glm", flags=SAMPLED, tp=2),
+    case("answers glm pp2", "answers", world="glm", flags=SAMPLED, pp=2),
+    case("answers glm cp2", "answers", world="glm", flags=SAMPLED, cp=2, slow=True),
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
 ]
 SHARDED = {"use_distributed_optimizer": True}
