@@ -29,6 +29,7 @@ WORLDS = {
     "plain": "",
     "odd": "first layer dense, tied LM head",
     "deep": "four layers",
+    "six": "six layers",
     "aligned": "",
     "aligned paired": "paired",
     "ce": "cross-entropy",
@@ -52,6 +53,8 @@ WORLDS = {
     "stage 2 replay odd": "stage 2, routing replay, first layer dense, tied LM head",
     "glm": "GLM",
     "glm aligned": "GLM",
+    "glm deep": "GLM, four layers",
+    "stage 2 glm deep": "stage 2, GLM, four layers",
     "evaluated": "held-out rows",
     "evaluated deep": "held-out rows, four layers",
     "evaluated aligned": "held-out rows",
@@ -82,6 +85,9 @@ def layout_of(case: dict) -> str:
 
 def note_of(case: dict) -> str:
     words = [WORLDS[case["world"]]]
+    words += [
+        f"{case['layout'][end]} on the {end} stage" for end in ("first", "last") if end in case["layout"]
+    ]
     words += [FLAGS[key].format(value) for key, value in case["flags"].items() if key in FLAGS]
     return ", ".join(filter(None, words)) or "forward KL"
 
@@ -93,12 +99,22 @@ def row_of(case: dict, found: dict[str, float]) -> str:
     )
 
 
+def merged(cases: list[dict], rows: list[str], written: list[str]) -> list[str]:
+    """New rows, and written ones where there is none new, in the order of the cases."""
+    heads = [f"| {layout_of(case)} | {note_of(case)} |" for case in cases]
+    found = {row.rsplit("|", 5)[0] + "|": row for row in [*written, *rows] if row.startswith("|")}
+    return [found[head] for head in heads if head in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "parallelism.md")
     parser.add_argument("--only", help="comma-separated names of cases; prints the rows and writes nothing")
+    parser.add_argument(
+        "--update", action="store_true", help="with --only: write these rows, keep the others"
+    )
     options = parser.parse_args()
-    cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
+    every = cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
     if options.only:
         cases = [case for case in cases if case["name"] in options.only.split(",")]
     initialize(ParallelConfig())
@@ -112,13 +128,15 @@ def main() -> None:
             _, made = runs(case["name"])
             rows.append(row_of(case, differences(case, made, worlds, alone)))
             print(rows[-1], flush=True)
-    if options.only:
+    if options.only and not options.update:
         return
     head = "| layout | run | loss | gradient norm | gradients | weights |\n|---|---|---|---|---|---|"
     about = f"megatron-core {version('megatron-core')}, torch {version('torch')}, fp32, gloo."
     text = options.out.read_text()
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    written, after = rest.split(END)
+    if options.update:
+        rows = merged(every, rows, written.splitlines())
     table = "\n".join([head, *rows])
     options.out.write_text(f"{before}{BEGIN}\n{about}\n\n{table}\n{END}{after}")
 
