@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.pipeline_split import stage_layers, stage_sizes

@@ -112,7 +112,7 @@ def student_pass(options: Options, shapes: Shapes) -> dict[str, float]:
     elif recompute == "selective" and count.moe_layers:
         at_work += layer.moe(shapes.tokens, shapes.load)
     dispatch = layer.dispatch(shapes.load) if count.moe_layers else 0.0
-    loss = _loss(options, shapes) if shapes.is_last else 0.0
+    loss = loss_bytes(options, shapes) if shapes.is_last else 0.0
     made = {"activations kept": kept * shapes.in_flight}
     if options.model.stage in ("1", "2"):
         made["teacher's hidden states"] = _teacher_hidden(options, shapes)
@@ -166,7 +166,7 @@ def _teacher_hidden(options: Options, shapes: Shapes) -> float:
     return shapes.hidden_bytes * (shapes.microbatches if options.distill.teacher_schedule == "ahead" else 1)
 
 
-def _loss(options: Options, shapes: Shapes) -> float:
+def loss_bytes(options: Options, shapes: Shapes) -> float:
     """Bytes of the fused loss: both models' hidden states of a whole row, one chunk's scores, gradients of head and
     hidden states; and the final norm's tensors."""
     loss, parallel, width = options.loss(), options.parallel, shapes.layer.width

@@ -14,7 +14,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.build import check_layout
 from ..training.options import GROUPS, Options
 from .memory import GIB, Assumptions, StageMemory, estimate
-from .memory_advice import Change, advice, worst_stage
+from .memory_advice import advice, worst_stage
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,3 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(forms[command.form]())
     return 0
-
-
-__all__ = ["Change", "Command", "main", "markdown_row", "memory_sheet", "read_command"]
