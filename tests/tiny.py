@@ -6,7 +6,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 TINY = dict(
     architectures=["Qwen3MoeForCausalLM"],
@@ -54,10 +61,9 @@ GLM = dict(
 """The tiny GLM-4.7-Flash: latent attention, first layer dense, 8 experts, top-3; no two sizes are equal by chance."""
 
 
-def glm_model(seed: int = 0, std: float = 0.3, **changes) -> Glm4MoeLiteForCausalLM:
-    """A random GLM-4.7-Flash in which every weight is drawn, norms and score biases too."""
+def _drawn(model_class, config, seed: int, std: float):
     torch.manual_seed(seed)
-    model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**(GLM | changes)))
+    model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=std)
@@ -68,15 +74,37 @@ def glm_model(seed: int = 0, std: float = 0.3, **changes) -> Glm4MoeLiteForCausa
     return model.eval()
 
 
+def glm_model(seed: int = 0, std: float = 0.3, **changes) -> Glm4MoeLiteForCausalLM:
+    """A random GLM-4.7-Flash in which every weight is drawn, norms and score biases too."""
+    return _drawn(Glm4MoeLiteForCausalLM, Glm4MoeLiteConfig(**(GLM | changes)), seed, std)
+
+
+MIXTRAL = dict(
+    architectures=["MixtralForCausalLM"],
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_word_embeddings=False,
+)
+"""The tiny Mixtral: plain grouped-query attention, 8 experts, top-3."""
+
+
+def mixtral_model(seed: int = 0, std: float = 0.3, **changes) -> MixtralForCausalLM:
+    """A random Mixtral in which every weight is drawn, the norms too."""
+    return _drawn(MixtralForCausalLM, MixtralConfig(**(MIXTRAL | changes)), seed, std)
+
+
 def hf_model(seed: int = 0, std: float = 0.3, **changes) -> Qwen3MoeForCausalLM:
     """A random Qwen3-MoE in which every weight is drawn, the norms too."""
-    torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(TINY | changes)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=std)
-    model.tie_weights()
-    return model.eval()
+    return _drawn(Qwen3MoeForCausalLM, Qwen3MoeConfig(**(TINY | changes)), seed, std)
 
 
 def architecture(**changes):
@@ -195,14 +223,15 @@ def hf_reader(model):
     state = model.state_dict()
 
     def read(key: str) -> torch.Tensor:
+        key = key.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's name on disk
         if ".experts." not in key:
             return state[key]
         layer, _, rest = key.partition(".experts.")
         expert, name, _ = rest.split(".")
-        if name == "down_proj":
+        if name in ("down_proj", "w2"):
             return state[f"{layer}.experts.down_proj"][int(expert)]
         gate, up = state[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)
-        return gate if name == "gate_proj" else up
+        return gate if name in ("gate_proj", "w1") else up
 
     return read
 

@@ -22,7 +22,7 @@ from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.moe.router import zero_mask
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
-from zeda_megatron.serving.load import load_qwen3_moe_zero
+from zeda_megatron.serving.load import load_zero_expert_model
 
 CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 N, NZ = TINY["num_experts"], 3
@@ -179,7 +179,7 @@ def test_authors_folder_is_understood(tmp_path, tokens):
     assert summary.zero == ZeroExpertConfig(NZ, "zero")
     ours = megatron_logits(load_megatron(tmp_path / "megatron", hf, summary.zero), tokens)
     with torch.no_grad():
-        theirs = load_qwen3_moe_zero(tmp_path / "theirs")(tokens).logits
+        theirs = load_zero_expert_model(tmp_path / "theirs")(tokens).logits
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
     megatron_to_hf(tmp_path / "megatron", tmp_path / "theirs", tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen3_moe"

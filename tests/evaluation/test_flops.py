@@ -45,21 +45,34 @@ TINY_GLM = {
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
+    "routed_scaling_factor": 1.8,
     "vocab_size": 120,
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+TINY_MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 120,
+    "tie_word_embeddings": False,
+}
 VARIANTS = {
+    "mixtral": TINY_MIXTRAL,
     "qwen": TINY_QWEN,
-    "qwen, tied, biased, every second layer": {
+    "qwen, tied, every second layer": {
         **TINY_QWEN,
         "tie_word_embeddings": True,
-        "attention_bias": True,
         "mlp_only_layers": [],
         "decoder_sparse_step": 2,
     },
     "glm": TINY_GLM,
-    "glm, no query latent, biased": {**TINY_GLM, "q_lora_rank": None, "attention_bias": True},
+    "glm, no query latent": {**TINY_GLM, "q_lora_rank": None},
     "glm, two dense layers": {**TINY_GLM, "mlp_layer_types": ["dense", "dense", "sparse"]},
 }
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import zeda_megatron.serving.modeling_qwen3_moe_zero as modeling
-from zeda_megatron.serving.load import load_qwen3_moe_zero
+from zeda_megatron.serving.load import load_zero_expert_model
+from zeda_megatron.serving.zero_expert_model import ZeroExpertMoeBlock
 
 N, K = 8, 3
 SCORES = ("weight", "head", "residual", "weight+head", "weight+head+residual")
@@ -61,7 +62,7 @@ def watch(model, tokens):
     """Run; per MoE layer: block, residual stream, block input and output, all [T, H]."""
     seen, hooks = [], []
     for layer in model.model.layers:
-        if isinstance(layer.mlp, modeling.ZeroExpertMoeBlock):
+        if isinstance(layer.mlp, ZeroExpertMoeBlock):
             row = {"block": layer.mlp}
             seen.append(row)
             hooks += [
@@ -333,7 +334,7 @@ def test_gradients_equal_those_of_the_plain_loop():
 @torch.no_grad()
 def test_saved_model_reloads_bit_equal_with_its_dial(tmp_path, dtype):
     make_model().save_pretrained(tmp_path / "first")
-    model = load_qwen3_moe_zero(tmp_path / "first", dtype=dtype)
+    model = load_zero_expert_model(tmp_path / "first", dtype=dtype)
     model.set_zero_threshold([-2.3456789, -3.1])
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -341,7 +342,7 @@ def test_saved_model_reloads_bit_equal_with_its_dial(tmp_path, dtype):
     assert shapes["model.layers.0.mlp.gate.weight"] == [N, 32]
     assert shapes["model.layers.0.mlp.gate.zero_weight"] == [N, 32]
     assert shapes["model.layers.0.mlp.gate.zero_bias"] == [N]
-    again, tokens = load_qwen3_moe_zero(tmp_path, dtype=dtype), draw_tokens(1, 8)
+    again, tokens = load_zero_expert_model(tmp_path, dtype=dtype), draw_tokens(1, 8)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     exact = torch.tensor([-2.3456789, -3.1], dtype=torch.float32).tolist()
     assert [block.gate.threshold for block in again.moe_blocks()] == exact
@@ -353,7 +354,7 @@ def test_a_head_that_the_checkpoint_lacks_is_zero_not_garbage(tmp_path):
     model = make_model()
     state = {k: v for k, v in model.state_dict().items() if "gate.zero_" not in k}
     model.save_pretrained(tmp_path, state_dict=state)
-    again = load_qwen3_moe_zero(tmp_path)
+    again = load_zero_expert_model(tmp_path)
     for block in again.moe_blocks():
         assert not block.gate.zero_weight.any() and not block.gate.zero_bias.any()
 

@@ -11,19 +11,16 @@ from typing import Any
 
 from ..config import ZeroExpertConfig
 from ..errors import UserError
+from ..models.architecture import MODELS
 from .bits import DTYPES
 from .folders import copy_whole, write_atomically
 from .paired_config import PAIRED_KEYS, is_paired, paired_experts_of
 
-_NATIVE_TYPES = {"qwen3_moe_plus_plus": "qwen3_moe", "glm4_moe_lite_plus_plus": "glm4_moe_lite"}
-_DYNAMIC = {
-    "Qwen3MoeForCausalLM": "Qwen3MoePlusPlusForCausalLM",
-    "Glm4MoeLiteForCausalLM": "Glm4MoeLitePlusPlusForCausalLM",
-}
-_MODELING_FILES = {
-    "Qwen3MoePlusPlusForCausalLM": "modeling_qwen3_moe_zero.py",
-    "Glm4MoeLitePlusPlusForCausalLM": "modeling_glm4_moe_lite_zero.py",
-}
+_NATIVE_TYPES = {dynamic: native for native, dynamic in (model.MODEL_TYPES for model in MODELS)}
+_DYNAMIC = dict(model.ARCHITECTURES for model in MODELS)
+_MODELING_FILES = {model.ARCHITECTURES[1]: model.MODELING_FILE for model in MODELS}
+_SHARED_FILES = ("zero_expert_model.py", "zero_expert_routing.py")
+"""What all modeling files import."""
 _DIAL = "zce_logit_bias"
 _ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", _DIAL, *PAIRED_KEYS)
 _SIDE_FILES = (
@@ -120,12 +117,12 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json, and the modeling file where the config asks for ours."""
+    """Write config.json, and the modeling files where the config asks for ours."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     file = _MODELING_FILES.get((config.get("architectures") or [""])[0])
-    if file is not None:
-        copy_whole(Path(__file__).parents[1] / "serving" / file, folder / file)
+    for name in (file, *_SHARED_FILES) if file is not None else ():
+        copy_whole(Path(__file__).parents[1] / "serving" / name, folder / name)
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Geometry of a Mixture-of-Experts model: the sizes in a HF config.json that decide what it costs.
 
-Nothing here needs the weights or torch. Two architectures: `qwen3_moe` (grouped-query attention) and
-`glm4_moe_lite` (multi-latent attention, a shared expert, dense first layers).
+Nothing here needs the weights. The sizes are those of Megatron's config, so every architecture of `models/` has its
+geometry: grouped-query or multi-latent attention, shared experts, dense layers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..models.architecture import Architecture, read_architecture
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,6 @@ class Attention:
 
     projection: int
     """Weights of all projections; also multiply-adds per token (every weight is used once)."""
-    bias: int
-    """Biases of the projections (parameters only)."""
     norm: int
     """Weights of the norms inside attention (parameters only)."""
     per_key: int
@@ -37,7 +36,7 @@ class Geometry:
     """Sizes of one model. All counts are of numbers, not bytes."""
 
     model_type: str
-    """`qwen3_moe` or `glm4_moe_lite`."""
+    """`model_type` of the config."""
     hidden: int
     """Width of the residual stream, H."""
     layers: int
@@ -71,7 +70,7 @@ class Geometry:
     def parameters(self) -> int:
         """All parameters."""
         norms = self.hidden * (2 * self.layers + 1) + self.layers * self.attention.norm
-        attention = self.layers * (self.attention.projection + self.attention.bias)
+        attention = self.layers * self.attention.projection
         router = self.moe_layers * self.hidden * (self.experts + self.zero_experts)
         shared = self.moe_layers * 3 * self.hidden * self.shared_width
         dense = (self.layers - self.moe_layers) * 3 * self.hidden * self.dense_width
@@ -104,87 +103,54 @@ class Geometry:
     @classmethod
     def from_config(cls, config: dict, name: str = "config.json") -> Geometry:
         """Build from the keys of a HF config; `name` is used in error messages."""
-        kind = config.get("model_type")
-        builder = _BUILDERS.get(kind)
-        if builder is None:
-            raise UserError(f"{name}: model_type {kind!r} is not known here; known: {', '.join(_BUILDERS)}")
-        try:
-            return builder(config)
-        except KeyError as key:
-            raise UserError(f"{name}: key {key} is missing; a {kind} config needs it") from None
+        return _geometry(read_architecture(config, name))
 
 
-def _zero_experts(config: dict) -> int:
-    return sum(config.get("zce_nums") or [])
-
-
-def _qwen3_moe(config: dict) -> Geometry:
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    head = config.get("head_dim") or hidden // heads
-    experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-    dense_only, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
-    sparse = [i for i in range(layers) if i not in dense_only and experts > 0 and (i + 1) % step == 0]
-    bias = (heads * head + 2 * groups * head + hidden) if config.get("attention_bias") else 0
+def _geometry(arch: Architecture) -> Geometry:
+    sizes, config = arch.megatron, arch.hf
+    sparse = sum(sizes["moe_layer_freq"])
     return Geometry(
-        model_type="qwen3_moe",
-        hidden=hidden,
-        layers=layers,
-        moe_layers=len(sparse),
-        dense_width=config["intermediate_size"],
-        experts=experts,
-        topk=config["num_experts_per_tok"],
-        expert_width=config["moe_intermediate_size"],
-        shared_width=0,
-        zero_experts=_zero_experts(config),
-        vocabulary=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention=Attention(
-            projection=2 * hidden * heads * head + 2 * hidden * groups * head,
-            bias=bias,
-            norm=2 * head,
-            per_key=2 * heads * head,
-            per_cached_key=2 * heads * head,
-            cache=2 * groups * head,
-        ),
+        model_type=config["model_type"],
+        hidden=sizes["hidden_size"],
+        layers=sizes["num_layers"],
+        moe_layers=sparse,
+        dense_width=sizes["ffn_hidden_size"],
+        experts=sizes["num_moe_experts"],
+        topk=sizes["moe_router_topk"],
+        expert_width=sizes["moe_ffn_hidden_size"],
+        shared_width=sizes.get("moe_shared_expert_intermediate_size") or 0,
+        zero_experts=arch.num_zero_experts,
+        vocabulary=arch.vocab_size,
+        tied=arch.tie_word_embeddings,
+        attention=_latent(sizes) if sizes.get("multi_latent_attention") else _grouped_query(sizes),
     )
 
 
-def _glm4_moe_lite(config: dict) -> Geometry:
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    latent, query_latent = config["kv_lora_rank"], config.get("q_lora_rank")
+def _grouped_query(sizes: dict) -> Attention:
+    hidden, head = sizes["hidden_size"], sizes["kv_channels"]
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    return Attention(
+        projection=2 * hidden * heads * head + 2 * hidden * groups * head,
+        norm=2 * head if sizes["qk_layernorm"] else 0,
+        per_key=2 * heads * head,
+        per_cached_key=2 * heads * head,
+        cache=2 * groups * head,
+    )
+
+
+def _latent(sizes: dict) -> Attention:
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    nope, rope, value = sizes["qk_head_dim"], sizes["qk_pos_emb_head_dim"], sizes["v_head_dim"]
+    latent, query_latent = sizes["kv_lora_rank"], sizes["q_lora_rank"]
     query_width = heads * (nope + rope)
     query = hidden * query_latent + query_latent * query_width if query_latent else hidden * query_width
-    bias = ((query_latent or 0) + latent + rope + hidden) if config.get("attention_bias") else 0
-    kinds = config.get("mlp_layer_types")
-    dense = kinds.count("dense") if kinds else config.get("first_k_dense_replace", 1)
-    experts = config["n_routed_experts"] if "n_routed_experts" in config else config["num_local_experts"]
-    return Geometry(
-        model_type="glm4_moe_lite",
-        hidden=hidden,
-        layers=layers,
-        moe_layers=layers - dense,
-        dense_width=config["intermediate_size"],
-        experts=experts,
-        topk=config["num_experts_per_tok"],
-        expert_width=config["moe_intermediate_size"],
-        shared_width=config["moe_intermediate_size"] * config.get("n_shared_experts", 1),
-        zero_experts=_zero_experts(config),
-        vocabulary=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention=Attention(
-            projection=query
-            + hidden * (latent + rope)
-            + latent * heads * (nope + value)
-            + heads * value * hidden,
-            bias=bias,
-            norm=latent + (query_latent or 0),
-            per_key=heads * (nope + rope + value),
-            per_cached_key=heads * (2 * latent + rope),
-            cache=latent + rope,
-        ),
+    return Attention(
+        projection=query
+        + hidden * (latent + rope)
+        + latent * heads * (nope + value)
+        + heads * value * hidden,
+        norm=latent + (query_latent or 0),
+        per_key=heads * (nope + rope + value),
+        per_cached_key=heads * (2 * latent + rope),
+        cache=latent + rope,
     )
-
-
-_BUILDERS = {"qwen3_moe": _qwen3_moe, "glm4_moe_lite": _glm4_moe_lite}

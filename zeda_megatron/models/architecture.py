@@ -1,4 +1,4 @@
-"""What the rest of the project knows of a model: read from an HF config, one registry line per architecture."""
+"""What the rest of the project knows of a model: read from an HF config, one registry word per architecture."""
 
 from __future__ import annotations
 
@@ -6,14 +6,37 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import UserError
-from . import glm4_moe_lite, qwen3_moe
+from . import glm4_moe_lite, mixtral, qwen3_moe
+from .weight_map import WeightMap
 
-_MODELS = (qwen3_moe, glm4_moe_lite)
-REGISTRY = {name: model for model in _MODELS for name in model.ARCHITECTURES}
-MODEL_TYPES = {name: model for model in _MODELS for name in model.MODEL_TYPES}
+
+class ModelFile(Protocol):
+    """What the file of an architecture defines."""
+
+    ARCHITECTURES: tuple[str, str]
+    """HF class of the static and of the dynamic model."""
+    MODEL_TYPES: tuple[str, str]
+    """`model_type` of transformers, and the one with zero experts that some published folders have."""
+    MODELING_FILE: str
+    """File of the dynamic model for transformers, in `serving/`; travels with exports."""
+    REQUIRED: dict[str, Any]
+    """Config keys that must have this value where they are given."""
+    WEIGHTS: WeightMap
+    """Hugging Face names <-> Megatron names."""
+
+    def refusal(hf: dict[str, Any]) -> str | None:
+        """What else of an HF config would not be followed, in words; None if nothing."""
+
+    def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of Megatron's `TransformerConfig` (`MLATransformerConfig` for latent attention)."""
+
+
+MODELS: tuple[ModelFile, ...] = (qwen3_moe, glm4_moe_lite, mixtral)
+REGISTRY = {name: model for model in MODELS for name in model.ARCHITECTURES}
+MODEL_TYPES = {name: model for model in MODELS for name in model.MODEL_TYPES}
 
 
 @dataclass(frozen=True)
@@ -55,10 +78,12 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
 
 
-def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
-    """Read an HF folder (or an already loaded config dict). Raises `UserError` for unknown architectures
-    and for settings that the Megatron model would not follow."""
-    where = "config" if isinstance(source, dict) else str(Path(source) / "config.json")
+def read_architecture(source: str | Path | dict[str, Any], where: str = "config") -> Architecture:
+    """Read an HF folder, or an already loaded config dict, which messages call `where`.
+
+    Raises `UserError` for unknown architectures and for settings that the Megatron model would not follow.
+    """
+    where = where if isinstance(source, dict) else str(Path(source) / "config.json")
     hf = source if isinstance(source, dict) else read_hf_config(source)
     name = (hf.get("architectures") or [""])[0]
     model = REGISTRY.get(name) or (MODEL_TYPES.get(hf.get("model_type", "")) if not name else None)
@@ -71,7 +96,7 @@ def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
         raise UserError(
             f"{where}: rope_type {rope.get('rope_type') or rope.get('type')!r} is not supported, only 'default'"
         )
-    for key, value in getattr(model, "REQUIRED", {}).items():
+    for key, value in model.REQUIRED.items():
         if hf.get(key, value) != value:
             raise UserError(f"{where}: {key} {hf[key]!r} is not supported, only {value!r}")
     try:

@@ -139,7 +139,6 @@ def build_gpt_model(
         block = apply_grouped_experts(block, expert_backend)
     else:
         zero.validate(config.num_moe_experts, config.moe_router_topk)
-        refuse_unserved(arch, zero)
         block = apply_zero_experts(block, zero, expert_backend)
     divisor = config.tensor_model_parallel_size
     model = ZedaGPTModel(
@@ -164,18 +163,6 @@ def build_gpt_model(
     if torch.cuda.is_available() and not next(model.parameters()).is_meta:
         model.cuda(torch.cuda.current_device())
     return model
-
-
-def refuse_unserved(arch: Architecture, zero: ZeroExpertConfig) -> None:
-    """Raise `UserError` for zero experts that this architecture's modeling file for transformers has not."""
-    if not arch.megatron.get("multi_latent_attention") or not zero.num_zero_experts:
-        return
-    for flag, value, known in (
-        ("--zero-expert-routing", zero.zero_expert_routing, "shared"),
-        ("--zero-experts-type", zero.zero_experts_type, "zero"),
-    ):
-        if value != known:
-            raise UserError(f"{flag} {value} is not supported for {arch.name}, only {known}")
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:

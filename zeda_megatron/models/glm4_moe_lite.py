@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash (glm4_moe_lite): Hugging Face config to Megatron config.
+"""GLM-4.7-Flash (glm4_moe_lite): config and weights, Hugging Face's and Megatron's.
 
 Routing: sigmoid scores, top-k by score + bias, weights = score / sum of the chosen ones, times
 `routed_scaling_factor`. A shared expert, dense first layers, latent attention with interleaved rotary embedding.
@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 
+from .common_weights import HF, IGNORED, MC, TIED, decoder
+from .weight_map import Direct, GateUp, ScoreBias, WeightMap
+
 ARCHITECTURES = ("Glm4MoeLiteForCausalLM", "Glm4MoeLitePlusPlusForCausalLM")
 MODEL_TYPES = ("glm4_moe_lite", "glm4_moe_lite_plus_plus")
+MODELING_FILE = "modeling_glm4_moe_lite_zero.py"
 REQUIRED = {
     "attention_bias": False,
     "hidden_act": "silu",
@@ -77,3 +81,37 @@ def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
         "moe_layer_freq": [int(kind == "sparse") for kind in kinds],
         "init_method_std": hf.get("initializer_range", 0.02),
     }
+
+
+_ATTENTION = {
+    # The last rows of kv_a_proj_with_mqa are the rotary part of the keys, on both sides.
+    "q_proj": "linear_q_proj",
+    "q_a_proj": "linear_q_down_proj",
+    "q_a_layernorm": "q_layernorm",
+    "q_b_proj": "linear_q_up_proj",
+    "kv_a_proj_with_mqa": "linear_kv_down_proj",
+    "kv_a_layernorm": "kv_layernorm",
+    "kv_b_proj": "linear_kv_up_proj",
+}
+
+WEIGHTS = WeightMap(
+    mappings=(
+        *decoder(),
+        *(
+            Direct(f"{HF}self_attn.{hf}.weight", f"{MC}self_attention.{ours}.weight")
+            for hf, ours in _ATTENTION.items()
+        ),
+        ScoreBias(HF + "mlp.gate.e_score_correction_bias", MC + "mlp.router.expert_bias"),
+        GateUp(
+            HF + "mlp.shared_experts.gate_proj.weight",
+            HF + "mlp.shared_experts.up_proj.weight",
+            MC + "mlp.shared_experts.linear_fc1.weight",
+        ),
+        Direct(
+            HF + "mlp.shared_experts.down_proj.weight",
+            MC + "mlp.shared_experts.linear_fc2.weight",
+        ),
+    ),
+    tied=TIED,
+    ignored=IGNORED,
+)

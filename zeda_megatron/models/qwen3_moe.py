@@ -1,4 +1,7 @@
-"""Qwen3-MoE: Hugging Face config to Megatron config."""
+"""Qwen3-MoE (30B-A3B, 235B-A22B, ...): config and weights, Hugging Face's and Megatron's.
+
+Grouped-query attention with norms on queries and keys; dense layers where the config has them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ from typing import Any
 
 import torch
 
+from .common_weights import HF, IGNORED, MC, QKV_PROJECTIONS, TIED, decoder
+from .weight_map import Direct, WeightMap
+
 ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen3MoePlusPlusForCausalLM")
 MODEL_TYPES = ("qwen3_moe", "qwen3_moe_plus_plus")
+MODELING_FILE = "modeling_qwen3_moe_zero.py"
 REQUIRED = {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
 """Config keys that must have this value where they are given; no published model has another."""
 
@@ -47,3 +54,15 @@ def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
         "moe_layer_freq": sparse,
         "init_method_std": hf.get("initializer_range", 0.02),
     }
+
+
+WEIGHTS = WeightMap(
+    mappings=(
+        *decoder(),
+        *QKV_PROJECTIONS,
+        Direct(HF + "self_attn.q_norm.weight", MC + "self_attention.q_layernorm.weight"),
+        Direct(HF + "self_attn.k_norm.weight", MC + "self_attention.k_layernorm.weight"),
+    ),
+    tied=TIED,
+    ignored=IGNORED,
+)

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
+from importlib import import_module
 
-from .modeling_qwen3_moe_zero import Qwen3MoePlusPlusForCausalLM
+from ..models.architecture import REGISTRY, read_architecture
 
 
-def load_qwen3_moe_zero(folder: str | os.PathLike, **kwargs) -> Qwen3MoePlusPlusForCausalLM:
-    """Load a Qwen3-MoE folder with zero experts; needs no `trust_remote_code`.
+def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
+    """Load a folder with zero experts as a transformers model; needs no `trust_remote_code`.
 
-    transformers does not know the authors' `model_type` (`qwen3_moe_plus_plus`) and would not merge the
-    per-expert weights; it is read as `qwen3_moe`. `kwargs` go to `from_pretrained`.
+    transformers does not know the authors' `model_type` (`qwen3_moe_plus_plus`) and would not merge the per-expert
+    weights; it is read as the native one. `kwargs` go to `from_pretrained`.
 
     Raises:
+        UserError: an unknown architecture.
         ValueError: the config asks for no zero experts, or for a kind that is not supported.
     """
-    from transformers import Qwen3MoeConfig
-
-    return _load(folder, Qwen3MoePlusPlusForCausalLM, Qwen3MoeConfig, kwargs)
-
-
-def load_glm4_moe_lite_zero(folder: str | os.PathLike, **kwargs):
-    """The same for GLM-4.7-Flash (`glm4_moe_lite_plus_plus` is read as `glm4_moe_lite`); transformers >= 5.23."""
-    from transformers import Glm4MoeLiteConfig
-
-    from .modeling_glm4_moe_lite_zero import Glm4MoeLitePlusPlusForCausalLM
-
-    return _load(folder, Glm4MoeLitePlusPlusForCausalLM, Glm4MoeLiteConfig, kwargs)
-
-
-def _load(folder, model: type, config_class: type, kwargs: dict):
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    config["model_type"] = config_class.model_type
-    return model.from_pretrained(folder, config=config_class.from_dict(config), **kwargs)
+    arch = read_architecture(folder)
+    model = REGISTRY[arch.name]
+    module = import_module(f".{model.MODELING_FILE.removesuffix('.py')}", __package__)
+    dynamic = getattr(module, model.ARCHITECTURES[1])
+    config = dynamic.config_class.from_dict(arch.hf | {"model_type": model.MODEL_TYPES[0]})
+    return dynamic.from_pretrained(folder, config=config, **kwargs)

@@ -1,0 +1,193 @@
+"""What every family's modeling file promises, with all kinds of zero experts."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from zeda_megatron.checkpoint.hf_config import dynamic_config, write_config
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.models.architecture import MODELS, REGISTRY
+from zeda_megatron.serving.load import load_zero_expert_model
+
+N, NZ, K = 8, 4, 3
+
+
+@dataclass(frozen=True)
+class Family:
+    fields: dict
+    make: object
+    """A drawn stock model."""
+    score: str = "softmax"
+    scale: float = 1.0
+
+
+FAMILIES = {
+    "qwen3_moe": Family(tiny.TINY, tiny.hf_model),
+    "glm4_moe_lite": Family(tiny.GLM, tiny.glm_model, "sigmoid", tiny.GLM["routed_scaling_factor"]),
+    "mixtral": Family(tiny.MIXTRAL, tiny.mixtral_model),
+}
+KINDS = {
+    "zero": ZeroExpertConfig(NZ),
+    "copy": ZeroExpertConfig(NZ, "copy"),
+    "learned": ZeroExpertConfig(NZ, "learned"),
+    "paired": ZeroExpertConfig(N, "zero", "paired"),
+}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def test_no_family_of_the_package_is_left_out():
+    assert set(FAMILIES) == {model.MODEL_TYPES[0] for model in MODELS}
+
+
+def write(folder, name, kind, **changes):
+    """A folder as an export writes it, without weights; returns the static config."""
+    family = FAMILIES[name]
+    static = AutoConfig.for_model(name, **family.fields).to_dict() | {
+        "architectures": family.fields["architectures"]
+    }
+    settings = {"zce_threshold": -1.0} if kind == "paired" else None
+    write_config(folder, dynamic_config(static, KINDS[kind], settings) | changes)
+    return static
+
+
+def make_model(folder, name, kind, experts="grouped_mm", **changes):
+    """The dynamic model, every weight drawn, loaded with the files that travel with a checkpoint."""
+    write(folder, name, kind, **changes)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, experts_implementation=experts)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for block in model.moe_blocks():
+        bias = getattr(block.gate, "e_score_correction_bias", None)
+        if bias is not None:
+            bias.normal_(std=0.2)
+    return model.eval()
+
+
+def definition(block, hidden_TH, residual_TH, family):
+    """Output [T, H] of the MoE layer with every expert on every token."""
+    gate, zero = block.gate, block.gate.zero
+    bias = getattr(gate, "e_score_correction_bias", None)
+    routed = tiny.dense_routing(hidden_TH @ gate.weight.t(), K, N, family.score, bias, family.scale)
+    weights_TN = routed.real_TN
+    if zero.terms is not None:
+        relative_TN = weights_TN.log() + hidden_TH @ gate.zero_weight.t() + gate.zero_bias
+        relative_TN = relative_TN - residual_TH.norm(dim=-1, keepdim=True).log()
+        weights_TN = torch.where(relative_TN >= gate.threshold, weights_TN, 0.0)
+    experts = list(zip(block.experts.gate_up_proj, block.experts.down_proj))
+    out_TH = tiny.dense_experts(hidden_TH, weights_TN, experts)
+    zero_TZ = routed.weights_TE[:, N:]
+    if zero.kind == "copy":
+        out_TH = out_TH + zero_TZ.sum(1, keepdim=True) * hidden_TH
+    if zero.kind == "learned":
+        out_TH = out_TH + zero_TZ @ gate.zero_bias
+    if block.shared_experts is not None:
+        out_TH = out_TH + block.shared_experts(hidden_TH)
+    return out_TH, int((weights_TN != 0).sum())
+
+
+def splitting_threshold(model, tokens) -> float:
+    """A threshold that every layer has scores on both sides of."""
+    for value in range(-9, 9):
+        model.set_zero_threshold(value)
+        model.reset_zero_share()
+        model(tokens)
+        if all(0.05 < share < 0.95 for share in model.zero_share()):
+            return float(value)
+    raise AssertionError("no such threshold")
+
+
+@every_family
+@every_kind
+@pytest.mark.parametrize("path", ["grouped_mm", "eager", "static"])
+@torch.no_grad()
+def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_path, name, kind, path):
+    model = make_model(tmp_path, name, kind, "eager" if path == "eager" else "grouped_mm")
+    tokens = torch.randint(1, 96, (2, 7))
+    if kind == "paired":
+        model.set_zero_threshold(splitting_threshold(model, tokens))
+    seen, rows = {}, []
+    layers = [layer for layer in model.model.layers if layer.mlp in model.moe_blocks()]
+    for layer in layers:
+        block, inner = layer.mlp, layer.mlp._experts
+        block.static_shapes = path == "static"
+        block._experts = lambda x, *rest, inner=inner: rows.append(x.shape[0]) or inner(x, *rest)
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda _m, args, _o, block=block: seen.update({(block, "residual"): args[0].reshape(-1, 32)})
+        )
+        block.register_forward_hook(
+            lambda block, args, out: seen.update({block: (args[0].reshape(-1, 32), out.reshape(-1, 32))})
+        )
+    model(tokens)
+    for layer in layers:
+        hidden_TH, out_TH = seen[layer.mlp]
+        expected_TH, real = definition(layer.mlp, hidden_TH, seen[layer.mlp, "residual"], FAMILIES[name])
+        assert (expected_TH - out_TH).abs().max() < 1e-5 * expected_TH.abs().max()
+        assert 0 < real < 14 * K
+        assert rows.pop(0) == (14 * K if path == "static" else real)
+
+
+@every_family
+@every_kind
+@torch.no_grad()
+def test_masked_model_is_the_stock_model_bit_for_bit(tmp_path, name, kind):
+    model, stock = make_model(tmp_path, name, kind), FAMILIES[name].make()
+    state = {key: value for key, value in model.state_dict().items() if ".gate.zero_" not in key}
+    for key, value in state.items():
+        if key.endswith(("mlp.gate.weight", "e_score_correction_bias")):
+            state[key] = value[:N]
+    stock.load_state_dict(state)
+    tokens = torch.randint(1, 96, (2, 11))
+    open_logits = model(tokens).logits
+    model.set_zero_mask(True)
+    stock.set_experts_implementation("grouped_mm")
+    assert torch.equal(model(tokens).logits, stock(tokens).logits)
+    assert not torch.equal(open_logits, stock(tokens).logits)
+
+
+@every_family
+@every_kind
+@torch.no_grad()
+def test_a_saved_model_brings_its_files_and_opens_again_bit_equal(tmp_path, name, kind):
+    model = make_model(tmp_path / "first", name, kind)
+    tokens = torch.randint(1, 96, (1, 8))
+    model.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    assert type(again).__module__.startswith("transformers_modules")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    # The package's own classes read it too, and without remote code.
+    assert torch.equal(load_zero_expert_model(tmp_path / "second")(tokens).logits, model(tokens).logits)
+
+
+@every_family
+@torch.no_grad()
+def test_the_authors_model_type_is_read_as_the_native_one(tmp_path, name):
+    model = make_model(tmp_path / "first", name, "zero")
+    model.save_pretrained(tmp_path / "second")
+    path = tmp_path / "second" / "config.json"
+    theirs = REGISTRY[FAMILIES[name].fields["architectures"][0]].MODEL_TYPES[1]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": theirs}))
+    tokens = torch.randint(1, 96, (1, 8))
+    assert torch.equal(load_zero_expert_model(tmp_path / "second")(tokens).logits, model(tokens).logits)
+
+
+@every_family
+@every_kind
+@torch.no_grad()
+def test_greedy_answers_with_cache_and_left_padding_equal_those_without(tmp_path, name, kind):
+    model = make_model(tmp_path, name, kind)
+    prompt = torch.randint(1, 96, (1, 6))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
+    mask = (torch.arange(9) >= 3).long()[None]
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    made = model.generate(padded, attention_mask=mask, **options)[:, 3:]
+    expected = prompt
+    for _ in range(8):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(made, expected)

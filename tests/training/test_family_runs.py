@@ -1,0 +1,116 @@
+"""Whole runs of the other families in one process: what was trained opens in transformers, score biases stay."""
+
+import json
+
+import pytest
+import tiny
+import tiny_world
+import torch
+from safetensors.torch import load_file
+
+from zeda_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from zeda_megatron.evaluation.models import load_model
+from zeda_megatron.moe.stats import routers
+from zeda_megatron.runtime.process_groups import ParallelConfig
+from zeda_megatron.serving.load import load_zero_expert_model
+from zeda_megatron.training.fit import FitOptions, HeadFit
+
+pytestmark = pytest.mark.usefixtures("one_process")
+BIAS = "e_score_correction_bias"
+PAIRED = {"moe_router_load_balancing_type": "none"}
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory):
+    return tiny_world.make_world(tmp_path_factory.mktemp("glm"), tiny.glm_model)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    return tiny_world.make_world(tmp_path_factory.mktemp("mixtral"), tiny.mixtral_model)
+
+
+def exported(checkpoint, template, out):
+    megatron_to_hf(checkpoint, template, out)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"bf16": True},
+        {"recompute_granularity": "full"},
+        {"stage": "2", "global_batch_size": 10, "samples_per_prompt": 2, "routing_replay": True},
+    ],
+    ids=["stage 1", "bf16", "recompute", "stage 2 replay"],
+)
+def test_training_moves_weights_and_zero_share_but_no_score_bias(glm, tmp_path, flags):
+    before = exported(glm.dynamic, glm.hf, tmp_path / "before")
+    run = tiny_world.start(glm, save=tmp_path / "run", train_iters=3, **flags)
+    still = run.teacher.weight_hash()
+    assert run.run() == 0 and run.teacher.weight_hash() == still
+    metrics = tiny_world.read_metrics(tmp_path / "run")
+    assert all(line["zero_share_by_layer"][0] is None for line in metrics)
+    assert all(0 < line["zero_share"] < 1 for line in metrics)
+    after = exported(tmp_path / "run", glm.hf, tmp_path / "after")
+    assert before.keys() == after.keys()
+    biases = [key for key in before if key.endswith(BIAS)]
+    assert len(biases) == 2
+    for key in biases:
+        assert after[key].dtype == torch.float32 and torch.equal(before[key], after[key])
+    assert not torch.equal(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
+
+
+def fit(world, out, target):
+    """Heads of paired zero experts; half of the picks go to them."""
+    paths = {
+        "pretrained_checkpoint": str(world.static),
+        "data_path": [str(world.rollouts)],
+        "save": str(out),
+    }
+    options = FitOptions(**paths, fit_rows=5, held_out_rows=2, seq_length=128, fit_target=target)
+    options.validate(ParallelConfig())
+    assert HeadFit(options, ParallelConfig()).run() == 0
+    return json.loads((out / "fit.json").read_text())
+
+
+def assert_same_logits_in_transformers(world, run, folder):
+    exported(run, world.hf, folder)
+    tokens = torch.randint(0, 272, (2, 15), generator=torch.Generator().manual_seed(1))
+    model = load_model(run).chunk
+    assert len(routers(model)) == 2
+    with torch.no_grad():
+        ours = model(tokens, torch.arange(15).expand_as(tokens), None)
+        dynamic = load_zero_expert_model(folder)
+        theirs = dynamic(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert all(0 < share < 1 for share in dynamic.zero_share())
+
+
+@pytest.mark.parametrize("name", ["glm", "mixtral"])
+def test_a_trained_model_has_the_same_logits_in_transformers(name, tmp_path, request):
+    world = request.getfixturevalue(name)
+    tiny_world.start(world, save=tmp_path / "run", train_iters=2).run()
+    assert_same_logits_in_transformers(world, tmp_path / "run", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("target", ["norm", "effect"])
+@pytest.mark.parametrize("name", ["glm", "mixtral"])
+def test_paired_zero_experts_are_fitted_trained_and_exported(name, target, tmp_path, request):
+    world = request.getfixturevalue(name)
+    report = fit(world, tmp_path / "fitted", target)
+    assert report["zero_share"] == pytest.approx(0.5, abs=0.01)
+    flags = {"pretrained_checkpoint": tmp_path / "fitted", "target_zero_share": 0.5, **PAIRED}
+    tiny_world.start(world, save=tmp_path / "run", train_iters=3, **flags).run()
+    metrics = tiny_world.read_metrics(tmp_path / "run")
+    assert all(0 < line["zero_share"] < 1 for line in metrics)
+    assert_same_logits_in_transformers(world, tmp_path / "run", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", ["copy", "learned"])
+def test_other_kinds_of_zero_experts_are_trained_and_exported(kind, glm, tmp_path):
+    hf_to_megatron(glm.hf, tmp_path / "start", num_zero_experts=4, zero_experts_type=kind)
+    flags = {"pretrained_checkpoint": tmp_path / "start", "zero_experts_type": kind}
+    tiny_world.start(glm, save=tmp_path / "run", train_iters=2, **flags).run()
+    assert_same_logits_in_transformers(glm, tmp_path / "run", tmp_path / "hf")

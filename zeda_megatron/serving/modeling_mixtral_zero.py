@@ -1,0 +1,40 @@
+"""Mixtral with zero experts for transformers >= 5.0; travels with checkpoints, with the two files it imports.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+Routing: softmax over the K best logits. Keys of config.json: see `zero_expert_routing`. `model_type` stays `mixtral`,
+so that transformers merges the per-expert weights on loading as for the stock model. The stock block's noise on inputs
+while training (`router_jitter_noise`, 0 in published models) is left out.
+
+transformers looks for the text `@use_experts_implementation` in this file before it lets a user choose
+`experts_implementation`: here "eager" means a loop over experts, everything else one grouped product.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralForCausalLM,
+    MixtralSparseMoeBlock,
+    MixtralTopKRouter,
+)
+
+from .zero_expert_model import ZeroExpertModel
+from .zero_expert_routing import ZeroExpertRouting
+
+
+class ZeroExpertRouter(ZeroExpertRouting, MixtralTopKRouter):
+    """Mixtral's router over real and zero experts."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.add_zero_experts(config, config.num_local_experts)
+
+    def _pick(self, logits_TE):
+        weights, ids = torch.topk(F.softmax(logits_TE.float(), dim=-1), self.top_k, dim=-1)
+        return weights / weights.sum(dim=-1, keepdim=True), ids
+
+
+class MixtralPlusPlusForCausalLM(ZeroExpertModel, MixtralForCausalLM):
+    """Stock Mixtral whose MoE blocks skip zero experts; `ValueError` for a config that makes no sense."""
+
+    MOE_BLOCK, ROUTER, NUM_EXPERTS = MixtralSparseMoeBlock, ZeroExpertRouter, "num_local_experts"
