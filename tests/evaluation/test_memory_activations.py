@@ -34,6 +34,9 @@ GLM = tiny.GLM | dict(
     moe_intermediate_size=48,
     max_position_embeddings=TOKENS,
 )
+MIXTRAL = tiny.MIXTRAL | dict(
+    hidden_size=64, intermediate_size=48, head_dim=16, max_position_embeddings=TOKENS
+)
 RECOMPUTE = {
     None: {},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -42,6 +45,8 @@ RECOMPUTE = {
 
 
 def architecture(config: dict, layers: int, dense: int):
+    if config is MIXTRAL:
+        return read_architecture(config | {"num_hidden_layers": layers})
     if config is QWEN:
         return read_architecture(config | {"num_hidden_layers": layers, "mlp_only_layers": [*range(dense)]})
     return read_architecture(config | {"num_hidden_layers": layers, "first_k_dense_replace": dense})
@@ -80,9 +85,12 @@ def saved_bytes(arch, recompute) -> tuple[list[int], float]:
     return [after - before for before, after in zip(sizes, sizes[1:])], share
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["experts", "dense"])
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
-@pytest.mark.parametrize("config", [QWEN, GLM], ids=["qwen", "glm"])
+@pytest.mark.parametrize(
+    ("config", "dense"),
+    [(QWEN, False), (QWEN, True), (GLM, False), (GLM, True), (MIXTRAL, False)],
+    ids=["qwen", "qwen dense", "glm", "glm dense", "mixtral"],
+)
 def test_what_a_layer_keeps_is_near_the_estimate(config, recompute, dense):
     """Within 5%; with full recomputation exactly, the layer's input."""
     layer = Layer.of(architecture(config, 4, 2), ParallelConfig(), ZERO, 4, local=True)

@@ -16,6 +16,7 @@ MODELS = {
     "odd": tiny.TINY
     | {"num_hidden_layers": 4, "mlp_only_layers": [0], "tie_word_embeddings": True, "vocab_size": 97},
     "glm": tiny.GLM | {"num_hidden_layers": 4},
+    "mixtral": tiny.MIXTRAL | {"num_hidden_layers": 4},
 }
 SHARDED = ["--use-distributed-optimizer"]
 FEW = {
@@ -53,8 +54,6 @@ FOUR = {
     ],
     "dp4 sharded": SHARDED,
 }
-UNSERVED = {("glm", "paired"), ("glm", "learned")}
-"""Zero experts that GLM does not have."""
 
 
 def read_options(folder: Path, model: str, flags: list[str]):
@@ -119,11 +118,10 @@ def work(rank: int, world: int, folder: Path, layouts: dict) -> None:
     made = {}
     for model in MODELS:
         for layout, flags in layouts.items():
-            if (model, layout) not in UNSERVED:
-                options = read_options(folder, model, flags)
-                initialize(options.parallel)
-                made[f"{model}, {layout}"] = allocated(options)
-                parallel_state.destroy_model_parallel()
+            options = read_options(folder, model, flags)
+            initialize(options.parallel)
+            made[f"{model}, {layout}"] = allocated(options)
+            parallel_state.destroy_model_parallel()
     (folder / f"{rank}.json").write_text(json.dumps(made))
     torch.distributed.destroy_process_group()
 

@@ -81,9 +81,13 @@ class Layer:
             inside = heads * (2 * (fields["qk_head_dim"] + rotary) + value + value * (1 + self.local))
         else:
             groups, rotary = fields["num_query_groups"] / tp, fields["kv_channels"]
-            norms = heads + (heads + 2 * groups) + self.local * (heads + groups)
-            seen = 2 * heads if self.local else groups  # values lie in the projection's output
-            latents, inside = 0, (norms + heads + seen + heads * (1 + self.local)) * rotary
+            normed = fields["qk_layernorm"]
+            # The projection's output is kept by the norm of the keys, or because values lie in it.
+            projected = heads + 2 * groups if normed or not self.local else 0
+            norms = heads + self.local * (heads + groups) if normed else 0
+            keys = 2 * heads if self.local else groups
+            inside = (projected + norms + heads + keys + heads * (1 + self.local)) * rotary
+            latents = 0
         split = self.norm * self.hidden + latents
         inside += 4 * rotary
         return (tokens * split + tokens * tp * inside) * self.width + 4 * tokens * tp * heads

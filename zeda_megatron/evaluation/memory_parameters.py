@@ -88,7 +88,7 @@ def attention(fields: dict, tp: int) -> int:
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if not fields.get("multi_latent_attention"):
         groups, head = fields["num_query_groups"], fields["kv_channels"]
-        return hidden * (2 * heads + 2 * groups) * head // tp + 2 * head
+        return hidden * (2 * heads + 2 * groups) * head // tp + (2 * head if fields["qk_layernorm"] else 0)
     nope, rope, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
     latent, query_latent = fields["kv_lora_rank"], fields["q_lora_rank"]
     query = heads * (nope + rope) // tp
