@@ -1,4 +1,5 @@
-"""Writes the table of docs/parallelism.md: `python tests/distributed/parity_table.py [--out FILE] [--only a,b]`.
+"""Writes the table of docs/parallelism.md: `python tests/distributed/parity_table.py [--out FILE]`, or a part of it,
+`--only a,b --update` (without `--update` it is printed alone).
 
 Every row is a run of its own on CPU + gloo, three optimizer steps, compared with the same run in one process.
 """

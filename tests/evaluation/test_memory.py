@@ -17,9 +17,10 @@ from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.distill.answering_pass import AnsweringPass, answering
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.memory_activations import Layer
+from zeda_megatron.evaluation.memory_command import read_command
 from zeda_megatron.evaluation.memory_parameters import stage_parameters
 from zeda_megatron.evaluation.memory_phases import Shapes, answers, loss_bytes, student_pass, teacher_pass
-from zeda_megatron.evaluation.memory_sheet import main, memory_sheet, read_command
+from zeda_megatron.evaluation.memory_sheet import main, memory_sheet
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.ops.vocab_kl import fused_distill_loss
