@@ -23,6 +23,7 @@ def memory_sheet(command: Command) -> dict:
         "gpu_memory": limit,
         "stages": [_stage(stage) for stage in stages],
         "worst_stage": peak.stage,
+        "worst_stage_at_worst_load": worst.stage,
         "total": even,
         "total_at_worst_load": uneven,
         "verdict": fits,
@@ -47,7 +48,7 @@ def format_sheet(command: Command, sheet: dict) -> str:
     """The dict of `memory_sheet` as a table for the terminal."""
     model, parallel, data = command.options.model, command.options.parallel, command.options.data
     number = sheet["worst_stage"]
-    stage, about = sheet["stages"][number], command.about
+    other, stage, about = sheet["worst_stage_at_worst_load"], sheet["stages"][number], command.about
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
         "PP": parallel.pipeline_model_parallel_size,
@@ -73,7 +74,8 @@ def format_sheet(command: Command, sheet: dict) -> str:
     out += [
         f"  {'reserve':34}{stage['reserve'][0]:12.2f}{stage['reserve'][1]:12.2f}",
         f"  {'in all, at the peak':34}{sheet['total']:12.2f}{sheet['total_at_worst_load']:12.2f}",
-        f"{sheet['verdict']} ({about.gpu_memory:g} GiB)",
+        f"{sheet['verdict']} ({about.gpu_memory:g} GiB)"
+        + ("" if other == number else f"; at the worst load stage {other + 1} needs most"),
     ]
     for change in sheet["changes"][:6]:
         left = "fits at even load" if change["fits"] else "not enough alone"
