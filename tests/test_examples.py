@@ -1,7 +1,6 @@
 """What the examples and documents tell a user to type is understood by the programs they name."""
 
 import contextlib
-import importlib.util
 import io
 import re
 import runpy
@@ -12,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.arguments import parse
+from zeda_megatron.data import step_plan as plan
 from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation.memory_command import read_command
+from zeda_megatron.evaluation.memory_sheet import COLUMNS, markdown_row, memory_sheet
+from zeda_megatron.models.architecture import read_architecture
+from zeda_megatron.models.build import check_layout
 from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +87,9 @@ def test_every_documented_command_is_understood(words, monkeypatch):
         if real or not placeholder:
             parse(arguments, GROUPS)
         return
+    if file == "tools/memory.py":
+        read_command(arguments)
+        return
     flags = {a.split("=")[0] for a in arguments if a.startswith("--")}
     command = arguments[:1] if file == "tools/checkpoint_convert.py" else []
     known = set(re.findall(r"--[a-z][\w-]*", help_text(file, command)))
@@ -101,25 +108,48 @@ def help_text(file: str, command: list[str]) -> str:
     return said.getvalue()
 
 
-def test_the_walk_of_the_large_example_is_complete():
-    """Convert, stages 0, 1 and 2, export, each with the flags it cannot do without."""
-    page = (ROOT / "examples/qwen3_30b_a3b/README.md").read_text()
+LARGE = ("qwen3_30b_a3b", "glm_4_7_flash")
+
+
+@pytest.mark.parametrize("example", LARGE)
+def test_the_walk_of_a_large_example_is_complete(example):
+    """Convert, stages 0, 1 and 2, export, each with the flags it cannot do without; lines for Slurm."""
+    page = (ROOT / "examples" / example / "README.md").read_text()
     steps = [program(words) for words in commands(page, False) if program(words)]
     order = [arguments[0] if file.startswith("tools/check") else file for file, arguments in steps]
-    plan = "examples/qwen3_30b_a3b/plan.py"
-    walk = ["hf-to-megatron", "verify", LAUNCH, plan, LAUNCH, LAUNCH, "megatron-to-hf"]
+    walk = ["hf-to-megatron", "verify", LAUNCH, "tools/plan.py", LAUNCH, LAUNCH, "megatron-to-hf"]
     assert order[: len(walk)] == walk
+    arch = read_architecture(ROOT / "examples" / example)
     for file, arguments in steps:
         if file == LAUNCH:
             options = Options(**parse(without_variables(arguments), GROUPS))
             options.validate()
+            check_layout(arch, options.parallel)
             assert options.model.pretrained_checkpoint
             assert options.model.stage == "0" or options.run.save
             assert options.model.stage != "2" or options.distill.teacher_load
+    assert any(words[0] == "srun" for words in commands(page, False))
 
 
-def test_the_papers_stage_1_is_what_the_file_says():
-    options = Options(**parse(["--config", str(ROOT / "examples/qwen3_30b_a3b/stage1.yaml")], GROUPS))
+@pytest.mark.parametrize("example", LARGE)
+def test_the_memory_table_is_what_the_tool_prints(example):
+    page = (ROOT / "examples" / example / "README.md").read_text()
+    table = page.split("<!-- memory table: begin -->")[1].split("<!-- memory table: end -->")[0]
+    rows = [re.match(r"\| (\d+) × (\d+) GB \| `(.*?)` \| (.*) \|$", line) for line in table.split("\n")]
+    rows = [row.groups() for row in rows if row]
+    assert {(gpus, size) for gpus, size, *_ in rows} == {("8", "80"), ("16", "80"), ("8", "141")}
+    for gpus, size, words, cells in rows:
+        file, *flags = words.split()
+        config = str(ROOT / "examples" / example / file)
+        command = read_command(["--hf", str(ROOT / "examples" / example), "--config", config, *flags])
+        assert (command.about.gpus, command.about.gpu_memory) == (int(gpus), int(size) - 1)
+        assert markdown_row(memory_sheet(command)) == cells, words
+        assert cells.count("|") == len(COLUMNS)
+
+
+@pytest.mark.parametrize("example", LARGE)
+def test_the_papers_stage_1_is_what_the_file_says(example):
+    options = Options(**parse(["--config", str(ROOT / "examples" / example / "stage1.yaml")], GROUPS))
     optimizer, model = options.optimizer, options.model
     assert (optimizer.lr, optimizer.min_lr, optimizer.lr_warmup_fraction) == (2e-5, 0.0, 0.1)
     assert (optimizer.weight_decay, optimizer.adam_beta1, optimizer.adam_beta2) == (0.1, 0.9, 0.98)
@@ -128,8 +158,9 @@ def test_the_papers_stage_1_is_what_the_file_says():
     assert optimizer.train_iters == -(-60_000 // 128)
 
 
-def test_the_papers_stage_2_is_what_the_file_says():
-    options = Options(**parse(["--config", str(ROOT / "examples/qwen3_30b_a3b/stage2.yaml")], GROUPS))
+@pytest.mark.parametrize("example", LARGE)
+def test_the_papers_stage_2_is_what_the_file_says(example):
+    options = Options(**parse(["--config", str(ROOT / "examples" / example / "stage2.yaml")], GROUPS))
     assert (options.optimizer.train_iters, options.optimizer.global_batch_size) == (321, 16 * 2)
     generate = options.generate
     assert (generate.samples_per_prompt, generate.max_new_tokens, generate.temperature) == (2, 32768, 1.0)
@@ -145,9 +176,6 @@ def test_this_check_sees_a_wrong_command(line):
 
 def test_plan_counts_rows_as_training_packs_them(tmp_path, capsys, monkeypatch):
     """Eight conversations of one length, three to a row of 80 tokens: three rows."""
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "examples/qwen3_30b_a3b/plan.py")
-    plan = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plan)
 
     class Letters:
         pad_id = 0

@@ -20,6 +20,7 @@ LAYOUTS = {
     "tp2 ep2": dict(tensor_model_parallel_size=2, expert_model_parallel_size=2),
     "tp2 etp2": dict(tensor_model_parallel_size=2, expert_tensor_parallel_size=2),
     "pp2": dict(pipeline_model_parallel_size=2),
+    "pp2 3+1": dict(pipeline_model_parallel_size=2, decoder_last_pipeline_num_layers=1),
 }
 FOUR = {
     "tp2 ep2 pp2": dict(

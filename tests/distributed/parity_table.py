@@ -1,4 +1,5 @@
-"""Writes the table of docs/parallelism.md: `python tests/distributed/parity_table.py [--out FILE] [--only a,b]`.
+"""Writes the table of docs/parallelism.md: `python tests/distributed/parity_table.py [--out FILE]`, or a part of it,
+`--only a,b --update` (without `--update` it is printed alone).
 
 Every row is a run of its own on CPU + gloo, three optimizer steps, compared with the same run in one process.
 """
@@ -29,6 +30,7 @@ WORLDS = {
     "plain": "",
     "odd": "first layer dense, tied LM head",
     "deep": "four layers",
+    "six": "six layers",
     "aligned": "",
     "aligned paired": "paired",
     "ce": "cross-entropy",
@@ -52,9 +54,11 @@ WORLDS = {
     "stage 2 replay odd": "stage 2, routing replay, first layer dense, tied LM head",
     "glm": "GLM",
     "glm aligned": "GLM",
-    "stage 2 glm": "GLM, stage 2, reverse KL",
-    "stage 2 glm aligned": "GLM, stage 2, reverse KL",
-    "stage 2 replay glm": "GLM, stage 2, routing replay",
+    "stage 2 glm": "stage 2, GLM, reverse KL",
+    "stage 2 glm aligned": "stage 2, GLM, reverse KL",
+    "stage 2 replay glm": "stage 2, GLM, routing replay",
+    "glm deep": "GLM, four layers",
+    "stage 2 glm deep": "stage 2, GLM, four layers",
     "evaluated": "held-out rows",
     "evaluated deep": "held-out rows, four layers",
     "evaluated aligned": "held-out rows",
@@ -85,6 +89,9 @@ def layout_of(case: dict) -> str:
 
 def note_of(case: dict) -> str:
     words = [WORLDS[case["world"]]]
+    words += [
+        f"{case['layout'][end]} on the {end} stage" for end in ("first", "last") if end in case["layout"]
+    ]
     words += [FLAGS[key].format(value) for key, value in case["flags"].items() if key in FLAGS]
     return ", ".join(filter(None, words)) or "forward KL"
 
@@ -96,12 +103,22 @@ def row_of(case: dict, found: dict[str, float]) -> str:
     )
 
 
+def merged(cases: list[dict], rows: list[str], written: list[str]) -> list[str]:
+    """New rows, and written ones where there is none new, in the order of the cases."""
+    heads = [f"| {layout_of(case)} | {note_of(case)} |" for case in cases]
+    found = {row.rsplit("|", 5)[0] + "|": row for row in [*written, *rows] if row.startswith("|")}
+    return [found[head] for head in heads if head in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "parallelism.md")
     parser.add_argument("--only", help="comma-separated names of cases; prints the rows and writes nothing")
+    parser.add_argument(
+        "--update", action="store_true", help="with --only: write these rows, keep the others"
+    )
     options = parser.parse_args()
-    cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
+    every = cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
     if options.only:
         cases = [case for case in cases if case["name"] in options.only.split(",")]
     initialize(ParallelConfig())
@@ -115,13 +132,15 @@ def main() -> None:
             _, made = runs(case["name"])
             rows.append(row_of(case, differences(case, made, worlds, alone)))
             print(rows[-1], flush=True)
-    if options.only:
+    if options.only and not options.update:
         return
     head = "| layout | run | loss | gradient norm | gradients | weights |\n|---|---|---|---|---|---|"
     about = f"megatron-core {version('megatron-core')}, torch {version('torch')}, fp32, gloo."
     text = options.out.read_text()
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    written, after = rest.split(END)
+    if options.update:
+        rows = merged(every, rows, written.splitlines())
     table = "\n".join([head, *rows])
     options.out.write_text(f"{before}{BEGIN}\n{about}\n\n{table}\n{END}{after}")
 

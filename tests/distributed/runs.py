@@ -54,9 +54,13 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     deep = tiny_world.make_world(folder / "deep", num_hidden_layers=4)
     # Latent attention; with two layers the first pipeline stage has no MoE layer.
     glm = tiny_world.make_world(folder / "glm", tiny.glm_model, num_hidden_layers=2)
-    special = {"odd": odd, "deep": deep, "paired": with_heads, "glm": glm}
+    glm_deep = tiny_world.make_world(folder / "glm deep", tiny.glm_model, num_hidden_layers=4)
+    six = tiny_world.make_world(folder / "six", num_hidden_layers=6)
+    special = {"odd": odd, "deep": deep, "six": six, "paired": with_heads, "glm": glm}
 
     def of(name: str) -> tiny_world.World:
+        if {"glm", "deep"} <= set(name.split()):
+            return glm_deep
         return next((world for word, world in special.items() if word in name.split()), plain)
 
     return {name: of(name) for name in WORLD_FLAGS}

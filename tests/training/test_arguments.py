@@ -162,6 +162,11 @@ def test_help_shows_text_and_default_of_every_flag(capsys):
         ),
         (["--context-parallel-size", "2", "--pad-seq-to-mult", "6"], ["--pad-seq-to-mult"]),
         (["--virtual-pipeline-model-parallel-size", "2"], ["--virtual-pipeline-model-parallel-size"]),
+        (["--decoder-last-pipeline-num-layers", "1"], ["--decoder-last-pipeline-num-layers 1", "above 1"]),
+        (
+            ["--decoder-first-pipeline-num-layers", "0", "--pipeline-model-parallel-size", "2"],
+            ["--decoder-first-pipeline-num-layers 0", "at least 1"],
+        ),
         (["--teacher-schedule", "behind"], ["--teacher-schedule"]),
         (["--tensor-model-parallel-size", "2", "--seq-length", "33"], ["--seq-length 33", "2"]),
         (["--save-interval", "-1"], ["--save-interval -1"]),

@@ -81,10 +81,9 @@ class KVSlots:
         """Drop all rows but these."""
         index = torch.tensor(rows)
         self.context.max_batch_size = len(rows)
-        self.context.key_value_memory_dict = {
-            layer: tuple(part[:, index.to(part.device)] for part in parts)
-            for layer, parts in self.context.key_value_memory_dict.items()
-        }
+        memory = self.context.key_value_memory_dict
+        for layer, parts in memory.items():  # one after the other: never two caches at a time
+            memory[layer] = tuple(part[:, index.to(part.device)] for part in parts)
         self.starts_B = self.starts_B[index]
 
     def _seen(self) -> int:

@@ -18,6 +18,7 @@ from ..moe.spec import apply_grouped_experts, apply_zero_experts
 from ..runtime.process_groups import ParallelConfig
 from .architecture import Architecture
 from .layer_spec import decoder_block_spec, has_transformer_engine
+from .pipeline_split import stage_sizes
 
 
 class ZedaGPTModel(GPTModel):
@@ -60,6 +61,8 @@ def transformer_config(
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_stages,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
         # Between two ranks the interleaved schedule has two messages under way: batched, they get mixed up silently.
         "overlap_p2p_comm": parallel.virtual_stages is not None,
         "context_parallel_size": parallel.context_parallel_size,
@@ -92,8 +95,8 @@ def transformer_config(
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Raise `UserError` if a parallel size does not divide what it splits."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    """Raise `UserError` if a parallel size does not divide what it splits, or no layers are left for a stage."""
+    tp = parallel.tensor_model_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     fields = arch.megatron
     for flag, size, what, whole in (
@@ -106,18 +109,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
             "channels of the shared expert",
             fields.get("moe_shared_expert_intermediate_size"),
         ),
-        ("--pipeline-model-parallel-size", pp, "layers", fields["num_layers"]),
-        (
-            "--pipeline-model-parallel-size x --virtual-pipeline-model-parallel-size",
-            pp * parallel.virtual_pipeline_model_parallel_size,
-            "layers",
-            fields["num_layers"],
-        ),
         ("--expert-model-parallel-size", ep, "experts", fields["num_moe_experts"]),
         ("--expert-tensor-parallel-size", etp, "channels of an expert", fields["moe_ffn_hidden_size"]),
     ):
         if whole and whole % size:
             raise UserError(f"{flag} {size} does not divide the model's {whole} {what}")
+    stage_sizes(fields["num_layers"], parallel)
 
 
 def build_gpt_model(

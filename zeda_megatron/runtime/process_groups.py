@@ -27,6 +27,12 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = 1
     """Groups of layers per pipeline rank (interleaved schedule)."""
 
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage. None: as many as the other stages."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage. None: as many as the other stages."""
+
     context_parallel_size: int = 1
     """Context parallelism (sequence split inside attention)."""
 
@@ -70,7 +76,7 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
     if not minutes > 0:
         raise UserError(f"--distributed-timeout-minutes {minutes:g} must be above 0")
     for name, size in vars(parallel).items():
-        if size < 1 and name.endswith("_size"):
+        if name.endswith("_size") and size < 1:
             raise UserError(f"--{name.replace('_', '-')} {size} must be at least 1")
     rank, world, local = _place()
     expert_size = (

@@ -215,3 +215,8 @@ class Options:
             raise UserError(
                 f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size above 1"
             )
+        for place in ("first", "last"):
+            layers = getattr(parallel, f"decoder_{place}_pipeline_num_layers")
+            if layers is not None and (stages < 2 or layers < 1):
+                need = "must be at least 1" if stages > 1 else "needs --pipeline-model-parallel-size above 1"
+                raise UserError(f"--decoder-{place}-pipeline-num-layers {layers} {need}")

@@ -1,7 +1,4 @@
-#!/usr/bin/env python
-"""How many packed rows make a step of 128 conversations, and how many steps make an epoch.
-
-    python examples/qwen3_30b_a3b/plan.py --data-path ROLLOUTS.jsonl --tokenizer-model HF_FOLDER
+"""How many packed rows make a step of 128 conversations, and how many steps make an epoch: tools/plan.py.
 
 Prints the flags for launch/pretrain_zeda.sh. Packs exactly as the training does (same --seq-length, same --seed).
 """
@@ -11,33 +8,32 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from zeda_megatron.data.conversation import tokenize_rollouts
-from zeda_megatron.data.packing import PackedDataset
-from zeda_megatron.data.prompts import load_rollouts
-from zeda_megatron.data.tokenizers import load_tokenizer
-from zeda_megatron.errors import run_main
+from .conversation import tokenize_rollouts
+from .packing import PackedDataset
+from .prompts import load_rollouts
+from .tokenizers import load_tokenizer
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-path", required=True, nargs="+", metavar="FILE", help="rollout files (jsonl)")
     parser.add_argument("--tokenizer-model", required=True, metavar="DIR", help="HF folder of the model")
     parser.add_argument("--seq-length", type=int, default=65536, help="tokens of a row")
     parser.add_argument("--conversations", type=int, default=128, help="conversations a step")
-    parser.add_argument("--data-parallel-size", type=int, default=2, help="GPUs / tensor / pipeline size")
+    parser.add_argument(
+        "--data-parallel-size", type=int, default=2, help="GPUs / tensor / pipeline / context size"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the data order")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
+    """Entry point of tools/plan.py."""
     args = parse()
     tokenizer = load_tokenizer(args.tokenizer_model)
     name = ", ".join(args.data_path)
@@ -56,7 +52,3 @@ def main() -> int:
     )
     print(f"--global-batch-size {batch} --train-iters {math.ceil(rows / batch)}")
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

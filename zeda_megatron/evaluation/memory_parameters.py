@@ -1,0 +1,124 @@
+"""How many parameters one GPU holds: exact counts of every pipeline stage on a parallel layout, from the config alone.
+
+A layer's parts: attention, norms, router, shared expert and dense MLP (`dense`: their gradients are summed over all
+data- and context-parallel ranks), and the real experts of this rank (`expert`: over the ranks that hold the same ones).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..config import ZeroExpertConfig
+from ..models.architecture import Architecture
+from ..models.pipeline_split import stage_layers
+from ..runtime.process_groups import ParallelConfig
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters (numbers, not bytes) of one rank of a pipeline stage."""
+
+    layers: int
+    """Decoder layers of the stage."""
+    moe_layers: int
+    """Those of them that have experts."""
+    dense: int
+    """All but the real experts."""
+    expert: int
+    """The real experts of this rank."""
+    router: int
+    """Part of `dense`: everything under `.router.`, which `--trainable router` trains."""
+    paired: int
+    """Part of `router`: heads of paired zero experts, frozen unless `--paired-head-lr` is given."""
+    head: int
+    """Part of `dense`: rows of the LM head; 0 before the last stage."""
+    largest_layer: int
+    """Parameters of its largest layer."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.expert
+
+    def trainable(self, routers_only: bool, paired_trains: bool) -> tuple[int, int]:
+        """(dense, expert) parameters that have gradients."""
+        frozen = 0 if paired_trains else self.paired
+        return (self.router - frozen, 0) if routers_only else (self.dense - frozen, self.expert)
+
+
+def stage_parameters(
+    arch: Architecture, parallel: ParallelConfig, zero: ZeroExpertConfig
+) -> tuple[StageParameters, ...]:
+    """Counts of all pipeline stages. The layout must divide the model (`models.build.check_layout`)."""
+    fields, tp = arch.megatron, parallel.tensor_model_parallel_size
+    stages = stage_layers(fields["num_layers"], parallel)
+    vocabulary = math.ceil(arch.vocab_size / tp) * fields["hidden_size"]
+    found = []
+    for place, layers in enumerate(stages):
+        first, last = place == 0, place == len(stages) - 1
+        sparse = sum(bool(fields["moe_layer_freq"][layer]) for layer in layers)
+        router = sparse * _router(fields, zero)
+        norms = attention(fields, tp) + 2 * fields["hidden_size"]
+        dense_mlp = mlp(fields, fields["ffn_hidden_size"], tp)
+        beside = mlp(fields, fields.get("moe_shared_expert_intermediate_size") or 0, tp)
+        dense = len(layers) * norms + (len(layers) - sparse) * dense_mlp + sparse * beside + router
+        # A tied head is the embedding itself on one stage, a copy of it on the last of several.
+        copies = first + (last and not (first and arch.tie_word_embeddings))
+        dense += copies * vocabulary + last * fields["hidden_size"]
+        expert = experts_of_layer(fields, parallel)
+        moe = norms + beside + _router(fields, zero) + expert if sparse else 0
+        found.append(
+            StageParameters(
+                layers=len(layers),
+                moe_layers=sparse,
+                dense=dense,
+                expert=sparse * expert,
+                router=router,
+                paired=sparse * _paired(fields, zero),
+                head=last * vocabulary,
+                largest_layer=max(moe, norms + dense_mlp if sparse < len(layers) else 0),
+            )
+        )
+    return tuple(found)
+
+
+def attention(fields: dict, tp: int) -> int:
+    """Parameters of a layer's attention on one tensor-parallel rank, its inner norms included."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if not fields.get("multi_latent_attention"):
+        groups, head = fields["num_query_groups"], fields["kv_channels"]
+        return hidden * (2 * heads + 2 * groups) * head // tp + (2 * head if fields["qk_layernorm"] else 0)
+    nope, rope, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
+    latent, query_latent = fields["kv_lora_rank"], fields["q_lora_rank"]
+    query = heads * (nope + rope) // tp
+    # Down projections and norms of latents are whole on every tensor-parallel rank.
+    down = hidden * (latent + rope) + latent
+    if query_latent:
+        down += hidden * query_latent + query_latent
+        query *= query_latent
+    else:
+        query *= hidden
+    return down + query + latent * heads * (nope + value) // tp + heads * value * hidden // tp
+
+
+def mlp(fields: dict, width: int, tp: int) -> int:
+    """Parameters of a gated MLP on one tensor-parallel rank."""
+    return 3 * fields["hidden_size"] * width // tp
+
+
+def experts_of_layer(fields: dict, parallel: ParallelConfig) -> int:
+    """Parameters of one layer's real experts on one rank."""
+    experts = fields["num_moe_experts"] // parallel.expert_model_parallel_size
+    return experts * mlp(fields, fields["moe_ffn_hidden_size"], parallel.expert_tensor_parallel_size)
+
+
+def _router(fields: dict, zero: ZeroExpertConfig) -> int:
+    rows = fields["num_moe_experts"] + zero.num_zero_rows
+    if zero.zero_experts_type == "learned":
+        rows += zero.num_zero_experts
+    return rows * fields["hidden_size"] + _paired(fields, zero)
+
+
+def _paired(fields: dict, zero: ZeroExpertConfig) -> int:
+    return zero.num_zero_experts * (fields["hidden_size"] + 1) if zero.paired else 0
