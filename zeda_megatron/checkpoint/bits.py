@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -43,6 +43,11 @@ class HashingRead:
         self._lines[key] = f"{key} {tensor.dtype} {list(tensor.shape)} {digest}"
         return tensor
 
-    def digest(self) -> str:
-        """One hash over all tensors that were read; sharding and order do not matter."""
-        return hashlib.sha256("\n".join(sorted(self._lines.values())).encode()).hexdigest()
+    def lines(self) -> list[str]:
+        """Name, type, shape and hash of each tensor that was read."""
+        return sorted(self._lines.values())
+
+
+def source_digest(lines: Iterable[str]) -> str:
+    """One hash over the lines of all readers; sharding and order do not matter."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..strict_json import strict_loads
 from . import glm4_moe_lite, qwen3_moe
+from .config_values import check_config_values
 
 _MODELS = (qwen3_moe, glm4_moe_lite)
 REGISTRY = {name: model for model in _MODELS for name in model.ARCHITECTURES}
@@ -50,16 +52,19 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: give the folder of a Hugging Face model")
     try:
-        return json.loads(path.read_text())
+        return strict_loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def read_architecture(source: str | Path | dict[str, Any]) -> Architecture:
-    """Read an HF folder (or an already loaded config dict). Raises `UserError` for unknown architectures
-    and for settings that the Megatron model would not follow."""
+    """Read an HF folder (or an already loaded config dict). Raises `UserError` for unknown architectures, for values
+    of a wrong type and for settings that the Megatron model would not follow."""
     where = "config" if isinstance(source, dict) else str(Path(source) / "config.json")
     hf = source if isinstance(source, dict) else read_hf_config(source)
+    check_config_values(hf, where)
     name = (hf.get("architectures") or [""])[0]
     model = REGISTRY.get(name) or (MODEL_TYPES.get(hf.get("model_type", "")) if not name else None)
     if model is None:
