@@ -86,10 +86,11 @@ class ImportPlan:
     def _common_type(self, keys: list[str]) -> torch.dtype:
         types = [self._reader.dtype(key) for key in keys]
         wide = max(types, key=lambda dtype: dtype.itemsize)
+        other = keys[types.index(wide)]
         for key, dtype in zip(keys, types):
             if dtype != wide and self._cast(torch.empty(0, dtype=dtype)).dtype == dtype:
                 raise UserError(
-                    f"{self._reader.entry(key).file}: tensor {key} is {dtype}, but belongs together with {wide}; "
-                    "pass --dtype to make them one"
+                    f"{self._reader.entry(key).file}: tensor {key} is {dtype}, but {other}, with which it is "
+                    f"joined, is {wide}; pass --dtype to make them one"
                 )
         return wide

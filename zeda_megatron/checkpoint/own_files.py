@@ -19,12 +19,21 @@ def own_file(folder: Path, name: Any, where: str | Path) -> Path:
     Raises:
         UserError: `name` is no plain file name, or leads out of the folder.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+    if not _is_plain(name):
         raise UserError(f"{where}: names the file {str(name)[:100]!r}, which is no plain file name")
     path = folder / name
     if path.is_symlink() and not any(_is_below(path, root) for root in _roots(folder)):
         raise UserError(f"{path}: is a link to a file outside the folder; put the file itself there")
     return path
+
+
+def _is_plain(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def _roots(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ kernel follows `posix_fadvise`); every time includes `fsync` of what was written
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -22,9 +23,9 @@ from ..runtime.quiet import quiet
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
-    "import resource, zeda_megatron.runtime.cpu as cpu; cpu.install(); import zeda_megatron.checkpoint.convert, "
+    "import zeda_megatron.runtime.cpu as cpu; cpu.install(); import zeda_megatron.checkpoint.convert, "
     "megatron.core.models.gpt, zeda_megatron.models.build; "
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    "import time; time.sleep(0.5)"
 )
 
 
@@ -38,6 +39,8 @@ class Step:
     """Wall time."""
     gb_per_second: float
     """Bytes of the model over that, in 10^9 bytes per second."""
+    cpu_seconds: float
+    """Processor time of its process: what does not depend on the disk and on others."""
     peak_bytes: int
     """Highest resident memory of its process."""
 
@@ -99,13 +102,14 @@ def measure(work: Path, layers: int, max_shard_bytes: int, workers: int, rounds:
             if written == out and name != "verify":
                 shutil.rmtree(out)
         shutil.rmtree(megatron)
-    base = subprocess.run([sys.executable, "-c", _BASE], check=True, capture_output=True, text=True).stdout
+    base = _timed("start", [sys.executable, "-c", _BASE], out, nbytes)
     return {
         "model_bytes": nbytes,
         "max_shard_bytes": max_shard_bytes,
         "workers": workers,
         "cores": os.cpu_count(),
-        "base_bytes": int(base) * 1024,
+        "base_bytes": base.peak_bytes,
+        "start_seconds": base.seconds - 0.5,
         "steps": [asdict(step) for step in results],
     }
 
@@ -113,13 +117,26 @@ def measure(work: Path, layers: int, max_shard_bytes: int, workers: int, rounds:
 def _timed(name: str, command: list[str], written: Path, nbytes: int) -> Step:
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    peak, done = 0, 0
+    while not done:
+        peak = max(peak, _peak_memory(process.pid))
+        time.sleep(0.02)
+        done, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"{' '.join(command[:3])} failed with exit code {process.returncode}")
     _sync(written)
     seconds = time.monotonic() - started
-    return Step(name, seconds, nbytes / seconds / 1e9, usage.ru_maxrss * 1024)
+    return Step(name, seconds, nbytes / seconds / 1e9, usage.ru_utime + usage.ru_stime, peak)
+
+
+def _peak_memory(pid: int) -> int:
+    """The kernel's own record for this program; `ru_maxrss` would count the parent that started it too."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _files(folder: Path) -> list[Path]:
@@ -141,17 +158,21 @@ def _forget(folder: Path) -> None:
 
 
 def _print(report: dict) -> None:
+    """The table."""
     print(
         f"model {report['model_bytes'] / 1e9:.2f} GB, shards of {report['max_shard_bytes'] / 1e9:.2f} GB, "
         f"{report['workers']} workers, {report['cores']} cores, "
-        f"base memory {report['base_bytes'] / 1e9:.2f} GB"
+        f"base memory {report['base_bytes'] / 1e9:.2f} GB, start of Python {report['start_seconds']:.1f} s"
     )
-    print(f"{'step':8} {'seconds':>8} {'GB/s':>6} {'of copy':>8} {'peak GB':>8} {'above base':>10}")
+    print(
+        f"{'step':8} {'seconds':>8} {'GB/s':>6} {'of copy':>8} {'CPU s':>7} {'peak GB':>8} {'above base':>10}"
+    )
     copy = 0.0
     for step in report["steps"]:
         copy = step["gb_per_second"] if step["name"] == "copy" else copy
         above = max(step["peak_bytes"] - report["base_bytes"], 0)
         print(
             f"{step['name']:8} {step['seconds']:8.1f} {step['gb_per_second']:6.3f} "
-            f"{step['gb_per_second'] / copy:8.2f} {step['peak_bytes'] / 1e9:8.2f} {above / 1e9:10.2f}"
+            f"{step['gb_per_second'] / copy:8.2f} {step['cpu_seconds']:7.1f} "
+            f"{step['peak_bytes'] / 1e9:8.2f} {above / 1e9:10.2f}"
         )
