@@ -205,7 +205,8 @@ def indices():
     names = [
         "nowhere.safetensors", "model-00099-of-00099.safetensors", "", ".", "..", "/etc/passwd", "/model.safetensors",
         "../model.safetensors", "a/../../m.safetensors", "sub/m.safetensors", "..\\m.safetensors", "m\0.safetensors",
-        "pytorch_model.bin", "model.pt", "config.json", "x" * 300 + ".safetensors", "\ud800.safetensors", 3, None, ["a"], {"a": 1}, True,
+        "pytorch_model.bin", "model.pt", "config.json", "x" * 300 + ".safetensors",
+        "\ud800.safetensors", 3, None, ["a"], {"a": 1}, True,
     ]  # fmt: skip
     for name in names:
         yield f"index names {str(name)[:40]!r}", entry(name), INDEX if name != names[0] else name

@@ -15,7 +15,8 @@ from tiny_models import make_hf_folder
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zeda_megatron.checkpoint.convert import hf_to_megatron, verify
-from zeda_megatron.errors import run_main
+from zeda_megatron.checkpoint.integrity import find_damage, require_intact
+from zeda_megatron.errors import UserError, run_main
 
 CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 
@@ -272,7 +273,12 @@ def test_links_of_the_hugging_face_cache_are_followed(whole, tmp_path):
     assert verify(snapshot_folder, tmp_path / "m") == []
 
 
-def test_import_has_the_hashes_that_training_checks(whole):
+def test_import_has_the_hashes_that_training_checks(whole, tmp_path):
     told = json.loads((whole / "m/release/integrity.json").read_text())["files"]
     files = {path.name for path in (whole / "m/release").iterdir()} - {"integrity.json"}
     assert set(told) == files and {"__0_0.distcp", "__0_1.distcp", ".metadata", "common.pt"} <= files
+    assert find_damage(whole / "m/release") is None
+    shutil.copytree(whole / "m", tmp_path / "m")
+    flip("__0_1.distcp", 0.5)(tmp_path / "m")
+    with pytest.raises(UserError, match=r"release: __0_1\.distcp has changed since it was written"):
+        require_intact(tmp_path / "m/release", "--pretrained-checkpoint", "hash")
