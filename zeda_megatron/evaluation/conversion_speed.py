@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..runtime import cpu
@@ -54,7 +55,10 @@ def main() -> int:
     quiet()
     cpu.install()
     try:
-        report = measure(work, args.layers, args.max_shard_bytes, args.workers, args.rounds)
+        from ..checkpoint.random_model import QWEN3_30B_A3B
+
+        config = QWEN3_30B_A3B | {"num_hidden_layers": args.layers}
+        report = measure(work, config, args.max_shard_bytes, args.workers, args.rounds)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     _print(report)
@@ -74,15 +78,13 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(work: Path, layers: int, max_shard_bytes: int, workers: int, rounds: int) -> dict:
-    """Make a random model in `work`, then time each step `rounds` times."""
-    from ..checkpoint.random_model import QWEN3_30B_A3B, write_random_model
+def measure(work: Path, config: dict[str, Any], max_shard_bytes: int, workers: int, rounds: int) -> dict:
+    """Make a random model of this config.json in `work`, then time each step `rounds` times."""
+    from ..checkpoint.random_model import write_random_model
 
     work.mkdir(parents=True)
     hf, megatron, out = work / "hf", work / "megatron", work / "out"
-    nbytes = write_random_model(
-        hf, QWEN3_30B_A3B | {"num_hidden_layers": layers}, max_shard_bytes, workers=workers
-    )
+    nbytes = write_random_model(hf, config, max_shard_bytes, workers=workers)
     flags = ["--workers", str(workers)]
     size = ["--max-shard-bytes", str(max_shard_bytes)]
     convert = [sys.executable, str(_CONVERT)]
