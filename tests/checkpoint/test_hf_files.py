@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
+from zeda_megatron.checkpoint.bits import same_bits
 from zeda_megatron.checkpoint.hf_files import HFReader
 from zeda_megatron.checkpoint.partial import Partial
 from zeda_megatron.checkpoint.parts import PartWriter
@@ -174,3 +175,13 @@ def test_writer_refuses_the_same_key_twice():
     twice = [Planned("a", torch.float32, (3,), None)] * 2
     with pytest.raises(ValueError, match="added twice"):
         plan_shards(twice, iter, 1000)
+
+
+@pytest.mark.parametrize("start, stop", [(0, 16), (1, 17), (0, 13), (3, 4), (5, 5)])
+def test_bits_are_compared_whatever_the_offset_and_length(start, stop):
+    base = torch.randn(20).bfloat16()
+    a, b = base[start:stop], base[start:stop].clone()
+    assert same_bits(a, b)
+    if len(b):
+        b[-1] = float("nan")
+        assert not same_bits(a, b) and same_bits(b, b.clone())
