@@ -4,6 +4,12 @@
 
 #include "index.h"
 
+// The tests run these kernels on the CPU and bring their own launch.
+#ifndef ZK_LAUNCH
+#define ZK_LAUNCH(kernel, grid, block, shared, stream) kernel<<<grid, block, shared, stream>>>
+#define ZK_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
 namespace zk {
 
 // Error codes of the C functions: 0, a cudaError (positive), one of these, or kCutlass - status.
@@ -104,12 +110,12 @@ inline int launch_prepare(const Problem& p, const Arrays& arrays, int in_bytes, 
   for (int first = 0; first < p.groups; first += kPointers) {
     Pointers pointers{};
     for (int e = first; e < p.groups && e < first + kPointers; ++e) pointers.at[e - first] = p.experts[e];
-    prepare<<<1, kPointers, 0, p.stream>>>(p, pointers, first, in_bytes, out_bytes, arrays);
+    ZK_LAUNCH(prepare, 1, kPointers, 0, p.stream)(p, pointers, first, in_bytes, out_bytes, arrays);
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
   if (p.product == kWgrad && p.beta == 0.f) {
     const int64_t vectors = int64_t(p.n) * p.k * out_bytes / 16;
-    zero_empty<<<dim3(32, p.groups), 256, 0, p.stream>>>(arrays.shapes, arrays.d, vectors);
+    ZK_LAUNCH(zero_empty, dim3(32, p.groups), 256, 0, p.stream)(arrays.shapes, arrays.d, vectors);
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
   return 0;

@@ -96,7 +96,7 @@ __global__ void zero_tail(float4* data, const int32_t* ends, int groups, int64_t
 // The sort by expert, stable in the order of slots, in four passes: count per block, prefix over blocks, ends, place.
 
 __global__ void count_slots(const int32_t* ids, int64_t slots, int experts, int32_t* counts) {
-  extern __shared__ int32_t own[];
+  ZK_DYNAMIC_SHARED(int32_t, own);
   for (int e = threadIdx.x; e < experts; e += blockDim.x) own[e] = 0;
   __syncthreads();
   const int64_t slot = int64_t(blockIdx.x) * kSlots + threadIdx.x;
@@ -232,7 +232,7 @@ int zk_swiglu(int dtype, int groups, int64_t rows, int width, const int32_t* end
   if (const int error = check(rows, width, sm_count)) return error;
   if (!all_aligned(pre, act)) return zk::kMisaligned;
   if (rows == 0) return 0;
-  ZK_BY_TYPE(dtype, (swiglu_rows<Element><<<blocks_for(rows, sm_count), kThreads, 0, cudaStream_t(stream)>>>(
+  ZK_BY_TYPE(dtype, (ZK_LAUNCH(swiglu_rows<Element>, blocks_for(rows, sm_count), kThreads, 0, cudaStream_t(stream))(
                         ZK_IN(pre), probs, ends, groups, rows, width, ZK_OUT(act))));
 }
 
@@ -242,7 +242,7 @@ int zk_swiglu_grad(int dtype, int groups, int64_t rows, int width, const int32_t
   if (const int error = check(rows, width, sm_count)) return error;
   if (!all_aligned(dact, pre, dpre, act)) return zk::kMisaligned;
   if (rows == 0) return 0;
-  ZK_BY_TYPE(dtype, (swiglu_grad_rows<Element><<<blocks_for(rows, sm_count), kThreads, 0, cudaStream_t(stream)>>>(
+  ZK_BY_TYPE(dtype, (ZK_LAUNCH(swiglu_grad_rows<Element>, blocks_for(rows, sm_count), kThreads, 0, cudaStream_t(stream))(
                         ZK_IN(dact), ZK_IN(pre), probs, ends, groups, rows, width, ZK_OUT(dpre), ZK_OUT(act), dprobs)));
 }
 
@@ -251,7 +251,7 @@ int zk_zero_tail(int groups, int64_t rows, int64_t row_bytes, const int32_t* end
   if (rows < 0 || row_bytes <= 0 || sm_count <= 0) return zk::kBadArgument;
   if (row_bytes % 16 || !zk::aligned(data)) return zk::kMisaligned;
   if (rows == 0) return 0;
-  zero_tail<<<sm_count, kThreads, 0, cudaStream_t(stream)>>>(static_cast<float4*>(data), ends, groups, rows,
+  ZK_LAUNCH(zero_tail, sm_count, kThreads, 0, cudaStream_t(stream))(static_cast<float4*>(data), ends, groups, rows,
                                                             row_bytes / 16);
   return cudaGetLastError();
 }
@@ -266,10 +266,10 @@ int zk_sort(int64_t slots, int experts, const int32_t* ids, int32_t* row_map, in
   if (slots == 0) return cudaMemsetAsync(ends, 0, size_t(experts) * 4, on);
   int32_t* counts = static_cast<int32_t*>(workspace);
   const int64_t blocks = zk::ceil_div(slots, kSlots);
-  count_slots<<<unsigned(blocks), kSlots, experts * 4, on>>>(ids, slots, experts, counts);
-  prefix_blocks<<<experts, 32, 0, on>>>(counts, blocks, experts, ends);
-  inclusive_ends<<<1, 1, 0, on>>>(ends, experts);
-  place_slots<<<unsigned(blocks), kSlots, 0, on>>>(ids, slots, experts, counts, ends, row_map);
+  ZK_LAUNCH(count_slots, unsigned(blocks), kSlots, experts * 4, on)(ids, slots, experts, counts);
+  ZK_LAUNCH(prefix_blocks, experts, 32, 0, on)(counts, blocks, experts, ends);
+  ZK_LAUNCH(inclusive_ends, 1, 1, 0, on)(ends, experts);
+  ZK_LAUNCH(place_slots, unsigned(blocks), kSlots, 0, on)(ids, slots, experts, counts, ends, row_map);
   return cudaGetLastError();
 }
 
@@ -279,7 +279,7 @@ int zk_gather(int dtype, int64_t slots, int picks, int width, const int32_t* row
   if (picks <= 0) return zk::kBadArgument;
   if (!all_aligned(x, out)) return zk::kMisaligned;
   if (slots == 0) return 0;
-  ZK_BY_TYPE(dtype, (gather_rows<Element><<<blocks_for(slots, sm_count), kThreads, 0, cudaStream_t(stream)>>>(
+  ZK_BY_TYPE(dtype, (ZK_LAUNCH(gather_rows<Element>, blocks_for(slots, sm_count), kThreads, 0, cudaStream_t(stream))(
                         ZK_IN(x), row_map, slots, picks, width, ZK_OUT(out))));
 }
 
@@ -289,7 +289,7 @@ int zk_combine(int dtype, int64_t tokens, int picks, int width, const int32_t* r
   if (picks <= 0) return zk::kBadArgument;
   if (!all_aligned(y, out)) return zk::kMisaligned;
   if (tokens == 0) return 0;
-  ZK_BY_TYPE(dtype, (combine_rows<Element><<<blocks_for(tokens, sm_count), kThreads, 0, cudaStream_t(stream)>>>(
+  ZK_BY_TYPE(dtype, (ZK_LAUNCH(combine_rows<Element>, blocks_for(tokens, sm_count), kThreads, 0, cudaStream_t(stream))(
                         ZK_IN(y), row_map, probs, tokens, picks, width, ZK_OUT(out))));
 }
 
@@ -299,6 +299,6 @@ int zk_combine_grad(int dtype, int64_t slots, int picks, int width, const int32_
   if (picks <= 0 || !probs || !dprobs) return zk::kBadArgument;
   if (!all_aligned(dout, y, dy)) return zk::kMisaligned;
   if (slots == 0) return 0;
-  ZK_BY_TYPE(dtype, (combine_grad_rows<Element><<<blocks_for(slots, sm_count), kThreads, 0, cudaStream_t(stream)>>>(
+  ZK_BY_TYPE(dtype, (ZK_LAUNCH(combine_grad_rows<Element>, blocks_for(slots, sm_count), kThreads, 0, cudaStream_t(stream))(
                         ZK_IN(dout), ZK_IN(y), row_map, probs, slots, picks, width, ZK_OUT(dy), dprobs)));
 }
