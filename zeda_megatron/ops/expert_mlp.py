@@ -69,8 +69,10 @@ def expert_mlp_backward(
 def expert_mlp_backward_(
     rows: ModuleType, dout, x, pre, probs, ends, fc1, fc2, main_fc1: list[Tensor], main_fc2: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The same, with the gradients of the weights added to E matrices each, in float32."""
+    """The same, with the gradients of the weights added to E float32 matrices each; no matrices: not computed."""
     dx, dprobs, dpre, act = _inner(rows, dout, x, pre, probs, ends, fc1, fc2)
-    rows.grouped_wgrad_(main_fc1, dpre, x, ends, True)
-    rows.grouped_wgrad_(main_fc2, dout, act, ends, True)
+    if main_fc1:
+        rows.grouped_wgrad_(main_fc1, dpre, x, ends, True)
+    if main_fc2:
+        rows.grouped_wgrad_(main_fc2, dout, act, ends, True)
     return dx, dprobs

@@ -111,6 +111,8 @@ def _gradients(library: torch.library.Library) -> None:
     def grouped_mm(ctx, dy):
         x, ends, *weights = ctx.saved_tensors
         dx = ops.grouped_dgrad(dy, weights, ends) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1]):
+            return dx, [None] * len(weights), None
         return dx, _split(ops.grouped_wgrad(dy, x, ends), weights), None
 
     def save_swiglu(ctx, inputs, output):
@@ -165,6 +167,10 @@ def _gradients(library: torch.library.Library) -> None:
     def mlp(ctx, dout, _pre):
         x, pre, probs, ends, *weights = ctx.saved_tensors
         fc1, fc2 = weights[: ctx.experts], weights[ctx.experts :]
+        if not any((*ctx.needs_input_grad[3], *ctx.needs_input_grad[4])):  # the experts are frozen
+            dx, dprobs = ops.expert_mlp_backward_(dout, x, pre, probs, ends, fc1, fc2, [], [])
+            none = [None] * ctx.experts
+            return dx, dprobs.to(probs.dtype), None, none, none
         dx, dprobs, dfc1, dfc2 = ops.expert_mlp_backward(dout, x, pre, probs, ends, fc1, fc2)
         return dx, dprobs.to(probs.dtype), None, _split(dfc1, fc1), _split(dfc2, fc2)
 
