@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--zero-shares", type=numbers(float), help="shares of slots that chose zero experts")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--quick", action="store_true", help="three token counts, two zero shares, 10 repeats")
+    parser.add_argument(
+        "--quick", action="store_true", help="three token counts, two zero shares, 10 repeats"
+    )
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, to walk through the code")
     args = parser.parse_args(argv)
     if args.quick:

@@ -141,7 +141,7 @@ __global__ void place_slots(const int32_t* ids, int64_t slots, int experts, cons
   int32_t row = -1;
   if (expert >= 0) {
     row = (expert > 0 ? ends[expert - 1] : 0) + counts[int64_t(blockIdx.x) * experts + expert];
-    for (int i = 0; i < threadIdx.x; ++i) row += of_slot[i] == expert;
+    for (int i = 0; i < int(threadIdx.x); ++i) row += of_slot[i] == expert;
   }
   row_map[slot] = row;
 }

@@ -97,10 +97,19 @@ def test_products_of_both_tiles(device, counts, tile, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
     draw = Draw(dtype=torch.bfloat16, device=device)
     rows, n, k = sum(counts) + 3, 264, 200
-    x, dy, weights, ends = draw(rows, k), draw(rows, n), draw.experts(len(counts), n, k), ends_of(counts, device)
+    x, dy, weights, ends = (
+        draw(rows, k),
+        draw(rows, n),
+        draw.experts(len(counts), n, k),
+        ends_of(counts, device),
+    )
     poison(device, x, dy)
     near(ops.grouped_mm(x, weights, ends), reference.grouped_mm(exact(x), exact(weights), exact(ends)), 5e-3)
-    near(ops.grouped_dgrad(dy, weights, ends), reference.grouped_dgrad(exact(dy), exact(weights), exact(ends)), 5e-3)
+    near(
+        ops.grouped_dgrad(dy, weights, ends),
+        reference.grouped_dgrad(exact(dy), exact(weights), exact(ends)),
+        5e-3,
+    )
 
 
 @pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())

@@ -102,7 +102,9 @@ def test_unknown_backend_is_a_user_error():
 
 
 @pytest.mark.parametrize("built", [False, True])
-def test_auto_takes_our_kernels_where_they_run_and_asking_for_them_in_vain_is_a_user_error(monkeypatch, built):
+def test_auto_takes_our_kernels_where_they_run_and_asking_for_them_in_vain_is_a_user_error(
+    monkeypatch, built
+):
     gpu, reason = torch.device("cuda", 0), None if built else "the kernels are not built"
     monkeypatch.setattr(cuda_kernels, "why_not", lambda device, dtype: reason)
     assert backend_for("auto", gpu, torch.bfloat16) == ("kernels" if built else "grouped_mm")
@@ -127,4 +129,6 @@ def test_weight_gradients_added_to_main_grad_are_those_of_the_loop():
     ]
     torch.testing.assert_close(grads[0][:2], grads[1][:2])
     assert all(weight.grad_added_to_main_grad for weight in (*fc1, *fc2))
-    torch.testing.assert_close([w.main_grad - 1 for w in (*fc1, *fc2)], list(grads[0][2:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        [w.main_grad - 1 for w in (*fc1, *fc2)], list(grads[0][2:]), rtol=1e-4, atol=1e-5
+    )

@@ -10,7 +10,9 @@ import zeda_megatron.ops.expert_ops as expert_ops
 
 ops = torch.ops.zeda
 COUNTS = [[3, 0, 2], [0, 0, 4], [5, 0], [0, 0]]
-IDS = torch.tensor([[0, 5], [2, 0], [7, -1], [1, 2], [2, 9]])  # three experts; the other slots are zero experts
+IDS = torch.tensor(
+    [[0, 5], [2, 0], [7, -1], [1, 2], [2, 9]]
+)  # three experts; the other slots are zero experts
 
 
 def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
@@ -130,7 +132,9 @@ def test_products_equal_torchs_grouped_mm(counts):
     theirs = F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
     torch.testing.assert_close(mine, theirs)
     dy = torch.randn(rows, 8)
-    for a, b in zip(torch.autograd.grad(mine, [x, *weights], dy), torch.autograd.grad(theirs, [x, *weights], dy)):
+    for a, b in zip(
+        torch.autograd.grad(mine, [x, *weights], dy), torch.autograd.grad(theirs, [x, *weights], dy)
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -173,10 +177,16 @@ def test_ends_that_make_no_sense_touch_no_memory_but_the_rows(ends):
 
 def test_mixed_precision_sums_in_float32():
     x, probs, ends, fc1, fc2 = mlp_inputs([40, 0, 24], 64, 32, dtype=torch.bfloat16)
-    exact = ops.expert_mlp(*[
-        [t.double() for t in part] if isinstance(part, list) else part.double() if part.is_floating_point() else part
-        for part in (x, probs, ends, fc1, fc2)
-    ])
+    exact = ops.expert_mlp(
+        *[
+            [t.double() for t in part]
+            if isinstance(part, list)
+            else part.double()
+            if part.is_floating_point()
+            else part
+            for part in (x, probs, ends, fc1, fc2)
+        ]
+    )
     mine = ops.expert_mlp(x, probs, ends, fc1, fc2)
     assert mine[0].dtype == torch.bfloat16
     assert (mine[0].double() - exact[0]).norm() / exact[0].norm() < 1e-2

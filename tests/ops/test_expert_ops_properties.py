@@ -75,7 +75,9 @@ def test_weight_gradients_of_empty_groups_are_zero_or_unchanged(counts):
 
 
 @fast
-@hypothesis.given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 33), st.floats(0, 1), st.integers(0, 99))
+@hypothesis.given(
+    st.integers(0, 20), st.integers(1, 4), st.integers(1, 33), st.floats(0, 1), st.integers(0, 99)
+)
 def test_zero_slots_add_nothing(tokens, picks, experts, share, seed):
     generator = torch.Generator().manual_seed(seed)
     draw = Draw(seed=seed)

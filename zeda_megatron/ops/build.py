@@ -111,7 +111,9 @@ def commands(options: BuildOptions, nvcc: str, headers: tuple[Path, ...]) -> dic
     every = [flag for arch in options.archs for flag in TARGETS[arch]]
     built = [f"-DZK_SM{arch.rstrip('a')}" for arch in options.archs]
     built += ["-DZK_HALF"] if "fp16" in options.types else []
-    units = {name: [*common, *every, *built, "-c", str(options.source / f"{name}.cu")] for name in ("rows", "api")}
+    units = {
+        name: [*common, *every, *built, "-c", str(options.source / f"{name}.cu")] for name in ("rows", "api")
+    }
     for arch in options.archs:
         for name in OWN[arch]:
             for kind in options.types:
@@ -137,7 +139,8 @@ def build(output: Path, options: BuildOptions, say=print) -> Path:
         units = commands(options, nvcc, headers)
         with ThreadPoolExecutor(options.jobs) as pool:
             tasks = [
-                pool.submit(_run, [*line, "-o", str(folder / f"{name}.o")], name) for name, line in units.items()
+                pool.submit(_run, [*line, "-o", str(folder / f"{name}.o")], name)
+                for name, line in units.items()
             ]
             for name, task in zip(units, tasks):
                 say(f"{name}: compiled{_registers(task.result())}")
@@ -152,7 +155,9 @@ def build(output: Path, options: BuildOptions, say=print) -> Path:
 def _run(line: list[str], what: str) -> str:
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
-        wrong = [text for text in done.stderr.splitlines() if "error" in text.lower()] or done.stderr.splitlines()
+        wrong = [
+            text for text in done.stderr.splitlines() if "error" in text.lower()
+        ] or done.stderr.splitlines()
         raise UserError(f"{what}: nvcc failed: {' | '.join(wrong[:3])[:1500]}")
     return done.stdout + done.stderr
 
@@ -165,18 +170,28 @@ def _registers(log: str) -> str:
 def cache_path(options: BuildOptions) -> Path:
     """Where a build of these sources is kept: ZEDA_KERNEL_CACHE, else the user's cache folder."""
     base = os.environ.get("ZEDA_KERNEL_CACHE")
-    home = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeda_megatron"
+    home = (
+        Path(base)
+        if base
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeda_megatron"
+    )
     return home / "kernels" / options.key() / NAME
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m zeda_megatron.ops.build`."""
-    parser = argparse.ArgumentParser(prog="python -m zeda_megatron.ops.build", description="Build the CUDA kernels")
+    parser = argparse.ArgumentParser(
+        prog="python -m zeda_megatron.ops.build", description="Build the CUDA kernels"
+    )
     parser.add_argument("--out", type=Path, help="folder of the library (default: the build cache)")
     parser.add_argument("--arch", help="80;90a or one of them (default: ZEDA_KERNEL_ARCHS, else both)")
     parser.add_argument("--type", help="bf16 or bf16;fp16 (default: ZEDA_KERNEL_TYPES, else bf16)")
-    parser.add_argument("--jobs", "-j", type=int, help="compilers at once, 4 GB each (default: MAX_JOBS, else 1)")
-    parser.add_argument("--source", type=Path, help="folder of the sources (default: kernels/csrc of the checkout)")
+    parser.add_argument(
+        "--jobs", "-j", type=int, help="compilers at once, 4 GB each (default: MAX_JOBS, else 1)"
+    )
+    parser.add_argument(
+        "--source", type=Path, help="folder of the sources (default: kernels/csrc of the checkout)"
+    )
     parser.add_argument("--force", action="store_true", help="build even if the cache has it")
     args = parser.parse_args(argv)
     options = BuildOptions.from_environment(

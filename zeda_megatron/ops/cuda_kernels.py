@@ -96,7 +96,9 @@ def _experts(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, 
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def _grouped(product, a: Tensor, b: Tensor | None, d: Tensor | None, experts, n: int, k: int, ends, accumulate) -> None:
+def _grouped(
+    product, a: Tensor, b: Tensor | None, d: Tensor | None, experts, n: int, k: int, ends, accumulate
+) -> None:
     arch, sms = _device(a.device.index)
     rows, groups = a.shape[0], len(experts)
     if ends.shape != (groups,) or ends.device != a.device:
@@ -127,7 +129,9 @@ def grouped_mm(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
 def grouped_dgrad(dy: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     dy, ends, (n, k) = _rows(dy), _int32(ends), weights[0].shape
     out = dy.new_empty(dy.shape[0], k)
-    _grouped(DGRAD, dy, None, out, _experts(weights, (dy.shape[1], k), dy.dtype, dy.device), n, k, ends, False)
+    _grouped(
+        DGRAD, dy, None, out, _experts(weights, (dy.shape[1], k), dy.dtype, dy.device), n, k, ends, False
+    )
     return _zero_tail(out, ends)
 
 
@@ -160,7 +164,14 @@ def swiglu_backward(
     dpre, act = torch.empty_like(pre), torch.empty_like(dact)
     dprobs = torch.empty(pre.shape[0], dtype=torch.float32, device=pre.device)
     sizes = (_type(pre), ends.numel(), *act.shape, ends.data_ptr())
-    pointers = (dact.data_ptr(), pre.data_ptr(), _at(probs), dpre.data_ptr(), act.data_ptr(), dprobs.data_ptr())
+    pointers = (
+        dact.data_ptr(),
+        pre.data_ptr(),
+        _at(probs),
+        dpre.data_ptr(),
+        act.data_ptr(),
+        dprobs.data_ptr(),
+    )
     _launch(pre, "zk_swiglu_grad", *sizes, *pointers, _device(pre.device.index)[1])
     return dpre, act, dprobs
 

@@ -62,7 +62,9 @@ class KernelLibrary:
         """Call a C function. Raises RuntimeError with its code's meaning if it fails."""
         code = getattr(self.functions, name)(*arguments)
         if code:
-            meaning = _MEANINGS.get(code) or (f"CUDA error {code}" if code > 0 else f"CUTLASS status {-100 - code}")
+            meaning = _MEANINGS.get(code) or (
+                f"CUDA error {code}" if code > 0 else f"CUTLASS status {-100 - code}"
+            )
             raise RuntimeError(f"{name}: {meaning}")
 
 

@@ -30,7 +30,10 @@ class ExpertMlpIntoMainGrad(torch.autograd.Function):
     def forward(ctx, x: Tensor, probs: Tensor, ends: Tensor, experts: int, *weights: Tensor) -> Tensor:
         """x [R, H], probs [R], ends [E], then E fc1 and E fc2 weights -> [R, H]."""
         out, pre = torch.ops.zeda.expert_mlp(x, probs, ends, weights[:experts], weights[experts:])
-        ctx.experts, ctx.weights = experts, weights  # the parameters themselves: saved tensors lose `main_grad`
+        ctx.experts, ctx.weights = (
+            experts,
+            weights,
+        )  # the parameters themselves: saved tensors lose `main_grad`
         ctx.save_for_backward(x, pre, probs, ends)
         return out
 
