@@ -65,7 +65,7 @@ class ModelOptions:
     """Thin out the student's picks: topk=2 (NET), skip=0.4, top_p=0.7, each with optional ',renormalize'."""
 
     expert_backend: str = "auto"
-    """Product of the local experts: auto, grouped_mm, loop."""
+    """Product of the local experts: auto, kernels (kernels/README.md), grouped_mm, loop."""
 
     moe_token_dispatcher_type: str = "alltoall"
     """alltoall, allgather, or flex (DeepEP's kernels; GPUs)."""
