@@ -24,9 +24,7 @@ TRAINED = (
 
 def zeda_stage2(seed: int | None = None) -> Arm:
     """Shared zero experts go on, on their own answers, with this model's w."""
-    return going_on(
-        "zeda_stage1_kl", "stage2", {"--moe-zero-expert-weight": str(ZEDA_WEIGHT)}, "2", seed
-    )
+    return going_on("zeda_stage1_kl", "stage2", {"--moe-zero-expert-weight": str(ZEDA_WEIGHT)}, "2", seed)
 
 
 STAGE2 = (stage2("net_kl"), zeda_stage2())

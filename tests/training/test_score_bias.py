@@ -24,7 +24,9 @@ def glm(tmp_path_factory):
 
 
 def score_routers(run):
-    return [module for chunk in run.student.chunks for module in chunk.modules() if hasattr(module, "expert_bias")]
+    return [
+        module for chunk in run.student.chunks for module in chunk.modules() if hasattr(module, "expert_bias")
+    ]
 
 
 def test_the_bias_moves_by_its_rate_towards_experts_with_fewer_tokens_padding_aside(glm):
@@ -69,5 +71,7 @@ def test_a_resumed_run_goes_on_with_the_bias_it_had(glm, tmp_path):
 def test_a_bias_does_not_train_beside_zero_experts_nor_where_there_is_none(glm, world):
     with pytest.raises(UserError, match="--moe-router-bias-update-rate must be 0 with zero experts"):
         tiny_world.start(glm, moe_router_bias_update_rate=RATE)
-    with pytest.raises(UserError, match="--moe-router-bias-update-rate: the routers of Qwen3Moe.* have no score"):
+    with pytest.raises(
+        UserError, match=r"--moe-router-bias-update-rate: the routers of Qwen3Moe.* have no score"
+    ):
         tiny_world.start(world, pretrained_checkpoint=world.static, **STATIC)
