@@ -106,14 +106,16 @@ def test_the_readme_shows_the_table_of_the_committed_report():
     assert all(table(report) in paired for table in (ablations, budgets, rates))
 
 
-def test_the_page_of_glm_shows_the_table_of_its_committed_report():
+def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
     sys.path.insert(0, str(QUICKSTART))
     from arms_glm import DEFAULT
+    from on_policy_table import stages
     from readme_table import markdown
 
     text = (QUICKSTART / "results" / "glm" / "report.json").read_text()
     report = json.loads(text)
-    assert markdown(report) in (ROOT / "docs" / "glm.md").read_text()
+    page = (ROOT / "docs" / "glm.md").read_text()
+    assert markdown(report) in page and stages(report) in page
     assert {arm.name for arm in DEFAULT} <= report["arms"].keys()
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
 
