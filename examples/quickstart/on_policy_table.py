@@ -1,6 +1,6 @@
-"""Prints the tables of docs/on_policy.md (and docs/glm.md) from a report: `python examples/quickstart/on_policy_table.py REPORT.json`.
+"""Prints the tables of docs/on_policy.md from a report: `python examples/quickstart/on_policy_table.py REPORT.json`.
 
-A test compares them with the page, letter for letter.
+A test compares them with the page, letter for letter; the first one of another report with docs/glm.md.
 """
 
 from __future__ import annotations
