@@ -147,6 +147,33 @@ def test_the_arms_of_glm_are_those_that_its_architecture_can_have():
             assert arm.start.removeprefix("arms/") in {other.name for other in model.full}
 
 
+@torch.no_grad()
+def test_the_first_weights_of_glm_pick_the_experts_that_the_other_teacher_picks(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(str(QUICKSTART / "glm"))
+    import first_weights
+
+    paths = {
+        "--qwen": TEACHERS["qwen3"],
+        "--config": TEACHERS["glm"] / "config.json",
+        "--texts": QUICKSTART / "data" / "prompts.jsonl",
+        "--out": tmp_path / "first",
+    }
+    words = [str(part) for pair in paths.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["first_weights.py", *words, "--number", "10"])
+    assert first_weights.main() == 0
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32).eval()
+    qwen, _ = teacher("qwen3")
+    inputs_TH = torch.randn(200, 128, generator=torch.Generator().manual_seed(0))
+    for old, new in zip(qwen.model.layers, made.model.layers[1:], strict=True):
+        picks = [(inputs_TH @ layer.mlp.gate.weight.t()).topk(4).indices for layer in (old, new)]
+        assert torch.equal(*picks)
+    # The dense layer in front begins with no effect.
+    hidden = made.model(torch.arange(20)[None], output_hidden_states=True).hidden_states
+    assert torch.equal(hidden[0], hidden[1])
+
+
 def test_the_page_of_stage_2_shows_the_tables_of_the_committed_report():
     sys.path.insert(0, str(QUICKSTART))
     from on_policy_table import stages
