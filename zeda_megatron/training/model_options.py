@@ -47,6 +47,10 @@ class ModelOptions:
     moe_aux_loss_coeff: float = 0.1
     """Coefficient of that loss (alpha)."""
 
+    moe_router_bias_update_rate: float = 0.0
+    """Step of the score bias towards experts that get fewer tokens (stage pretrain of a static model with such a bias,
+    beside aux_loss or seq_aux_loss). 0 freezes it."""
+
     group_loss_variant: str = "routed"
     """routed: count real slots. authors: count as the paper's code does. adamoe: AdaMoE's loss, which balances every
     real expert too (use it with --renormalize-after-drop); it pulls the share to Nz/(N+Nz)."""
