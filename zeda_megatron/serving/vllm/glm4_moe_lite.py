@@ -38,7 +38,7 @@ def _correct_attention(layers) -> None:
             if norm is not None:
                 norm.variance_epsilon = LATENT_EPS
         if attention is not None and current_platform.is_cpu():
-            # The CPU kernel of vLLM 0.32 turns interleaved queries wrongly (docs/serving.md); its PyTorch form is right.
+            # vLLM 0.32: the CPU kernel turns interleaved queries wrongly, the PyTorch form does not (docs/serving.md).
             attention.rotary_emb._forward_method = attention.rotary_emb.forward_native
 
 

@@ -61,6 +61,20 @@ def install_zero_experts(
     return ZeroShareMeter(counters, float(extra.get("zeda_metric_seconds", 10.0)))
 
 
+def set_dials(model: nn.Module, values: list[float]) -> None:
+    """Turn the dial of every MoE layer of a running model: its threshold (paired) or logit bias (shared).
+
+        llm.apply_model(lambda model: set_dials(model, [-2.5] * moe_layers))
+
+    `ValueError` if there are not as many numbers as MoE layers.
+    """
+    gates = [module for module in model.modules() if isinstance(module, ZeroExpertGate)]
+    if len(values) != len(gates):
+        raise ValueError(f"{len(values)} numbers for {len(gates)} MoE layers")
+    for gate, value in zip(gates, values):
+        gate.dial.fill_(value)
+
+
 def _rewire(runner: MoERunner, gate: ZeroExpertGate, counter: SlotCounter) -> None:
     experts = runner.routed_experts
     if type(experts.quant_method) is not UnquantizedFusedMoEMethod:

@@ -25,7 +25,8 @@ class ZeroExpertGate(nn.Module):
     Attributes:
         weight: [N+Nz, H] (paired: [N, H]). e_score_correction_bias: float32 [N+Nz], with sigmoid scores only.
         zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N].
-        dial: float32 [1]: the logit bias, or the threshold. A tensor, so that captured graphs follow it.
+        dial: float32 [1]: the logit bias, or the threshold. A tensor, so that captured graphs follow it; no
+            buffer, as vLLM waits for checkpoint values of buffers when weights are reloaded.
     """
 
     def __init__(self, routing: ZeroRouting, hidden_size: int, dtype: torch.dtype):
@@ -40,7 +41,7 @@ class ZeroExpertGate(nn.Module):
             self.zero_weight = _frozen(routing.num_real, hidden_size, dtype=dtype)
             self.zero_bias = _frozen(routing.num_real, dtype=dtype)
         dial = routing.logit_bias if routing.terms is None else routing.threshold
-        self.register_buffer("dial", torch.tensor([dial], dtype=torch.float32), persistent=False)
+        self.dial = torch.tensor([dial], dtype=torch.float32)
         self._residual_norm_T: torch.Tensor | None = None
 
     def see_residual(self, residual_TH: torch.Tensor) -> None:

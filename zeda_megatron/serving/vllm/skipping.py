@@ -51,6 +51,12 @@ class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
                 f"(known to skip: {', '.join(GPU_KERNELS)})"
             )
 
+    def process_weights_after_loading(self, layer) -> None:
+        """As vLLM, but weights that are loaded again are packed again on the CPU too."""
+        if current_platform.is_cpu():
+            self.moe_kernel = None
+        super().process_weights_after_loading(layer)
+
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input) -> torch.Tensor:
         """[T, H] -> [T, H]. Ids lie in [0, N+Nz); slots with ids from N on add nothing."""
         if not current_platform.is_cpu():
