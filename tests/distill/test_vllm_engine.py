@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtur
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 32}
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 STOP, LONGEST, VOCAB = set(range(0, 90, 5)), 40, 90
+KEPT: list = []
+"""All pairs of this process: an engine that goes ends the process groups, which are Megatron's too."""
 KINDS = ("shared", "paired", "static")
 
 
@@ -54,7 +56,8 @@ def pair(request, one_process):
     config = hf.config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]}
     arch = read_architecture(static_config(config))
     builtin = BuiltinEngine(model, STOP, 0, LONGEST, VOCAB)
-    return Pair(model, builtin, VLLMEngine(model, arch, zero, STOP, LONGEST, VOCAB, 4, static))
+    KEPT.append(Pair(model, builtin, VLLMEngine(model, arch, zero, STOP, LONGEST, VOCAB, 4, static)))
+    return KEPT[-1]
 
 
 def draw_prompts() -> list[list[int]]:
@@ -113,13 +116,20 @@ def test_sampled_answers_depend_on_seed_and_stream_alone(pair):
 
 
 def test_log_probabilities_are_those_of_the_distribution_that_was_sampled(pair):
-    """A nucleus that holds the likeliest token alone makes it certain; temperature moves the others."""
-    prompts = draw_prompts()[:2]
-    narrow = pair.vllm.generate(prompts, SamplingConfig(4, top_p=1e-4), [1, 2])
+    """Against the model's own logits; a nucleus that holds the likeliest token alone makes it certain."""
+    prompts = draw_prompts()[:3]
+    for temperature in (0.7, 2.0):
+        made = pair.vllm.generate(prompts, SamplingConfig(1, temperature), [1, 2, 3])
+        for prompt, one in zip(prompts, made, strict=True):
+            with torch.no_grad():
+                tokens, places = torch.tensor([prompt]), torch.arange(len(prompt))[None]
+                logits = pair.model(tokens, places, None)[0, -1, :VOCAB]
+            expected = (logits / temperature).log_softmax(-1)[one.response_ids[0]]
+            assert one.logprobs[0] == pytest.approx(float(expected), abs=1e-4)
+    narrow = pair.vllm.generate(prompts, SamplingConfig(4, top_p=1e-4), [1, 2, 3])
     assert all(abs(logp) < 1e-6 for one in narrow for logp in one.logprobs)
-    hot = pair.vllm.generate(prompts, SamplingConfig(1, temperature=100.0), [1, 2])
-    flat = -torch.tensor(float(VOCAB)).log()
-    assert all(abs(logp - flat) < 0.5 for one in hot for logp in one.logprobs)
+    with pytest.raises(UserError, match=r"--temperature 3\.0: vLLM takes 2\.0 at most"):
+        pair.vllm.generate(prompts, SamplingConfig(1, 3.0), [1, 2, 3])
 
 
 def test_a_student_without_zero_experts_is_refused():

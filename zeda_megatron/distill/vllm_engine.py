@@ -13,6 +13,7 @@ from ..checkpoint.hf_files import HFWriter
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
+from ..moe.stats import routers
 from ..serving.vllm.recorder import RoutingRecorder
 from .hf_weights import hf_settings, hf_weights
 from .rollout import Generation
@@ -20,6 +21,9 @@ from .sampling import SamplingConfig
 
 GPU_SHARE = 0.4
 """Share of a GPU's memory that vLLM may take: the rest is the training's."""
+
+HOTTEST = 2.0
+"""vLLM's highest temperature."""
 
 
 class VLLMEngine:
@@ -55,6 +59,8 @@ class VLLMEngine:
             raise UserError(
                 "--rollout-engine vllm wants a student with zero experts of type zero, shared or paired: use builtin"
             )
+        if any(router.pick_rule is not None for router in routers(model)):
+            raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
         self.model, self.arch, self.static = model, arch, static
         self.stop_ids, self.max_length, self.vocab_size = stop_ids, max_length, vocab_size
         settings = {} if static else hf_settings(model, arch)
@@ -94,6 +100,10 @@ class VLLMEngine:
                 )
         if not prompts:
             return []
+        if sampling.temperature > HOTTEST:
+            raise UserError(
+                f"--temperature {sampling.temperature}: vLLM takes {HOTTEST} at most; use builtin"
+            )
         if record_routing and self.recorder is None:
             raise ValueError("a static model's routing is not recorded")
         with torch.random.fork_rng():
