@@ -30,7 +30,7 @@ class VLLMEngine:
     """Answers prompts with vLLM; a `RolloutEngine`.
 
     vLLM gets the model once as a folder in the Hugging Face format. A model that trains hands its weights over, by
-    name and in memory, before every `generate`.
+    name and in memory, before every `generate`; the first one too, as a checkpoint may have been loaded since.
 
     Args:
         model: the bare chunk that is the whole model.
@@ -70,7 +70,6 @@ class VLLMEngine:
         with torch.random.fork_rng():  # vLLM seeds the generators that training draws from
             self._write(Path(self._folder.name), config, dtype)
             self.llm = _start(self._folder.name, str(dtype).removeprefix("torch."), max_length, slots)
-        self._fresh = True
         self.recorder = None if static else RoutingRecorder(self.llm)
 
     def _write(self, folder: Path, config: dict, dtype: torch.dtype) -> None:
@@ -119,8 +118,7 @@ class VLLMEngine:
         return [self._generation(one, picks) for one in made]
 
     def _hand_over_weights(self) -> None:
-        if self.static or self._fresh:
-            self._fresh = False
+        if self.static:
             return
         weights = hf_weights(self.model, self.arch)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
