@@ -120,17 +120,14 @@ def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
 
 
-def test_the_arms_of_glm_are_those_that_its_architecture_can_have():
+def test_the_arms_of_glm_are_read_by_the_training_and_start_from_one_another():
     sys.path.insert(0, str(QUICKSTART))
     from models import MODELS
 
     from zeda_megatron.arguments import parse
-    from zeda_megatron.models.architecture import read_architecture
-    from zeda_megatron.models.build import refuse_unserved
     from zeda_megatron.training.options import GROUPS, Options
 
     model = MODELS["glm"]
-    arch = read_architecture(model.teacher)
     assert model.full[: len(model.arms)] == model.arms
     assert len({arm.name for arm in model.full}) == len(model.full)
     assert {"static_topk_half", "net_kl", "zeda_stage1_kl", "net_stage2", "zeda_stage2"} <= {
@@ -141,8 +138,6 @@ def test_the_arms_of_glm_are_those_that_its_architecture_can_have():
         config = ["--config", str(QUICKSTART / f"stage{arm.stage}.yaml"), "--data-path", "x.jsonl"]
         options = Options(**parse([*config, *flags], GROUPS))
         options.validate()
-        zero = 0 if arm.start in ("static", "arms/net_kl") else 8
-        refuse_unserved(arch, options.model.zero(zero, "zero", options.model.zero_expert_routing or "shared"))
         if arm.waits:
             assert arm.start.removeprefix("arms/") in {other.name for other in model.full}
 
