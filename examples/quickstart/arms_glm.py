@@ -1,24 +1,24 @@
-"""The arms of the quickstart with `--model glm`: those of the other model that GLM can have."""
+"""The arms of the quickstart with `--model glm`."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import arms
-from arm import FITS, Arm, also_on_own_answers, going_on, net, stage2, zeda
+from arm import Arm, also_on_own_answers, going_on, net, paired, stage2, zeda
 
 ZEDA_WEIGHT = 2.5
 """w whose share ends near one half on the GLM teacher (51.7%)."""
 SEEDS = (2, 3)
 """Besides the one of stage1.yaml, with `--full`."""
 
-# Paired zero experts are refused for GLM so far.
-UNTRAINED = tuple(arm for arm in arms.UNTRAINED if arm.start not in FITS)
+UNTRAINED = arms.UNTRAINED
 shared = partial(zeda, weight=ZEDA_WEIGHT)
 TRAINED = (
     also_on_own_answers(net("net_kl", 2)),
     shared("zeda_stage1_ce", loss="ce"),
     also_on_own_answers(shared("zeda_stage1_kl")),
+    also_on_own_answers(paired("paired_kl", 0.5)),
 )
 
 
