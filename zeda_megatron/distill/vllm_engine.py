@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from ..checkpoint.hf_config import dynamic_config, static_config, write_config
-from ..checkpoint.hf_files import HFWriter
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
@@ -78,10 +78,10 @@ class VLLMEngine:
         if "num_nextn_predict_layers" in config:
             config["num_nextn_predict_layers"] = 0  # they do not answer, and the Megatron model has none
         write_config(folder, config)
-        writer = HFWriter(folder)
-        for name, tensor in hf_weights(self.model, self.arch, self.static):
-            writer.add(name, tensor.cpu())
-        writer.finish()
+        # Copies: parts of one tensor share its memory, which the format does not allow.
+        weights = hf_weights(self.model, self.arch, self.static)
+        copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
+        save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
     @torch.no_grad()
     def generate(
