@@ -127,9 +127,10 @@ class LockFile:
         """Raise `LockLost` if another run has taken over."""
         if not self.is_mine():
             found = self.look()
+            who = (found and found.owner) or "an unknown run"
             raise LockLost(
-                f"{self.path} now belongs to {(found and found.owner) or 'an unknown run'}: this run was silent for more "
-                f"than {self.stale:.0f} s and ends without writing; the other goes on from the last checkpoint"
+                f"{self.path} now belongs to {who}: this run was silent for more than {self.stale:.0f} s and ends "
+                "without writing; the other goes on from the last checkpoint"
             )
 
     def release(self) -> None:
