@@ -157,8 +157,9 @@ state_of() { # file, content or time
 
 watch() { # file: SIGUSR2 to this job if it does not change for HANG_MINUTES
   local seen='' now last=$SECONDS
-  trap - USR1 USR2 TERM
-  while sleep "$WATCH_SECONDS"; do
+  trap - USR1 USR2
+  trap 'kill $! 2>/dev/null; exit' TERM # no sleep stays behind
+  while sleep "$WATCH_SECONDS" & wait $!; do
     now=$(state_of "$1" time)
     if [[ $now != "$seen" ]]; then
       seen=$now last=$SECONDS

@@ -10,6 +10,7 @@ import torch
 from chain import ENDLESS
 from cluster import ROOT
 from safetensors.torch import load_file
+from stage0_files import answers, stage0
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3000)]
 
@@ -109,8 +110,6 @@ def test_after_the_shard_was_submitted_again_the_chain_reaches_its_end(walked):
 
 
 def test_the_shards_hold_the_answers_of_one_job(walked, world, one_process, tmp_path):
-    from test_stage0_shards import answers, stage0
-
     shards = [walked.chain.work / "rollouts" / f"shard-{i}-of-2.jsonl" for i in range(2)]
     whole = stage0(world, tmp_path / "whole.jsonl", max_new_tokens=6, generate_batch_size=4, seed=7)
     assert answers(*shards) == answers(whole)
@@ -124,19 +123,29 @@ def test_the_time_limit_saves_and_the_job_goes_on_from_there(walked):
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_weights_are_bit_equal_to_those_of_an_uninterrupted_run(walked, straight, stage, one_process):
+def test_every_step_is_that_of_an_uninterrupted_run(walked, straight, stage):
     from tiny_world import read_metrics
 
     assert read_metrics(walked.chain.work / stage) == read_metrics(straight / stage)
 
 
-def test_the_export_is_bit_equal_to_that_of_an_uninterrupted_chain(
-    walked, straight, world, tmp_path, one_process
-):
+def exported(checkpoint, world, folder) -> dict[str, torch.Tensor]:
     from zeda_megatron.checkpoint.convert import megatron_to_hf
 
-    megatron_to_hf(straight / "stage2", world.hf, tmp_path / "hf")
-    expected = load_file(tmp_path / "hf" / "model.safetensors")
-    got = load_file(walked.chain.work / "hf" / "model.safetensors")
+    megatron_to_hf(checkpoint, world.hf, folder)
+    return load_file(folder / "model.safetensors")
+
+
+def assert_bit_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_interrupted_stage_1_ends_with_the_weights_of_an_uninterrupted_run(walked, straight, world, tmp_path):
+    expected = exported(straight / "stage1", world, tmp_path / "expected")
+    assert_bit_equal(exported(walked.chain.work / "stage1", world, tmp_path / "got"), expected)
+
+
+def test_the_interrupted_chain_exports_the_weights_of_an_uninterrupted_one(walked, straight, world, tmp_path):
+    expected = exported(straight / "stage2", world, tmp_path / "expected")
+    assert_bit_equal(load_file(walked.chain.work / "hf" / "model.safetensors"), expected)
