@@ -128,7 +128,7 @@ train() { # nodes, file that grows with every step, file that tells what is save
   [[ -z ${DRY_RUN:-} ]] || return 0
   say "training ended with exit code $rc"
   case $rc in
-    0) return ;;
+    0) [[ $asked != TERM ]] || exit 75 && return ;;
     2) exit 2 ;; # a mistake, told above; it would not go away
   esac
   if [[ $asked == TERM ]]; then

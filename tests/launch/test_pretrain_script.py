@@ -145,6 +145,42 @@ def test_sigterm_to_the_bash_process_saves_and_exits_0(config, tmp_path, environ
     assert f"stopped at step {last} on request; saved step {last}" in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environment, number):
+    """Slurm signals all processes of a task, Megatron's helpers of earlier saves among them."""
+    save = tmp_path / "run"
+    command = [
+        "bash",
+        SCRIPT,
+        "--config",
+        config,
+        "--save",
+        save,
+        "--train-iters",
+        "1000000",
+        "--save-interval",
+        "1",
+    ]
+    with open(tmp_path / "errors", "w+") as errors:
+        run = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=tmp_path,
+            env=environment,
+            stderr=errors,
+            start_new_session=True,
+        )
+        while not (save / "iter_0000001").exists() and run.poll() is None:
+            time.sleep(0.1)
+        os.killpg(run.pid, number)
+        code = run.wait(120)
+        errors.seek(0)
+        said = errors.read()
+    assert code == 0, said
+    last = steps(save)[-1]
+    assert f"stopped at step {last} on request; saved step {last}" in said
+    assert (save / f"iter_{last:07d}").is_dir()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, environment, processes):
     (tmp_path / "run.yaml").write_text("train_itres: 3\n")

@@ -191,3 +191,43 @@ def test_the_settings_template_names_every_setting():
     names = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):[=?]", text)) - {"SLURM_JOB_NODELIST", "WATCH_SECONDS"}
     assert len(names) > 12
     assert [name for name in sorted(names) if not re.search(rf"\b{name}=", template)] == []
+
+
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+
+
+def test_the_pages_submissions_are_understood(submit):
+    lines = [
+        line for block in BLOCKS for line in block.splitlines() if "bash launch/slurm/submit_chain.sh" in line
+    ]
+    assert len(lines) >= 4
+    for line in lines:
+        flags = [word for word in shlex.split(line, comments=True)[3:] if word != "--dry-run"]
+        printed(submit("--dry-run", *flags, SHARDS="8"))
+
+
+@pytest.mark.parametrize("layout", [block for block in BLOCKS if "GPUS_PER_NODE=" in block])
+@pytest.mark.parametrize("recipe", ["qwen3_30b_a3b", "glm_4_7_flash"])
+def test_the_pages_layouts_are_understood(submit, monkeypatch, layout, recipe):
+    lines = [line.split("#")[0].strip() for line in layout.splitlines()]
+    assert {
+        word.split("=")[0] for line in lines for word in line.split() if "=" in word and word[0] != "-"
+    } <= {
+        "NODES",
+        "GPUS_PER_NODE",
+        "STAGE1_FLAGS",
+        "STAGE2_FLAGS",
+    }
+    settings = dict(re.findall(r"(\w+)=(\(.*?\)|\S+)", "\n".join(lines)))
+    steps = printed(submit("--dry-run", RECIPE=f"examples/{recipe}", PLAN="()", **settings))
+    monkeypatch.chdir(ROOT)
+    for stage in ("stage1", "stage2"):
+        Options(**parse(after(steps[stage][-1], "launch/pretrain_zeda.sh"), GROUPS)).validate()
+
+
+def test_every_block_of_the_page_is_bash_and_names_files_that_are_there():
+    for block in BLOCKS:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for file in re.findall(r"(?:launch|tests|tools)/[\w./]+\w", block):
+            assert (ROOT / file).is_file(), file

@@ -78,7 +78,7 @@ class Cluster:
         kill_wait: seconds between SIGTERM and SIGKILL when a job is cancelled.
     """
 
-    def __init__(self, folder: Path, kill_wait: int = 120):
+    def __init__(self, folder: Path, kill_wait: int = 300):
         self.folder = folder
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))
