@@ -198,3 +198,49 @@ def test_under_torchrun_its_report_ends_with_the_user_error(tmp_path, environmen
     assert said[0].startswith("error: ")
     assert said[-1] in done.stderr.splitlines()[-2]
     assert 'pretrain_zeda.sh", line' not in done.stderr  # the traceback is torchrun's own, none is ours
+
+
+def test_two_runs_on_one_folder_the_second_stops_and_after_kill_9_a_third_takes_over(
+    config, tmp_path, environment
+):
+    save = tmp_path / "run"
+    command = ["bash", SCRIPT, "--config", config, "--save", save, "--save-interval", "1"]
+    with open(tmp_path / "errors", "w") as errors:
+        first = subprocess.Popen(
+            [str(part) for part in [*command, "--train-iters", "1000000"]],
+            cwd=tmp_path,
+            env=environment,
+            stderr=errors,
+        )
+    try:
+        while not (save / "iter_0000002").exists() and first.poll() is None:
+            time.sleep(0.1)
+        done = train(command, tmp_path, environment)
+        assert first.poll() is None, (tmp_path / "errors").read_text()
+    finally:
+        first.kill()
+        first.wait()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: --save {save}/.zeda.lock: process {first.pid} on " in done.stderr
+    third = train(
+        [*command, "--train-iters", steps(save)[-1] + 2, "--lr-decay-style", "constant"],
+        tmp_path,
+        environment,
+    )
+    assert third.returncode == 0, third.stderr
+    assert (
+        f"taken over from process {first.pid} on " in third.stderr and "that process is gone" in third.stderr
+    )
+    assert not (save / ".zeda.lock").exists()
+    assert steps(save) == list(range(1, steps(save)[-1] + 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_run_can_be_told_from_a_finished_one(config, tmp_path, environment, processes):
+    command = ["bash", SCRIPT, "--config", config, "--save", tmp_path / "run", "--stopped-exit-code", "75"]
+    more = {"NPROC_PER_NODE": str(processes)}
+    stopped = train([*command, "--exit-interval", "2"], tmp_path, environment, **more)
+    assert (stopped.returncode, steps(tmp_path / "run")) == (75, [1, 2]), stopped.stderr
+    assert "Traceback" not in stopped.stderr and "Root Cause" not in stopped.stderr
+    assert train(command, tmp_path, environment, **more).returncode == 0
+    assert steps(tmp_path / "run") == [1, 2, 3]
