@@ -47,7 +47,7 @@ pass_on() {
 
 run() { # in the background, so that signals are heard meanwhile; sets rc
   rc=0
-  if [[ -n ${DRY_RUN:-} ]]; then
+  if [[ -n ${ZEDA_DRY_RUN:-} ]]; then
     printf '    %s\n' "$(quoted "$@")"
     return
   fi
@@ -96,7 +96,7 @@ one_task() { # command: must succeed
 
 meet() { # where the processes of several nodes find one another: the first node, under the address that Slurm uses
   local hosts first address
-  [[ -z ${DRY_RUN:-} ]] || return 0
+  [[ -z ${ZEDA_DRY_RUN:-} ]] || return 0
   hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is missing: start with sbatch}")
   read -r first <<<"$hosts"
   address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' || true)
@@ -116,7 +116,7 @@ train() { # nodes, file that grows with every step, file that tells what is save
   meet
   health "$nodes"
   before=$(state_of "$saved" content)
-  if [[ -z ${DRY_RUN:-} ]]; then
+  if [[ -z ${ZEDA_DRY_RUN:-} ]]; then
     say "job $me, start $((restarts + 1)), on ${SLURM_JOB_NODELIST}; saved so far: ${before:-nothing}"
     watch "$steps" &
     watchdog=$!
@@ -125,7 +125,7 @@ train() { # nodes, file that grows with every step, file that tells what is save
   [[ -n $asked ]] ||
     srun_here "$nodes" "$TASKS_PER_NODE" bash launch/pretrain_zeda.sh "$@" --no-progress --stopped-exit-code 75
   [[ -z $watchdog ]] || kill "$watchdog" 2>/dev/null || true
-  [[ -z ${DRY_RUN:-} ]] || return 0
+  [[ -z ${ZEDA_DRY_RUN:-} ]] || return 0
   say "training ended with exit code $rc"
   case $rc in
     0) [[ $asked != TERM ]] || exit 75 && return ;;

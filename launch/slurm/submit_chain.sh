@@ -37,8 +37,9 @@ for name in "$from" "$to"; do
 done
 [[ $settings == /* ]] || settings=${OLDPWD:-$PWD}/$settings
 set -- "$settings"
-DRY_RUN=$dry source launch/slurm/job.sh # reads and checks the settings
+ZEDA_DRY_RUN=$dry source launch/slurm/job.sh # reads and checks the settings
 trap - USR1 USR2 TERM
+unset ZEDA_DRY_RUN # sbatch would hand it to the jobs
 : "${SAVE_SECONDS:=600}"
 declare -p SBATCH_FLAGS &>/dev/null || SBATCH_FLAGS=()
 [[ $WORK == /* ]] || fail "WORK=$WORK: give an absolute path, the nodes must find it"
@@ -87,7 +88,7 @@ for step in "${steps[@]}"; do
   place "$step"
   if [[ -n $dry ]]; then
     quoted "${line[@]}"
-    DRY_RUN=1 SLURM_ARRAY_TASK_ID=${shards%%[-,:%]*} bash "launch/slurm/$step.sbatch" "$settings"
+    ZEDA_DRY_RUN=1 SLURM_ARRAY_TASK_ID=${shards%%[-,:%]*} bash "launch/slurm/$step.sbatch" "$settings"
     before=JOB_OF_${step^^}
     continue
   fi
