@@ -1,5 +1,32 @@
-"""Metadata lives in setup.cfg; this file lets old tools find it."""
+"""Metadata lives in setup.cfg. `ZEDA_BUILD_KERNELS=1 pip install .` also builds the CUDA kernels into the package."""
 
-from setuptools import setup
+import os
+import sys
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PLACE = "zeda_megatron.ops.libzeda_kernels"
+
+
+class BuildKernels(build_ext):
+    """Runs the package's own build of the kernels in place of a C compiler."""
+
+    def get_ext_filename(self, fullname):
+        return f"{fullname.replace('.', os.sep)}.so"  # a plain library, of no Python version
+
+    def build_extension(self, ext):
+        sys.path.insert(0, str(ROOT))
+        from zeda_megatron.errors import UserError
+        from zeda_megatron.ops.build import BuildOptions, build
+
+        try:
+            build(Path(self.get_ext_fullpath(ext.name)).resolve(), BuildOptions.from_environment())
+        except UserError as error:
+            raise SystemExit(f"error: ZEDA_BUILD_KERNELS=1: {error}") from None
+
+
+kernels = os.environ.get("ZEDA_BUILD_KERNELS") == "1"
+setup(ext_modules=[Extension(PLACE, [])] if kernels else [], cmdclass={"build_ext": BuildKernels})

@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "zeda_megatron"
 TOP = {
     *(PACKAGE, "examples", "launch", "kernels", "tools", "tests", "docs", ".ci"),
-    *("setup.cfg", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", ".gitignore"),
+    *(
+        "setup.cfg",
+        "setup.py",
+        "MANIFEST.in",
+        "pyproject.toml",
+        "README.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        ".gitignore",
+    ),
 }
 """Everything at the top of the repository."""
 

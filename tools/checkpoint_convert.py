@@ -6,12 +6,14 @@
     python tools/checkpoint_convert.py megatron-to-hf --megatron DIR --hf-template DIR --out DIR
     python tools/checkpoint_convert.py verify --hf DIR --megatron DIR
 
-One process, CPU, one parameter in memory at a time. See docs of zeda_megatron/checkpoint/convert.py.
+One process, CPU, a few parameters in memory at a time. --out appears when it is complete; until then the work is in
+OUT.partial, and after an interruption the same command goes on from there. See docs/conversion.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zeda_megatron.checkpoint.integrity import LEVELS
 from zeda_megatron.config import ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from zeda_megatron.errors import run_main
 from zeda_megatron.runtime import cpu
@@ -54,7 +57,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     to_hf.add_argument(
         "--hf-template", required=True, metavar="DIR", help="config, tokenizer, generation config"
     )
-    to_hf.add_argument("--max-shard-bytes", type=int, default=2_000_000_000, metavar="BYTES")
 
     check = commands.add_parser("verify", help="compare; exit code 1 on any difference")
     check.add_argument("--hf", required=True, metavar="DIR")
@@ -62,17 +64,58 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     for command in (to_megatron, to_hf):
         command.add_argument("--out", required=True, metavar="DIR", help="new folder; appears when complete")
+        command.add_argument(
+            "--max-shard-bytes",
+            type=int,
+            default=2_000_000_000,
+            metavar="BYTES",
+            help="longest file of weights (default: %(default)s)",
+        )
+        command.add_argument(
+            "--restart",
+            action="store_true",
+            help="throw away what an interrupted run has left in OUT.partial",
+        )
         command.add_argument("--dtype", default="keep", choices=["keep", "bf16", "fp16", "fp32"])
         command.add_argument(
             "--overwrite", action="store_true", help="replace an existing checkpoint at --out"
         )
+    for command in (to_hf, check):
+        command.add_argument(
+            "--verify-checkpoint",
+            default="hash",
+            choices=LEVELS,
+            help="compare the checkpoint's files with its integrity.json first (default: hash)",
+        )
     for command in (to_megatron, to_hf, check):
+        command.add_argument(
+            "--workers",
+            type=_positive,
+            default=min(4, os.cpu_count() or 1),
+            metavar="N",
+            help="threads (default: %(default)s)",
+        )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    args = parse()
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     quiet()
     cpu.install()
@@ -80,7 +123,9 @@ def main() -> int:
 
     started = time.monotonic()
     if args.command == "verify":
-        differences = convert.verify(args.hf, args.megatron)
+        differences = convert.verify(
+            args.hf, args.megatron, workers=args.workers, verify_checkpoint=args.verify_checkpoint
+        )
         for line in differences[:10]:
             print(f"different: {line}", file=sys.stderr)
         if differences:
@@ -99,10 +144,21 @@ def main() -> int:
             args.overwrite,
             args.zero_expert_routing,
             args.paired_score,
+            max_shard_bytes=args.max_shard_bytes,
+            workers=args.workers,
+            restart=args.restart,
         )
     else:
         summary = convert.megatron_to_hf(
-            args.megatron, args.hf_template, args.out, args.max_shard_bytes, args.dtype, args.overwrite
+            args.megatron,
+            args.hf_template,
+            args.out,
+            args.max_shard_bytes,
+            args.dtype,
+            args.overwrite,
+            workers=args.workers,
+            restart=args.restart,
+            verify_checkpoint=args.verify_checkpoint,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(

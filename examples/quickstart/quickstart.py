@@ -17,9 +17,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import arms as arm_list
 from arms import EXPORTED, FITS, Arm
 from figures import add_spread, environment, history_of
+from models import MODELS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -28,19 +28,19 @@ sys.path.insert(0, str(ROOT))
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes"
-    )
+    parser.add_argument("--model", choices=MODELS, default="qwen3", help="architecture of the teacher")
+    parser.add_argument("--out", type=Path, help="folder for everything it makes (default: one a model)")
     parser.add_argument("--arms", help="comma-separated names (default: all of the short run)")
     parser.add_argument("--full", action="store_true", help="three seeds and the frontier as well")
-    parser.add_argument(
-        "--teacher", type=Path, default=HERE / "teacher", help="HF folder of the static model"
-    )
+    parser.add_argument("--teacher", type=Path, help="HF folder of the static model (default: the model's)")
     parser.add_argument("--prompts", type=Path, default=HERE / "data" / "prompts.jsonl")
     parser.add_argument("--heldout", type=Path, default=HERE / "data" / "heldout.jsonl")
     parser.add_argument("--train-iters", type=int, help="steps per arm (default: stage1.yaml)")
     parser.add_argument("--workers", type=int, default=2, help="arms trained or measured at a time")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.out = args.out or MODELS[args.model].out
+    args.teacher = args.teacher or MODELS[args.model].teacher
+    return args
 
 
 class Walk:
@@ -82,13 +82,8 @@ def _short(part) -> str:
 
 
 def convert(walk: Walk, teacher: Path, starts: set[str]) -> None:
-    tool = [
-        sys.executable,
-        str(ROOT / "tools" / "checkpoint_convert.py"),
-        "hf-to-megatron",
-        "--hf",
-        str(teacher),
-    ]
+    tool = [sys.executable, str(ROOT / "tools" / "checkpoint_convert.py"), "hf-to-megatron"]
+    tool += ["--hf", str(teacher)]
     common = ["--dtype", "fp32"]
     walk.run("convert static", [*tool, "--out", str(walk.out / "static"), *common], walk.out / "static")
     for name, number in (("dynamic", "8"), ("null", "16")):
@@ -121,12 +116,8 @@ def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
     if not arm.train:
         return
     save = walk.out / "arms" / arm.name
-    command = [
-        "bash",
-        str(ROOT / "launch" / "pretrain_zeda.sh"),
-        "--config",
-        str(HERE / f"stage{arm.stage}.yaml"),
-    ]
+    command = ["bash", str(ROOT / "launch" / "pretrain_zeda.sh")]
+    command += ["--config", str(HERE / f"stage{arm.stage}.yaml")]
     command += ["--pretrained-checkpoint", str(walk.out / arm.start)]
     command += ["--data-path", str(prompts if arm.stage == "2" else walk.out / "rollouts.jsonl")]
     if arm.waits:  # it starts from an adapted model: the teacher is the original
@@ -140,13 +131,8 @@ def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
 def measure(walk: Walk, arm: Arm | None, heldout: Path) -> dict:
     name = arm.name if arm else "teacher"
     out = walk.out / "measured" / f"{name}.json"
-    command = [
-        sys.executable,
-        "-m",
-        "zeda_megatron.evaluation.measure",
-        "--teacher",
-        str(walk.out / "static"),
-    ]
+    command = [sys.executable, "-m", "zeda_megatron.evaluation.measure"]
+    command += ["--teacher", str(walk.out / "static")]
     command += ["--heldout", str(heldout), "--calibration", str(walk.out / "rollouts.jsonl")]
     if arm:
         source = walk.out / "arms" / arm.name if arm.train else walk.out / arm.start
@@ -174,12 +160,15 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
 
 
 def chosen(args: argparse.Namespace) -> list[Arm]:
-    available = {arm.name: arm for arm in arm_list.FULL}
+    model = MODELS[args.model]
+    available = {arm.name: arm for arm in model.full}
     if not args.arms:
-        return list(arm_list.FULL if args.full else arm_list.DEFAULT)
+        return list(model.full if args.full else model.arms)
     unknown = [name for name in args.arms.split(",") if name not in available]
     if unknown:
-        raise SystemExit(f"error: --arms {unknown[0]!r} is unknown; choose among {', '.join(available)}")
+        raise SystemExit(
+            f"error: --arms {unknown[0]!r} is unknown with --model {model.name}; choose among {', '.join(available)}"
+        )
     arms = [available[name] for name in args.arms.split(",")]
     starts = [available[arm.start.removeprefix("arms/")] for arm in arms if arm.waits]
     return list({arm.name: arm for arm in [*starts, *arms]}.values())  # what an arm starts from comes with it

@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
-# Trains the quickstart's teacher from random weights, with this package, and exports it as an HF folder.
+# Trains a teacher of the quickstart with this package and exports it as an HF folder: the Qwen3-MoE from random weights,
+# the GLM from that one's weights, rewritten for its architecture.
 #
-#   bash examples/quickstart/train_teacher.sh WORK_DIR
+#   bash examples/quickstart/train_teacher.sh WORK_DIR [--model qwen3|glm]
 #
-# About two hours on two cores. The result that is committed in teacher/ came from these steps; teacher/README.md has
-# its log and hash. Another Python version has another standard library, hence other code to learn from.
+# About two hours on two cores; glm takes minutes. What is committed in teacher/ and glm/teacher/ came from these steps;
+# README.md there has log and hash. Another Python version has another standard library, hence other code to learn
+# from.
 set -euo pipefail
-WORK=${1:?"usage: train_teacher.sh WORK_DIR"}
+WORK=${1:?"usage: train_teacher.sh WORK_DIR [--model qwen3|glm]"}
+MODEL=qwen3
+if [[ ${2:-} == --model ]]; then
+  MODEL=${3:?"--model qwen3 or --model glm"}
+fi
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
+case $MODEL in
+  qwen3) RECIPE=$HERE ;;
+  glm) RECIPE=$HERE/glm ;;
+  *) echo "error: --model $MODEL is unknown; choose qwen3 or glm" >&2; exit 2 ;;
+esac
 source "$ROOT/launch/venv.sh"
 zeda_venv quickstart
 
@@ -17,24 +28,40 @@ zeda_venv quickstart
 
 # 2. An HF folder without weights: geometry and tokenizer.
 mkdir -p "$WORK/geometry"
-cp "$HERE/teacher/config.json" "$WORK/corpus/tokenizer/"* "$WORK/geometry/"
+cp "$RECIPE/teacher/config.json" "$WORK/corpus/tokenizer/"* "$WORK/geometry/"
 
-# 3. Train on all cores of this machine, one data-parallel process each; then on what the families that are still
-# weak have in the corpus; then on new questions of three of them.
+# 3. Train on all cores of this machine, one data-parallel process each.
 export NPROC_PER_NODE=${NPROC_PER_NODE:-2}
 train() {
   bash "$ROOT/launch/pretrain_zeda.sh" --num-zero-experts 0 --hf-config "$WORK/geometry" "$@"
 }
-train --config "$HERE/teacher.yaml" --data-path "$WORK/corpus/train.jsonl" --save "$WORK/first"
-"$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/focus.jsonl"
-train --config "$HERE/teacher_focus.yaml" --data-path "$WORK/corpus/focus.jsonl" \
-    --pretrained-checkpoint "$WORK/first" --save "$WORK/second"
-"$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/fresh.jsonl" --fresh 60000 --rest 0.3 \
-    --families number_filtering,needle_haystack,family_relationships
-train --config "$HERE/teacher_fresh.yaml" --data-path "$WORK/corpus/fresh.jsonl" \
-    --pretrained-checkpoint "$WORK/second" --save "$WORK/third"
+focus() { # OUT [flags]
+  "$PYTHON" "$HERE/focus.py" --corpus "$WORK/corpus" --out "$WORK/corpus/$1" "${@:2}"
+}
+if [[ $MODEL == qwen3 ]]; then
+  # On everything; then on what the families that are still weak have in the corpus; then on new questions of three.
+  train --config "$HERE/teacher.yaml" --data-path "$WORK/corpus/train.jsonl" --save "$WORK/first"
+  focus focus.jsonl
+  train --config "$HERE/teacher_focus.yaml" --data-path "$WORK/corpus/focus.jsonl" \
+      --pretrained-checkpoint "$WORK/first" --save "$WORK/second"
+  focus fresh.jsonl --fresh 60000 --rest 0.3 --families number_filtering,needle_haystack,family_relationships
+  train --config "$HERE/teacher_fresh.yaml" --data-path "$WORK/corpus/fresh.jsonl" \
+      --pretrained-checkpoint "$WORK/second" --save "$WORK/third"
+  LAST=third
+else
+  # From the other teacher's weights, rewritten: mend what the architecture made of them, on all kinds of text.
+  "$PYTHON" "$RECIPE/first_weights.py" --qwen "$HERE/teacher" --config "$RECIPE/teacher/config.json" \
+      --texts "$HERE/data/prompts.jsonl" --out "$WORK/rewritten"
+  "$PYTHON" "$ROOT/tools/checkpoint_convert.py" hf-to-megatron --hf "$WORK/rewritten" --out "$WORK/start" --dtype fp32
+  focus four.jsonl --fresh 60000 --rest 0.3 \
+      --families word_sequence_reversal,number_filtering,family_relationships,rotate_matrix
+  head -n 40000 "$WORK/corpus/four.jsonl" > "$WORK/corpus/mend.jsonl"
+  train --config "$RECIPE/teacher.yaml" --data-path "$WORK/corpus/mend.jsonl" \
+      --pretrained-checkpoint "$WORK/start" --save "$WORK/first"
+  LAST=first
+fi
 
 # 4. Export; bf16 halves the folder.
-"$PYTHON" "$ROOT/tools/checkpoint_convert.py" megatron-to-hf --megatron "$WORK/third" \
+"$PYTHON" "$ROOT/tools/checkpoint_convert.py" megatron-to-hf --megatron "$WORK/$LAST" \
     --hf-template "$WORK/geometry" --out "$WORK/teacher" --dtype bf16
 echo "teacher: $WORK/teacher; held-out data: $WORK/corpus/heldout.jsonl; prompts: $WORK/corpus/prompts.jsonl"

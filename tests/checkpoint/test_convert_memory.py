@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import json
 import threading
 import time
 
@@ -12,11 +11,7 @@ import torch
 from tiny_models import TINY
 
 from zeda_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
-from zeda_megatron.checkpoint.hf_files import HFWriter
-from zeda_megatron.checkpoint.layout import model_layout
-from zeda_megatron.config import ZeroExpertConfig
-from zeda_megatron.models.architecture import read_architecture
-from zeda_megatron.models.weight_maps import dims_of, weight_map_of
+from zeda_megatron.checkpoint.random_model import write_random_model
 
 CONFIG = TINY | dict(
     architectures=["Qwen3MoeForCausalLM"],
@@ -31,20 +26,6 @@ CONFIG = TINY | dict(
     moe_intermediate_size=256,
 )
 SHARD = 20_000_000
-
-
-def synthetic_folder(folder):
-    """Random weights in shards, never all in memory; returns their size in bytes."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    arch = read_architecture(folder)
-    writer = HFWriter(folder, SHARD)
-    for parameter in model_layout(arch, ZeroExpertConfig()).parameters:
-        mapping = weight_map_of(arch).for_mcore_name(parameter.name)
-        for key, shapes in mapping.hf_shapes(parameter.shape, dims_of(arch)).items():
-            writer.add(key, torch.randn(shapes[0]))
-    writer.finish()
-    return writer.total_bytes
 
 
 class PeakMemory:
@@ -72,12 +53,14 @@ class PeakMemory:
 
 @pytest.mark.parametrize("step", ["import", "export", "verify"])
 def test_peak_memory_is_a_small_part_of_the_model(tmp_path, step, record_property):
-    size = synthetic_folder(tmp_path / "hf")
+    size = write_random_model(tmp_path / "hf", CONFIG, SHARD, torch.float32)
     assert size > 300e6
     steps = {
-        "import": lambda: hf_to_megatron(tmp_path / "hf", tmp_path / "m", num_zero_experts=16),
-        "export": lambda: megatron_to_hf(tmp_path / "m", tmp_path / "hf", tmp_path / "out", SHARD),
-        "verify": lambda: verify(tmp_path / "hf", tmp_path / "m"),
+        "import": lambda: hf_to_megatron(
+            tmp_path / "hf", tmp_path / "m", num_zero_experts=16, max_shard_bytes=SHARD, workers=2
+        ),
+        "export": lambda: megatron_to_hf(tmp_path / "m", tmp_path / "hf", tmp_path / "out", SHARD, workers=2),
+        "verify": lambda: verify(tmp_path / "hf", tmp_path / "m", workers=2),
     }
     if step != "import":
         steps["import"]()

@@ -353,7 +353,7 @@ def test_wrong_flags_are_named_and_nothing_is_written(tmp_path, flags, message):
         ({"zce_routing": "pared"}, "zce_routing 'pared' is unknown"),
         ({"zce_threshold": None}, "zce_threshold is missing"),
         ({"zce_threshold": "low"}, "zce_threshold 'low' must be a finite number"),
-        ({"zce_threshold": math.nan}, "zce_threshold nan must be a finite number"),
+        ({"zce_threshold": math.nan}, "zce_threshold is not a finite number"),
         ({"zce_threshold": [-1.0]}, "a list of 3, one per MoE layer"),
         ({"zce_nums": [3]}, r"zce_nums \[3\] .* does not fit paired routing"),
         ({"zce_nums": None}, "zce_nums None .* does not fit paired routing"),

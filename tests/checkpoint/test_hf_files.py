@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
-from zeda_megatron.checkpoint.hf_files import HFReader, HFWriter
-from zeda_megatron.checkpoint.staging import staged_folder
+from zeda_megatron.checkpoint.bits import same_bits
+from zeda_megatron.checkpoint.hf_files import HFReader
+from zeda_megatron.checkpoint.partial import Partial
+from zeda_megatron.checkpoint.parts import PartWriter
+from zeda_megatron.checkpoint.safetensors_shards import Planned, plan_shards, write_index
 from zeda_megatron.errors import UserError
 
 
@@ -129,77 +132,56 @@ def test_unknown_key_is_named(folder):
         HFReader(folder).read("nothing")
 
 
+def write(folder, tensors, max_shard_bytes):
+    planned = [Planned(key, t.dtype, tuple(t.shape), t) for key, t in tensors.items()]
+    make = lambda plans: (plan.source for plan in plans)  # noqa: E731
+    shards = plan_shards(planned, make, max_shard_bytes)
+    partial = Partial(folder)
+    for path in (partial.work, partial.notes):
+        path.mkdir(parents=True)
+    PartWriter(partial, shards, 2, "test").run()
+    write_index(partial.work, shards)
+    return partial.work
+
+
 def test_writer_makes_shards_that_safetensors_and_the_index_agree_on(tmp_path):
     tensors = {f"t{i}": torch.randn(10, 10) for i in range(7)}
     tensors["large"] = torch.randn(50, 50)
     base = torch.randn(4, 6)
     tensors["view"] = base[:, 2:4]
-    writer = HFWriter(tmp_path, max_shard_bytes=1000)
-    for key, tensor in tensors.items():
-        writer.add(key, tensor)
-    assert writer.finish() == len(tensors)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    tensors |= {"odd": torch.randn(3).bfloat16(), "wide": torch.randn(5).double(), "none": torch.ones(0, 4)}
+    tensors |= {"scalar": torch.tensor(2.5), "bytes": torch.ones(3, dtype=torch.int8)}
+    out = write(tmp_path, tensors, max_shard_bytes=1000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     names = sorted(set(index["weight_map"].values()))
     count = len(names)
     assert names == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*names, "model.safetensors.index.json"]
-    )
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "model.safetensors.index.json"])
     for name in names:
-        stored = load_file(tmp_path / name)
+        stored = load_file(out / name)
         assert sum(tensor.nbytes for tensor in stored.values()) <= 1000 or list(stored) == ["large"]
     for key, name in index["weight_map"].items():
-        assert torch.equal(load_file(tmp_path / name)[key], tensors[key])
+        stored = load_file(out / name)[key]
+        assert stored.dtype == tensors[key].dtype and torch.equal(stored, tensors[key])
 
 
 def test_writer_makes_one_plain_file_when_all_fits(tmp_path):
-    writer = HFWriter(tmp_path)
-    writer.add("a", torch.ones(3))
-    writer.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    out = write(tmp_path, {"a": torch.ones(3)}, 1000)
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
 
-def test_writer_refuses_the_same_key_twice(tmp_path):
-    writer = HFWriter(tmp_path)
-    writer.add("a", torch.ones(3))
+def test_writer_refuses_the_same_key_twice():
+    twice = [Planned("a", torch.float32, (3,), None)] * 2
     with pytest.raises(ValueError, match="added twice"):
-        writer.add("a", torch.ones(3))
+        plan_shards(twice, iter, 1000)
 
 
-def test_interrupted_writing_leaves_nothing_behind(tmp_path):
-    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out") as staging:
-        (staging / "model.safetensors").write_text("half")
-        assert not (tmp_path / "out").exists()
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_existing_folder_is_not_overwritten(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "model.safetensors").write_text("precious")
-    with pytest.raises(UserError, match=r"out: folder is not empty"), staged_folder(out):
-        pass
-    assert (out / "model.safetensors").read_text() == "precious"
-    with staged_folder(out, overwrite=True) as staging:
-        (staging / "zeda.json").write_text("new")
-    assert [path.name for path in out.iterdir()] == ["zeda.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwrite_does_not_delete_a_folder_that_is_no_checkpoint(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="holds no checkpoint"), staged_folder(out, overwrite=True):
-        pass
-    assert (out / "thesis.tex").exists()
-
-
-def test_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="folder is not empty"), staged_folder(out):
-        out.mkdir()
-        (out / "zeda.json").write_text("theirs")
-    assert (out / "zeda.json").read_text() == "theirs"
+@pytest.mark.parametrize("start, stop", [(0, 16), (1, 17), (0, 13), (3, 4), (5, 5)])
+def test_bits_are_compared_whatever_the_offset_and_length(start, stop):
+    base = torch.randn(20).bfloat16()
+    a, b = base[start:stop], base[start:stop].clone()
+    assert same_bits(a, b)
+    if len(b):
+        b[-1] = float("nan")
+        assert not same_bits(a, b) and same_bits(b, b.clone())

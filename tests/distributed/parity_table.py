@@ -7,6 +7,7 @@ Every row is a run of its own on CPU + gloo, three optimizer steps, compared wit
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -121,6 +122,7 @@ def main() -> None:
     every = cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
     if options.only:
         cases = [case for case in cases if case["name"] in options.only.split(",")]
+        os.environ["ZEDA_CASES"] = options.only  # the processes run these alone
     initialize(ParallelConfig())
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
-"""The quickstart: its teacher has really learned, and the walk gives a report."""
+"""The quickstart: its teachers have really learned, and the walk gives a report with either."""
 
+import functools
 import hashlib
 import json
 import re
@@ -13,31 +14,40 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
-TEACHER = QUICKSTART / "teacher"
+TEACHERS = {"qwen3": QUICKSTART / "teacher", "glm": QUICKSTART / "glm" / "teacher"}
+MODELS = pytest.mark.parametrize("name", TEACHERS)
 
 
 def held_out() -> list[dict]:
     return [json.loads(line) for line in (QUICKSTART / "data" / "heldout.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def teacher():
+@functools.cache
+def teacher(name):
+    """The committed model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(TEACHER)
+    model = AutoModelForCausalLM.from_pretrained(TEACHERS[name], dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(TEACHERS[name])
 
 
-def test_the_committed_teacher_is_the_one_the_readme_describes():
-    weights = TEACHER / "model.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert digest in (TEACHER / "README.md").read_text()
-    assert sum(file.stat().st_size for file in TEACHER.rglob("*") if file.is_file()) <= 12e6
+@MODELS
+def test_the_committed_teacher_is_the_one_the_readme_describes(name):
+    folder = TEACHERS[name]
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (folder / "README.md").read_text()
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 12e6
 
 
+def test_both_teachers_read_text_alike():
+    first, second = (folder / "tokenizer.json" for folder in TEACHERS.values())
+    assert first.read_bytes() == second.read_bytes()
+
+
+@MODELS
 @torch.no_grad()
-def test_the_teacher_answers_held_out_questions_as_its_readme_says(teacher):
-    model, tokenizer = teacher
+def test_the_teacher_answers_held_out_questions_as_its_readme_says(name):
+    model, tokenizer = teacher(name)
     right, asked = defaultdict(int), defaultdict(int)
     for line in held_out():
         kind = line["kind"]
@@ -51,7 +61,9 @@ def test_the_teacher_answers_held_out_questions_as_its_readme_says(teacher):
         text = tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         right[kind] += text.strip() == line["label"].strip()
     table = dict(
-        re.findall(r"^\| (\w+) \| [\d.]+ \| (\d+)% \|$", (TEACHER / "README.md").read_text(), re.MULTILINE)
+        re.findall(
+            r"^\| (\w+) \| [\d.]+ \| (\d+)% \|$", (TEACHERS[name] / "README.md").read_text(), re.MULTILINE
+        )
     )
     assert table.keys() == asked.keys()
     assert (
@@ -65,13 +77,14 @@ def test_the_teacher_answers_held_out_questions_as_its_readme_says(teacher):
         )
 
 
+@MODELS
 @torch.no_grad()
-def test_megatron_gives_the_logits_of_transformers_on_the_trained_teacher(teacher, one_process, tmp_path):
+def test_megatron_gives_the_logits_of_transformers_on_the_trained_teacher(name, one_process, tmp_path):
     from zeda_megatron.checkpoint.convert import hf_to_megatron
     from zeda_megatron.evaluation.models import load_model
 
-    model, tokenizer = teacher
-    hf_to_megatron(TEACHER, tmp_path / "static", dtype="fp32")
+    model, tokenizer = teacher(name)
+    hf_to_megatron(TEACHERS[name], tmp_path / "static", dtype="fp32")
     ours = load_model(str(tmp_path / "static")).chunk
     for line in held_out()[:6]:
         tokens = tokenizer.apply_chat_template(line["messages"], return_tensors="pt", return_dict=True)[
@@ -91,6 +104,69 @@ def test_the_readme_shows_the_table_of_the_committed_report():
     assert markdown(report) in page and frontier(report) in page
     paired = (ROOT / "docs" / "paired_zero_experts.md").read_text()
     assert all(table(report) in paired for table in (ablations, budgets, rates))
+
+
+def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
+    sys.path.insert(0, str(QUICKSTART))
+    from arms_glm import DEFAULT
+    from on_policy_table import stages
+    from readme_table import markdown
+
+    text = (QUICKSTART / "results" / "glm" / "report.json").read_text()
+    report = json.loads(text)
+    page = (ROOT / "docs" / "glm.md").read_text()
+    assert markdown(report) in page and stages(report) in page
+    assert {arm.name for arm in DEFAULT} <= report["arms"].keys()
+    assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
+
+
+def test_the_arms_of_glm_are_read_by_the_training_and_start_from_one_another():
+    sys.path.insert(0, str(QUICKSTART))
+    from models import MODELS
+
+    from zeda_megatron.arguments import parse
+    from zeda_megatron.training.options import GROUPS, Options
+
+    model = MODELS["glm"]
+    assert model.full[: len(model.arms)] == model.arms
+    assert len({arm.name for arm in model.full}) == len(model.full)
+    assert {"static_topk_half", "net_kl", "zeda_stage1_kl", "net_stage2", "zeda_stage2"} <= {
+        arm.name for arm in model.arms
+    }
+    for arm in model.full:
+        flags = [part for flag, value in arm.train.items() for part in (flag, *value.split())]
+        config = ["--config", str(QUICKSTART / f"stage{arm.stage}.yaml"), "--data-path", "x.jsonl"]
+        options = Options(**parse([*config, *flags], GROUPS))
+        options.validate()
+        if arm.waits:
+            assert arm.start.removeprefix("arms/") in {other.name for other in model.full}
+
+
+@torch.no_grad()
+def test_the_first_weights_of_glm_pick_the_experts_that_the_other_teacher_picks(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(str(QUICKSTART / "glm"))
+    import first_weights
+
+    paths = {
+        "--qwen": TEACHERS["qwen3"],
+        "--config": TEACHERS["glm"] / "config.json",
+        "--texts": QUICKSTART / "data" / "prompts.jsonl",
+        "--out": tmp_path / "first",
+    }
+    words = [str(part) for pair in paths.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["first_weights.py", *words, "--number", "10"])
+    assert first_weights.main() == 0
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32).eval()
+    qwen, _ = teacher("qwen3")
+    inputs_TH = torch.randn(200, 128, generator=torch.Generator().manual_seed(0))
+    for old, new in zip(qwen.model.layers, made.model.layers[1:], strict=True):
+        picks = [(inputs_TH @ layer.mlp.gate.weight.t()).topk(4).indices for layer in (old, new)]
+        assert torch.equal(*picks)
+    # The dense layer in front begins with no effect.
+    hidden = made.model(torch.arange(20)[None], output_hidden_states=True).hidden_states
+    assert torch.equal(hidden[0], hidden[1])
 
 
 def test_the_page_of_stage_2_shows_the_tables_of_the_committed_report():
@@ -119,9 +195,16 @@ def test_seeds_of_an_arm_become_a_mean_and_a_spread():
     assert "seeds" not in arms["a_75"] and "seeds" not in arms["b"]
 
 
+ARMS = {
+    "qwen3": {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl", "zeda_stage2"},
+    "glm": {"static_topk_half", "net_kl", "zeda_stage1_kl", "zeda_stage2"},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_path):
+@MODELS
+def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(name, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join((QUICKSTART / "data" / "prompts.jsonl").read_text().splitlines(keepends=True)[:64])
@@ -131,6 +214,8 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     command = [
         sys.executable,
         str(QUICKSTART / "quickstart.py"),
+        "--model",
+        name,
         "--out",
         str(tmp_path / "out"),
         "--train-iters",
@@ -138,7 +223,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     ]
     command += [
         "--arms",
-        "static_topk_half,net_kl,zeda_stage1_kl,paired_kl,zeda_stage2",
+        ",".join(sorted(ARMS[name])),
         "--prompts",
         str(prompts),
         "--heldout",
@@ -148,7 +233,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["teacher"]["kl_to_teacher"] == 0
-    assert set(report["arms"]) == {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl", "zeda_stage2"}
+    assert set(report["arms"]) == ARMS[name]
     arms = report["arms"]
     assert arms["zeda_stage2"]["adapt_seconds"] > arms["zeda_stage1_kl"]["adapt_seconds"]
     assert arms["zeda_stage2"]["own_answers"]["reverse_kl"] > 0

@@ -6,7 +6,9 @@ import torch
 
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.ops.grouped_mlp import grouped_mlp
+from zeda_megatron.moe.experts import backend_for
+from zeda_megatron.ops import cuda_kernels
+from zeda_megatron.ops.grouped_mlp import BACKENDS, grouped_mlp
 
 H, F = 32, 16
 
@@ -29,7 +31,7 @@ def dense(rows_RH, probs_R, counts, fc1, fc2):
     return tiny.dense_experts(rows_RH, weights_RE, list(zip(fc1, fc2)))
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("counts", [[3, 5, 2], [0, 7, 0, 1], [4, 0], [0, 0, 6], [0, 0]])
 def test_outputs_and_gradients_equal_a_dense_loop(backend, counts):
     rows_RH, probs_R, fc1, fc2 = inputs(counts)
@@ -45,7 +47,7 @@ def test_outputs_and_gradients_equal_a_dense_loop(backend, counts):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expanded_gradient_is_fine(backend):
     counts = [3, 0, 4]
     rows_RH, probs_R, fc1, fc2 = inputs(counts)
@@ -57,7 +59,7 @@ def test_an_expanded_gradient_is_fine(backend):
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_stays_near_the_float32_result(backend):
     counts = [5, 0, 9]
     rows_RH, probs_R, fc1, fc2 = inputs(counts, torch.bfloat16)
@@ -97,3 +99,36 @@ def test_what_the_operator_cannot_do_falls_back_to_megatrons_loop():
 def test_unknown_backend_is_a_user_error():
     with pytest.raises(UserError, match="--expert-backend 'fast'"):
         tiny.moe_layer(ZeroExpertConfig(4), backend="fast")
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_auto_takes_our_kernels_where_they_run_and_asking_for_them_in_vain_is_a_user_error(
+    monkeypatch, built
+):
+    gpu, reason = torch.device("cuda", 0), None if built else "the kernels are not built"
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device, dtype: reason)
+    assert backend_for("auto", gpu, torch.bfloat16) == ("kernels" if built else "grouped_mm")
+    assert backend_for("loop", gpu, torch.bfloat16) == "loop"
+    assert backend_for("kernels", torch.device("cpu"), torch.float32) == "kernels"
+    if built:
+        assert backend_for("kernels", gpu, torch.bfloat16) == "kernels"
+    else:
+        with pytest.raises(UserError, match="kernels are not built"):
+            backend_for("kernels", gpu, torch.bfloat16)
+
+
+def test_weight_gradients_added_to_main_grad_are_those_of_the_loop():
+    counts = [3, 0, 4]
+    rows_RH, probs_R, fc1, fc2 = inputs(counts)
+    for weight in (*fc1, *fc2):
+        weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    wanted = [rows_RH, probs_R, *fc1, *fc2]
+    grads = [
+        torch.autograd.grad(grouped_mlp(rows_RH, probs_R, counts, fc1, fc2, backend).square().sum(), wanted)
+        for backend in ("loop", "kernels")
+    ]
+    torch.testing.assert_close(grads[0][:2], grads[1][:2])
+    assert all(weight.grad_added_to_main_grad for weight in (*fc1, *fc2))
+    torch.testing.assert_close(
+        [w.main_grad - 1 for w in (*fc1, *fc2)], list(grads[0][2:]), rtol=1e-4, atol=1e-5
+    )

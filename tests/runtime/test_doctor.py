@@ -12,7 +12,7 @@ import torch
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.layer_spec import has_transformer_engine
-from zeda_megatron.moe.experts import choose_backend
+from zeda_megatron.moe.experts import backend_for
 from zeda_megatron.runtime import doctor
 from zeda_megatron.runtime.machine import OPTIONAL, REQUIRED, Machine, inspect, which_apex
 
@@ -60,7 +60,7 @@ def test_paths_are_those_the_code_takes(monkeypatch, cuda, te):
     assert (path_of("attention", on) == "Transformer Engine") == has_transformer_engine()
     assert (path_of("norm", on) == "Transformer Engine") == has_transformer_engine()
     if not has_transformer_engine():
-        assert path_of("experts", on) == choose_backend("auto")
+        assert path_of("experts", on) == backend_for("auto", torch.device("cpu"), torch.bfloat16)
 
 
 def test_optimizer_here_is_the_one_megatron_imports():

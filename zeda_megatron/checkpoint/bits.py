@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -19,7 +19,12 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Same type, shape and bits (NaN equals NaN, 0.0 differs from -0.0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # Eight bytes at once where PyTorch can see them as one number.
+    wide = all(n % 8 == 0 for t in (a, b) for n in (t.nbytes, t.storage_offset() * t.element_size()))
+    word = torch.int64 if wide else torch.uint8
+    return torch.equal(raw(a).view(word), raw(b).view(word))
 
 
 def caster(dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -43,6 +48,11 @@ class HashingRead:
         self._lines[key] = f"{key} {tensor.dtype} {list(tensor.shape)} {digest}"
         return tensor
 
-    def digest(self) -> str:
-        """One hash over all tensors that were read; sharding and order do not matter."""
-        return hashlib.sha256("\n".join(sorted(self._lines.values())).encode()).hexdigest()
+    def lines(self) -> list[str]:
+        """Name, type, shape and hash of each tensor that was read."""
+        return sorted(self._lines.values())
+
+
+def source_digest(lines: Iterable[str]) -> str:
+    """One hash over the lines of all readers; sharding and order do not matter."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

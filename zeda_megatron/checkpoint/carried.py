@@ -6,7 +6,7 @@ routers belong to a layer that is not trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import filterfalse
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import torch
 from ..errors import UserError
 from ..models.architecture import Architecture
 from .bits import same_bits
-from .folders import copy_whole
-from .hf_files import INDEX_NAME, SINGLE_NAME, HFReader, HFWriter
+from .hf_files import INDEX_NAME, SINGLE_NAME, HFReader
+from .safetensors_shards import Make, Planned
 
 CARRIED_NAME = "carried"
 Cast = Callable[[torch.Tensor], torch.Tensor]
@@ -32,24 +32,20 @@ def carried_keys(reader: HFReader, arch: Architecture) -> list[str]:
     return list(filter(arch.is_carried, reader.keys()))
 
 
-def write_carried(reader: HFReader, arch: Architecture, writer: HFWriter, cast: Cast) -> int:
-    """Hand all carried tensors on, one at a time; returns their number. No cast rounds a score bias."""
-    keys = carried_keys(reader, arch)
-    for key in keys:
-        tensor = reader.read(key)
-        writer.add(key, tensor if key.endswith("e_score_correction_bias") else cast(tensor))
-    return len(keys)
+def carried_plans(reader: HFReader, arch: Architecture, cast: Cast) -> Iterator[Planned]:
+    """What is to be written for the carried tensors."""
+    for key in carried_keys(reader, arch):
+        dtype = _cast_one(key, torch.empty(0, dtype=reader.dtype(key)), cast).dtype
+        yield Planned(key, dtype, reader.shape(key), key)
 
 
-def keep_carried(reader: HFReader, arch: Architecture, hf_config: Path, cast: Cast) -> None:
-    """Put the carried tensors of a source into `hf_config`, which has its config.json already."""
-    if carried_keys(reader, arch):
-        folder = hf_config / CARRIED_NAME
-        folder.mkdir()
-        writer = HFWriter(folder)
-        write_carried(reader, arch, writer, cast)
-        writer.finish()
-        copy_whole(hf_config / "config.json", folder / "config.json")
+def read_carried(reader: HFReader, cast: Cast) -> Make:
+    """What makes the tensors of such plans. No cast rounds a score bias."""
+    return lambda plans: (_cast_one(planned.key, reader.read(planned.key), cast) for planned in plans)
+
+
+def _cast_one(key: str, tensor: torch.Tensor, cast: Cast) -> torch.Tensor:
+    return tensor if key.endswith("e_score_correction_bias") else cast(tensor)
 
 
 def carried_source(template: Path, arch: Architecture) -> HFReader | None:

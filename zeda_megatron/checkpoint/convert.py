@@ -1,4 +1,4 @@
-"""Hugging Face <-> Megatron, streaming: one parameter in memory at a time, every original bit kept."""
+"""Hugging Face <-> Megatron, streaming: a few tensors in memory at a time, every original bit kept."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..config import ZeroExpertConfig
 from ..models.architecture import read_architecture
-from ..models.weight_map import Added, ModelDims, ScoreBias, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
-from ..moe.paired import KEEP_ALL
-from .bits import HashingRead, caster, same_bits
-from .carried import carried_differences, carried_source, keep_carried, own_keys, write_carried
+from .bits import caster, source_digest
+from .carried import carried_plans, carried_source, own_keys, read_carried
+from .export_plan import ExportPlan
 from .hf_config import (
     copy_side_files,
     dynamic_config,
+    side_files,
     static_config,
     with_dtype,
     write_config,
     zero_experts_of,
 )
-from .hf_files import DEFAULT_SHARD_BYTES, HFReader, HFWriter, read_json
-from .import_checks import check_added, check_source, wanted_zero_experts
-from .layout import Parameter, model_layout
+from .hf_files import HFReader, read_json
+from .import_checks import check_added, check_float_types, check_source, wanted_zero_experts
+from .import_plan import ImportPlan
+from .layout import model_layout
 from .megatron_model import ZEDA_NAME, MegatronModel
-from .paired_config import SettingsWriter, settings_of
-from .staging import check_target, staged_folder
+from .own_files import own_file
+from .paired_config import settings_of
+from .partial import files_of, partial_folder
+from .parts import PartWriter
+from .safetensors_shards import DEFAULT_SHARD_BYTES, plan_shards, write_index
 from .state import TRACKER
-from .torch_dist_files import TorchDistWriter
+from .target import check_space, check_target
+from .torch_dist_writer import finish
+from .verify import verify
 
+__all__ = ["DEFAULT_SHARD_BYTES", "Summary", "hf_to_megatron", "megatron_to_hf", "verify"]
 HF_CONFIG_NAME = "hf_config"
 RELEASE_NAME = "release"
+_CARRIED_BELOW = f"{HF_CONFIG_NAME}/carried/"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ def hf_to_megatron(
     overwrite: bool = False,
     zero_expert_routing: str | None = None,
     paired_score: str | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    workers: int = 1,
+    restart: bool = False,
 ) -> Summary:
     """Import a Hugging Face folder as a Megatron torch_dist checkpoint.
 
@@ -68,11 +80,17 @@ def hf_to_megatron(
     `zero_expert_routing` "paired" every layer gets a fresh head, which keeps all picks (`moe.paired`). Zero experts
     that the folder already has are taken as they are.
 
+    Args:
+        max_shard_bytes: longest data file, in bytes (a longer tensor has a file of its own).
+        workers: threads; each holds one parameter.
+        restart: throw away what an interrupted import to `out` has left, instead of going on from it.
+
     Raises:
         UserError: anything wrong with the source or the target; nothing is left behind then.
     """
     check_target(Path(out), overwrite)
     reader, cast = HFReader(hf), caster(dtype)
+    side_files(reader.folder)
     arch = read_architecture(hf)
     real = arch.megatron["num_moe_experts"]
     present = zero_experts_of(reader.config)
@@ -83,44 +101,41 @@ def hf_to_megatron(
     layout = model_layout(arch, zero)
     weights, dims = weight_map_of(arch), dims_of(arch, seed)
     bound = weights.bind(layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
+    check_float_types(reader, dtype)
     check_source(reader, layout, bound, dims, weights.tied)
     check_added(reader, bound, present)
-    settings = settings_of(reader.config, bound.values()) if present.paired else {}
-    read, nbytes = HashingRead(lambda key: settings[key] if key in settings else reader.read(key)), 0
-    with staged_folder(out, overwrite) as staging:
-        (staging / RELEASE_NAME).mkdir()
-        with TorchDistWriter(staging / RELEASE_NAME) as writer:
-            for parameter in tqdm(layout.parameters, desc="import", disable=None):
-                mapping = bound[parameter.name]
-                if not isinstance(mapping, Setting):
-                    tensor = _import_one(reader, read, mapping, parameter, dims)
-                    tensor = tensor if isinstance(mapping, ScoreBias) else cast(tensor)
-                elif present.paired:
-                    tensor = mapping.to_mcore(read, parameter.shape, dims)
-                else:
-                    tensor = torch.full(parameter.shape, KEEP_ALL, dtype=torch.float32)
-                nbytes += tensor.nbytes
-                for box, part in zip(parameter.boxes, _rows(tensor, parameter)):
-                    writer.add(box, part)
-            for key in layout.objects:
-                writer.add_empty_object(key)
-            writer.finish({"iteration": 0, "checkpoint_version": 3.0})
-        copy_side_files(reader.folder, staging / HF_CONFIG_NAME)
-        write_config(staging / HF_CONFIG_NAME, with_dtype(static_config(reader.config), dtype))
-        keep_carried(reader, arch, staging / HF_CONFIG_NAME, cast)
-        facts = {
-            "num_zero_experts": zero.num_zero_experts,
-            "zero_experts_type": zero.zero_experts_type,
-            "zero_expert_routing": zero.zero_expert_routing,
-            **({"paired_score": zero.paired_score} if zero.paired else {}),
-            "seed": seed,
-            "dtype": dtype,
-            "source_architecture": arch.name,
-            "source_sha256": read.digest(),
-        }
-        (staging / ZEDA_NAME).write_text(json.dumps(facts, indent=2) + "\n")
-        (staging / TRACKER).write_text(RELEASE_NAME + "\n")
-    return Summary(len(layout.parameters), nbytes, zero)
+    settings = settings_of(reader.config, bound.values()) if present.paired else None
+    plan = ImportPlan(reader, bound, dims, cast, settings)
+    files = plan.data_files(layout, f"{RELEASE_NAME}/", max_shard_bytes)
+    carried = list(carried_plans(reader, arch, cast))
+    shards = plan_shards(carried, read_carried(reader, cast), below=_CARRIED_BELOW) if carried else []
+    facts = {
+        "num_zero_experts": zero.num_zero_experts,
+        "zero_experts_type": zero.zero_experts_type,
+        "zero_expert_routing": zero.zero_expert_routing,
+        **({"paired_score": zero.paired_score} if zero.paired else {}),
+        "seed": seed,
+        "dtype": dtype,
+        "source_architecture": arch.name,
+    }
+    source = files_of([reader.folder / "config.json", *reader.files])
+    request = _request("hf-to-megatron", source=source, max_shard_bytes=max_shard_bytes, **facts)
+    with partial_folder(out, request, overwrite, restart) as partial:
+        writer = PartWriter(partial, [*files, *shards], workers, "import")
+        check_space(Path(out), writer.missing_bytes())
+        done = writer.run()[: len(files)]
+        finish(partial.work / RELEASE_NAME, files, done, {"iteration": 0, "checkpoint_version": 3.0})
+        hf_config = partial.work / HF_CONFIG_NAME
+        copy_side_files(reader.folder, hf_config)
+        config = with_dtype(static_config(reader.config), dtype)
+        write_config(hf_config, config)
+        if shards:
+            write_index(partial.work / _CARRIED_BELOW, shards)
+            write_config(partial.work / _CARRIED_BELOW, config)
+        facts["source_sha256"] = source_digest(line for part in done for line in part.facts["sources"])
+        (partial.work / ZEDA_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        (partial.work / TRACKER).write_text(RELEASE_NAME + "\n")
+    return Summary(len(layout.parameters), sum(item.nbytes for file in files for item in file.items), zero)
 
 
 def megatron_to_hf(
@@ -130,89 +145,53 @@ def megatron_to_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str = "keep",
     overwrite: bool = False,
+    *,
+    workers: int = 1,
+    restart: bool = False,
+    verify_checkpoint: str = "hash",
 ) -> Summary:
     """Export a torch_dist checkpoint, written on any parallel layout, as a Hugging Face folder.
 
     `hf_template` gives config, tokenizer and generation config. A dynamic model gets the authors' config keys
     and our modeling file; a static one comes out as the plain architecture.
 
+    Args:
+        max_shard_bytes: longest shard, in bytes (a longer tensor has a shard of its own).
+        workers: threads; each holds one parameter.
+        restart: throw away what an interrupted export to `out` has left, instead of going on from it.
+        verify_checkpoint: how closely the checkpoint's files are looked at (`integrity.LEVELS`).
+
     Raises:
         UserError: checkpoint and template do not fit, or the target is in use; nothing is left behind then.
     """
     check_target(Path(out), overwrite)
     template, cast = Path(hf_template), caster(dtype)
-    arch, config = read_architecture(template), read_json(template / "config.json")
-    model = MegatronModel(Path(megatron), arch, config)
-    weights, dims = weight_map_of(arch), dims_of(arch)
+    config_file = own_file(template, "config.json", template)
+    side_files(template)
+    arch, config = read_architecture(template), read_json(config_file)
+    model = MegatronModel(Path(megatron), arch, config, verify_checkpoint)
     carried = carried_source(template, arch)
-    with staged_folder(out, overwrite) as staging:
-        writer, settings = HFWriter(staging, max_shard_bytes), SettingsWriter()
-        for parameter in tqdm(model.layout.parameters, desc="export", disable=None):
-            tensor, mapping = model.read(parameter), weights.for_mcore_name(parameter.name)
-            if isinstance(mapping, Setting):
-                settings.add(mapping, tensor)
-            for key, part in mapping.to_hf(tensor, dims).items():
-                writer.add(key, part if isinstance(mapping, ScoreBias) else cast(part))
-        if carried is not None:
-            write_carried(carried, arch, writer, cast)
-        count = writer.finish()
-        copy_side_files(template, staging)
-        write_config(staging, with_dtype(dynamic_config(config, model.zero, settings.entries()), dtype))
-    return Summary(count, writer.total_bytes, model.zero)
+    plan = ExportPlan(model, weight_map_of(arch), dims_of(arch), cast, carried)
+    shards = plan_shards(plan.tensors(arch), plan.make, max_shard_bytes)
+    result = with_dtype(dynamic_config(config, model.zero, plan.settings()), dtype)
+    request = _request(
+        "megatron-to-hf",
+        checkpoint=files_of(sorted(path for path in model.folder.iterdir() if path.is_file())),
+        template=files_of([config_file, *(carried.files if carried else [])]),
+        max_shard_bytes=max_shard_bytes,
+        dtype=dtype,
+    )
+    with partial_folder(out, request, overwrite, restart) as partial:
+        writer = PartWriter(partial, shards, workers, "export")
+        check_space(Path(out), writer.missing_bytes())
+        writer.run()
+        write_index(partial.work, shards)
+        copy_side_files(template, partial.work)
+        write_config(partial.work, result)
+    tensors = [planned for shard in shards for planned in shard.tensors]
+    return Summary(len(tensors), sum(planned.nbytes for planned in tensors), model.zero)
 
 
-def verify(hf: str | os.PathLike, megatron: str | os.PathLike) -> list[str]:
-    """Compare every tensor of a Hugging Face folder with a Megatron checkpoint, bit for bit.
-
-    Zero experts that only the checkpoint has are allowed: the original router rows come first, unchanged. Score and
-    thresholds of paired zero experts, which are in config.json, are compared too.
-
-    Returns:
-        One line per difference, empty if there is none.
-
-    Raises:
-        UserError: one of the two is incomplete, or they are not the same architecture.
-    """
-    reader, arch = HFReader(hf), read_architecture(hf)
-    model = MegatronModel(Path(megatron), arch, reader.config)
-    weights, dims = weight_map_of(arch), dims_of(arch)
-    bound = weights.bind(model.layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
-    present, differences = zero_experts_of(reader.config), []
-    check_added(reader, bound, present)
-    settings = settings_of(reader.config, bound.values()) if present.paired else {}
-    if present.paired and present.paired_score != model.zero.paired_score:
-        differences.append(f"config.json: zce_score {present.paired_score} became {model.zero.paired_score}")
-    for parameter in tqdm(model.layout.parameters, desc="verify", disable=None):
-        mapping = bound[parameter.name]
-        if isinstance(mapping, Setting) and mapping.hf in settings:
-            differences += _difference(settings[mapping.hf], model.read(parameter), mapping.hf, [(1,)])
-        parts = mapping.to_hf(model.read(parameter), dims)
-        for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
-            if key in reader:
-                differences += _difference(reader.read(key), parts[key], key, allowed)
-    return differences + carried_differences(reader, arch, Path(megatron))
-
-
-def _difference(original: torch.Tensor, ours: torch.Tensor, key: str, allowed) -> list[str]:
-    if tuple(original.shape) not in allowed:
-        return [f"{key}: shape {list(original.shape)} became {list(ours.shape)}"]
-    ours = ours[: original.shape[0]]
-    if original.dtype != ours.dtype:
-        return [f"{key}: type {original.dtype} became {ours.dtype}"]
-    if same_bits(original, ours):
-        return []
-    changed = (original != ours).sum().item()
-    return [f"{key}: {changed} of {original.numel()} values differ"]
-
-
-def _import_one(
-    reader: HFReader, read: HashingRead, mapping: WeightMapping, parameter: Parameter, dims: ModelDims
-) -> torch.Tensor:
-    if isinstance(mapping, Added) and mapping.hf not in reader:
-        return torch.zeros(parameter.shape, dtype=reader.dtype(reader.keys()[0]))
-    return mapping.to_mcore(read, parameter.shape, dims)
-
-
-def _rows(tensor: torch.Tensor, parameter: Parameter) -> tuple[torch.Tensor, ...]:
-    """Cut a parameter into the rows of its boxes."""
-    return tensor.split([box.shape[-tensor.dim()] for box in parameter.boxes])
+def _request(make: str, **facts: Any) -> dict[str, Any]:
+    """What a conversion makes, as `partial_folder` wants it. Another PyTorch may write other bytes."""
+    return {"direction": make, **facts, "torch": torch.__version__}

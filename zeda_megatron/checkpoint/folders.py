@@ -41,7 +41,9 @@ def tracked(root: Path) -> Path | None:
         name = (root / TRACKER).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return root / (f"iter_{int(name):07d}" if name.isdecimal() else name) if name else None
+    if not name or name != Path(name).name or name == ".." or "\0" in name:
+        return None  # a path would lead out of the folder
+    return root / (f"iter_{int(name):07d}" if name.isdecimal() else name)
 
 
 def find_checkpoint(root: str | Path) -> Path | None:

@@ -12,8 +12,10 @@ from typing import Any
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import MODELS
+from ..strict_json import is_int
 from .bits import DTYPES
 from .folders import copy_whole, write_atomically
+from .own_files import own_file
 from .paired_config import PAIRED_KEYS, is_paired, paired_experts_of
 
 _NATIVE_TYPES = {dynamic: native for native, dynamic in (model.MODEL_TYPES for model in MODELS)}
@@ -47,9 +49,10 @@ def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
         return paired_experts_of(config)
     nums = config.get("zce_nums") or []
     kinds = config.get("zce_types") or (["zero"] if nums else [])
-    if len(nums) != len(kinds) or any(not isinstance(n, int) or n < 0 for n in nums):
+    lists = isinstance(nums, list) and isinstance(kinds, list)
+    if not lists or len(nums) != len(kinds) or not all(is_int(n) and n >= 0 for n in nums):
         raise UserError(f"config.json: zce_nums {nums} and zce_types {kinds} must be lists of equal length")
-    if len(set(kinds)) > 1:
+    if any(kind != kinds[0] for kind in kinds):
         raise UserError(f"config.json: zce_types {kinds} mixes several kinds; only one kind can be converted")
     if not sum(nums):
         return ZeroExpertConfig()
@@ -65,7 +68,9 @@ def static_config(config: dict[str, Any]) -> dict[str, Any]:
     result["model_type"] = _NATIVE_TYPES.get(config.get("model_type", ""), config.get("model_type"))
     if config.get("architectures"):
         result["architectures"] = [native.get(name, name) for name in config["architectures"]]
-    auto_map = {key: value for key, value in result.pop("auto_map", {}).items() if not _is_ours(value)}
+    auto_map = {
+        key: value for key, value in (result.pop("auto_map", None) or {}).items() if not _is_ours(value)
+    }
     if auto_map:
         result["auto_map"] = auto_map
     return result
@@ -125,10 +130,16 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         copy_whole(Path(__file__).parents[1] / "serving" / name, folder / name)
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, generation config, chat template and licence; returns the names."""
-    target.mkdir(parents=True, exist_ok=True)
+def side_files(source: Path) -> list[Path]:
+    """Tokenizer, generation config, chat template and licence. Raises `UserError` for a link out of the folder."""
     found = sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()})
+    return [own_file(source, path.name, source) for path in found]
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy `side_files`; returns the names."""
+    target.mkdir(parents=True, exist_ok=True)
+    found = side_files(source)
     for path in found:
         copy_whole(path, target / path.name)
     return [path.name for path in found]

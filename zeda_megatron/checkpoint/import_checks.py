@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.weight_map import Added, ModelDims, WeightMapping
-from .bits import same_bits
+from .bits import DTYPES, same_bits
 from .hf_config import zero_experts_of
 from .hf_files import HFReader
 from .layout import Layout
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def wanted_zero_experts(
@@ -55,6 +59,29 @@ def _new_zero_experts(
     if not count:
         return ZeroExpertConfig(zero_expert_routing=routing)
     return ZeroExpertConfig(count, kind, routing)
+
+
+def check_float_types(reader: HFReader, dtype: str) -> None:
+    """Weights are floating-point numbers, and of the two 16-bit kinds there is one only.
+
+    Raises:
+        UserError: naming file and tensor.
+    """
+    halves: dict[torch.dtype, list[str]] = {torch.bfloat16: [], torch.float16: []}
+    for key in sorted(reader.keys()):
+        entry = reader.entry(key)
+        if entry.dtype not in _FLOATS:
+            raise UserError(
+                f"{entry.file}: tensor {key} has type {entry.dtype}; only float weights can be converted, so "
+                "give a folder that is not quantised"
+            )
+        halves.get(entry.dtype, []).append(key)
+    few = min(halves.values(), key=len)
+    if few and DTYPES[dtype] is None:
+        raise UserError(
+            f"{reader.entry(few[0]).file}: tensor {few[0]} has type {reader.dtype(few[0])}, which the other half "
+            "precision weights have not; pass --dtype to make them one"
+        )
 
 
 def check_source(

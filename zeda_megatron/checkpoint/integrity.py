@@ -37,9 +37,12 @@ def note_own_files(folder: Path, writer: int) -> None:
     (folder / _PART.format(writer)).write_text(json.dumps(files))
 
 
-def seal(folder: Path) -> None:
-    """Write `integrity.json` from the writers' notes; files without a note are hashed here. One process calls it."""
-    files: dict[str, Any] = {}
+def seal(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Write `integrity.json` from the writers' notes; files without a note are hashed here. One process calls it.
+
+    `known` are fingerprints that the caller has already, by file name.
+    """
+    files: dict[str, Any] = dict(known or {})
     for note in sorted(folder.glob(_PART.format("*"))):
         files |= json.loads(note.read_text())
         note.unlink()
@@ -75,13 +78,11 @@ def require_intact(folder: Path, flag: str, level: str) -> Path:
 
 def _find_damage_here(folder: Path, level: str) -> str | None:
     if level != "none" and has_integrity(folder):
-        try:
-            files = sorted(json.loads((folder / INTEGRITY).read_text())["files"].items())
-            files = [(name, (int(told["size"]), str(told["sha256"]))) for name, told in files]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = told_files(folder)
+        if files is None:
             return f"{INTEGRITY} cannot be read"
-        for name, told in files[rank() :: world_size()]:
-            damage = _compare(folder / name, *told, level)
+        for name, told in sorted(files.items())[rank() :: world_size()]:
+            damage = compare_file(folder / name, *told, level)
             if damage:
                 return f"{name} {damage}"
     if not is_complete(folder):
@@ -90,7 +91,18 @@ def _find_damage_here(folder: Path, level: str) -> str | None:
     return None
 
 
-def _compare(file: Path, size: int, sha256: str, level: str) -> str | None:
+def told_files(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """What `integrity.json` tells: size and SHA-256 by file name; None if it cannot be read."""
+    try:
+        files = json.loads((folder / INTEGRITY).read_bytes())["files"].items()
+        told = {name: (int(item["size"]), str(item["sha256"])) for name, item in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return told if all(name and Path(name).name == name for name in told) else None
+
+
+def compare_file(file: Path, size: int, sha256: str, level: str) -> str | None:
+    """What is wrong with a file, in words that follow its name; None if it is as it was written."""
     try:
         now = file.stat().st_size
         if now != size:

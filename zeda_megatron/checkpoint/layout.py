@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import ZeroExpertConfig
+from ..errors import UserError
 from ..models.architecture import Architecture
 from ..runtime import cpu
 from ..runtime.process_groups import ParallelConfig, initialize
@@ -72,17 +73,21 @@ def model_layout(arch: Architecture, zero: ZeroExpertConfig) -> Layout:
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
     from ..models.build import build_gpt_model, transformer_config
+    from .saving import first_line
 
-    config = transformer_config(
-        arch,
-        overrides={
-            "use_cpu_initialization": True,
-            "perform_initialization": False,
-            "moe_grouped_gemm": False,
-        },
-    )
-    with torch.device("meta"):
-        model = build_gpt_model(arch, config, zero, use_te=False)
+    try:
+        config = transformer_config(
+            arch,
+            overrides={
+                "use_cpu_initialization": True,
+                "perform_initialization": False,
+                "moe_grouped_gemm": False,
+            },
+        )
+        with torch.device("meta"):
+            model = build_gpt_model(arch, config, zero, use_te=False)
+    except (AssertionError, ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"config.json: Megatron refuses these settings: {first_line(error)}") from error
     parameters, objects = [], []
     for name, item in model.sharded_state_dict().items():
         if isinstance(item, ShardedObject):

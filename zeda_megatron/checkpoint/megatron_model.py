@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..config import ZeroExpertConfig
+from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
+from ..strict_json import is_int, read_json
 from .hf_config import zero_experts_of
-from .hf_files import read_json
 from .layout import Layout, Parameter, model_layout, stacked
-from .torch_dist_files import TorchDistReader
+from .torch_dist_reader import TorchDistReader
 
 ZEDA_NAME = "zeda.json"
 _MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
@@ -29,14 +29,15 @@ class MegatronModel:
         folder: checkpoint folder (or the iteration's folder inside it).
         arch: architecture of the Hugging Face template.
         config: its config.json.
+        verify: how closely files are looked at before they are read (`integrity.LEVELS`).
 
     Raises:
         UserError: incomplete checkpoint, or one that does not belong to this config.
     """
 
-    def __init__(self, folder: Path, arch: Architecture, config: dict[str, Any]):
+    def __init__(self, folder: Path, arch: Architecture, config: dict[str, Any], verify: str = "hash"):
         self._arch = arch
-        self._reader = TorchDistReader(folder)
+        self._reader = TorchDistReader(folder, verify)
         self.folder = self._reader.folder
         self.zero = self._zero_experts(folder, config)
         self.layout: Layout = model_layout(arch, self.zero)
@@ -48,10 +49,19 @@ class MegatronModel:
         parts = [self._reader.read(box).reshape(-1, *parameter.shape[1:]) for box in boxes]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(parameter.shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored type of the parameter `name`."""
-        parameter = next(parameter for parameter in self.layout.parameters if parameter.name == name)
-        return self._reader.dtype(self._stored(parameter.boxes[0]).key)
+    def checked_dtype(self, parameter: Parameter) -> torch.dtype:
+        """Stored type of a parameter, whose shape is looked at too, without reading it.
+
+        Raises:
+            UserError: it is missing, incomplete, has another shape, or its parts have different types.
+        """
+        boxes = [self._stored(box) for box in parameter.boxes]
+        for box in boxes:
+            self._reader.check(box)
+        types = {self._reader.dtype(box.key) for box in boxes}
+        if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
+            raise UserError(f"{self.folder}: {parameter.name} has type {' and '.join(map(str, types))}")
+        return types.pop()
 
     def _stored(self, box):
         """The box itself, or its place in a checkpoint that stacks all layers in one tensor."""
@@ -107,5 +117,21 @@ class MegatronModel:
         """zeda.json of the checkpoint, or nothing."""
         for folder in (root, self.folder, self.folder.parent):
             if (folder / ZEDA_NAME).is_file():
-                return read_json(folder / ZEDA_NAME)
+                return _checked(read_json(folder / ZEDA_NAME), folder / ZEDA_NAME)
         return {}
+
+
+def _checked(about: dict[str, Any], file: Path) -> dict[str, Any]:
+    score = about.get("paired_score", ZeroExpertConfig.paired_score)
+    terms = score.split("+") if isinstance(score, str) else [None]
+    right = {
+        "num_zero_experts": is_int(about.get("num_zero_experts", 0)),
+        "zero_experts_type": about.get("zero_experts_type", "zero") in ("zero", "copy", "learned"),
+        "zero_expert_routing": about.get("zero_expert_routing", "shared") in ZERO_EXPERT_ROUTINGS,
+        "paired_score": all(term in SCORE_TERMS for term in terms),
+        "renormalize_after_drop": isinstance(about.get("renormalize_after_drop", False), bool),
+    }
+    for key, is_right in right.items():
+        if not is_right:
+            raise UserError(f"{file}: {key} {str(about[key])[:60]!r} makes no sense; restore the file")
+    return about

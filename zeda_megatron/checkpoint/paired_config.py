@@ -11,6 +11,7 @@ import torch
 from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..errors import UserError
 from ..models.weight_map import Setting, WeightMapping
+from ..strict_json import is_number
 
 PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold")
 
@@ -18,7 +19,7 @@ PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold")
 def is_paired(config: dict[str, Any]) -> bool:
     """True if `zce_routing` says paired; absent means shared. Raises `UserError` for other values."""
     routing = config.get("zce_routing") or "shared"
-    if routing not in ZERO_EXPERT_ROUTINGS:
+    if not isinstance(routing, str) or routing not in ZERO_EXPERT_ROUTINGS:
         raise UserError(
             f"config.json: zce_routing {routing!r} is unknown; known: {', '.join(ZERO_EXPERT_ROUTINGS)}"
         )
@@ -64,16 +65,12 @@ def settings_of(config: dict[str, Any], mappings: Iterable[WeightMapping]) -> di
         if value is None:
             raise UserError(f"config.json: {key} is missing; paired zero experts need a number")
         values = value if isinstance(value, list) else [value] * len(names)
-        if len(values) != len(names) or not all(map(_is_number, values)):
+        if len(values) != len(names) or not all(map(is_number, values)):
             raise UserError(
                 f"config.json: {key} {value!r} must be a finite number, or a list of {len(names)}, one per MoE layer"
             )
         found |= {name: torch.tensor([v], dtype=torch.float32) for name, v in zip(names, values)}
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class SettingsWriter:

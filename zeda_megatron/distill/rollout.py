@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -52,8 +53,7 @@ def check_engine(name: str) -> None:
     """Raise `UserError` for a `--rollout-engine` that is unknown or cannot work here."""
     if name not in ENGINES:
         raise UserError(f"--rollout-engine {name!r} is unknown; choose one of {', '.join(ENGINES)}")
-    if name == "vllm":
+    if name == "vllm" and find_spec("vllm") is None:
         raise UserError(
-            "--rollout-engine vllm needs a vLLM that knows models with zero experts; its plugin is not part of this "
-            "version of zeda_megatron: use builtin"
+            "--rollout-engine vllm needs vLLM, which is not installed here (docs/serving.md): use builtin"
         )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import torch
+
+from ..ops.cuda_kernels import why_not
 
 
 def worst_difference(lines: list[dict], reference: list[dict]) -> float:
@@ -38,3 +44,41 @@ def flex(run) -> dict:
     ]
     worst = worst_difference(*dispatchers)
     return {"ok": worst < 2e-2, "worst_relative_difference": worst}
+
+
+def own_kernels(run) -> dict:
+    """This project's kernels: their tests, the same training as on torch's grouped GEMM, a short benchmark."""
+    if run.device != "cuda":
+        return {"skipped": "needs a GPU"}
+    reason = why_not(torch.device("cuda", 0), torch.bfloat16)
+    if reason:
+        return {"skipped": reason}
+    tests = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        str(run.root / "tests" / "gpu"),
+    )
+    done = subprocess.run(tests, capture_output=True, text=True, cwd=run.root)
+    counts = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)
+    }
+    worst = worst_difference(
+        run.train("own_kernels", "--bf16", "--expert-backend", "kernels"),
+        run.train("no_own_kernels", "--bf16", "--expert-backend", "grouped_mm"),
+    )
+    file = run.work / "kernels_bench.json"
+    run.command(sys.executable, str(run.root / "kernels" / "bench.py"), "--quick", "--json", str(file))
+    return {
+        "ok": done.returncode == 0 and worst < 2e-2,
+        "tests": counts,
+        "worst_relative_difference": worst,
+        "failures": [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))][:20],
+        "bench": json.loads(file.read_text()),
+    }

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .gpu_kernels import flex, permute_fusion
+from .gpu_kernels import flex, own_kernels, permute_fusion
 from .gpu_stage2 import stage2
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -176,7 +176,9 @@ def _state(result: dict) -> str:
 
 def _summary(result: dict) -> str:
     shown = {
-        k: f"{v:.3g}" if isinstance(v, float) else v for k, v in result.items() if k not in ("name", "ok")
+        k: f"{v:.3g}" if isinstance(v, float) else v
+        for k, v in result.items()
+        if k not in ("name", "ok", "bench")  # a table of its own, in the JSON
     }
     return ", ".join(f"{k} {v}" for k, v in shown.items())
 
@@ -207,7 +209,7 @@ def main() -> int:
             run.export,
         ):
             run.check(check.__name__, check)
-        for check in (stage2, permute_fusion, flex):
+        for check in (stage2, permute_fusion, flex, own_kernels):
             run.check(check.__name__, partial(check, run))
     out = args.out or args.root / "docs" / "gpu"
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserError
+from ..strict_json import strict_loads
 from . import glm4_moe_lite, mixtral, qwen3_moe
+from .config_values import check_config_values
 from .weight_map import WeightMap
 
 
@@ -73,18 +75,22 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: give the folder of a Hugging Face model")
     try:
-        return json.loads(path.read_text())
+        return strict_loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def read_architecture(source: str | Path | dict[str, Any], where: str = "config") -> Architecture:
     """Read an HF folder, or an already loaded config dict, which messages call `where`.
 
-    Raises `UserError` for unknown architectures and for settings that the Megatron model would not follow.
+    Raises `UserError` for unknown architectures, for values of a wrong type and for settings
+    that the Megatron model would not follow.
     """
     where = where if isinstance(source, dict) else str(Path(source) / "config.json")
     hf = source if isinstance(source, dict) else read_hf_config(source)
+    check_config_values(hf, where)
     name = (hf.get("architectures") or [""])[0]
     model = REGISTRY.get(name) or (MODEL_TYPES.get(hf.get("model_type", "")) if not name else None)
     if model is None:

@@ -14,6 +14,7 @@ from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
 from ..moe.paired import install_residual_norms
+from ..moe.score_bias import train_score_bias
 from ..moe.spec import apply_grouped_experts, apply_zero_experts
 from ..runtime.process_groups import ParallelConfig
 from .architecture import Architecture
@@ -137,6 +138,8 @@ def build_gpt_model(
     block = decoder_block_spec(config, vp_stage=vp_stage, use_te=use_te)
     if zero is None:
         block = apply_grouped_experts(block, expert_backend)
+        if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+            block = train_score_bias(block)
     else:
         zero.validate(config.num_moe_experts, config.moe_router_topk)
         block = apply_zero_experts(block, zero, expert_backend)

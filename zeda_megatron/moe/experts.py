@@ -6,6 +6,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from ..errors import UserError
+from ..ops import cuda_kernels
 from ..ops.grouped_mlp import BACKENDS, grouped_mlp
 
 
@@ -21,7 +22,7 @@ class GroupedExperts(SequentialMLP):
         self, num_local_experts, config, submodules, pg_collection=None, *, backend: str = "auto", **kwargs
     ):
         super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection, **kwargs)
-        self.backend = choose_backend(backend)
+        self.backend = backend_for(backend, next(self.parameters()).device, config.params_dtype)
         self.plain = (
             config.gated_linear_unit
             and config.activation_func is torch.nn.functional.silu
@@ -32,7 +33,7 @@ class GroupedExperts(SequentialMLP):
             and not config.fp4
             and not config.moe_apply_probs_on_input
             and self.tp_group.size() == 1
-            # grouped_mm wants rows that start at multiples of 16 bytes.
+            # Both products want rows that start at multiples of 16 bytes.
             and (config.hidden_size * config.params_dtype.itemsize) % 16 == 0
             and (config.moe_ffn_hidden_size * config.params_dtype.itemsize) % 16 == 0
         )
@@ -44,7 +45,7 @@ class GroupedExperts(SequentialMLP):
         output = grouped_mlp(
             permuted_local_hidden_states,
             permuted_probs,
-            tokens_per_expert.tolist(),
+            tokens_per_expert,
             [expert.linear_fc1.weight for expert in self.local_experts],
             [expert.linear_fc2.weight for expert in self.local_experts],
             self.backend,
@@ -53,9 +54,21 @@ class GroupedExperts(SequentialMLP):
 
 
 def choose_backend(name: str) -> str:
-    """`auto` takes grouped_mm, on both devices. Raises `UserError` for unknown names."""
-    if name == "auto":
-        return "grouped_mm"
-    if name not in BACKENDS:
+    """`name` itself. Raises `UserError` for unknown names."""
+    if name not in ("auto", *BACKENDS):
         raise UserError(f"--expert-backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `--expert-backend` means there: `auto` takes our kernels where they are built and run, else grouped_mm.
+
+    On the CPU `kernels` runs the reference of its operators. Raises `UserError` if a GPU cannot run them.
+    """
+    choose_backend(name)
+    if name == "auto":
+        return "grouped_mm" if cuda_kernels.why_not(device, dtype) else "kernels"
+    reason = cuda_kernels.why_not(device, dtype) if name == "kernels" and device.type == "cuda" else None
+    if reason:
+        raise UserError(f"--expert-backend kernels: {reason}; or use auto")
     return name

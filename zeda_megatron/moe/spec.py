@@ -23,7 +23,7 @@ def apply_zero_experts(spec, zero: ZeroExpertConfig, expert_backend: str | None 
         zero: the zero experts. `num_zero_experts=0` is fine: the router then routes like the stock one, but
             counts slots and takes pick rules.
         expert_backend: if given, `SequentialMLP` experts become `GroupedExperts` with this backend
-            (`auto`, `grouped_mm`, `loop`).
+            (`auto`, `kernels`, `grouped_mm`, `loop`).
 
     After building the model call `moe.dispatch.install_dispatchers(model)`.
     """

@@ -1,7 +1,7 @@
 """The expert MLP over rows sorted by expert: SwiGLU, weighted by the routing probability.
 
-`grouped_mlp` has two implementations with the same meaning: a plain loop (the reference) and
-`torch.nn.functional.grouped_mm`, which is faster on the CPU too.
+`grouped_mlp` has three implementations with the same meaning: a plain loop (the reference),
+`torch.nn.functional.grouped_mm`, which is faster on the CPU too, and the kernels of `torch.ops.zeda`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-BACKENDS = ("loop", "grouped_mm")
+from .main_grad import ExpertMlpIntoMainGrad, takes_main_grad
+
+BACKENDS = ("loop", "grouped_mm", "kernels")
 
 
 def grouped_mlp(
     rows_RH: torch.Tensor,
     probs_R: torch.Tensor,
-    counts: list[int],
+    counts: torch.Tensor | list[int],
     fc1_weights: list[torch.Tensor],
     fc2_weights: list[torch.Tensor],
     backend: str,
@@ -23,7 +25,7 @@ def grouped_mlp(
     """Apply expert e to its `counts[e]` rows: fc2_e( silu(gate) * up * prob ).
 
     Args:
-        rows_RH: [R, H] rows sorted by expert, R = sum(counts); counts may be 0.
+        rows_RH: [R, H] rows sorted by expert, R = sum(counts); counts may be 0, and on any device.
         probs_R: [R] routing weights.
         fc1_weights: per expert [2F, H], gate rows first. fc2_weights: per expert [H, F].
         backend: one of `BACKENDS`.
@@ -31,9 +33,12 @@ def grouped_mlp(
     Returns:
         [R, H] in the dtype of the rows.
     """
+    counts = torch.as_tensor(counts)
     if backend == "loop":
-        return reference_grouped_mlp(rows_RH, probs_R, counts, fc1_weights, fc2_weights)
-    ends = torch.tensor(counts, device=rows_RH.device).cumsum(0).to(torch.int32)
+        return reference_grouped_mlp(rows_RH, probs_R, counts.tolist(), fc1_weights, fc2_weights)
+    ends = counts.to(rows_RH.device, non_blocking=True).cumsum(0).to(torch.int32)
+    if backend == "kernels":
+        return _kernels(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
     hidden = F.grouped_mm(rows_RH, torch.stack(fc1_weights).transpose(1, 2), offs=ends)
     gate, up = hidden.chunk(2, dim=-1)
     acted = (F.silu(gate) * up * probs_R[:, None]).to(rows_RH.dtype)
@@ -41,6 +46,14 @@ def grouped_mlp(
     if output_RH.requires_grad:
         output_RH.register_hook(torch.Tensor.contiguous)  # its backward refuses an expanded gradient
     return output_RH
+
+
+def _kernels(rows_RH, probs_R, ends, fc1_weights, fc2_weights) -> torch.Tensor:
+    """On the CPU the reference of the same operators. Counts on the device are not read by the host."""
+    weights = [*fc1_weights, *fc2_weights]
+    if torch.is_grad_enabled() and takes_main_grad(weights):
+        return ExpertMlpIntoMainGrad.apply(rows_RH, probs_R, ends, len(fc1_weights), *weights)
+    return torch.ops.zeda.expert_mlp(rows_RH, probs_R, ends, fc1_weights, fc2_weights)[0]
 
 
 def reference_grouped_mlp(rows_RH, probs_R, counts, fc1_weights, fc2_weights) -> torch.Tensor:

@@ -63,12 +63,19 @@ def _experts(machine: Machine, te: bool) -> Route:
         return Route(
             "experts", "Transformer Engine, grouped GEMM", "Transformer Engine and a CUDA device found"
         )
+    if machine.has_gpu and machine.kernels and _ampere(machine):
+        return Route("experts", "kernels", "this project's kernels found; for --bf16 (fp32: grouped_mm)")
     return Route(
         "experts",
         "grouped_mm",
         "torch's grouped GEMM: "
-        + ("no CUDA device needed" if not machine.has_gpu else "no Transformer Engine"),
+        + ("no CUDA device needed" if not machine.has_gpu else "no Transformer Engine")
+        + ("" if machine.kernels else "; this project's kernels are not built (kernels/README.md)"),
     )
+
+
+def _ampere(machine: Machine) -> bool:
+    return int(machine.gpus[0]["compute_capability"].split(".")[0]) >= 8
 
 
 def _optimizer(machine: Machine) -> Route:
@@ -105,6 +112,7 @@ def examination(machine: Machine) -> dict:
         "cuda": machine.cuda,
         "gpus": list(machine.gpus),
         "nvcc": machine.nvcc,
+        "kernels": machine.kernels,
         "routes": {route.operator: asdict(route) for route in routes(machine)},
         "problems": list(machine.problems),
     }
@@ -117,6 +125,7 @@ def format_examination(machine: Machine) -> str:
         "CUDA of torch": machine.cuda or "- (CPU build)",
         "GPU": _gpus(machine) if machine.has_gpu else "-",
         "nvcc": machine.nvcc or "-",
+        "kernels": machine.kernels or "-",
         **{name: version or "-" for name, version in machine.packages.items()},
         "apex": APEX[machine.apex],
     }

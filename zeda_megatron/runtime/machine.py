@@ -13,6 +13,9 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from ..errors import UserError
+from ..ops.kernel_library import find as find_kernels
+
 REQUIRED = (
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
     "torch>=2.9",
@@ -47,6 +50,8 @@ class Machine:
     """Name, compute capability and memory of each visible GPU."""
     nvcc: str | None = None
     """Version of the CUDA compiler on this machine."""
+    kernels: str | None = None
+    """Library of this project's kernels; None if it was not built."""
 
     @property
     def has_gpu(self) -> bool:
@@ -61,14 +66,20 @@ def inspect() -> Machine:
     names = [_name(line) for line in REQUIRED] + list(OPTIONAL)
     packages = {name: _version(name) for name in names}
     cuda, gpus = _torch_cuda()
+    problems = [_problem(line, packages[_name(line)]) for line in REQUIRED]
+    try:
+        kernels = find_kernels()
+    except UserError as error:
+        kernels, problems = None, [*problems, str(error)]
     return Machine(
         python=platform.python_version(),
         packages=packages,
-        problems=tuple(filter(None, (_problem(line, packages[_name(line)]) for line in REQUIRED))),
+        problems=tuple(filter(None, problems)),
         apex=which_apex(),
         cuda=cuda,
         gpus=gpus,
         nvcc=_nvcc(),
+        kernels=str(kernels) if kernels else None,
     )
 
 

@@ -44,7 +44,7 @@ class GenerateOptions:
     """Answers per prompt."""
 
     rollout_engine: str = "builtin"
-    """What samples stage 2's answers: builtin (the model that trains), or vllm."""
+    """What samples answers: builtin (the model itself), or vllm (in this process; weights are handed over)."""
 
     rollout_batch_size: int = 0
     """Stage 2: prompts per round of rollouts. 0: as many as one step trains on, so every step has fresh answers."""

@@ -47,6 +47,10 @@ class ModelOptions:
     moe_aux_loss_coeff: float = 0.1
     """Coefficient of that loss (alpha)."""
 
+    moe_router_bias_update_rate: float = 0.0
+    """Step of the score bias towards experts that get fewer tokens (stage pretrain of a static model with such a bias,
+    beside aux_loss or seq_aux_loss). 0 freezes it."""
+
     group_loss_variant: str = "routed"
     """routed: count real slots. authors: count as the paper's code does. adamoe: AdaMoE's loss, which balances every
     real expert too (use it with --renormalize-after-drop); it pulls the share to Nz/(N+Nz)."""
@@ -65,7 +69,7 @@ class ModelOptions:
     """Thin out the student's picks: topk=2 (NET), skip=0.4, top_p=0.7, each with optional ',renormalize'."""
 
     expert_backend: str = "auto"
-    """Product of the local experts: auto, grouped_mm, loop."""
+    """Product of the local experts: auto, kernels (kernels/README.md), grouped_mm, loop."""
 
     moe_token_dispatcher_type: str = "alltoall"
     """alltoall, allgather, or flex (DeepEP's kernels; GPUs)."""

@@ -12,13 +12,13 @@ from ..data.order import EpochOrder
 from ..data.packing import PackedBatch
 from ..data.tokenizers import ChatTokenizer
 from ..distill.answers import Answer, Asked, Round, roll_out
-from ..distill.builtin_engine import BuiltinEngine
 from ..distill.rollout import RolloutEngine
 from ..distill.stage0 import Question
 from ..runtime.process_groups import seconds_now
 from .answer_rows import AnswerRows
 from .feed import StepRows
 from .options import Options
+from .rollout_engine import rollout_engine
 from .setup import Student
 
 CALIBRATION_ROUNDS = 8
@@ -46,13 +46,8 @@ class RolloutFeed:
         self.order = EpochOrder(len(questions), options.optimizer.seed)
         self.sampling = generate.sampling(options.optimizer.seed)
         self.vocab_size = min(tokenizer.vocab_size, student.arch.vocab_size)
-        self.engine: RolloutEngine = BuiltinEngine(
-            student.chunks,
-            tokenizer.eos_ids,
-            tokenizer.pad_id,
-            longest,
-            self.vocab_size,
-            generate.generate_batch_size,
+        self.engine: RolloutEngine = rollout_engine(
+            generate, student.chunks, student.arch, student.zero, tokenizer, longest
         )
         self.packing = AnswerRows(
             length,

@@ -126,6 +126,10 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
         overrides |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     elif options.model.recompute_granularity == "selective":
         overrides |= {"recompute_modules": ["moe"]}
+    if options.model.moe_router_bias_update_rate:
+        if not arch.megatron.get("moe_router_enable_expert_bias"):
+            raise UserError(f"--moe-router-bias-update-rate: the routers of {arch.name} have no score bias")
+        overrides |= {"moe_router_bias_update_rate": options.model.moe_router_bias_update_rate}
     dtype = torch.bfloat16 if options.model.bf16 else torch.float32
     config = transformer_config(arch, options.parallel, dtype, overrides)
     stock = per_expert and not zero.num_zero_experts and not options.model.moe_pick_rule

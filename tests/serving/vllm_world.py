@@ -1,0 +1,139 @@
+"""Tiny dynamic checkpoints as the converter exports them, in sizes that vLLM's CPU kernels take, and their answers by
+the files for transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+import tiny_world
+import torch
+from safetensors.torch import load_file, save_file
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+MODELS = {
+    "qwen3_moe": (tiny.hf_model, SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    # the latent sizes are the real model's: the CPU kernel knows no others
+    "glm4_moe_lite": (
+        tiny.glm_model,
+        SIZES
+        | {
+            "q_lora_rank": 32,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+        },
+    ),
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+NEW_TOKENS = 32
+
+
+def prompts() -> list[list[int]]:
+    """Token ids of four prompts of different lengths."""
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 250, (length,), generator=draw).tolist() for length in (5, 17, 40, 64)]
+
+
+def make_folders(root: Path) -> dict[str, Path]:
+    """Exported folders: `qwen_shared`, `qwen_paired`, `glm_shared`."""
+    from zeda_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    folders = {}
+    for name, kind in (("qwen", "qwen3_moe"), ("glm", "glm4_moe_lite")):
+        model, sizes = MODELS[kind]
+        world = tiny_world.make_world(root / kind, model, **sizes)
+        folders[f"{name}_shared"] = root / f"{name}_shared"
+        megatron_to_hf(world.dynamic, world.hf, folders[f"{name}_shared"])
+        if name == "qwen":
+            paired, out = root / "paired", root / "qwen_paired"
+            score = {"zero_expert_routing": "paired", "paired_score": "weight+head+residual"}
+            hf_to_megatron(world.hf, paired, **score)
+            megatron_to_hf(paired, world.hf, out)
+            draw_heads(out)
+            folders["qwen_paired"] = out
+    return folders
+
+
+def draw_heads(folder: Path) -> None:
+    """Give the heads of a fresh paired checkpoint something to say."""
+    file, draw = folder / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors = load_file(file)
+    for name in sorted(tensors):
+        if ".gate.zero_" in name:
+            tensors[name] = torch.randn(tensors[name].shape, generator=draw) * 0.1
+    save_file(tensors, file, metadata={"format": "pt"})
+    change_config(folder, zce_threshold=-3.0)
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Change keys of config.json; None takes one away."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the file for transformers answers."""
+
+    tokens: list[list[int]]
+    """Greedy answers."""
+    counts: dict[str, list[int]]
+    """Per MoE layer (by number): zero slots and all slots of all prompts and answers."""
+
+    @property
+    def shares(self) -> list[float]:
+        return [zero / slots for zero, slots in self.counts.values()]
+
+
+@torch.no_grad()
+def reference(folder: Path, turn=lambda model: None) -> Reference:
+    """Answer with transformers; `turn` may move the model's dial."""
+    from zeda_megatron.serving.load import load_zero_expert_model
+
+    model = load_zero_expert_model(folder, dtype=torch.float32).eval()
+    turn(model)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        tokens.append(made[0, len(prompt) :].tolist())
+    numbers = [i for i, layer in enumerate(model.model.layers) if layer.mlp in model.moe_blocks()]
+    counts = {
+        str(number): [int(block.zero_slots), int(block.all_slots)]
+        for number, block in zip(numbers, model.moe_blocks())
+    }
+    return Reference(tokens, counts)
+
+
+def offline(folder: Path, rounds: int = 1, **llm) -> dict:
+    """Answer with vLLM's offline engine; `llm` are its arguments."""
+    job = {
+        "folder": str(folder),
+        "llm": llm,
+        "prompts": prompts(),
+        "rounds": rounds,
+        "new_tokens": NEW_TOKENS,
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("vllm_run.py"))],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])

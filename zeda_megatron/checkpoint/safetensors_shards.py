@@ -1,0 +1,116 @@
+"""Safetensors shards whose content is planned before the first byte, then streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from .hf_files import INDEX_NAME, SINGLE_NAME
+from .parts import PartStream
+from .safetensors_header import header_bytes
+
+DEFAULT_SHARD_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of a folder that is to be written."""
+
+    key: str
+    """Name."""
+    dtype: torch.dtype
+    """Type."""
+    shape: tuple[int, ...]
+    """Shape."""
+    source: object
+    """What the reader needs to know to make it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Make = Callable[[Iterable[Planned]], Iterator[torch.Tensor]]
+
+
+class Shard:
+    """One file (a `parts.Part`): its header comes first, then tensor after tensor, none is kept.
+
+    Args:
+        name: path below the folder.
+        tensors: content.
+        make: gives the tensors of some plans, in their order.
+    """
+
+    def __init__(self, name: str, tensors: list[Planned], make: Make):
+        # Wide types first: every tensor then begins at a multiple of its width.
+        self.name, self._make = name, make
+        self.tensors = sorted(tensors, key=lambda planned: -planned.dtype.itemsize)
+        self._header = header_bytes((t.key, t.dtype, t.shape) for t in self.tensors)
+        self.nbytes = len(self._header) + sum(planned.nbytes for planned in tensors)
+
+    def write(self, stream: PartStream) -> None:
+        """Write the file."""
+        stream.write(self._header)
+        for planned, tensor in zip(self.tensors, self._make(self.tensors), strict=True):
+            if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+                raise UserError(
+                    f"tensor {planned.key}: is {tensor.dtype} {list(tensor.shape)}, "
+                    f"planned was {planned.dtype} {list(planned.shape)}"
+                )
+            stream.write_tensor(tensor)
+
+
+def plan_shards(
+    tensors: Iterable[Planned], make: Make, max_shard_bytes: int = DEFAULT_SHARD_BYTES, below: str = ""
+) -> list[Shard]:
+    """Deal tensors into files in their order, none longer than `max_shard_bytes` unless a single tensor is.
+
+    Args:
+        below: folder that the names get in front, e.g. "hf_config/carried/".
+
+    Raises:
+        UserError: a size that is not positive, a type that the format lacks.
+        ValueError: the same key twice.
+    """
+    groups = list(group_by_bytes(tensors, lambda planned: planned.nbytes, max_shard_bytes)) or [[]]
+    keys = [planned.key for group in groups for planned in group]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"tensor {next(k for k in keys if keys.count(k) > 1)} was added twice")
+    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    names = names if len(groups) > 1 else [SINGLE_NAME]
+    return [Shard(below + name, group, make) for name, group in zip(names, groups)]
+
+
+def group_by_bytes(items: Iterable, size_of: Callable, max_bytes: int) -> Iterator[list]:
+    """Neighbours together, as many as `max_bytes` hold, at least one."""
+    if max_bytes <= 0:
+        raise UserError(f"--max-shard-bytes must be positive, not {max_bytes}")
+    group, total = [], 0
+    for item in items:
+        if group and total + size_of(item) > max_bytes:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size_of(item)
+    if group:
+        yield group
+
+
+def write_index(folder: Path, shards: list[Shard]) -> None:
+    """Write the index of all keys with the total size; none for a single file, like transformers."""
+    if len(shards) == 1:
+        return
+    tensors = {planned.key: (shard, planned) for shard in shards for planned in shard.tensors}
+    index = {
+        "metadata": {"total_size": sum(planned.nbytes for _, planned in tensors.values())},
+        "weight_map": {key: Path(tensors[key][0].name).name for key in sorted(tensors)},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

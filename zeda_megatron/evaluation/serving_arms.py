@@ -1,0 +1,100 @@
+"""The models that serving speed compares: one set of random weights, three ways to treat zero slots.
+
+The zero share is forced, as random weights have none of their own: an exact number of the router's picks, drawn
+at random, become zero slots. So a figure is the speed at a share, not of a trained model.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..models.architecture import REGISTRY, Architecture, read_architecture
+
+WAYS = ("static", "skip", "weight 0")
+"""static: the stock layer. skip: ours. weight 0: a zero slot is a slot of expert 0 whose weight is 0, as engines do
+that know no zero slots (reference: vLLM's router for zero experts)."""
+
+
+class ForcedShare(nn.Module):
+    """A router whose picks become zero slots with a given share."""
+
+    def __init__(self, gate: nn.Module, seed: int = 0):
+        super().__init__()
+        self.gate, self.share, self.way = gate, 0.0, "static"
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __getattr__(self, name: str):
+        # What the layer asks of its router besides a pass: N, the mask, the kind of zero experts.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("gate"), name)
+
+    @property
+    def masked(self) -> bool:
+        """The layer takes the stock path over real experts."""
+        return self.way != "skip"
+
+    def forward(self, hidden_states):
+        logits, weights_TK, ids_TK = self.gate(hidden_states)
+        if self.way == "static":
+            return logits, weights_TK, ids_TK
+        slots = ids_TK.numel()
+        zero_S = torch.randperm(slots, generator=self.generator)[: round(self.share * slots)]
+        zero_TK = torch.zeros(slots, dtype=torch.bool).index_fill_(0, zero_S, True).view_as(ids_TK)
+        zero_TK = zero_TK.to(ids_TK.device)
+        if self.way == "skip":
+            return logits, weights_TK, torch.where(zero_TK, self.gate.num_real, ids_TK)
+        return logits, weights_TK.masked_fill(zero_TK, 0), ids_TK.masked_fill(zero_TK, 0)
+
+
+class Contest:
+    """A model of the real layer geometry with random weights, whose way and share are set between passes.
+
+    Args:
+        folder: HF folder with a config.json.
+        layers: MoE layers to build; dense first layers are left out.
+    """
+
+    def __init__(self, folder: Path, layers: int, dtype: torch.dtype, device: str, vocabulary: int = 1024):
+        arch = read_architecture(folder)
+        self.model = _build(arch, layers, dtype, device, vocabulary)
+        self.gates = []
+        for block in self.model.moe_blocks():
+            block.gate.masked = True  # the router itself is always the static one
+            block.gate = ForcedShare(block.gate)
+            self.gates.append(block.gate)
+        if len(self.gates) != layers:
+            raise UserError(f"{folder}: {len(self.gates)} MoE layers were built, not {layers}")
+        self.vocabulary, self.device = vocabulary, device
+
+    @contextmanager
+    def arm(self, way: str, share: float):
+        """Inside, all layers treat zero slots this way."""
+        for gate in self.gates:
+            gate.way, gate.share = way, share
+            gate.generator.manual_seed(0)
+        yield self.model
+        for gate in self.gates:
+            gate.way, gate.share = "static", 0.0
+
+
+def _build(arch: Architecture, layers: int, dtype: torch.dtype, device: str, vocabulary: int):
+    family = REGISTRY[arch.name]
+    module = import_module(f"..serving.{family.MODELING_FILE.removesuffix('.py')}", __package__)
+    model_class = getattr(module, family.ARCHITECTURES[1])
+    small = {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": False}
+    small |= {f"{kind}_token_id": None for kind in ("pad", "bos", "eos")}
+    # Every layer has experts; each family reads the key that it knows.
+    small |= {"mlp_only_layers": [], "mlp_layer_types": ["sparse"] * layers, "num_nextn_predict_layers": 0}
+    zero = {"zce_nums": [1], "zce_types": ["zero"], "model_type": family.MODEL_TYPES[0]}
+    config = model_class.config_class.from_dict(arch.hf | small | zero)
+    config.dtype = dtype
+    with torch.device(device):
+        return model_class._from_config(config, dtype=dtype).eval()

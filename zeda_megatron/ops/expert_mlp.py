@@ -1,0 +1,78 @@
+"""Operators made of others: fc1 with its activation, the whole expert MLP and its gradient, the permutation.
+
+Each takes as `rows` the module whose functions it is made of: `reference` or `cuda_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def over(rows: ModuleType, name: str) -> Callable:
+    """The operator `name` made of the functions of `rows`."""
+    return partial(globals()[name], rows)
+
+
+def grouped_wgrad(rows: ModuleType, dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """dy [R, N], x [R, K] -> [E, N, K] in the wide type; zeros for groups without rows."""
+    shape = (ends.shape[0], dy.shape[1], x.shape[1])
+    out = torch.empty(shape, dtype=rows.wide(x.dtype), device=x.device)
+    rows.grouped_wgrad_(list(out.unbind(0)), dy, x, ends, False)
+    return out
+
+
+def moe_fc1(
+    rows: ModuleType, x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x [R, H], weights E x [2F, H], gate rows first -> pre [R, 2F], act [R, F] = silu(gate) * up * prob."""
+    pre = rows.grouped_mm(x, weights, ends)
+    return pre, rows.swiglu(pre, probs, ends)
+
+
+def permute(rows: ModuleType, x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, K] -> rows [T * K, H] sorted by expert, row_map [T, K], ends [E]; see `sort_slots`.
+
+    The buffer has room for every slot, so that no count is needed on the host; rows past the last end are zero.
+    """
+    row_map, ends = rows.sort_slots(ids, num_experts)
+    return rows.scatter_rows(x, row_map, ids.shape[0] * ids.shape[1]), row_map, ends
+
+
+def expert_mlp(
+    rows: ModuleType, x: Tensor, probs: Tensor, ends: Tensor, fc1: list[Tensor], fc2: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """x [R, H], probs [R] -> out [R, H] = fc2_e(silu(gate) * up * prob), and pre [R, 2F], kept for the gradient."""
+    pre, act = moe_fc1(rows, x, fc1, probs, ends)
+    return rows.grouped_mm(act, fc2, ends), pre
+
+
+def _inner(rows, dout, x, pre, probs, ends, fc1, fc2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dprobs, and what the gradients of the weights need: dpre, act."""
+    dact = rows.grouped_dgrad(dout, fc2, ends)
+    dpre, act, dprobs = rows.swiglu_backward(dact, pre, probs, ends)
+    return rows.grouped_dgrad(dpre, fc1, ends), dprobs, dpre, act
+
+
+def expert_mlp_backward(
+    rows: ModuleType, dout: Tensor, x: Tensor, pre: Tensor, probs: Tensor, ends: Tensor, fc1, fc2
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx [R, H], dprobs [R], dfc1 [E, 2F, H], dfc2 [E, H, F], all but dx in the wide type."""
+    dx, dprobs, dpre, act = _inner(rows, dout, x, pre, probs, ends, fc1, fc2)
+    return dx, dprobs, grouped_wgrad(rows, dpre, x, ends), grouped_wgrad(rows, dout, act, ends)
+
+
+def expert_mlp_backward_(
+    rows: ModuleType, dout, x, pre, probs, ends, fc1, fc2, main_fc1: list[Tensor], main_fc2: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same, with the gradients of the weights added to E float32 matrices each; no matrices: not computed."""
+    dx, dprobs, dpre, act = _inner(rows, dout, x, pre, probs, ends, fc1, fc2)
+    if main_fc1:
+        rows.grouped_wgrad_(main_fc1, dpre, x, ends, True)
+    if main_fc2:
+        rows.grouped_wgrad_(main_fc2, dout, act, ends, True)
+    return dx, dprobs

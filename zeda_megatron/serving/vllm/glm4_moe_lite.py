@@ -1,0 +1,55 @@
+"""GLM-4.7-Flash with zero experts for vLLM; the rest of the model is vLLM's own, with transformers' numbers."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.glm4_moe_lite import Glm4MoeLite, Glm4MoeLiteForCausalLM
+from vllm.platforms import current_platform
+
+from .install import install_zero_experts
+
+LATENT_EPS = 1e-6
+"""Epsilon of the norms of the latents in transformers (and of training here); vLLM gives them the config's."""
+
+
+class Glm4MoeLitePlusPlusForCausalLM(Glm4MoeLiteForCausalLM):
+    """Stock GLM-4.7-Flash whose MoE layers skip shared zero experts.
+
+    Attributes:
+        zero_share_meter: counts of every MoE layer.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        _name_dense_layers(vllm_config.model_config.hf_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        _correct_attention(self.model.layers)
+        self.zero_share_meter = install_zero_experts(self.model.layers, Glm4MoeLite, self.config, vllm_config)
+
+    def compute_logits(self, hidden_states):
+        self.zero_share_meter.tick()
+        return super().compute_logits(hidden_states)
+
+
+def _correct_attention(layers) -> None:
+    for layer in layers:
+        attention = getattr(layer, "self_attn", None)
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            norm = getattr(attention, name, None)
+            if norm is not None:
+                norm.variance_epsilon = LATENT_EPS
+        if attention is not None and current_platform.is_cpu():
+            # vLLM 0.32: the CPU kernel turns interleaved queries wrongly, the PyTorch form does not (docs/serving.md).
+            attention.rotary_emb._forward_method = attention.rotary_emb.forward_native
+
+
+def _name_dense_layers(config) -> None:
+    """vLLM reads `first_k_dense_replace`, as published; transformers saves `mlp_layer_types` in its place."""
+    if getattr(config, "first_k_dense_replace", None) is not None:
+        return
+    kinds = list(getattr(config, "mlp_layer_types", None) or [])
+    dense = kinds.count("dense")
+    if not kinds or kinds[:dense] != ["dense"] * dense:
+        raise ValueError(
+            f"config.json: mlp_layer_types {kinds}: dense layers must come first (or give first_k_dense_replace)"
+        )
+    config.first_k_dense_replace = dense

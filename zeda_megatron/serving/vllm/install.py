@@ -1,0 +1,94 @@
+"""Puts zero experts into the MoE layers of a model that vLLM has just built; its experts stay where they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.models.utils import extract_layer_index
+
+from .meter import SlotCounter, ZeroShareMeter
+from .router import ZeroExpertRouter
+from .routing import ZeroExpertGate
+from .settings import read_routing
+from .skipping import ZeroSkippingMoEMethod
+
+
+class ZeroExpertMoeBlock(nn.Module):
+    """A stock MoE block whose gate knows zero experts. The gate's columns travel with the hidden states."""
+
+    def __init__(self, gate: ZeroExpertGate, stock: nn.Module):
+        super().__init__()
+        self.gate = gate
+        if getattr(stock, "shared_experts", None) is not None:
+            self.shared_experts = stock.shared_experts
+        self.experts = stock.experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
+        return self.experts(hidden_states=hidden_states, router_logits=self.gate(hidden_states))
+
+
+def install_zero_experts(
+    layers: nn.ModuleList, block_class: type, config, vllm_config: VllmConfig
+) -> ZeroShareMeter:
+    """Replace the MoE blocks of these decoder layers; returns the meter of their zero share.
+
+    Args:
+        layers: decoder layers of this pipeline rank (others are placeholders).
+        block_class: the stock MoE block. config: the Hugging Face config.
+
+    Raises:
+        ValueError: the config makes no sense, or vLLM's settings would not skip zero experts.
+    """
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError("models with zero experts do not work with --pipeline-parallel-size above 1")
+    if vllm_config.quant_config is not None:
+        raise ValueError("models with zero experts do not work with quantised weights")
+    extra = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+    found = [layer for layer in layers if isinstance(getattr(layer, "mlp", None), block_class)]
+    counters = {}
+    for layer, routing in zip(found, read_routing(config, len(found), extra)):
+        gate = ZeroExpertGate(routing, config.hidden_size, vllm_config.model_config.dtype)
+        counter = SlotCounter()
+        _rewire(layer.mlp.experts, gate, counter)
+        counters[extract_layer_index(layer.mlp.experts.layer_name)] = counter
+        layer.mlp = ZeroExpertMoeBlock(gate, layer.mlp)
+        if routing.needs_residual:
+            layer.post_attention_layernorm.register_forward_hook(_show_residual(gate))
+    return ZeroShareMeter(counters, float(extra.get("zeda_metric_seconds", 10.0)))
+
+
+def set_dials(model: nn.Module, values: list[float]) -> None:
+    """Turn the dial of every MoE layer of a running model: its threshold (paired) or logit bias (shared).
+
+        llm.apply_model(lambda model: set_dials(model, [-2.5] * moe_layers))
+
+    `ValueError` if there are not as many numbers as MoE layers.
+    """
+    gates = [module for module in model.modules() if isinstance(module, ZeroExpertGate)]
+    if len(values) != len(gates):
+        raise ValueError(f"{len(values)} numbers for {len(gates)} MoE layers")
+    for gate, value in zip(gates, values):
+        gate.dial.fill_(value)
+
+
+def _rewire(runner: MoERunner, gate: ZeroExpertGate, counter: SlotCounter) -> None:
+    experts = runner.routed_experts
+    if type(experts.quant_method) is not UnquantizedFusedMoEMethod:
+        raise ValueError(f"zero experts do not work with {type(experts.quant_method).__name__}")
+    runner.gate = None  # the block's gate comes before the runner
+    runner.router = ZeroExpertRouter(gate, counter, runner_scales=runner.routed_scaling_factor != 1.0)
+    # On the CPU vLLM would trace through its runner, but how many slots are real is not known while tracing.
+    shared = runner.shared_experts is not None
+    runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
+    experts._replace_quant_method(ZeroSkippingMoEMethod(runner.moe_config, gate.routing.num_real))
+
+
+def _show_residual(gate: ZeroExpertGate):
+    def hook(_norm, _args, output):
+        gate.see_residual(output[1])  # vLLM's norm returns (normed, stream)
+
+    return hook

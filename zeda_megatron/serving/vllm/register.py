@@ -1,0 +1,37 @@
+"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`): names of architectures, no more."""
+
+from __future__ import annotations
+
+ARCHITECTURES = {
+    "Qwen3MoePlusPlusForCausalLM": "qwen3_moe",
+    "Glm4MoeLitePlusPlusForCausalLM": "glm4_moe_lite",
+}
+"""Architecture in config.json, and the file here that has it."""
+
+
+def register() -> None:
+    """Tell vLLM the architectures, and transformers the authors' model types. May be called again."""
+    from vllm import ModelRegistry
+
+    for name, file in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, f"{__package__}.{file}:{name}")
+    _register_model_types()
+
+
+def _register_model_types() -> None:
+    """The authors' folders say `qwen3_moe_plus_plus`; vLLM keys on the native types, so they are read as those."""
+    from transformers import AutoConfig, Glm4MoeLiteConfig, Qwen3MoeConfig
+
+    for native in (Qwen3MoeConfig, Glm4MoeLiteConfig):
+        AutoConfig.register(f"{native.model_type}_plus_plus", _read_as(native), exist_ok=True)
+
+
+def _read_as(native: type) -> type:
+    """A config class for another model type whose objects have the native one."""
+
+    def init(self, **fields):
+        native.__init__(self, **fields | {"model_type": native.model_type})
+        self.model_type = native.model_type
+
+    names = {"__init__": init, "model_type": f"{native.model_type}_plus_plus", "__module__": __name__}
+    return type(f"{native.__name__.removesuffix('Config')}PlusPlusConfig", (native,), names)

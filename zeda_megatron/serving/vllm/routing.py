@@ -1,0 +1,116 @@
+"""The mathematics of routing over real and zero experts in plain PyTorch; nothing here knows vLLM.
+
+It is split as vLLM splits it. A gate turns hidden states into columns per token (logits; under paired routing also
+what the score adds to the log of a pick's weight). A router turns columns into picks. All that a router needs is in
+the columns, so they may be sent to other ranks.
+
+Ids lie in [0, N+Nz): shared zero experts have ids from N on; a pick that a paired zero expert took has the real
+expert's id plus N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .settings import ZeroRouting
+
+TINY = 1e-20
+
+
+class ZeroExpertGate(nn.Module):
+    """The router's weights of one MoE layer, under the checkpoint's names.
+
+    Attributes:
+        weight: [N+Nz, H] (paired: [N, H]). e_score_correction_bias: float32 [N+Nz], with sigmoid scores only.
+        zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N].
+        dial: float32 [1]: the logit bias, or the threshold. A tensor, so that captured graphs follow it; no
+            buffer, as vLLM waits for checkpoint values of buffers when weights are reloaded.
+    """
+
+    def __init__(self, routing: ZeroRouting, hidden_size: int, dtype: torch.dtype):
+        super().__init__()
+        self.routing = routing
+        # Sigmoid routers are float32 in every checkpoint's model.
+        kind = torch.float32 if routing.score == "sigmoid" else dtype
+        self.weight = _frozen(routing.rows, hidden_size, dtype=kind)
+        if routing.score == "sigmoid":
+            self.e_score_correction_bias = _frozen(routing.rows, dtype=torch.float32)
+        if routing.terms is not None:
+            self.zero_weight = _frozen(routing.num_real, hidden_size, dtype=dtype)
+            self.zero_bias = _frozen(routing.num_real, dtype=dtype)
+        dial = routing.logit_bias if routing.terms is None else routing.threshold
+        self.dial = torch.tensor([dial], dtype=torch.float32)
+        self._residual_norm_T: torch.Tensor | None = None
+
+    def see_residual(self, residual_TH: torch.Tensor) -> None:
+        """Remember the norm of the stream that this layer's output will be added to, for the next `forward`."""
+        self._residual_norm_T = torch.linalg.vector_norm(residual_TH, dim=-1, dtype=torch.float32)
+
+    def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> float32 columns [T, C]: logits (masked: of the real experts), then, under paired routing, N
+        columns that the score adds to the log of the weight."""
+        routing = self.routing
+        rows = routing.num_real if routing.masked else routing.rows
+        hidden_TH, weight = hidden_TH.to(self.weight.dtype), self.weight[:rows]
+        logits_TE = F.linear(hidden_TH, weight).float()
+        if routing.masked:
+            return logits_TE
+        if routing.terms is None:
+            real_TN, zero_TZ = logits_TE.split([routing.num_real, routing.num_zero], dim=-1)
+            return torch.cat([real_TN, zero_TZ + self.dial], dim=-1)
+        more_TN = torch.zeros_like(logits_TE)
+        if "head" in routing.terms:
+            more_TN = F.linear(hidden_TH.float(), self.zero_weight.float(), self.zero_bias.float())
+        if routing.needs_residual:
+            norm_T, self._residual_norm_T = self._residual_norm_T, None
+            if norm_T is None:
+                raise RuntimeError("the gate saw no residual: run the whole decoder layer")
+            more_TN = more_TN - norm_T.clamp(min=TINY).log().unsqueeze(-1)
+        return torch.cat([logits_TE, more_TN], dim=-1)
+
+
+def pick(
+    columns_TC: torch.Tensor,
+    routing: ZeroRouting,
+    dtype: torch.dtype,
+    score_bias: torch.Tensor | None = None,
+    threshold: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float32 [T, K] and ids int64 [T, K] of the picks, from a gate's columns.
+
+    Args:
+        dtype: the model's type; softmax weights are rounded to it, as transformers does.
+        score_bias: [E], added to sigmoid scores for the choice alone.
+        threshold: [1], of paired zero experts.
+    """
+    if routing.score == "sigmoid":
+        scores_TE = columns_TC.sigmoid()
+        bias_E = score_bias[: columns_TC.shape[1]]
+        ids_TK = torch.topk(scores_TE + bias_E, routing.top_k, dim=-1, sorted=False)[1]
+        weights_TK = scores_TE.gather(1, ids_TK)
+        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY) * routing.scale, ids_TK
+    paired = routing.terms is not None and not routing.masked
+    logits_TE = columns_TC[:, : routing.num_real] if paired else columns_TC
+    weights_TK, ids_TK = torch.topk(logits_TE.softmax(dim=-1), routing.top_k, dim=-1)
+    if routing.renormalize:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    if paired:
+        score_TK = columns_TC[:, routing.num_real :].gather(1, ids_TK)
+        if "weight" in routing.terms:
+            score_TK = score_TK + weights_TK.clamp(min=TINY).log()
+        ids_TK = torch.where(score_TK < threshold, ids_TK + routing.num_real, ids_TK)
+    return weights_TK.to(dtype).float(), ids_TK
+
+
+def real_slots(
+    ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_real: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The slots that real experts serve, as rows: token [R], id [R, 1], weight [R, 1]. Asks the device how many."""
+    token_R, slot_R = (ids_TK < num_real).nonzero(as_tuple=True)
+    return token_R, ids_TK[token_R, slot_R].unsqueeze(1), weights_TK[token_R, slot_R].unsqueeze(1)
+
+
+def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

@@ -1,0 +1,131 @@
+"""What config.json says about routing, checked; the same keys and meanings as in the files for transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+TERMS = ("weight", "head", "residual")
+DIALS = ("zce_logit_bias", "zce_threshold")
+"""Keys of config.json that a server may override."""
+
+
+@dataclass(frozen=True)
+class ZeroRouting:
+    """How one MoE layer routes."""
+
+    num_real: int
+    """N."""
+    num_zero: int
+    """Nz."""
+    top_k: int
+    """Picks per token."""
+    score: str
+    """`softmax`, or `sigmoid` with a bias per expert for the choice."""
+    renormalize: bool = True
+    """Weights of the K picks sum to 1."""
+    scale: float = 1.0
+    """Factor of all weights."""
+    masked: bool = False
+    """Route over the real experts only: the static model."""
+    logit_bias: float = 0.0
+    """Shared zero experts: added to their logits."""
+    terms: tuple[str, ...] | None = None
+    """Paired zero experts: terms of a pick's score. None: shared zero experts."""
+    threshold: float = 0.0
+    """Paired zero experts: a pick with a lower score is skipped."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the router's weight in the checkpoint."""
+        return self.num_real + (self.num_zero if self.terms is None else 0)
+
+    @property
+    def needs_residual(self) -> bool:
+        return not self.masked and self.terms is not None and "residual" in self.terms
+
+
+def read_routing(config: Any, moe_layers: int, dials: Mapping[str, Any] | None = None) -> list[ZeroRouting]:
+    """The routing of each MoE layer.
+
+    Args:
+        config: the Hugging Face config of the model.
+        moe_layers: how many MoE layers the model has.
+        dials: values that go before those of config.json: `zce_logit_bias`, `zce_threshold`.
+
+    Raises:
+        ValueError: a key is missing or makes no sense; the message names it.
+    """
+    dials = {key: value for key, value in (dials or {}).items() if key in DIALS}
+    routing = _shape(config)
+    value = {key: dials.get(key, getattr(config, key, None)) for key in DIALS}
+    if routing.terms is None:
+        if "zce_threshold" in dials:
+            raise ValueError("this model's zero experts are shared: its dial is zce_logit_bias")
+        bias = 0.0 if value["zce_logit_bias"] is None else number("zce_logit_bias", value["zce_logit_bias"])
+        return [replace(routing, logit_bias=bias)] * moe_layers
+    if "zce_logit_bias" in dials:
+        raise ValueError("this model's zero experts are paired: its dial is zce_threshold")
+    return [replace(routing, threshold=one) for one in thresholds(value["zce_threshold"], moe_layers)]
+
+
+def thresholds(value: Any, moe_layers: int) -> list[float]:
+    """One threshold per MoE layer from a number or a list; `ValueError` if it does not fit."""
+    if value is None:
+        raise ValueError(
+            "config.json has no zce_threshold: paired routing needs a number, or one per MoE layer"
+        )
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * moe_layers
+    if len(values) != moe_layers:
+        raise ValueError(f"zce_threshold {value} has {len(values)} numbers for {moe_layers} MoE layers")
+    return [number("zce_threshold", one) for one in values]
+
+
+def number(key: str, value: Any) -> float:
+    """A finite number; `ValueError` naming the key."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{key} {value!r} is not a finite number")
+    return float(value)
+
+
+def _shape(config: Any) -> ZeroRouting:
+    """Everything but the dials."""
+    if hasattr(config, "n_routed_experts"):
+        if (getattr(config, "n_group", None) or 1) > 1:
+            raise ValueError(f"n_group {config.n_group} is not supported with zero experts: 1 only")
+        num_real, score = config.n_routed_experts, "sigmoid"
+        renormalize, scale = True, float(config.routed_scaling_factor)
+    else:
+        num_real, score = config.num_experts, "softmax"
+        renormalize, scale = bool(config.norm_topk_prob), 1.0
+    counts, kinds = getattr(config, "zce_nums", None), getattr(config, "zce_types", None) or ["zero"]
+    if not counts:
+        raise ValueError("config.json has no zce_nums: a model with zero experts needs e.g. [64]")
+    if len(counts) != len(kinds) or set(kinds) != {"zero"}:
+        raise ValueError(f"zce_nums {counts} with zce_types {kinds} is not served by vLLM: type zero only")
+    common = {
+        "num_real": num_real,
+        "num_zero": sum(counts),
+        "top_k": config.num_experts_per_tok,
+        "score": score,
+        "renormalize": renormalize,
+        "scale": scale,
+        "masked": bool(getattr(config, "use_zce_mask", False)),
+    }
+    routing = getattr(config, "zce_routing", None) or "shared"
+    if routing == "shared":
+        return ZeroRouting(**common)
+    if routing != "paired" or score != "softmax":
+        raise ValueError(f"zce_routing {routing!r} is not supported for {config.model_type}")
+    if list(counts) != [num_real]:
+        raise ValueError(
+            f"zce_nums {counts} does not fit paired routing, which has one zero expert per real one: [{num_real}]"
+        )
+    terms = tuple((getattr(config, "zce_score", None) or "+".join(TERMS)).split("+"))
+    if not set(terms) <= set(TERMS) or len(set(terms)) < len(terms):
+        raise ValueError(
+            f"zce_score {config.zce_score!r} is unknown; join some of {', '.join(TERMS)} with '+'"
+        )
+    return ZeroRouting(**common, terms=terms)
