@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what tests/slurm needs (slurmctld, slurmd, srun, munged) where that is possible: Debian or Ubuntu, as root.
-# Exit code 0 if it is there at the end. Nothing is started or configured; the tests bring their own configuration.
+# Exit code 0 if it is there at the end. Configures nothing: the tests bring their own daemons, ports and keys. (Debian
+# starts munge's service on machines that have an init; the tests do not use it.)
 set -euo pipefail
 there() {
   local program
@@ -14,5 +15,7 @@ if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
   exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive
-{ apt-get -qq update && apt-get -qq install --no-install-recommends -y slurmctld slurmd slurm-client munge; } >&2 || true
+quick=(-o Acquire::Retries=1 -o Acquire::http::Timeout=30)
+packages=(slurmctld slurmd slurm-client munge)
+{ apt-get -qq "${quick[@]}" update && apt-get -qq "${quick[@]}" install --no-install-recommends -y "${packages[@]}"; } >&2 || true
 there || { echo "Slurm could not be installed: see the lines above" >&2; exit 1; }
