@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -116,22 +114,18 @@ class Cluster:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(subprocess.SubprocessError):
+        with contextlib.suppress(subprocess.SubprocessError, RuntimeError):
             for job in self.run("squeue", "-h", "-o", "%A").split():
                 self.run("scancel", job)
                 self.run("scancel", "--signal=KILL", "--full", job)
             self._wait_for(lambda: not self.run("squeue", "-h"), 60, "the last job's end")
         for daemon in reversed(self._daemons):
-            steps = [p for p in self._children(daemon) if p.name() == "slurmstepd"]
             daemon.terminate()
             try:
                 daemon.wait(30)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-            for step in steps:  # of a job that would not end
-                with contextlib.suppress(psutil.Error):
-                    step.kill()
 
     def _munge_files(self) -> list[str]:
         kinds = {
@@ -141,12 +135,6 @@ class Cluster:
             "seed-file": "munge.seed",
         }
         return [f"--{kind}={self.folder / name}" for kind, name in kinds.items()]
-
-    def _children(self, daemon: subprocess.Popen) -> list[psutil.Process]:
-        try:
-            return psutil.Process(daemon.pid).children(recursive=True)
-        except psutil.Error:
-            return []
 
     def _start(self, *command: str) -> None:
         log = self.folder / f"{command[0]}-{len(self._daemons)}.out"
