@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -126,6 +128,17 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        self._end_steps()
+
+    def _end_steps(self) -> None:
+        """Jobs that would not end: their keepers outlive slurmd, and name this cluster's configuration."""
+        ours = f"\0SLURM_CONF={self.environment['SLURM_CONF']}\0".encode()
+        for keeper in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                environment = b"\0" + Path(f"/proc/{keeper.pid}/environ").read_bytes() + b"\0"
+                if keeper.name().startswith("slurmstepd") and ours in environment:
+                    for process in [*keeper.children(recursive=True), keeper]:
+                        process.kill()
 
     def _munge_files(self) -> list[str]:
         kinds = {
