@@ -209,7 +209,7 @@ def indices():
         "\ud800.safetensors", 3, None, ["a"], {"a": 1}, True,
     ]  # fmt: skip
     for name in names:
-        yield f"index names {str(name)[:40]!r}", entry(name), INDEX if name != names[0] else name
+        yield f"index names {str(name)[:40]!r}", entry(name), name if name in names[:2] else INDEX
     for key in (GATE, NORM, "lm_head.weight", "model.embed_tokens.weight"):
         yield (
             f"index lacks {key}",

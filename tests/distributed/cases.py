@@ -149,6 +149,7 @@ TRAIN = [
         slow=True,
     ),
     case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
+    case("ep2 kernels", ep=2, flags={"expert_backend": "kernels"}, slow=True),
     *(
         case(f"{memory} {name}", world="router", flags={"teacher_memory": memory}, slow=True, **layout)
         for memory in ("offload", "shared")

@@ -318,7 +318,6 @@ def main() -> None:
         made["cpu"] = round(time.process_time() - begun, 2)
         (out / f"{case['name']}.{rank}.json").write_text(json.dumps(made))
         torch.distributed.barrier()
-        print(len(os.listdir("/proc/self/task")), "threads", flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -105,7 +105,7 @@ def test_picks_are_those_of_the_file_for_transformers(dtype, bias, masked):
 def test_paired_picks_are_those_of_the_file_for_transformers(dtype, score):
     config = paired_config(zce_score=score)
     gate, _ = make_gate(config, dtype)
-    router = qwen_file.PairedZeroExpertRouter(config).to(dtype)
+    router = qwen_file.ZeroExpertRouter(config).to(dtype)
     for name in ("weight", "zero_weight", "zero_bias"):
         getattr(router, name).data = getattr(gate, name).clone()
     hidden, residual = torch.randn(2, 50, H).to(dtype)

@@ -86,7 +86,9 @@ def find_nvcc() -> str:
     for path in (os.environ.get("NVCC"), shutil.which("nvcc"), str(Path(home) / "bin" / "nvcc")):
         if path and Path(path).is_file():
             return path
-    raise UserError("the kernels need nvcc 12.3 or newer, which was not found: set NVCC, CUDA_HOME or PATH")
+    raise UserError(
+        "the kernels need nvcc of CUDA 12 or newer, which was not found: set NVCC, CUDA_HOME or PATH"
+    )
 
 
 def find_headers() -> tuple[Path, ...]:

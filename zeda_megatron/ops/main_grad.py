@@ -9,12 +9,13 @@ from . import expert_ops  # noqa: F401  (registers torch.ops.zeda)
 
 
 def takes_main_grad(weights: list[Tensor]) -> bool:
-    """Whether Megatron's data parallelism keeps a float32 buffer for each of these weights and asks of it."""
+    """Whether Megatron's data parallelism keeps a float32 buffer for each of these weights that kernels can add to."""
     return all(
         weight.requires_grad
         and hasattr(weight, "grad_added_to_main_grad")
         and getattr(weight, "main_grad", None) is not None
         and weight.main_grad.dtype == torch.float32
+        and weight.main_grad.data_ptr() % 16 == 0
         for weight in weights
     )
 
