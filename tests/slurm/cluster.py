@@ -18,7 +18,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("node1", "node2")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 _CONF = """\
 ClusterName=zeda
@@ -154,7 +154,7 @@ class Cluster:
         with open(log, "ab") as file:
             self._daemons.append(
                 subprocess.Popen(
-                    command,
+                    ["setpriv", "--pdeathsig", "TERM", *command],  # tests that are killed leave no daemons
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
@@ -166,7 +166,7 @@ class Cluster:
     def _wait_for(self, true, seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
         while not true():
-            ended = [d.args[0] for d in self._daemons if d.poll() is not None]
+            ended = [d.args[3] for d in self._daemons if d.poll() is not None]
             if ended or time.monotonic() > end:
                 logs = "".join(
                     f"\n{f.name}: {f.read_text()[-1500:]}" for f in self.folder.glob("*.[lo][ou]*")
