@@ -17,6 +17,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A broken link shows as a message instead of a silent wait.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
+# Yours, if the nodes have several networks: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (the interface of the
+# rendezvous and of gloo; `lo` when all processes are on one machine), NCCL_IB_HCA (the InfiniBand adapters of the data).
+# How long a collective may take before the run ends is no variable but --distributed-timeout-minutes.
+
 # Dropless MoE allocates other sizes in every step: segments that grow keep the memory from fragmenting.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
 

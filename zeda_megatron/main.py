@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from .arguments import parse
 from .runtime import cpu
@@ -21,13 +22,19 @@ def main(argv: list[str] | None = None) -> int:
     options.validate()
     process_groups.initialize(options.parallel, options.optimizer.seed)
     try:
+        from .checkpoint.lock import NAME, locked
+        from .training.log import warn
+
         if options.model.stage == "0":
             from .training.stage0 import run_stage0
 
-            return run_stage0(options)
+            with locked(options.generate.rollout_path + ".lock", "--rollout-path", warn):
+                return run_stage0(options)
         from .training.loop import TrainingRun
 
-        return TrainingRun(options).run()
+        save = options.run.save
+        with locked(save and Path(save) / NAME, "--save", warn) as lock:
+            return TrainingRun(options, lock).run()
     finally:
         process_groups.destroy()
 

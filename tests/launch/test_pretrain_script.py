@@ -145,6 +145,42 @@ def test_sigterm_to_the_bash_process_saves_and_exits_0(config, tmp_path, environ
     assert f"stopped at step {last} on request; saved step {last}" in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environment, number):
+    """Slurm signals all processes of a task, Megatron's helpers of earlier saves among them."""
+    save = tmp_path / "run"
+    command = [
+        "bash",
+        SCRIPT,
+        "--config",
+        config,
+        "--save",
+        save,
+        "--train-iters",
+        "1000000",
+        "--save-interval",
+        "1",
+    ]
+    with open(tmp_path / "errors", "w+") as errors:
+        run = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=tmp_path,
+            env=environment,
+            stderr=errors,
+            start_new_session=True,
+        )
+        while not (save / "iter_0000001").exists() and run.poll() is None:
+            time.sleep(0.1)
+        os.killpg(run.pid, number)
+        code = run.wait(120)
+        errors.seek(0)
+        said = errors.read()
+    assert code == 0, said
+    last = steps(save)[-1]
+    assert f"stopped at step {last} on request; saved step {last}" in said
+    assert (save / f"iter_{last:07d}").is_dir()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, environment, processes):
     (tmp_path / "run.yaml").write_text("train_itres: 3\n")
@@ -162,3 +198,49 @@ def test_under_torchrun_its_report_ends_with_the_user_error(tmp_path, environmen
     assert said[0].startswith("error: ")
     assert said[-1] in done.stderr.splitlines()[-2]
     assert 'pretrain_zeda.sh", line' not in done.stderr  # the traceback is torchrun's own, none is ours
+
+
+def test_two_runs_on_one_folder_the_second_stops_and_after_kill_9_a_third_takes_over(
+    config, tmp_path, environment
+):
+    save = tmp_path / "run"
+    command = ["bash", SCRIPT, "--config", config, "--save", save, "--save-interval", "1"]
+    with open(tmp_path / "errors", "w") as errors:
+        first = subprocess.Popen(
+            [str(part) for part in [*command, "--train-iters", "1000000"]],
+            cwd=tmp_path,
+            env=environment,
+            stderr=errors,
+        )
+    try:
+        while not (save / "iter_0000002").exists() and first.poll() is None:
+            time.sleep(0.1)
+        done = train(command, tmp_path, environment)
+        assert first.poll() is None, (tmp_path / "errors").read_text()
+    finally:
+        first.kill()
+        first.wait()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: --save {save}/.zeda.lock: process {first.pid} on " in done.stderr
+    third = train(
+        [*command, "--train-iters", steps(save)[-1] + 2, "--lr-decay-style", "constant"],
+        tmp_path,
+        environment,
+    )
+    assert third.returncode == 0, third.stderr
+    assert (
+        f"taken over from process {first.pid} on " in third.stderr and "that process is gone" in third.stderr
+    )
+    assert not (save / ".zeda.lock").exists()
+    assert steps(save) == list(range(1, steps(save)[-1] + 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_run_can_be_told_from_a_finished_one(config, tmp_path, environment, processes):
+    command = ["bash", SCRIPT, "--config", config, "--save", tmp_path / "run", "--stopped-exit-code", "75"]
+    more = {"NPROC_PER_NODE": str(processes)}
+    stopped = train([*command, "--exit-interval", "2"], tmp_path, environment, **more)
+    assert (stopped.returncode, steps(tmp_path / "run")) == (75, [1, 2]), stopped.stderr
+    assert "Traceback" not in stopped.stderr and "Root Cause" not in stopped.stderr
+    assert train(command, tmp_path, environment, **more).returncode == 0
+    assert steps(tmp_path / "run") == [1, 2, 3]

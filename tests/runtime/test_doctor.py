@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,23 @@ def test_a_wrong_version_of_a_requirement_is_a_problem(monkeypatch):
     real = facts._version
     monkeypatch.setattr(facts, "_version", lambda name: "0.15.0" if name == "megatron-core" else real(name))
     assert inspect().problems == (f"{REQUIRED[0]} is required, 0.15.0 is installed",)
+
+
+@pytest.mark.parametrize(("asked", "fine"), [(1, True), (2, False)])
+def test_too_few_gpus_end_a_health_check_with_the_hosts_name(monkeypatch, capsys, asked, fine):
+    monkeypatch.setattr(doctor, "inspect", lambda: machine(gpus=GPU))
+    arguments = ["--brief", "--expect-gpus", str(asked)]
+    if fine:
+        assert doctor.main(arguments) == 0
+        assert capsys.readouterr().out.endswith("1 x invented, 9.0, 80.0 GiB\n")
+    else:
+        with pytest.raises(UserError, match=rf"{socket.gethostname()}: torch sees 1 GPUs, not 2"):
+            doctor.main(arguments)
+
+
+def test_a_folder_that_cannot_be_written_ends_a_health_check(tmp_path, capsys):
+    assert doctor.main(["--brief", "--writable", str(tmp_path / "new")]) == 0
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"{socket.gethostname()}: .*file/in it cannot be written"):
+        doctor.main(["--brief", "--writable", str(tmp_path / "file" / "in it")])

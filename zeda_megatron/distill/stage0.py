@@ -34,9 +34,18 @@ class Question:
 
 
 def make_questions(
-    files: list[str], tokenizer: ChatTokenizer, max_length: int, samples_per_prompt: int = 1
+    files: list[str],
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    samples_per_prompt: int = 1,
+    shard: tuple[int, int] = (0, 1),
 ) -> list[Question]:
-    """All questions of the prompt files. Raises `UserError` for a prompt that leaves no room for an answer."""
+    """All questions of the prompt files, or those of shard (i, n): of prompts i, i + n, i + 2n, ...
+
+    A question has the same key, and so the same seed, however many shards there are. Raises `UserError` for a prompt
+    that leaves no room for an answer.
+    """
+    index, shards = shard
     questions, seen = [], {}
     for number, prompt in enumerate(load_prompts(files), 1):
         ids = tokenizer.chat_ids(prompt.messages, add_generation_prompt=True)
@@ -47,7 +56,7 @@ def make_questions(
             )
         digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
         occurrence = seen[digest] = seen.get(digest, -1) + 1
-        for sample in range(samples_per_prompt):
+        for sample in range(samples_per_prompt if (number - 1) % shards == index else 0):
             questions.append(Question(f"{digest}-{occurrence}-{sample}", prompt, ids))
     return questions
 

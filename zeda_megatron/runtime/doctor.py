@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ..errors import UserError
 from .machine import Machine, inspect
@@ -116,11 +120,10 @@ def examination(machine: Machine) -> dict:
 
 def format_examination(machine: Machine) -> str:
     """The same for the terminal."""
-    gpus = [f"{g['name']}, {g['compute_capability']}, {g['memory_gib']} GiB" for g in machine.gpus]
     facts = {
         "python": machine.python,
         "CUDA of torch": machine.cuda or "- (CPU build)",
-        "GPU": f"{len(gpus)} x {gpus[0]}" if gpus else "-",
+        "GPU": _gpus(machine) if machine.has_gpu else "-",
         "nvcc": machine.nvcc or "-",
         "kernels": machine.kernels or "-",
         **{name: version or "-" for name, version in machine.packages.items()},
@@ -131,16 +134,41 @@ def format_examination(machine: Machine) -> str:
     return "\n".join(["Installed (- is absent)", *found, "", "Path of each operator", *paths])
 
 
+def _gpus(machine: Machine) -> str:
+    if not machine.has_gpu:
+        return "no GPU"
+    first = machine.gpus[0]
+    return f"{len(machine.gpus)} x {first['name']}, {first['compute_capability']}, {first['memory_gib']} GiB"
+
+
+def _write_in(folder: Path) -> None:
+    """Raises `UserError` naming this host if no file can be written into `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{socket.gethostname()}: {folder} cannot be written ({error.strerror})") from error
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of tools/doctor.py. Raises `UserError` if something required is missing."""
+    """Entry point of tools/doctor.py. Raises `UserError` if something required or expected is missing."""
     parser = argparse.ArgumentParser(
         prog="doctor.py", description="What is installed; which path operators take"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--brief", action="store_true", help="print one line")
+    parser.add_argument("--expect-gpus", type=int, default=0, metavar="N", help="fail if torch sees fewer")
+    parser.add_argument("--writable", metavar="DIR", help="fail if no file can be written there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     machine = inspect()
-    text = json.dumps(examination(machine), indent=2) if args.json else format_examination(machine)
+    if args.brief:
+        text = f"{socket.gethostname()}: python {machine.python}, {_gpus(machine)}"
+    else:
+        text = json.dumps(examination(machine), indent=2) if args.json else format_examination(machine)
     print(text, flush=True)
     if machine.problems:
         shown = "; ".join(machine.problems[:3])
@@ -148,4 +176,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"{shown}{f'; and {more} more' if more > 0 else ''}: run pip install -e . in this folder"
         )
+    if len(machine.gpus) < args.expect_gpus:
+        raise UserError(
+            f"{socket.gethostname()}: torch sees {len(machine.gpus)} GPUs, not {args.expect_gpus}: leave this host "
+            "out, or ask for GPUs"
+        )
+    if args.writable:
+        _write_in(Path(args.writable))
     return 0

@@ -15,8 +15,9 @@ import os
 import signal
 import sys
 
-TOLD = (2, 3)
-"""Exit codes of a worker that has told the user what is wrong: a mistake, a process that does not answer."""
+TOLD = (2, 3, 75)
+"""Exit codes of a worker that has told the user what is wrong: a mistake, a process that does not answer, a stop before
+the end (where --stopped-exit-code asks for 75)."""
 
 _NOISY = (
     "torch.distributed.elastic.multiprocessing.api",

@@ -51,9 +51,8 @@ def _leave(code: int) -> None:
     run that has done all its work."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for child in multiprocessing.active_children():  # Megatron's writers of checkpoints would stay behind
-            child.terminate()
+            child.kill()  # SIGTERM says nothing to them: it asks for a save
             child.join(5)
-            child.kill()  # one that writes in the background takes SIGTERM as its parent does: it remembers it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -61,8 +60,11 @@ def _leave(code: int) -> None:
 
 
 def leave_with_parent(seconds: float = 1.0) -> None:
-    """End this process soon after its parent. For the children that Megatron starts to write checkpoints: after a
-    kill -9 they would wait for ever, with the run's terminal or pipe still open."""
+    """End this process soon after its parent, and not before. For the children that Megatron starts to write
+    checkpoints: after a kill -9 they would wait for ever, with the run's terminal or pipe still open. Slurm signals all
+    processes of a task; without these children the save that the signal asks for would fail."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     # The parent may be gone already; but in a container it may be process 1 itself.
     orphan = parent == 1 and os.environ.get(_MAIN_PID, "1") != "1"

@@ -30,6 +30,13 @@ class GenerateOptions:
     top_k: int = 0
     """Sample among the k likeliest tokens; 0 is all (stage 0 only)."""
 
+    num_shards: int = 1
+    """Stage 0: so many jobs share the prompts, each with a --rollout-path of its own; prompt i goes to shard i modulo
+    this. Answers are those of one job that answers all."""
+
+    shard_index: int = 0
+    """Stage 0: which shard this job answers, from 0."""
+
     generate_batch_size: int = 32
     """Answers under way at a time; the next prompt takes the place of one that has ended."""
 
@@ -59,9 +66,16 @@ class GenerateOptions:
             ("--max-new-tokens", self.max_new_tokens),
             ("--generate-batch-size", self.generate_batch_size),
             ("--samples-per-prompt", self.samples_per_prompt),
+            ("--num-shards", self.num_shards),
         ):
             if value < 1:
                 raise UserError(f"{flag} {value} must be at least 1")
+        if not 0 <= self.shard_index < self.num_shards:
+            raise UserError(
+                f"--shard-index {self.shard_index} must be from 0 to --num-shards - 1 ({self.num_shards - 1})"
+            )
+        if self.num_shards > 1 and stage != "0":
+            raise UserError("--num-shards is for stage 0; --data-path takes the files of all shards")
         if self.truncated_answers not in TRUNCATED:
             raise UserError(
                 f"--truncated-answers {self.truncated_answers!r} is unknown; choose one of {', '.join(TRUNCATED)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.lock import RunLock
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
@@ -28,15 +29,19 @@ from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optim
 from .options import Options
 from .setup import build_student, hf_folder
 from .side_files import write_side_files
-from .signals import StopRequest
+from .signals import StopRequest, exit_code_if_stopped
 from .step import Stepper, forward_model
 
 
 class TrainingRun:
-    """A run of stage 1 or 2 (or of plain training, `--stage pretrain`)."""
+    """A run of stage 1 or 2 (or of plain training, `--stage pretrain`).
 
-    def __init__(self, options: Options):
+    `lock`: of its --save folder, held by the caller.
+    """
+
+    def __init__(self, options: Options, lock: RunLock | None = None):
         self.options = options
+        self.lock = lock or RunLock(None)
         feed_for = prepare_feed(options)
         self.student = build_student(options)
         self.feed = feed_for(self.student)
@@ -74,7 +79,7 @@ class TrainingRun:
         self._resume()
 
     def run(self) -> int:
-        """Train to --train-iters (or to a signal). Returns the exit code."""
+        """Train to --train-iters (or to a signal). Returns the exit code of this rank."""
         options, run = self.options.optimizer, self.options.run
         log = RunLog(run, torch.distributed.get_rank() == 0, self.iteration, options.train_iters)
         stopping = False
@@ -95,6 +100,8 @@ class TrainingRun:
                     f"saved step {self.iteration}" if self.saver else "nothing saved: --save was not given"
                 )
                 log.say(f"stopped at step {self.iteration} on request; {where}")
+                if self.iteration < options.train_iters:
+                    return exit_code_if_stopped(run.stopped_exit_code)
         except (NotFinite, GuardTripped):
             self._finish_saving()  # a checkpoint of before, still on its way to the disk
             raise
@@ -186,6 +193,7 @@ class TrainingRun:
     def save(self) -> None:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
         self.finite.weights()
+        self.lock.require()
         self.saver.save(self.iteration, self.state())
         self.guards.newest = self.saver.folder(self.iteration)
         with self.saver.told():

@@ -117,6 +117,8 @@ class Options:
         ):
             if not value >= 0:
                 raise UserError(f"{flag} {value} must not be negative")
+        if not 0 <= self.run.stopped_exit_code <= 255:
+            raise UserError(f"--stopped-exit-code {self.run.stopped_exit_code} must be from 0 to 255")
         if self.run.log_interval < 1:
             raise UserError(f"--log-interval {self.run.log_interval} must be at least 1")
         if self.optimizer.min_lr > self.optimizer.lr:

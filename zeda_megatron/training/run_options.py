@@ -144,3 +144,7 @@ class RunOptions:
 
     exit_interval: int = 0
     """Stop (and save) when the step is a multiple of this; 0 never."""
+
+    stopped_exit_code: int = 0
+    """Exit code of a run that was stopped (SIGTERM, SIGUSR1, --exit-interval) before its work was done. A job script
+    that must tell it from a finished run takes 75."""

@@ -23,17 +23,24 @@ ROUND = 4
 
 def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
-    sampling = options.generate.sampling(options.optimizer.seed)
+    generate = options.generate
+    sampling = generate.sampling(options.optimizer.seed)
     source = options.distill.teacher_load or options.model.pretrained_checkpoint
     if source is None:
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
     arch = read_architecture(hf_folder(options.model))
     tokenizer = run_tokenizer(options)
     questions = make_questions(
-        options.data.data_path, tokenizer, arch.max_position_embeddings, options.generate.samples_per_prompt
+        options.data.data_path,
+        tokenizer,
+        arch.max_position_embeddings,
+        generate.samples_per_prompt,
+        (generate.shard_index, generate.num_shards),
     )
     folder = require_checkpoint(source, "--pretrained-checkpoint")
-    file = RolloutFile(options.generate.rollout_path, sampling_settings(sampling, teacher_id(options)))
+    shard = f"{generate.shard_index} of {generate.num_shards}" if generate.num_shards > 1 else None
+    settings = sampling_settings(sampling, teacher_id(options)) | {"shard": shard}
+    file = RolloutFile(generate.rollout_path, settings)
     rank0 = torch.distributed.get_rank() == 0
     if rank0:
         file.open()
@@ -43,7 +50,7 @@ def run_stage0(options: Options) -> int:
     load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_zero_mask(chunks, True)  # the teacher is the static model
     engine = rollout_engine(
-        options.generate, chunks, arch, zero, tokenizer, arch.max_position_embeddings, static=True
+        generate, chunks, arch, zero, tokenizer, arch.max_position_embeddings, static=True
     )
     with StopRequest() as stop:
         count = answer_questions(
@@ -52,11 +59,12 @@ def run_stage0(options: Options) -> int:
             tokenizer,
             sampling,
             file,
-            ROUND * options.generate.generate_batch_size,
+            ROUND * generate.generate_batch_size,
             progress=options.run.progress,
             should_stop=stop.agreed,
         )
     if rank0:
         left = sum(question.key not in file.answered for question in questions)
         print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
+        return options.run.stopped_exit_code if left else 0
     return 0
