@@ -79,3 +79,23 @@ def test_a_stop_before_training_began_is_told_so(elastic, tmp_path):
     run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=120)[1] == "stopped by SIGTERM before the first step: nothing to save\n"
     assert run.returncode == 143
+
+
+def test_a_killed_worker_is_the_cause_and_those_that_miss_it_are_not(elastic, tmp_path):
+    """Both are dead when torchrun looks: rank 0 ends with 3 as soon as rank 1 is gone."""
+    text = f"""
+pid = {str(tmp_path / "pid")!r}
+if rank == 1:
+    open(pid + ".new", "w").write(str(os.getpid()))
+    os.rename(pid + ".new", pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+import psutil
+while not os.path.exists(pid):
+    time.sleep(0.001)
+while psutil.pid_exists(int(open(pid).read())) and psutil.Process(int(open(pid).read())).status() != "zombie":
+    time.sleep(0.001)
+os._exit(3)"""
+    process = elastic(text)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL, told
+    assert "SIGKILL" in told and "Traceback" not in told

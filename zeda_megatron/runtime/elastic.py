@@ -15,7 +15,10 @@ import os
 import signal
 import sys
 
-TOLD = (2, 3, 75)
+MISSED = 3
+"""Exit code of a worker that another one did not answer."""
+
+TOLD = (2, MISSED, 75)
 """Exit codes of a worker that has told the user what is wrong: a mistake, a process that does not answer, a stop before
 the end (where --stopped-exit-code asks for 75)."""
 
@@ -63,7 +66,7 @@ def main(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        failure = _cause(error)
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         if forward.received and failure.exitcode == -forward.received:
             name = signal.Signals(forward.received).name
@@ -74,6 +77,13 @@ def main(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _cause(error):
+    """The failure that the others followed. Workers that miss one (exit code 3) may end before torchrun, which looks
+    now and then, has seen that it is gone."""
+    _, first = error.get_first_failure()
+    return next((failure for failure in error.failures.values() if failure.exitcode != MISSED), first)
 
 
 if __name__ == "__main__":
