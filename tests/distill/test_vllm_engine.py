@@ -11,6 +11,7 @@ import pytest
 import tiny
 import tiny_world
 import torch
+import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 
@@ -30,7 +31,7 @@ GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 STOP, LONGEST, VOCAB = set(range(0, 90, 5)), 40, 90
 KEPT: list = []
 """All pairs of this process: an engine that goes ends the process groups, which are Megatron's too."""
-KINDS = ("shared", "paired", "static")
+KINDS = ("shared", "paired", "static", "learned", "glm_shared", "glm_paired")
 
 
 @dataclasses.dataclass
@@ -44,16 +45,20 @@ class Pair:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, one_process):
-    hf = tiny.hf_model(**SIZES)
-    paired = request.param == "paired"
-    zero = ZeroExpertConfig(8, "zero", "paired", "weight+head") if paired else ZeroExpertConfig(4)
+    hf = tiny.glm_model(**vllm_world.MODELS["glm"][1]) if "glm" in request.param else tiny.hf_model(**SIZES)
+    zero = ZeroExpertConfig(4)
+    if "paired" in request.param:
+        zero = ZeroExpertConfig(8, "zero", "paired", "weight+head")
+    elif request.param == "learned":
+        zero = ZeroExpertConfig(4, "learned")
     model = tiny.megatron_model(hf, zero)
-    for module in paired_modules(model):
-        tiny.draw(module, std=0.1)
-        set_threshold(model, -3.0)
+    added = [module for name, module in model.named_modules() if name.endswith(".zero_output")]
+    for i, module in enumerate([*paired_modules(model), *added]):
+        tiny.draw(module, seed=i, std=0.1)
+    set_threshold(model, -3.0)
     static = request.param == "static"
     set_zero_mask(model, static)
-    config = hf.config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]}
+    config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
     arch = read_architecture(static_config(config))
     builtin = BuiltinEngine(model, STOP, 0, LONGEST, VOCAB)
     KEPT.append(Pair(model, builtin, VLLMEngine(model, arch, zero, STOP, LONGEST, VOCAB, 4, static)))
