@@ -2,8 +2,8 @@
 
 python -m zeda_megatron.evaluation.hf_quality --teacher DIR --models DIR [DIR ...] --heldout FILE [--out FILE]
 
-The figures are those of `evaluation.measure`, which takes Megatron checkpoints. Here a model is what its folder says, so
-what happened to it after its export (quantisation) counts too.
+The figures are those of `evaluation.measure`, which takes Megatron checkpoints. Here a model is what its folder
+says, so what happened to it after its export (quantisation) counts too.
 """
 
 from __future__ import annotations
