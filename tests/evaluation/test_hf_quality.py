@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_megatron_checkpoint(world, labelled, pairs, ro
     for key in ("ce", "kl_to_teacher", "zero_share", "exact_match"):
         assert made[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
     assert made["top1_agreement_teacher"] == pytest.approx(expected["top1_agreement"], abs=0.02)
-    assert 0.05 < made["zero_share"] < 0.95 and made["kl_to_teacher"] > 1e-3
+    assert 0.05 < made["zero_share"] < 0.95 and made["kl_to_teacher"] > 1e-4
     # The second folder is the teacher itself.
     static = json.loads((tmp_path / "out.json").read_text())[str(world.hf)]
     assert static["kl_to_teacher"] < 1e-9 < static["kl_to_first"]

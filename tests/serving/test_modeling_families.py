@@ -38,6 +38,16 @@ KINDS = {
     "paired": ZeroExpertConfig(N, "zero", "paired"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile without what it remembers of other tests: it gives up after a few models of one class."""
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -228,7 +238,7 @@ def test_gradients_are_those_of_the_definition(tmp_path, name, kind):
         inner = block.gate._scores
         block.gate._scores = lambda *args: scores.append(inner(*args)) or scores[-1]
         block(hidden)
-        block.gate.threshold = float(scores[0].median())
+        block.gate.threshold = float(scores[0].flatten().sort().values[14:16].mean())  # no score is there
     target = torch.randn(10, 32)
     inputs = [hidden, *(p for _, p in sorted(block.named_parameters()) if p.requires_grad)]
 
@@ -246,13 +256,13 @@ def test_gradients_are_those_of_the_definition(tmp_path, name, kind):
 @every_family
 @pytest.mark.parametrize("kind", ["zero", "learned", "paired"])
 @torch.no_grad()
-def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(tmp_path, name, kind):
+def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(tmp_path, compiler, name, kind):
     # The compiler's grouped product takes bf16 alone.
     model = make_model(tmp_path, name, kind).to(torch.bfloat16)
     for block in model.moe_blocks():
         block.static_shapes = True
     tokens = torch.randint(1, 96, (2, 9))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = compiler(model, backend="eager", fullgraph=True)
     expected = model(tokens, use_cache=False).logits
     assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
     model.set_zero_threshold(1e4) if kind == "paired" else model.set_zero_logit_bias(1e4)
@@ -264,10 +274,10 @@ def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(tmp_path
 @every_family
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on the CPU needs a C++ compiler")
 @torch.no_grad()
-def test_a_layer_compiled_to_machine_code_gives_the_numbers_of_the_definition(tmp_path, name):
+def test_a_layer_compiled_to_machine_code_gives_the_numbers_of_the_definition(tmp_path, compiler, name):
     block = make_model(tmp_path, name, "zero").to(torch.bfloat16).moe_blocks()[0]
     hidden = torch.randn(2, 7, 32).to(torch.bfloat16)
-    made = torch.compile(block, fullgraph=True)(hidden).reshape(-1, 32).float()
+    made = compiler(block, fullgraph=True)(hidden).reshape(-1, 32).float()
     expected, real = definition(block.float(), hidden.reshape(-1, 32).float(), None, FAMILIES[name])
     assert 0 < real < 14 * K
     assert (made - expected).abs().max() < 0.05 * expected.abs().max()

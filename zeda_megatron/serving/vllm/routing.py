@@ -90,7 +90,8 @@ def pick(
         scaled: multiply by the model's factor. Scores of paired zero experts are those of scaled weights anyway.
     """
     paired = routing.terms is not None and not routing.masked
-    logits_TE = columns_TC[:, : routing.num_real] if paired else columns_TC
+    # Contiguous: a sigmoid of a slice may round otherwise than that of transformers.
+    logits_TE = columns_TC[:, : routing.num_real].contiguous() if paired else columns_TC
     if routing.score == "sigmoid":
         scores_TE = logits_TE.sigmoid()
         ids_TK = torch.topk(scores_TE + score_bias[: scores_TE.shape[1]], routing.top_k, sorted=False)[1]
