@@ -172,8 +172,12 @@ def test_a_saved_model_brings_its_files_and_opens_again_bit_equal(tmp_path, name
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True)
     assert type(again).__module__.startswith("transformers_modules")
     assert torch.equal(again(tokens).logits, model(tokens).logits)
-    # The package's own classes read it too, and without remote code.
-    assert torch.equal(load_zero_expert_model(tmp_path / "second")(tokens).logits, model(tokens).logits)
+    # The package's own classes read it too, and without remote code; what they save is as complete.
+    ours = load_zero_expert_model(tmp_path / "second")
+    assert torch.equal(ours(tokens).logits, model(tokens).logits)
+    ours.save_pretrained(tmp_path / "third")
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "third", trust_remote_code=True)
+    assert torch.equal(third(tokens).logits, model(tokens).logits)
 
 
 @every_family

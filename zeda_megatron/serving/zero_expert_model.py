@@ -119,6 +119,8 @@ class ZeroExpertModel:
     """Router with zero experts, built from the config."""
     NUM_EXPERTS: str
     """Config key of N."""
+    _auto_class = "AutoModelForCausalLM"
+    """`save_pretrained` brings these files (transformers 5.0 asks for it, as the model type is a native one)."""
 
     def __init__(self, config):
         zero = zero_experts(config, getattr(config, self.NUM_EXPERTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -72,7 +73,8 @@ class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
             bias = getattr(self._gate[0], "zero_bias", None)
             more_TH = zero_output(x, topk_weights, topk_ids, self.routing, bias)
             if more_TH is not None:
-                output_TH = output_TH + more_TH
+                # vLLM pads the width of x where a kernel wants it.
+                output_TH = output_TH + F.pad(more_TH, (0, x.shape[1] - more_TH.shape[1]))
         return output_TH.to(x.dtype)
 
     def _unmapped(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
