@@ -193,5 +193,21 @@ def test_stage_2_runs_with_vllm_and_a_resumed_run_is_the_uninterrupted_one(small
     assert all(abs(line["logp_gap"]) < 1e-4 for line in whole)
 
 
+def test_stage_2_of_a_paired_glm_runs_with_vllm(one_process, tmp_path):
+    """Its policy's log-probabilities are those that vLLM sampled with: the weights and thresholds have arrived."""
+    name, sizes = vllm_world.MODELS["glm"]
+    world = tiny_world.make_world(tmp_path / "world", name, **sizes)
+    flags = ["--stage", 2, "--pretrained-checkpoint", world.static, "--teacher-load", world.static]
+    flags += ["--zero-expert-routing", "paired", "--target-zero-share", 0.4]
+    flags += ["--moe-router-load-balancing-type", "none"]
+    flags += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
+    flags += ["--max-new-tokens", 12, "--train-iters", 3, "--rollout-engine", "vllm"]
+    run_main(*flags, "--loss-chunk-tokens", 32, "--routing-replay", "--save", tmp_path / "save")
+    lines = read(tmp_path / "save")
+    assert len(lines) == 3
+    assert all(abs(line["logp_gap"]) < 1e-4 for line in lines)
+    assert 0 < lines[-1]["zero_share"] < 1
+
+
 def read(folder: Path) -> list[dict]:
     return tiny_world.read_metrics(folder)

@@ -12,6 +12,7 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation import hf_quality
 from zeda_megatron.evaluation.measure import MeasureOptions, measure_arm
 from zeda_megatron.moe.paired import paired_modules, set_threshold
+from zeda_megatron.serving.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_right_answer_is_told_from_a_wrong_one(world):
     from zeda_megatron.data.tokenizers import load_tokenizer
     from zeda_megatron.evaluation.heldout import Task
 
-    model, tokenizer = hf_quality.load_folder(world.hf), load_tokenizer(world.hf)
+    model, tokenizer = load_model(world.hf).eval(), load_tokenizer(world.hf)
     prompts = [tokenizer.encode(text) for text in ("one two", "the cat sleeps and")]
     tasks = []
     for prompt in prompts:

@@ -22,7 +22,7 @@ from ..arguments import parse
 from ..data.conversation import TokenSample
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError, run_main
-from ..models.architecture import read_architecture
+from ..serving.load import load_model
 from .heldout import Task, load_held_out
 
 
@@ -53,17 +53,6 @@ class QualityOptions:
 
     out: str | None = None
     """JSON file for the result."""
-
-
-def load_folder(folder: str | Path) -> torch.nn.Module:
-    """A static or a dynamic model in float32, ready to answer. Raises `UserError` for a folder that is none."""
-    from transformers import AutoModelForCausalLM
-
-    from ..serving.load import load_zero_expert_model
-
-    dynamic = read_architecture(folder).num_zero_experts
-    load = load_zero_expert_model if dynamic else AutoModelForCausalLM.from_pretrained
-    return load(folder, dtype=torch.float32).eval()
 
 
 @dataclass
@@ -127,6 +116,10 @@ def quality(
             "exact_match": sum(right.values()) / len(right) if right else None,
         }
     return result
+
+
+def _load(folder: str) -> torch.nn.Module:
+    return load_model(folder, dtype=torch.float32).eval()
 
 
 def _reset(model: torch.nn.Module) -> None:
@@ -212,9 +205,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--{flag} is missing")
     tokenizer = load_tokenizer(options.teacher)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
-    models = {folder: load_folder(folder) for folder in options.models}
+    models = {folder: _load(folder) for folder in options.models}
     result = quality(
-        load_folder(options.teacher),
+        _load(options.teacher),
         models,
         held_out.samples,
         held_out.tasks,
