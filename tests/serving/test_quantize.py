@@ -61,6 +61,25 @@ def test_int8_is_the_definition_and_nothing_else_moves(modelopt, tmp_path, name,
 
 
 @every_family
+def test_a_bf16_folder_keeps_its_types(modelopt, tmp_path, name):
+    model = families.make_model(tmp_path / "c", name, "paired").to(torch.bfloat16)
+    for block in model.moe_blocks():
+        if hasattr(block.gate, "e_score_correction_bias"):  # float32 in every model
+            block.gate.e_score_correction_bias = block.gate.e_score_correction_bias.float()
+    model.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"dtype": "float32"}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))  # the weights' own type counts
+    quantize(QuantizeOptions(str(tmp_path / "hf"), str(tmp_path / "out")))
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("hf", "out"))
+    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {
+        k: (v.dtype, v.shape) for k, v in after.items()
+    }
+    assert torch.bfloat16 in {v.dtype for v in before.values()}
+    kept = [k for k in before if any(word in k for word in KEPT)]
+    assert all(torch.equal(before[k], after[k]) for k in kept)
+
+
+@every_family
 def test_fp8_is_the_definition(modelopt, tmp_path, name):
     hf = make_folder(tmp_path, name, "zero")
     quantize(QuantizeOptions(str(hf), str(tmp_path / "out"), number_format="fp8"))

@@ -6,6 +6,7 @@ scale while it is read, so the model in memory is as large as an unquantised one
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from ..errors import UserError
 
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SCALE = "_scale"
 """`...weight` and `...weight_scale`: one number, or one per row."""
 
@@ -27,6 +29,15 @@ def packed_by(config: Mapping[str, Any]) -> str | None:
 def keys_of(folder: str | Path) -> list[str]:
     """Names of all tensors of a folder; `UserError` if it has no weights."""
     return [name for path in _files(folder) for name in _keys(path)]
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """Type of most tensors of a folder, whatever its config.json says."""
+    found: Counter[str] = Counter()
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            found.update(file.get_slice(name).get_dtype() for name in list(file.keys()))
+    return _TYPES[found.most_common(1)[0][0]]
 
 
 def unpacked(folder: str | Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

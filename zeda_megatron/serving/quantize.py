@@ -23,7 +23,7 @@ from ..checkpoint.target import check_target, swap_in
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from .load import load_model
-from .packed import SCALE, keys_of, packed_by
+from .packed import SCALE, keys_of, packed_by, stored_dtype
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"num_bits": 8, "axis": 0},
@@ -80,7 +80,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     if packed_by(arch.hf) is not None:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
     check_target(target, options.overwrite)
-    model = load_model(source, dtype=_dtype(arch.hf))
+    model = load_model(source, dtype=stored_dtype(source))
     plain = type(model)
     model = mtq.quantize(model, _config(mtq, FORMATS[options.number_format]))
     done = _count(model)
@@ -109,10 +109,6 @@ def _modelopt():
             f"NVIDIA ModelOpt cannot be imported ({error}): pip install -e '.[modelopt]'"
         ) from None
     return mtq
-
-
-def _dtype(hf: dict[str, Any]) -> torch.dtype:
-    return getattr(torch, hf.get("dtype") or hf.get("torch_dtype") or "float32")
 
 
 def _config(mtq, weights: dict[str, Any]) -> dict[str, Any]:
