@@ -31,7 +31,7 @@ GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 STOP, LONGEST, VOCAB = set(range(0, 90, 5)), 40, 90
 KEPT: list = []
 """All pairs of this process: an engine that goes ends the process groups, which are Megatron's too."""
-KINDS = ("shared", "paired", "static", "learned", "glm_shared", "glm_paired")
+KINDS = ("shared", "paired", "static", "learned", "glm_shared", "glm_paired", "mixtral_paired")
 
 
 @dataclasses.dataclass
@@ -45,7 +45,9 @@ class Pair:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, one_process):
-    hf = tiny.glm_model(**vllm_world.MODELS["glm"][1]) if "glm" in request.param else tiny.hf_model(**SIZES)
+    family = request.param.partition("_")[0]
+    make, sizes = vllm_world.MODELS.get(family, (tiny.hf_model, SIZES))
+    hf = make(**sizes)
     zero = ZeroExpertConfig(4)
     if "paired" in request.param:
         zero = ZeroExpertConfig(8, "zero", "paired", "weight+head")
