@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError, run_main
 from ..serving.load import load_model
 from .heldout import Task, load_held_out
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class QualityOptions:
 
     batch_size: int = 32
     """Conversations at a time."""
+
+    dtype: str = "fp32"
+    """Type that all models compute in: fp32 or bf16."""
 
     out: str | None = None
     """JSON file for the result."""
@@ -100,7 +106,7 @@ def quality(
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         tokens_BS, mask_BS, scored_BS = _pad(batch, tokenizer.pad_id)
-        labels_T = tokens_BS[:, 1:][scored_BS]
+        labels_T = tokens_BS[:, 1:][scored_BS].to(teacher.device)
         others = {"teacher": _log_probs(teacher, tokens_BS, mask_BS, scored_BS)}
         for name, model in models.items():
             log_p_TV = _log_probs(model, tokens_BS, mask_BS, scored_BS)
@@ -118,8 +124,9 @@ def quality(
     return result
 
 
-def _load(folder: str) -> torch.nn.Module:
-    return load_model(folder, dtype=torch.float32).eval()
+def _load(folder: str, dtype: str) -> torch.nn.Module:
+    model = load_model(folder, dtype=DTYPES[dtype]).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _reset(model: torch.nn.Module) -> None:
@@ -140,8 +147,8 @@ def _pad(batch: Sequence[TokenSample], pad_id: int) -> tuple[torch.Tensor, torch
 
 
 def _log_probs(model, tokens_BS, mask_BS, scored_BS) -> torch.Tensor:
-    logits = model(tokens_BS, attention_mask=mask_BS).logits
-    return F.log_softmax(logits[:, :-1][scored_BS].float(), dim=-1)
+    logits = model(tokens_BS.to(model.device), attention_mask=mask_BS.to(model.device)).logits
+    return F.log_softmax(logits[:, :-1][scored_BS.to(model.device)].float(), dim=-1)
 
 
 @torch.no_grad()
@@ -153,15 +160,15 @@ def exact_match(
     max_new_tokens: int,
 ) -> dict[str, float]:
     """Share of right greedy answers per family; texts are stripped and compared."""
-    hits, counts = defaultdict(int), defaultdict(int)
+    hits, counts, tensor = defaultdict(int), defaultdict(int), partial(torch.tensor, device=model.device)
     ordered = sorted(tasks, key=lambda task: len(task.prompt_ids))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         longest = max(len(task.prompt_ids) for task in batch)
         fill = [longest - len(task.prompt_ids) for task in batch]
         made_BS = model.generate(
-            torch.tensor([[tokenizer.pad_id] * n + task.prompt_ids for n, task in zip(fill, batch)]),
-            attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in fill]),
+            tensor([[tokenizer.pad_id] * n + task.prompt_ids for n, task in zip(fill, batch)]),
+            attention_mask=tensor([[0] * n + [1] * (longest - n) for n in fill]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(tokenizer.eos_ids),
@@ -205,9 +212,11 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--{flag} is missing")
     tokenizer = load_tokenizer(options.teacher)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
-    models = {folder: _load(folder) for folder in options.models}
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    models = {folder: _load(folder, options.dtype) for folder in options.models}
     result = quality(
-        _load(options.teacher),
+        _load(options.teacher, options.dtype),
         models,
         held_out.samples,
         held_out.tasks,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 
 from ..arguments import parse
 from ..checkpoint.hf_config import copy_side_files
-from ..checkpoint.target import check_target, swap_in
+from ..checkpoint.target import check_space, check_target, swap_in
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from .load import load_model
@@ -80,12 +81,15 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     if packed_by(arch.hf) is not None:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
     check_target(target, options.overwrite)
+    check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
     plain = type(model)
     model = mtq.quantize(model, _config(mtq, FORMATS[options.number_format]))
     done = _count(model)
-    work = target.with_name(target.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work = staging / "out"
+    work.mkdir()
     try:
         if options.packed:
             from modelopt.torch.export import export_hf_checkpoint
@@ -97,7 +101,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
         copy_side_files(source, work)
         swap_in(work, target)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return done
 
 
