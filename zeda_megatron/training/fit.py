@@ -141,7 +141,7 @@ class HeadFit:
 
     def _passes(self) -> list[list[int]]:
         """Layers of each pass over the data: as many as have room for their sums."""
-        from ..moe.paired_fit import sums_bytes
+        from ..moe.ridge import sums_bytes
 
         first = next(iter(self.layers.values()))
         size = sums_bytes(first.num_local_experts, first.config.hidden_size)
@@ -151,7 +151,7 @@ class HeadFit:
     @torch.no_grad()
     def _fit(self, passes: list[list[int]]) -> dict[int, tuple[float, float]]:
         """Install the heads of all layers; returns layer number -> R^2 of head and of constants, held out."""
-        from ..moe.paired_fit import RidgeSums
+        from ..moe.ridge import RidgeSums
 
         first, constants = next(iter(self.layers.values())), {}
         if self.effect:
@@ -180,7 +180,7 @@ class HeadFit:
 
     def _install(self, number: int, sums) -> torch.Tensor:
         """Solve one layer and give all ranks the whole head; returns the constants of all experts."""
-        from ..moe.paired_fit import fill_empty
+        from ..moe.ridge import fill_empty
 
         sums.reduce(self.replicas)
         count = self._gather(sums.count)
@@ -198,7 +198,7 @@ class HeadFit:
         return constant
 
     def _explained(self, constants: dict[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
-        from ..moe.paired_fit import Explained
+        from ..moe.ridge import Explained
 
         quality, sinks = {}, {}
         for number, layer in self.layers.items():
