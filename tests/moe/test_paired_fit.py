@@ -9,7 +9,7 @@ import torch
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.models.build import build_gpt_model
 from zeda_megatron.moe.paired_fit import Sensitivity, moe_layers, watch_effects, watch_experts
-from zeda_megatron.moe.router import set_zero_mask
+from zeda_megatron.moe.switches import set_zero_mask
 
 N, H = tiny.TINY["num_experts"], tiny.TINY["hidden_size"]
 

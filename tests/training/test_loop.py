@@ -15,8 +15,8 @@ from zeda_megatron.checkpoint.convert import hf_to_megatron
 from zeda_megatron.checkpoint.state import TRACKER, find_checkpoint
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.router import zero_mask
 from zeda_megatron.moe.stats import routers
+from zeda_megatron.moe.switches import zero_mask
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -23,7 +23,7 @@ class WatchedPasses:
     ) -> None:
         """Watch the layers that have a sink; see `moe.paired_fit.watch_experts` and `watch_effects`."""
         from ..moe.paired_fit import watch_effects, watch_experts
-        from ..moe.router import zero_mask
+        from ..moe.switches import zero_mask
 
         # Gradients flow from the embedding on; no parameter keeps one.
         embedding = self.model.embedding.word_embeddings.weight.requires_grad_(self.effect)

@@ -25,7 +25,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
-from ..moe.router import set_pick_rule
+from ..moe.switches import set_pick_rule
 from .model_options import ModelOptions
 from .options import Options
 
