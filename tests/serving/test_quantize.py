@@ -117,6 +117,22 @@ def test_a_packed_folder_gives_the_numbers_of_the_rounded_one(modelopt, tmp_path
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed", trust_remote_code=True)
 
 
+@every_family
+@torch.no_grad()
+def test_until_the_weights_are_folded_experts_run_unquantised(modelopt, tmp_path, name):
+    """Why the tool folds: ModelOpt's hooks sit in the stock experts' pass, which our layer does not take."""
+    import modelopt.torch.quantization as mtq
+
+    model = families.make_model(tmp_path, name, "zero")
+    block, hidden = model.moe_blocks()[-1], torch.randn(1, 9, 32)
+    block.shared_experts = None
+    before = block(hidden)
+    mtq.quantize(model, mtq.INT8_WEIGHT_ONLY_CFG)
+    torch.testing.assert_close(block(hidden), before, rtol=1e-5, atol=1e-5)
+    mtq.fold_weight(model)
+    assert (block(hidden) - before).abs().max() > 1e-4
+
+
 @torch.no_grad()
 def test_rounded_routers_pick_otherwise(modelopt, tmp_path):
     hf = make_folder(tmp_path, "qwen3_moe", "paired")
