@@ -150,4 +150,5 @@ def offline(folder: Path, rounds: int = 1, **llm) -> dict:
         env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"rounds"')]
+    return json.loads(line)

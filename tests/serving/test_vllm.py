@@ -35,6 +35,15 @@ def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name)
     assert made["counts"] == expected.counts
 
 
+@pytest.mark.parametrize("name", ["qwen_learned", "qwen_paired", "glm_copy", "glm_paired"])
+def test_two_tensor_parallel_ranks_give_the_same_answers(folders, name):
+    """What zero experts give is added once, not by every rank."""
+    expected = vllm_world.reference(folders[name])
+    made = vllm_world.offline(folders[name], enable_prefix_caching=False, tensor_parallel_size=2)
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+
+
 @pytest.mark.parametrize("name", ["qwen_shared", "qwen_paired"])
 def test_cached_prefixes_change_no_answer(folders, name):
     """The second round finds the prompts' blocks in the cache: fewer slots are computed, the answers are the same."""
