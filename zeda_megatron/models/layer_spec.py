@@ -36,8 +36,8 @@ def decoder_block_spec(
     if config.multi_latent_attention:
         if config.q_lora_rank is None and queries_need_latents():
             raise UserError(
-                "config.json: q_lora_rank null (queries without latents) works with megatron-core 0.16 only: newer ones "
-                "put a norm before such queries"
+                "config.json: q_lora_rank null (queries without latents) works with megatron-core 0.16 only: newer "
+                "ones put a norm before such queries"
             )
         mend_latent_attention()
         for layer in block.layer_specs:
