@@ -68,10 +68,12 @@ class Benchmark:
     """Modules that the verifier imports; they come with the extra `evaluation`."""
     runs_code: bool = False
     """Answers are programs: the verifier needs the sandbox and may be called from several threads."""
+    check: Callable[[list[Question]], None] | None = None
+    """Raise `UserError` if something else is missing that the verifier needs for these questions."""
     package_rows: Callable[[], list[Row]] | None = None
     """Rows that ship in a package."""
-    generate: Callable[[str, int, int], list[Question]] | None = None
-    """Questions made up on the spot: options, number, seed."""
+    generate: Callable[[int, int], list[Question]] | None = None
+    """Questions made up on the spot: number, seed."""
 
 
 TEMPERATURE, TOP_P, TOP_K = 0.6, 0.95, 20

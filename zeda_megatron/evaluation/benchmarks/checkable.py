@@ -1,0 +1,111 @@
+"""Questions with answers that a program can check: reasoning-gym's families, and files with one right answer each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from .answer_text import after_thinking
+from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .rows import ask, take
+
+GYM = "reasoning_gym"
+_PACKAGE = "reasoning-gym==0.1.25"
+
+
+def exactly(answer: str, label: Any) -> bool:
+    """The one right string, space around it aside."""
+    return answer.strip() == str(label).strip()
+
+
+def task_questions(rows: list[Row]) -> list[Question]:
+    """Rows `{"messages": [..., answer], "label", "kind"}`, such as the quickstart's held-out file; those without a
+    label, or whose label is the answer to a text, are left out."""
+    made = []
+    for number, row in enumerate(rows, 1):
+        if row.get("label") is None:
+            continue
+        messages = take(row, "messages", where=f"tasks row {number}")
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        reference = {"label": str(row["label"])}
+        made.append(Question(str(row.get("uid") or number), messages, reference, str(row.get("kind") or "")))
+    return made
+
+
+def verify_task(question: Question, answer: str) -> Verdict:
+    """The exact string, after the thinking if there is any."""
+    text = after_thinking(answer)
+    right = exactly(text, question.reference["label"])
+    return Verdict(right, "" if right else f"answered {text[:60]}")
+
+
+def gym_benchmark(name: str, settings: dict[str, dict] | None = None) -> Benchmark:
+    """`reasoning_gym:FAMILY`: seeded questions and the family's own verifier.
+
+    Args:
+        settings: arguments of the generators by family (`--family-settings`); the generator's defaults otherwise.
+    """
+    family = name.partition(":")[2]
+    if not family:
+        raise UserError(f"--benchmarks {name}: name a family, such as {GYM}:chain_sum")
+    arguments = (settings or {}).get(family, {})
+    made_sets: dict[tuple[int, int], Any] = {}
+
+    def dataset(number: int, seed: int):
+        if (number, seed) not in made_sets:
+            made_sets[number, seed] = _dataset(family, number, seed, arguments)
+        return made_sets[number, seed]
+
+    def generate(number: int, seed: int) -> list[Question]:
+        made = []
+        for index, entry in enumerate(dataset(number, seed)):
+            reference = {"index": index, "size": number, "seed": seed}
+            made.append(
+                Question(f"{family}-{seed}-{index}", ask(entry["question"].strip()), reference, family)
+            )
+        return made
+
+    def verify(question: Question, answer: str) -> Verdict:
+        from reasoning_gym.utils import extract_answer
+
+        reference = question.reference
+        data = dataset(reference["size"], reference["seed"])
+        text = after_thinking(answer)
+        tagged = extract_answer(text)
+        score = data.score_answer(tagged if tagged is not None else text, data[reference["index"]])
+        return Verdict(score >= 1.0, "" if score >= 1.0 else f"score {score:.2f}")
+
+    source = Source(_PACKAGE, "Apache-2.0", package=_PACKAGE)
+    return Benchmark(
+        name, f"reasoning-gym {family}", source, task_questions, verify, packages=(GYM,), generate=generate
+    )
+
+
+def _dataset(family: str, size: int, seed: int, arguments: dict):
+    import reasoning_gym
+
+    try:
+        return reasoning_gym.create_dataset(family, size=size, seed=seed, **arguments)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"{GYM}:{family}: {str(error) or 'its settings are refused'}") from None
+
+
+def read_settings(file: str | None) -> dict[str, dict]:
+    """`--family-settings FILE`: a JSON object, family to arguments of its generator."""
+    if file is None:
+        return {}
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--family-settings {file}: cannot be read ({error})") from None
+    if not isinstance(settings, dict) or not all(isinstance(v, dict) for v in settings.values()):
+        raise UserError(f"--family-settings {file}: expected an object, family to its settings")
+    return settings
+
+
+TASKS = Benchmark(
+    "tasks", "tasks with one right answer", Source("a file of yours", "yours"), task_questions, verify_task
+)
