@@ -7,6 +7,7 @@ import secrets
 from functools import cache
 from pathlib import Path
 
+from ...errors import UserError
 from ..sandbox.limits import MIB, Limits
 from ..sandbox.run import run_program
 from .benchmark import Verdict
@@ -26,6 +27,8 @@ def judge(order: dict, tests: int, seconds: float, most: float = 300.0) -> Verdi
     Args:
         order: what `code_driver.py` is to do: `kind` and its arguments.
         tests: how many tests there are; `seconds` are allowed for each, `most` for all together.
+
+    Raises `UserError` if the sandbox does not start: no verdict is better than a wrong one.
     """
     nonce = secrets.token_hex(16)
     payload = json.dumps({**order, "seconds": seconds, "nonce": nonce})
@@ -34,7 +37,7 @@ def judge(order: dict, tests: int, seconds: float, most: float = 300.0) -> Verdi
     )
     outcome = run_program({"driver.py": _driver(), "payload.json": payload}, ["driver.py"], limits)
     if outcome.reason == "sandbox":
-        return Verdict(False, f"the sandbox did not start: {outcome.stderr.strip()[-200:]}")
+        raise UserError(f"the sandbox did not start: {outcome.stderr.strip()[-200:] or 'it said nothing'}")
     if outcome.reason != "exit":
         return Verdict(False, {"time": "out of time", "output": "wrote too much"}[outcome.reason])
     try:
