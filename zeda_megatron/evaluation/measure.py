@@ -165,6 +165,7 @@ def _exact_match(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64
     """Share of right greedy answers per family; texts are stripped and compared."""
     from ..distill.builtin_engine import BuiltinEngine
     from ..distill.sampling import SamplingConfig
+    from .benchmarks.checkable import exactly
 
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
     engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length, slots=slots)
@@ -176,7 +177,7 @@ def _exact_match(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64
     hits, counts = defaultdict(int), defaultdict(int)
     for task, generation in zip(tasks, made, strict=True):
         counts[task.kind] += 1
-        hits[task.kind] += tokenizer.decode(generation.response_ids).strip() == task.label
+        hits[task.kind] += exactly(tokenizer.decode(generation.response_ids), task.label)
     return {kind: hits[kind] / counts[kind] for kind in counts}
 
 

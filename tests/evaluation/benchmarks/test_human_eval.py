@@ -163,7 +163,7 @@ def test_mbpp_keeps_the_special_rules_of_evalplus():
     pytest.importorskip("evalplus")
     (question,) = mbpp_questions([MBPP_RELEASE])
     # Its inputs are tuples in truth, and the order of what is returned is free.
-    good = "def similar_elements(a, b):\n    assert isinstance(a, tuple)\n    return sorted(set(a) & set(b), reverse=True)"
+    good = "def similar_elements(a, b):\n    assert isinstance(a, tuple)\n    return sorted(set(a) & set(b))[::-1]"
     assert verify(question, f"```python\n{good}\n```").right
     assert not verify(question, "```python\ndef similar_elements(a, b):\n    return ()\n```").right
 

@@ -22,7 +22,7 @@ _ZERO, _ROUTED = "zeda:zero_slots_total", "zeda:routed_slots_total"
 
 
 class OpenAIEngine:
-    """Asks a server, several questions at a time. The seed of each answer goes with it; what it is worth is the server's.
+    """Asks a server, several questions at a time. Each answer's seed goes with it; whether it counts is the server's.
 
     Args:
         url: address up to and including `/v1`.

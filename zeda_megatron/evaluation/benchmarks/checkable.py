@@ -15,17 +15,21 @@ GYM = "reasoning_gym"
 _PACKAGE = "reasoning-gym==0.1.25"
 
 
+TEXT_KINDS = ("prose", "code")
+"""Kinds of conversations that are free text: nothing in them is right or wrong."""
+
+
 def exactly(answer: str, label: Any) -> bool:
     """The one right string, space around it aside."""
     return answer.strip() == str(label).strip()
 
 
 def task_questions(rows: list[Row]) -> list[Question]:
-    """Rows `{"messages": [..., answer], "label", "kind"}`, such as the quickstart's held-out file; those without a
-    label, or whose label is the answer to a text, are left out."""
+    """Rows `{"messages": [..., answer], "label", "kind"}`, such as the quickstart's held-out file; free texts and those
+    without a label are left out."""
     made = []
     for number, row in enumerate(rows, 1):
-        if row.get("label") is None:
+        if row.get("label") is None or row.get("kind") in TEXT_KINDS:
             continue
         messages = take(row, "messages", where=f"tasks row {number}")
         if messages[-1]["role"] == "assistant":
