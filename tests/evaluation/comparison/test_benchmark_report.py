@@ -5,8 +5,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-
 from run_folders import write_run
+
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.comparison.report import ReportOptions, format_table, make_report, report
 
