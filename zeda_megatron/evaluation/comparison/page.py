@@ -23,8 +23,8 @@ _TITLES = (
 )
 RULE = (
     "The rule: an arm is good if its 95% interval rules out a loss of more than {margin}. Among good arms that save 5% "
-    "of the expert FLOPs or more, the one that saves most; where several save within 3 points of it, the one that takes "
-    "least work (none, stage 1, more), then the most accurate."
+    "of the expert FLOPs or more, the one that saves most; where several save within 3 points of it, the one that "
+    "takes least work (none, stage 1, more), then the most accurate."
 )
 
 
