@@ -16,7 +16,7 @@ def write_run(
     zero_experts: bool = False,
     experts: int = 8,
 ) -> Path:
-    """A run that answered each question of each benchmark with these verdicts: 10 prompt tokens, 10 answer tokens, 0.5 s.
+    """A run that answered each question of each benchmark with these verdicts: 10 tokens of prompt and answer, 0.5 s.
 
     Its config is that of the tiny Qwen3-MoE, with `experts` experts and, if asked, zero experts.
     """
