@@ -65,8 +65,11 @@ def test_the_teacher_stays_when_every_arm_loses():
     ("what", "said"),
     [
         ({"arms": {"paired_kl": arm(0.0, 0.01)}}, "no run of the teacher"),
-        (figures(), "no arm on the teacher's questions"),
-        (figures(paired_kl={**arm(0, 0), "difference": None}), "no arm on the teacher's questions"),
+        (figures(), "no arm that has answered the teacher's questions"),
+        (
+            figures(paired_kl={**arm(0, 0), "difference": None}),
+            "no arm that has answered the teacher's questions",
+        ),
     ],
 )
 def test_without_a_comparison_nothing_is_chosen(what, said):

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from decimal import Decimal, InvalidOperation
+from unittest import mock
 
 _STARS = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json "
@@ -110,9 +111,9 @@ def run_stdin(order: dict) -> str:
     """LiveCodeBench, contest style: the program reads each test from standard input and prints its answer."""
     code = compile(PRELUDE + order["solution"], "solution.py", "exec")
     for number, test in enumerate(order["tests"], 1):
-        out, text = io.StringIO(), test["input"]
-        sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
-        with contextlib.redirect_stdout(out), time_limit(order["seconds"]), contextlib.suppress(SystemExit):
+        out, given = io.StringIO(), io.TextIOWrapper(io.BytesIO(test["input"].encode()), encoding="utf-8")
+        redirected = mock.patch("sys.stdin", given), contextlib.redirect_stdout(out)
+        with redirected[0], redirected[1], time_limit(order["seconds"]), contextlib.suppress(SystemExit):
             exec(code, {"__name__": "__main__"})
         if not same_output(out.getvalue(), test["output"]):
             return f"wrong on test {number}"

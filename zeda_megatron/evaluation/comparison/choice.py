@@ -37,9 +37,9 @@ def choose(figures: dict, margin: float = MARGIN) -> Choice:
         if name != TEACHER and arm["difference"] is not None and arm["expert_flops"] is not None
     }
     if TEACHER not in figures["arms"] or not known:
-        missing = (
-            "no run of the teacher" if TEACHER not in figures["arms"] else "no arm on the teacher's questions"
-        )
+        missing = "no run of the teacher"
+        if TEACHER in figures["arms"]:
+            missing = "no arm that has answered the teacher's questions and whose zero share is known"
         return Choice("nothing", None, f"Nothing to choose yet: there is {missing}.")
     good = {name: arm for name, arm in known.items() if arm["difference"]["low"] >= -margin}
     savers = {name: arm for name, arm in good.items() if 1.0 - arm["expert_flops"] >= SAVES}
