@@ -3,7 +3,10 @@
 import base64
 import json
 import pickle
+import subprocess
+import sys
 import zlib
+from importlib.util import find_spec
 
 import pytest
 
@@ -100,6 +103,49 @@ def test_programs_that_read_and_print(code, note, monkeypatch):
 def test_functions_are_called_with_json_arguments(code, right):
     (question,) = questions([FUNCTION])
     assert verify(question, fenced(code)).right is right
+
+
+_REFERENCE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("testing_util", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+tests, name, code = json.load(sys.stdin)
+sample = {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], "fn_name": name}
+results, _ = module.run_test({"input_output": json.dumps(sample)}, test=code, timeout=2)
+sys.__stdout__.write("\\nverdict " + str(all(r is True or r > 0 for r in results)))
+"""
+PROGRAMS = [
+    (STDIN, SUM),
+    (STDIN, "import sys\nprint(sum(map(int, sys.stdin.read().split())))"),
+    (STDIN, "def f():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    f()"),
+    (STDIN, "a, b = map(int, input().split())\nprint(float(a + b))"),
+    (STDIN, "print(3)"),
+    (STDIN, "print('3\\n')"),
+    (STDIN, "raise ValueError"),
+    (STDIN, "n = Counter(input().split())\nprint(sum(int(k) * v for k, v in n.items()))"),
+    (
+        FUNCTION,
+        "class Solution:\n    def add(self, a: int, b: List[int]) -> List[int]:\n        return [x + a for x in b]",
+    ),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return tuple(x + a for x in b)"),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return [float(x + a) for x in b]"),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return b"),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return 1 / 0"),
+]
+
+
+@pytest.mark.parametrize(("row", "code"), PROGRAMS)
+def test_verdicts_are_those_of_the_benchmarks_own_runner(row, code):
+    spec = find_spec("livecodebench")
+    if spec is None:
+        pytest.skip("pip install --no-deps nvidia-livecodebench==26.3")
+    file = f"{spec.submodule_search_locations[0]}/evaluation/testing_util.py"
+    (question,) = questions([row])
+    order = json.dumps([question.reference["tests"], question.reference.get("function"), code])
+    command = [sys.executable, "-c", _REFERENCE, file]
+    done = subprocess.run(command, input=order, capture_output=True, text=True, timeout=60)
+    assert verify(question, fenced(code)).right is (done.stdout.split()[-1] == "True"), done.stderr
 
 
 def test_an_answer_without_a_code_block_is_wrong():
