@@ -7,6 +7,7 @@ import reasoning_gym
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.benchmarks.checkable import (
+    evaluates_answers,
     gym_benchmark,
     read_settings,
     task_questions,
@@ -56,3 +57,23 @@ def test_settings_of_families_come_from_a_file(tmp_path):
     file.write_text("[1]")
     with pytest.raises(UserError, match="--family-settings"):
         read_settings(str(file))
+
+
+def test_answers_that_a_family_would_evaluate_are_judged_in_the_sandbox(tmp_path):
+    benchmark = gym_benchmark("reasoning_gym:string_insertion")
+    assert benchmark.runs_code and not gym_benchmark("reasoning_gym:chain_sum").runs_code
+    (question,) = benchmark.generate(1, 3)
+    entry = reasoning_gym.create_dataset("string_insertion", size=1, seed=3)[0]
+    assert benchmark.verify(question, entry["answer"]).right
+    target = tmp_path / "harmed"
+    tmp_path.chmod(0o777)
+    harmful = f"['a', open({str(target)!r}, 'w').name]"
+    verdict = benchmark.verify(question, harmful)
+    assert not verdict.right and not target.exists()
+
+
+@pytest.mark.parametrize(
+    "family", ["countdown", "puzzle24", "simple_integration", "n_queens", "spiral_matrix"]
+)
+def test_families_that_evaluate_are_known(family):
+    assert evaluates_answers(family)

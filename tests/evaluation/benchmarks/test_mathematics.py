@@ -78,6 +78,18 @@ def test_equal_answers_are_right_whatever_their_form(label, answer, right):
     assert verify(asks(label), answer).right is right
 
 
+def test_an_answer_is_never_evaluated(tmp_path):
+    target = tmp_path / "harmed"
+    for code in (
+        f"open('{target}','w')",
+        f"__import__('os').system('touch {target}')",
+        f"exec(\"open('{target}','w')\")",
+    ):
+        for answer in (f"\\boxed{{{code}}}", f"\\boxed{{1+{code}}}", f"\\boxed{{${code}$}}"):
+            assert not verify(asks("204"), answer).right
+    assert not target.exists()
+
+
 def test_a_row_without_an_answer_is_named():
     with pytest.raises(UserError, match="row 2: no key answer or Answer"):
         questions([ORIGINAL["math-ai/aime25"], {"problem": "What?"}])

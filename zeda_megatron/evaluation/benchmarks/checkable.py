@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
 from .answer_text import after_thinking
 from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .code_tests import judge
 from .rows import ask, take
 
 GYM = "reasoning_gym"
 _PACKAGE = "reasoning-gym==0.1.25"
+_EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify|S|lambdify)\(")
+_SECONDS = 20.0
+"""For one answer in the sandbox, imports included."""
 
 
 TEXT_KINDS = ("prose", "code")
@@ -49,6 +56,8 @@ def verify_task(question: Question, answer: str) -> Verdict:
 def gym_benchmark(name: str, settings: dict[str, dict] | None = None) -> Benchmark:
     """`reasoning_gym:FAMILY`: seeded questions and the family's own verifier.
 
+    Some families evaluate an answer as Python or hand it to sympy, which does; those verify in the sandbox.
+
     Args:
         settings: arguments of the generators by family (`--family-settings`); the generator's defaults otherwise.
     """
@@ -75,17 +84,39 @@ def gym_benchmark(name: str, settings: dict[str, dict] | None = None) -> Benchma
     def verify(question: Question, answer: str) -> Verdict:
         from reasoning_gym.utils import extract_answer
 
-        reference = question.reference
-        data = dataset(reference["size"], reference["seed"])
-        text = after_thinking(answer)
+        where, text = question.reference, after_thinking(answer)
         tagged = extract_answer(text)
-        score = data.score_answer(tagged if tagged is not None else text, data[reference["index"]])
+        text = text if tagged is None else tagged
+        if sandboxed:
+            order = {"kind": "gym", "family": family, "arguments": arguments, "answer": text, **where}
+            return judge(order, tests=1, seconds=_SECONDS)
+        data = dataset(where["size"], where["seed"])
+        score = data.score_answer(text, data[where["index"]])
         return Verdict(score >= 1.0, "" if score >= 1.0 else f"score {score:.2f}")
 
-    source = Source(_PACKAGE, "Apache-2.0", package=_PACKAGE)
+    sandboxed = evaluates_answers(family)
     return Benchmark(
-        name, f"reasoning-gym {family}", source, task_questions, verify, packages=(GYM,), generate=generate
+        name,
+        f"reasoning-gym {family}",
+        Source(_PACKAGE, "Apache-2.0", package=_PACKAGE),
+        task_questions,
+        verify,
+        packages=(GYM,),
+        runs_code=sandboxed,
+        generate=generate,
     )
+
+
+def evaluates_answers(family: str) -> bool:
+    """Whether the family's module can run what it is given: `eval`, `exec`, or sympy's parsers, which evaluate."""
+    if find_spec(GYM) is None:
+        return False  # `registry.load` will say so
+    from reasoning_gym.factory import DATASETS
+
+    if family not in DATASETS:
+        return False  # making the questions will say so
+    source = inspect.getsource(inspect.getmodule(DATASETS[family][0]))
+    return _EVALUATES.search(source) is not None
 
 
 def _dataset(family: str, size: int, seed: int, arguments: dict):

@@ -120,6 +120,17 @@ def run_stdin(order: dict) -> str:
     return ""
 
 
+def run_gym(order: dict) -> str:
+    """A reasoning-gym family whose verifier evaluates the answer."""
+    import reasoning_gym
+
+    data = reasoning_gym.create_dataset(
+        order["family"], size=order["size"], seed=order["seed"], **order["arguments"]
+    )
+    score = data.score_answer(order["answer"], data[order["index"]])
+    return "" if score >= 1.0 else f"score {score:.2f}"
+
+
 def same_output(got: str, wanted: str) -> bool:
     """Equal line by line, space around them aside; lines of numbers are compared as numbers."""
     got_lines, wanted_lines = ([line.strip() for line in text.strip().split("\n")] for text in (got, wanted))
@@ -140,6 +151,7 @@ KINDS = {
     "evalplus": run_evalplus,
     "functional": run_functional,
     "stdin": run_stdin,
+    "gym": run_gym,
 }
 
 
