@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -209,6 +211,25 @@ def test_the_time_limit_holds(ways, source):
     outcome = run(source, ways, Limits(seconds=0.5, memory=512 * MIB))
     assert outcome.reason == "time" and outcome.code is None
     assert time.monotonic() - before < 30  # not 60
+
+
+def test_when_we_are_killed_it_ends_too(ways):
+    marker = f"zeda-orphan-{os.getpid()}"
+    code = (
+        "from zeda_megatron.evaluation.sandbox.run import Limits, Ways, run_program\n"
+        f"source = 'import time; time.sleep(60)  # {marker}'\n"
+        f"run_program({{}}, ['-c', source], Limits(seconds=60), {ways!r})"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    caller = subprocess.Popen([sys.executable, "-c", code], env=env)
+    while caller.poll() is None and len(left_over(f"# {marker}")) < 2:  # the caller names it as well
+        time.sleep(0.02)
+    caller.kill()
+    caller.wait()
+    deadline = time.monotonic() + 20
+    while left_over(f"# {marker}") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left_over(f"# {marker}") == []
 
 
 def test_we_and_the_system_cannot_be_signalled_or_traced(ways):

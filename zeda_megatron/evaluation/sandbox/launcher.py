@@ -22,6 +22,7 @@ _NOT_FOUND = 127
 def main() -> None:
     """argv: the descriptor to read the order from (JSON, see `run.py`), and the one to report the walls to."""
     order_fd, report_fd = int(sys.argv[-2]), int(sys.argv[-1])
+    _end_with_parent()
     with os.fdopen(order_fd, "rb") as stream:
         order = json.load(stream)
     walls: dict[str, str] = {}
@@ -52,7 +53,7 @@ def main() -> None:
 def _first_process(order, walls, user, group, report_fd) -> None:
     """Process 1 of the namespace: when it ends, the kernel ends all others in it."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _end_with_parent()
     namespaces.mount_own_processes()
     program = os.fork()
     if program == 0:
@@ -70,6 +71,7 @@ def _become(order, walls, user, group, report_fd) -> None:
     try:
         os.chdir(order["folder"])
         privileges.drop(user, group)
+        _end_with_parent()  # the change of user has undone it
         for name, value in order["limits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
         if order["landlock"] and landlock.abi():
@@ -85,6 +87,11 @@ def _become(order, walls, user, group, report_fd) -> None:
     except BaseException as error:
         print(f"sandbox: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(_NOT_FOUND)
+
+
+def _end_with_parent() -> None:
+    """Be killed when the process (in the caller: the thread) that started this one ends, even if it is killed."""
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _add(walls: dict[str, str], name: str, how: str) -> None:

@@ -6,17 +6,27 @@ import ctypes
 import os
 import struct
 
-_FIRST_USER = 2_000_000_000
-"""User ids from here on belong to no one: each sandbox takes its own, so that the kernel counts its tasks alone."""
+_FIRST_USER, _NOBODY = 2_000_000_000, 65_534
+"""User ids from the first on belong to no one: each sandbox takes its own, so that the kernel counts its tasks alone.
+Containers that know fewer ids have the other."""
 _KEEP_CAPABILITIES, _AMBIENT, _RAISE, _READ_SEARCH = 8, 47, 2, 2
 
 
 def sandbox_user() -> tuple[int, int]:
-    """User and group id that the program will have."""
+    """User and group id that the program will have: root's own only where there is no other."""
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
-    user = _FIRST_USER + os.getpid() % 100_000_000
-    return user, user
+    for user in (_FIRST_USER + os.getpid() % 100_000_000, _NOBODY):
+        if _known(user, "uid") and _known(user, "gid"):
+            return user, user
+    return 0, 0
+
+
+def _known(number: int, kind: str) -> bool:
+    """Whether this user namespace has the id."""
+    with open(f"/proc/self/{kind}_map") as file:
+        ranges = [tuple(map(int, line.split())) for line in file]
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 def drop(user: int, group: int) -> None:
@@ -25,7 +35,7 @@ def drop(user: int, group: int) -> None:
     One right is kept: to reach files whatever the modes of their folders, for the interpreter may lie in root's home.
     Landlock says which files those are.
     """
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or user == 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_KEEP_CAPABILITIES, 1, 0, 0, 0)

@@ -69,7 +69,7 @@ class Walls:
     stand: dict[str, bool]
     """Wall to whether the probe ran into it."""
     note: str = ""
-    """Why the sandbox does not work at all, if it does not."""
+    """Why the sandbox, or a part of it, does not work."""
 
     @property
     def missing(self) -> list[str]:
@@ -104,7 +104,7 @@ def find_walls(ways: Ways = Ways()) -> Walls:  # noqa: B008  frozen
         "processes": met["alone"] or ended_together,
         "memory": met["memory"],
     }
-    return Walls(outcome.walls, stand)
+    return Walls(outcome.walls, stand, outcome.walls.get("note", ""))
 
 
 def require_walls(allow_weak: bool, ways: Ways = Ways()) -> Walls:  # noqa: B008  frozen
