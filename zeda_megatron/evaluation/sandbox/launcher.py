@@ -27,7 +27,7 @@ def main() -> None:
         order = json.load(stream)
     walls: dict[str, str] = {}
     folder, user, group = order["folder"], *privileges.sandbox_user()
-    own_processes = order["namespaces"] and namespaces.enter()
+    own_processes = order["namespaces"] and namespaces.enter(user)
     if own_processes:
         walls |= {"processes": "process namespace", "network": "network namespace"}
         try:
@@ -102,9 +102,9 @@ def _write_files(folder: str, files: dict[str, str], user: int, group: int) -> N
     for name, text in files.items():
         path = Path(folder, name)
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
-        if os.geteuid() == 0:
+        if user != os.geteuid():
             os.chown(path, user, group)
-    if os.geteuid() == 0:
+    if user != os.geteuid():
         os.chown(folder, user, group)
 
 
