@@ -26,8 +26,8 @@ def main() -> None:
     with os.fdopen(order_fd, "rb") as stream:
         order = json.load(stream)
     walls: dict[str, str] = {}
-    folder, user, group = order["folder"], *privileges.sandbox_user()
-    own_processes = order["namespaces"] and namespaces.enter(user)
+    folder, user, group, before = order["folder"], *privileges.sandbox_user(), os.geteuid()
+    own_processes = order["namespaces"] and namespaces.enter()
     if own_processes:
         walls |= {"processes": "process namespace", "network": "network namespace"}
         try:
@@ -35,7 +35,10 @@ def main() -> None:
             walls |= {"files": "read-only mounts", "disk": "folder in memory"}
         except OSError as error:
             walls["note"] = str(error)
-    _write_files(folder, order["files"], user, group)
+    _write_files(folder, order["files"])
+    if user != before:
+        for path in (folder, *Path(folder).iterdir()):
+            os.chown(path, user, group)
     if not own_processes:
         _become(order, walls, user, group, report_fd)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -98,14 +101,9 @@ def _add(walls: dict[str, str], name: str, how: str) -> None:
     walls[name] = ", ".join(filter(None, [walls.get(name), how]))
 
 
-def _write_files(folder: str, files: dict[str, str], user: int, group: int) -> None:
+def _write_files(folder: str, files: dict[str, str]) -> None:
     for name, text in files.items():
-        path = Path(folder, name)
-        path.write_text(text, encoding="utf-8", errors="surrogatepass")
-        if user != os.geteuid():
-            os.chown(path, user, group)
-    if user != os.geteuid():
-        os.chown(folder, user, group)
+        Path(folder, name).write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
 def _close_others() -> None:
