@@ -74,6 +74,7 @@ def test_verdicts_are_those_of_the_humaneval_package(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_verdicts_are_those_of_the_humaneval_package_on_all_problems(tmp_path):
     right, compared = agree(1, tmp_path)
     assert compared == 820 and right >= 164

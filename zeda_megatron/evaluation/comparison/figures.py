@@ -43,7 +43,7 @@ def _arm(run: RunResult, teacher: RunResult | None, names: list[str], shared: li
         "engine": run.engine,
         "model": run.model,
         "settings": run.settings,
-        "accuracy": _plain(average([Estimate(**row["accuracy"]) for row in good.values()])) if good else None,
+        "accuracy": _mean_accuracy(good.values()),
         "difference": None,
         "p_value": None,
         "zero_share": share,
@@ -58,6 +58,14 @@ def _arm(run: RunResult, teacher: RunResult | None, names: list[str], shared: li
         made["difference"] = _plain(gap)
         made["p_value"] = p_value_of(gap) if len(gaps) > 1 else only["p_value"]
     return made
+
+
+def _mean_accuracy(rows) -> dict | None:
+    known = [Estimate(**row["accuracy"]) for row in rows]
+    if not known:
+        return None
+    mean = average(known)
+    return _plain(Estimate(mean.value, max(mean.low, 0.0), min(mean.high, 1.0)))
 
 
 def _benchmark(run: RunResult, teacher: RunResult | None, result: BenchmarkResult) -> dict:
