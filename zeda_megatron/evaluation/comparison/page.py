@@ -83,7 +83,7 @@ def _arms_table(made: dict, arms: dict[str, Arm]) -> str:
         cells = (
             interval(figures["accuracy"]),
             interval(figures["difference"], "{:+.1f}"),
-            number(figures["p_value"], "{:.3f}"),
+            p_value(figures["p_value"]),
             number(figures["zero_share"], "{:.1%}"),
             number(figures["expert_flops"], "{:.1%}"),
             number(figures["total_flops"], "{:.1%}"),
@@ -125,7 +125,7 @@ def _details(made: dict, arms: dict[str, Arm]) -> str:
                 str(row["samples"]),
                 interval(row["accuracy"]),
                 interval(row["difference"], "{:+.1f}"),
-                number(row["p_value"], "{:.3f}"),
+                p_value(row["p_value"]),
                 number(row["zero_share"], "{:.1%}"),
                 number(row["cut_off"], "{:.0%}"),
                 number(row["tokens_per_second"], "{:,.0f}"),
@@ -207,6 +207,11 @@ def interval(estimate: dict | None, form: str = "{:.1f}") -> str:
 def number(value: float | None, form: str) -> str:
     """A number, or a dash."""
     return '<span class="gone">–</span>' if value is None else form.format(value)
+
+
+def p_value(value: float | None) -> str:
+    """Three digits, or that it is less."""
+    return "&lt;0.001" if value is not None and value < 0.001 else number(value, "{:.3f}")
 
 
 def _table(head: str, rows: list[str]) -> str:

@@ -70,7 +70,7 @@ def make_report(folders: list[str], margin: float = MARGIN) -> dict:
 _COLUMNS = (
     ("accuracy", lambda arm: _percent(arm["accuracy"])),
     ("difference", lambda arm: _gap(arm["difference"])),
-    ("p", lambda arm: "-" if arm["p_value"] is None else f"{arm['p_value']:.3f}"),
+    ("p", lambda arm: _p(arm["p_value"])),
     ("zero share", lambda arm: _share(arm["zero_share"])),
     ("expert FLOPs", lambda arm: _share(arm["expert_flops"])),
     ("weights", lambda arm: _share(arm["expert_weights"])),
@@ -103,6 +103,10 @@ def _gap(estimate: dict | None) -> str:
     if estimate is None:
         return "-"
     return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _share(value: float | None) -> str:
