@@ -21,6 +21,10 @@ def write(path, rows) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     elif path.suffix == ".csv":
@@ -31,7 +35,7 @@ def write(path, rows) -> None:
         path.write_text(text)
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow", ".csv"])
 def test_every_format_is_read(tmp_path, ending):
     write(tmp_path / f"gsm8k{ending}", ROWS)
     assert read_rows(GSM, str(tmp_path)) == ROWS

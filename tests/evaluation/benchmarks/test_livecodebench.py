@@ -81,7 +81,7 @@ def test_original_and_authors_rows_are_read():
     ],
 )
 def test_programs_that_read_and_print(code, note, monkeypatch):
-    monkeypatch.setattr("zeda_megatron.evaluation.benchmarks.livecodebench.SECONDS", 1.0)
+    monkeypatch.setattr("zeda_megatron.evaluation.benchmarks.livecodebench.SECONDS", 2.0)
     (question,) = questions([STDIN])
     verdict = verify(question, fenced(code))
     assert verdict.right is (note == "") and note in verdict.note

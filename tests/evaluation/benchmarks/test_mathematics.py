@@ -46,6 +46,11 @@ def test_original_rows_are_read(name):
     )
 
 
+def test_a_question_numbered_0_keeps_its_name():
+    rows = [{"problem": f"What {i}?", "answer": "1", "id": i} for i in range(3)]
+    assert [question.uid for question in questions(rows)] == ["0", "1", "2"]
+
+
 def test_the_authors_prompt_stays_as_it_is():
     (question,) = questions([AUTHORS])
     assert question.messages == AUTHORS["prompt"] and question.uid == "aime-2024-0"

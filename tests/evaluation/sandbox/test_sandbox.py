@@ -88,7 +88,7 @@ while tries < 64:
 print(made, flush=True)
 time.sleep(30)
 """
-    outcome = run(source, ways, Limits(seconds=1.5, memory=512 * MIB, threads=24))
+    outcome = run(source, ways, Limits(seconds=0.8, memory=512 * MIB, threads=24))
     assert outcome.reason == "time"
     assert int(outcome.stdout or 0) <= 24
     assert left_over(marker) == []
@@ -208,7 +208,7 @@ def test_one_file_does_not_grow_without_end(ways):
 )
 def test_the_time_limit_holds(ways, source):
     before = time.monotonic()
-    outcome = run(source, ways, Limits(seconds=0.5, memory=512 * MIB))
+    outcome = run(source, ways, Limits(seconds=0.3, memory=512 * MIB))
     assert outcome.reason == "time" and outcome.code is None
     assert time.monotonic() - before < 30  # not 60
 

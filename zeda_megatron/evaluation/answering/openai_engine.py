@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -122,7 +123,7 @@ class OpenAIEngine:
                     raise UserError(f"{self.url}{path}: {error.code} {error.reason}: {said}") from None
             except ValueError as error:
                 raise UserError(f"{self.url}{path}: no address, or its answer is no JSON ({error})") from None
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 if attempt == self.tries:
                     raise UserError(
                         f"{self.url}{path}: no answer ({getattr(error, 'reason', error)})"

@@ -32,7 +32,7 @@ class RowShares:
             ids_TK = output[2]
             self.picks = ids_TK.shape[1]
             zero_T = torch.zeros_like(ids_TK[:, 0]) if gate.masked else (ids_TK >= gate.num_real).sum(1)
-            self.counts_LBS[layer].append(zero_T.view(self.batch, -1).cpu())
+            self.counts_LBS[layer].append(zero_T.view(self.batch, -1))
 
         return hook
 
@@ -43,7 +43,7 @@ class RowShares:
         """
         if not self.gates:
             return [0.0] * self.batch
-        counts_LBS = torch.stack([torch.cat(steps, dim=1) for steps in self.counts_LBS])
+        counts_LBS = torch.stack([torch.cat(steps, dim=1) for steps in self.counts_LBS]).cpu()
         longest, shares = max(prompt_lengths), []
         for row, (prompt, answer) in enumerate(zip(prompt_lengths, answer_lengths, strict=True)):
             fed = counts_LBS[:, row, longest - prompt : longest + max(answer - 1, 0)]

@@ -93,6 +93,7 @@ def run_evalplus(order: dict) -> str:
 def run_functional(order: dict) -> str:
     """LiveCodeBench, LeetCode style: call the function on each test's arguments (one JSON value a line)."""
     names: dict = {"__name__": "solution"}
+    exec(PRELUDE, {})  # imported before the clock runs
     with time_limit(order["seconds"]):
         exec(PRELUDE + order["solution"], names)
         owner = names["Solution"]() if "class Solution" in order["solution"] else None
@@ -109,6 +110,7 @@ def run_functional(order: dict) -> str:
 
 def run_stdin(order: dict) -> str:
     """LiveCodeBench, contest style: the program reads each test from standard input and prints its answer."""
+    exec(PRELUDE, {})
     code = compile(PRELUDE + order["solution"], "solution.py", "exec")
     for number, test in enumerate(order["tests"], 1):
         out, given = io.StringIO(), io.TextIOWrapper(io.BytesIO(test["input"].encode()), encoding="utf-8")

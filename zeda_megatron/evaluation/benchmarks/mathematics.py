@@ -23,8 +23,10 @@ def questions(rows: list[Row]) -> list[Question]:
         label = str(take(row, "answer", "Answer", "label", where=where))
         # GSM8K ends its worked solution with `#### answer`.
         label = label.rpartition("####")[2].strip()
-        uid = row.get("unique_id") or row.get("ID") or row.get("id") or row.get("problem_idx") or number
-        made.append(Question(str(uid), ask(f"{text}\n\n{INSTRUCTION}"), {"label": label}))
+        names = [row[key] for key in ("unique_id", "ID", "id", "problem_idx") if row.get(key) is not None]
+        made.append(
+            Question(str(names[0] if names else number), ask(f"{text}\n\n{INSTRUCTION}"), {"label": label})
+        )
     return made
 
 

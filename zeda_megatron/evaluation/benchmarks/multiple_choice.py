@@ -79,7 +79,7 @@ def _question(uid: str, text: str, choices: list[str], right: int, kind: str) ->
 
 
 _GPQA = Source("Idavidrein/gpqa", "CC BY 4.0, gated: accept its terms first", ("gpqa_diamond.csv",))
-_REDUX = Source("edinburgh-dawg/mmlu-redux-2.0", "CC BY 4.0", ("**/*.parquet", "**/*.json*"))
+_REDUX = Source("edinburgh-dawg/mmlu-redux-2.0", "CC BY 4.0", ("**/*.parquet", "**/*.arrow", "**/*.json*"))
 MULTIPLE_CHOICE = (
     Benchmark("gpqa-diamond", "GPQA-Diamond", _GPQA, gpqa_questions, verify, 8, 32_768),
     Benchmark("mmlu-redux-2.0", "MMLU-Redux", _REDUX, redux_questions, verify, 1, 32_768),

@@ -1,4 +1,4 @@
-"""Rows of a benchmark file: JSON lines, JSON, CSV or parquet, a file or a downloaded data set folder."""
+"""Rows of a benchmark file: JSON lines, JSON, CSV, parquet or Arrow, a file or a downloaded data set folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import UserError
 from .benchmark import Benchmark, Row
 
-_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow", ".csv")
 AUTHORS = "TsinghuaC3I/ZEDA-Evaluation"
 """The data set of the paper's authors: one file `<name>.jsonl` per benchmark."""
 
@@ -67,6 +67,11 @@ def _rows_of(file: Path) -> Iterator[Row]:
             import pyarrow.parquet
 
             yield from pyarrow.parquet.read_table(file).to_pylist()
+        elif file.suffix == ".arrow":
+            import pyarrow
+
+            with pyarrow.memory_map(str(file)) as source:
+                yield from pyarrow.ipc.open_stream(source).read_all().to_pylist()
         elif file.suffix == ".csv":
             with file.open(newline="", encoding="utf-8") as stream:
                 yield from csv.DictReader(stream)
