@@ -38,8 +38,8 @@ class TransformersEngine:
         self.group, self.parallel = batch, 1
         config = read_json(Path(folder) / "config.json")
         self.tokenizer = load_tokenizer(folder, "hf", template_args=template_args)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _load(folder, config, _dtype(dtype, self.device)).to(self.device).eval()
+        self.model = _load(folder, config, _dtype(dtype)).eval()
+        self.device = self.model.device
         if dial is not None:
             _turn(self.model, dial, folder)
         self.context = getattr(self.model.config, "max_position_embeddings", None)
@@ -104,9 +104,9 @@ def _until(ids: list[int], stops: frozenset[int]) -> tuple[list[int], str]:
     return ids, "length"
 
 
-def _dtype(name: str, device: torch.device):
+def _dtype(name: str):
     if name == "auto":
-        return "auto" if device.type == "cuda" else torch.float32
+        return "auto" if torch.cuda.is_available() else torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"--dtype {name}: no type of PyTorch; give float32, bfloat16, float16 or auto")
@@ -118,12 +118,16 @@ def _load(folder: str, config: dict, dtype):
 
     from ...serving.load import load_zero_expert_model
 
+    # Several GPUs share the layers; that takes accelerate (extra `serve`).
+    where = {"device_map": "auto"} if torch.cuda.device_count() > 1 else {}
     try:
         if config.get("zce_nums"):
-            return load_zero_expert_model(folder, dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
+            model = load_zero_expert_model(folder, dtype=dtype, **where)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **where)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {folder}: {str(error).strip().splitlines()[0]}") from error
+    return model if where else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _turn(model, dial: float, folder: str) -> None:

@@ -12,14 +12,14 @@ from .results import TEACHER
 
 _TITLES = (
     "accuracy",
-    "to the teacher",
+    "to teacher",
     "p",
     "zero share",
     "expert FLOPs",
     "all FLOPs",
-    "expert weights",
+    "weights",
     "tokens/s",
-    "answer tokens",
+    "length",
 )
 RULE = (
     "The rule: an arm is good if its 95% interval rules out a loss of more than {margin}. Among good arms that save 5% "
@@ -48,7 +48,7 @@ def render(made: dict) -> str:
         _section(
             "Every figure",
             "Intervals: 95%, Wilson's for accuracies (one mean per question), Student's for paired differences. p: "
-            "paired sign-flip test on the questions both have answered.",
+            "paired sign-flip test on the questions both have answered. Length: median tokens.",
             _details(made, arms),
         ),
         _section("By kind of question", "Accuracy.", _kinds(made)),
@@ -57,7 +57,8 @@ def render(made: dict) -> str:
             escape(RULE.format(margin=f"{100 * made['margin']:g} points")),
             _origin(made),
         ),
-        "<footer>Accuracy: mean over questions, benchmarks counting alike. FLOPs and weights: shares of the teacher's. "
+        "<footer>Accuracy: mean over questions, benchmarks counting alike. FLOPs and weights of experts: shares of the "
+        "teacher's. Length: tokens of an answer. "
         "Zero share: routed slots that chose a zero expert or that a rule skipped, of all routed slots.</footer>",
     ]
     return (
@@ -101,17 +102,7 @@ def _arms_table(made: dict, arms: dict[str, Arm]) -> str:
 
 
 def _details(made: dict, arms: dict[str, Arm]) -> str:
-    titles = (
-        "questions",
-        "answers each",
-        "accuracy",
-        "to the teacher",
-        "p",
-        "zero share",
-        "cut off",
-        "tokens/s",
-        "median tokens",
-    )
+    titles = ("asked", "each", "accuracy", "to teacher", "p", "zero share", "cut off", "tokens/s", "length")
     head = "".join(f"<th>{title}</th>" for title in titles)
     rows = []
     for benchmark in made["benchmarks"]:
