@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation.sandbox import landlock, seccomp
 from zeda_megatron.evaluation.sandbox.limits import MIB, Limits
 from zeda_megatron.evaluation.sandbox.run import Ways, run_program
 from zeda_megatron.evaluation.sandbox.walls import find_walls, require_walls
@@ -49,7 +50,10 @@ def left_over(marker: str) -> list[int]:
     return found
 
 
-def test_all_walls_stand_where_these_tests_run(standing):
+def test_all_walls_stand_where_the_kernel_has_what_they_need(standing):
+    if not (landlock.abi() and seccomp.supported()):
+        pytest.skip("this kernel has no Landlock, or its system calls are not known")
+    assert standing["no namespaces"].missing == []
     assert standing["all"].missing == [], standing["all"].line()
 
 
@@ -266,4 +270,3 @@ def test_a_machine_without_walls_is_refused_unless_allowed():
         require_walls(False, bare)
     walls = require_walls(True, bare)
     assert "files" in walls.missing and "MISSING" in walls.line()
-    assert require_walls(False).missing == []
