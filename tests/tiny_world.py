@@ -121,9 +121,9 @@ def start(world: World, *flags: str, **values):
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what depends on the clock."""
+    """Lines of metrics.jsonl without what depends on the clock or on the process."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "tokens_per_second")
+    clocks = ("seconds", "tokens_per_second", "peak_memory_gib")
     return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in lines]
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Every check that needs a GPU, in under ten minutes:
 #
-#   bash tools/gpu_validate.sh [--out DIR]
+#   bash tools/gpu_validate.sh [--out DIR] [--only CHECK,...]
 #
 # Runs the real commands on the quickstart's teacher: conversion, training on the GPU beside the same training on the
-# CPU, bf16, the three memory modes of the teacher, paired zero experts, generation, stage 2, export. Writes
+# CPU, bf16, the three memory modes of the teacher, paired zero experts, generation, stage 2, export; one MoE layer of
+# Qwen3-30B-A3B and of GLM-4.7-Flash at full size in training, evaluation and serving; this project's kernels. Writes
 # DIR/<date>_<gpu>.json and .md (default: docs/gpu). PYTHON chooses the interpreter; it needs this package's
 # requirements and a CUDA PyTorch.
 # ZEDA_VALIDATE_DEVICE=cpu walks through the same checks without a GPU, to test this script.

@@ -31,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="qwen3", help="architecture of the teacher")
     parser.add_argument("--out", type=Path, help="folder for everything it makes (default: one a model)")
     parser.add_argument("--arms", help="comma-separated names (default: all of the short run)")
+    parser.add_argument("--also", help="comma-separated names, besides those of the short run")
     parser.add_argument("--full", action="store_true", help="three seeds and the frontier as well")
     parser.add_argument("--teacher", type=Path, help="HF folder of the static model (default: the model's)")
     parser.add_argument("--prompts", type=Path, default=HERE / "data" / "prompts.jsonl")
@@ -173,14 +174,17 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
 def chosen(args: argparse.Namespace) -> list[Arm]:
     model = MODELS[args.model]
     available = {arm.name: arm for arm in model.full}
-    if not args.arms:
+    if not (args.arms or args.also):
         return list(model.full if args.full else model.arms)
-    unknown = [name for name in args.arms.split(",") if name not in available]
+    flag, names = ("--arms", args.arms) if args.arms else ("--also", args.also)
+    unknown = [name for name in names.split(",") if name not in available]
     if unknown:
         raise SystemExit(
-            f"error: --arms {unknown[0]!r} is unknown with --model {model.name}; choose among {', '.join(available)}"
+            f"error: {flag} {unknown[0]!r} is unknown with --model {model.name}; choose among {', '.join(available)}"
         )
-    arms = [available[name] for name in args.arms.split(",")]
+    arms = [available[name] for name in names.split(",")]
+    if not args.arms:
+        arms = [*model.arms, *arms]
     starts = [available[arm.start.removeprefix("arms/")] for arm in arms if arm.waits]
     return list({arm.name: arm for arm in [*starts, *arms]}.values())  # what an arm starts from comes with it
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole walk on a small trained teacher and real text; prints a table and writes a report.
 #
-#   bash examples/quickstart/run.sh [--model qwen3|glm] [--out DIR] [--arms a,b,...] [--full]
+#   bash examples/quickstart/run.sh [--model qwen3|glm] [--out DIR] [--arms a,b,...] [--also a,b,...] [--full]
 #
-# Makes .venv and installs what is missing. With qwen3 under ten minutes on two cores after installation; --full takes
-# longer, and so may glm (docs/glm.md).
+# Makes .venv and installs what is missing. Under ten minutes on two cores after installation; --also and --full (three
+# seeds, the frontier) take longer.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../../launch/venv.sh"

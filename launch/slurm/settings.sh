@@ -16,7 +16,7 @@ CONVERT_FLAGS=(--num-zero-experts 64)     # of tools/checkpoint_convert.py hf-to
 # STAGE2=1                                # 0: export what stage 1 made
 
 # Machines. A task is one process: one per GPU.
-NODES=2                                   # of stages 1 and 2
+NODES=2                                   # of stages 1 and 2 and of the evaluation
 GPUS_PER_NODE=8                           # 0: CPUs only
 # TASKS_PER_NODE=8                        # default: GPUS_PER_NODE
 # CPUS_PER_TASK=                          # default: what the partition gives
@@ -29,12 +29,12 @@ STAGE0_FLAGS=()
 STAGE1_FLAGS=(--pipeline-model-parallel-size 2)
 STAGE2_FLAGS=(--pipeline-model-parallel-size 2)
 PLAN=(--data-parallel-size 2)             # of tools/plan.py, whose two numbers go to stage 1; empty: the recipe's
-# EVALUATE_FLAGS=()                       # of zeda_megatron.evaluation.measure; of EXPORT_FLAGS: megatron-to-hf
-EXPORT_FLAGS=(--dtype bf16)
+EVALUATE_FLAGS=(--eval-rows 64)           # after stage 1's: the evaluation runs in its layout
+EXPORT_FLAGS=(--dtype bf16)               # of tools/checkpoint_convert.py megatron-to-hf
 
 # Time limits. A training job that meets its limit saves, goes back into the queue and goes on from there.
 # TIME_CONVERT=04:00:00 TIME_STAGE0=24:00:00 TIME_STAGE1=24:00:00 TIME_STAGE2=24:00:00
-# TIME_EXPORT=04:00:00 TIME_EVALUATE=12:00:00
+# TIME_EXPORT=04:00:00 TIME_EVALUATE=04:00:00
 # SAVE_SECONDS=600                        # before the limit comes the signal to save; a save must take less
 # HANG_MINUTES=60                         # a stage that writes no step for so long is ended and started again
 # MAX_RESTARTS=50                         # of one job

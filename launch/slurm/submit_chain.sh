@@ -67,7 +67,7 @@ place() { # sbatch's flags of a step, into `line`
   case $1 in
     stage0) nodes=$STAGE0_NODES tasks=$TASKS_PER_NODE limit=24:00:00 gpus=$GPUS_PER_NODE ;;
     stage1 | stage2) nodes=$NODES tasks=$TASKS_PER_NODE limit=24:00:00 gpus=$GPUS_PER_NODE ;;
-    evaluate) limit=12:00:00 gpus=$((GPUS_PER_NODE > 0)) ;;
+    evaluate) nodes=$NODES tasks=$TASKS_PER_NODE limit=04:00:00 gpus=$GPUS_PER_NODE ;;
   esac
   line=(sbatch --parsable --job-name="zeda-$1" --nodes="$nodes" --ntasks-per-node="$tasks" --time="${!time:-$limit}")
   ((gpus == 0)) || line+=(--gpus-per-node="$gpus")

@@ -15,8 +15,8 @@ from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.moe.paired import paired_modules, set_threshold
 from zeda_megatron.moe.replay import recorded_picks, recording
-from zeda_megatron.moe.router import zero_mask
 from zeda_megatron.moe.stats import routers
+from zeda_megatron.moe.switches import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 LENGTHS = (5, 1, 8, 3, 2, 13, 1, 4, 6, 9, 7)

@@ -22,7 +22,7 @@ from zeda_megatron.distill.vllm_engine import VLLMEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.moe.paired import paired_modules, set_threshold
-from zeda_megatron.moe.router import set_zero_mask
+from zeda_megatron.moe.switches import set_zero_mask
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 32}

@@ -74,12 +74,12 @@ TRAIN = [
     case("pp2 odd", world="odd", pp=2),
     case("pp2 vpp2", world="deep", pp=2, vpp=2),
     case("pp2 1+3", world="deep", pp=2, first=1),
-    case("pp2 3+1", world="deep", pp=2, last=1),
+    case("pp2 3+1", world="deep", pp=2, last=1, slow=True),
     case(
         "pp2 1+3 alongside", world="deep", pp=2, first=1, flags={"teacher_schedule": "alongside"}, slow=True
     ),
     case("pp2 2+4 vpp2", world="six", pp=2, vpp=2, first=2, slow=True),
-    case("glm pp2 1+3", world="glm deep", pp=2, first=1),
+    case("glm pp2 1+3", world="glm deep", pp=2, first=1, slow=True),
     case("glm pp2 3+1", world="glm deep", pp=2, last=1, slow=True),
     case("cp2", world="aligned", cp=2),
     case("cp2 ep2", world="aligned", cp=2, ep=2),
@@ -90,7 +90,7 @@ TRAIN = [
     case("paired ep2", world="paired", ep=2),
     case("paired tp2", world="paired", tp=2),
     case("paired head dp2", world="paired head"),
-    case("paired head tp2", world="paired head", tp=2),
+    case("paired head tp2", world="paired head", tp=2, slow=True),
     case("paired pp2", world="paired", pp=2, slow=True),
     case("paired head ep2", world="paired head", ep=2, slow=True),
     case(
@@ -121,7 +121,7 @@ TRAIN = [
     case("model budget pp2", world="model budget", pp=2),
     case("model budget tp2", world="model budget", tp=2, slow=True),
     case("evaluated ep2", world="evaluated", ep=2),
-    case("evaluated tp2", world="evaluated", tp=2),
+    case("evaluated tp2", world="evaluated", tp=2, slow=True),
     case("evaluated pp2", world="evaluated", pp=2),
     case("evaluated dp2", world="evaluated", slow=True),
     case("evaluated cp2", world="evaluated aligned", cp=2, slow=True),
@@ -134,7 +134,7 @@ TRAIN = [
     ),
     case("glm tp2", world="glm", tp=2),
     case("glm ep2", world="glm", ep=2),
-    case("glm pp2", world="glm", pp=2),
+    case("glm pp2", world="glm", pp=2, slow=True),
     case("glm cp2", world="glm aligned", cp=2),
     case("glm tp2 ep2", world="glm", tp=2, ep=2, slow=True),
     case("glm dp2", world="glm", slow=True),
@@ -177,7 +177,7 @@ STAGE_2 = [
     ),
     case("stage 2 sampled ep2", world="stage 2 sampled", ep=2),
     case("stage 2 replay dp2", world="stage 2 replay"),
-    case("stage 2 replay tp2", world="stage 2 replay", tp=2),
+    case("stage 2 replay tp2", world="stage 2 replay", tp=2, slow=True),
     case("stage 2 paired ep2", world="stage 2 paired", ep=2),
     case("stage 2 rounds dp2", world="stage 2 rounds"),
     case("stage 2 pp2", world="stage 2", pp=2),
@@ -186,7 +186,7 @@ STAGE_2 = [
     case("stage 2 replay cp2", world="stage 2 replay aligned", cp=2, slow=True),
     case("stage 2 cp2 ep2", world="stage 2 aligned", cp=2, ep=2, slow=True),
     case("stage 2 pp2 vpp2", world="stage 2 deep", pp=2, vpp=2, slow=True),
-    case("stage 2 pp2 1+3", world="stage 2 deep", pp=2, first=1),
+    case("stage 2 pp2 1+3", world="stage 2 deep", pp=2, first=1, slow=True),
     case("stage 2 pp2 3+1", world="stage 2 deep", pp=2, last=1, slow=True),
     case("stage 2 glm pp2 1+3", world="stage 2 glm deep", pp=2, first=1, slow=True),
     case("stage 2 glm pp2 3+1", world="stage 2 glm deep", pp=2, last=1, slow=True),
@@ -220,7 +220,7 @@ MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
     case("masked cp2", "masked", world="aligned", cp=2),
     case("masked glm tp2", "masked", world="glm", tp=2),
-    case("masked pp2 1+3", "masked", world="deep", pp=2, first=1),
+    case("masked pp2 1+3", "masked", world="deep", pp=2, first=1, slow=True),
     case("masked pp2 vpp2", "masked", world="deep", pp=2, vpp=2),
 ]
 STARVED = [
@@ -234,7 +234,7 @@ STARVED = [
     for backend in ("loop", "grouped_mm")
 ]
 FUSED = [case(f"fused {d}", "fused", ep=2, flags={"dispatcher": d}) for d in ("alltoall", "allgather")]
-FUSED += [case("fused alltoall etp2", "fused", tp=2, etp=2, flags={"dispatcher": "alltoall"})]
+FUSED += [case("fused alltoall etp2", "fused", tp=2, etp=2, flags={"dispatcher": "alltoall"}, slow=True)]
 FLEX = [case(f"flex {b}", "flex", ep=2, flags={"backend": b}) for b in ("deepep", "hybridep")]
 FLEX += [case("flex deepep etp2", "flex", tp=2, etp=2, flags={"backend": "deepep"})]
 FLEX_FLAGS = {"bf16": True, "moe_token_dispatcher_type": "flex", "moe_permute_fusion": True}
@@ -245,12 +245,12 @@ ANSWERS = [
     case("answers pp2", "answers", flags=SAMPLED, pp=2),
     case("answers pp2 odd", "answers", world="odd", flags=SAMPLED, pp=2, slow=True),
     case("answers pp2 vpp2", "answers", world="deep", flags=SAMPLED, pp=2, vpp=2),
-    case("answers pp2 1+3", "answers", world="deep", flags=SAMPLED, pp=2, first=1),
+    case("answers pp2 1+3", "answers", world="deep", flags=SAMPLED, pp=2, first=1, slow=True),
     case("answers glm pp2 3+1", "answers", world="glm deep", flags=SAMPLED, pp=2, last=1, slow=True),
     case("answers cp2", "answers", flags=SAMPLED, cp=2),
     case("answers cp2 ep2", "answers", flags=SAMPLED, cp=2, ep=2, slow=True),
     case("answers glm tp2", "answers", world="glm", flags=SAMPLED, tp=2),
-    case("answers glm pp2", "answers", world="glm", flags=SAMPLED, pp=2),
+    case("answers glm pp2", "answers", world="glm", flags=SAMPLED, pp=2, slow=True),
     case("answers glm cp2", "answers", world="glm", flags=SAMPLED, cp=2, slow=True),
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
 ]
@@ -258,7 +258,7 @@ SHARDED = {"use_distributed_optimizer": True}
 ASYNC = {"async_save": True, "save_interval": 1}
 UNEVEN = [
     case("uneven plain", "interrupted", world="odd", pp=2),
-    case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}),
+    case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}, slow=True),
     case("uneven bf16", "interrupted", world="odd", pp=2, flags={"bf16": True}, slow=True),
     case("uneven sharded", "interrupted", world="odd", pp=2, flags=SHARDED, slow=True),
 ]
@@ -275,7 +275,7 @@ OTHERS = [
     case("flex zero outputs", "zero_outputs", ep=2),
     case("bf16 ep2 flex", "train_on_stand_ins", ep=2, flags=FLEX_FLAGS),
     case("wide scope dp2", "wide_scope"),
-    case("wide scope adamoe dp2", "wide_scope", flags={"group_loss_variant": "adamoe"}),
+    case("wide scope adamoe dp2", "wide_scope", flags={"group_loss_variant": "adamoe"}, slow=True),
     case("initial dp2", "initial"),
     case("initial ep2", "initial", ep=2),
     case(
@@ -288,7 +288,7 @@ MOVED = [
     case("pp2 then ep2", "moved", pp=2, flags={"then": {"ep": 2}}),
     case("async tp2 then pp2", "moved", tp=2, flags=ASYNC | {"then": {"pp": 2}}),
     case("sharded ep2 then sharded tp2", "moved", ep=2, flags=SHARDED | {"then": {"tp": 2}}),
-    case("pp2 1+3 then pp2", "moved", world="deep", pp=2, first=1, flags={"then": {"pp": 2}}),
+    case("pp2 1+3 then pp2", "moved", world="deep", pp=2, first=1, flags={"then": {"pp": 2}}, slow=True),
     case(
         "sharded pp2 3+1 then sharded pp2 1+3",
         "moved",

@@ -8,8 +8,8 @@ from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.evaluation.heldout import load_held_out
 from zeda_megatron.evaluation.models import load_model
 from zeda_megatron.evaluation.own_answers import own_answers
-from zeda_megatron.moe.router import set_zero_mask
 from zeda_megatron.moe.stats import routers
+from zeda_megatron.moe.switches import set_zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

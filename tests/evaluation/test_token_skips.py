@@ -13,8 +13,8 @@ from zeda_megatron.evaluation.models import load_model
 from zeda_megatron.evaluation.scored_tokens import ScoredTokens
 from zeda_megatron.evaluation.token_skips import token_skips
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK
-from zeda_megatron.moe.router import set_pick_rule, set_zero_mask
 from zeda_megatron.moe.stats import routers
+from zeda_megatron.moe.switches import set_pick_rule, set_zero_mask
 
 TABLES = ("by_kind", "by_position", "by_entropy", "by_class")
 SEQ_LENGTH = 128

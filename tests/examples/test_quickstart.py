@@ -108,7 +108,7 @@ def test_the_readme_shows_the_table_of_the_committed_report():
 
 def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
     sys.path.insert(0, str(QUICKSTART))
-    from arms_glm import DEFAULT
+    from arms_glm import DEFAULT, STAGE2
     from on_policy_table import stages
     from readme_table import markdown
 
@@ -116,7 +116,7 @@ def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
     report = json.loads(text)
     page = (ROOT / "docs" / "glm.md").read_text()
     assert markdown(report) in page and stages(report) in page
-    assert {arm.name for arm in DEFAULT} <= report["arms"].keys()
+    assert {arm.name for arm in (*DEFAULT, *STAGE2)} <= report["arms"].keys()
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
 
 
@@ -130,9 +130,8 @@ def test_the_arms_of_glm_are_read_by_the_training_and_start_from_one_another():
     model = MODELS["glm"]
     assert model.full[: len(model.arms)] == model.arms
     assert len({arm.name for arm in model.full}) == len(model.full)
-    assert {"static_topk_half", "net_kl", "zeda_stage1_kl", "net_stage2", "zeda_stage2"} <= {
-        arm.name for arm in model.arms
-    }
+    assert {"static_topk_half", "net_kl", "zeda_stage1_kl"} <= {arm.name for arm in model.arms}
+    assert {"net_stage2", "zeda_stage2"} <= {arm.name for arm in model.full}
     for arm in model.full:
         flags = [part for flag, value in arm.train.items() for part in (flag, *value.split())]
         config = ["--config", str(QUICKSTART / f"stage{arm.stage}.yaml"), "--data-path", "x.jsonl"]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.arguments import parse
-from zeda_megatron.evaluation.measure import MeasureOptions
 from zeda_megatron.runtime import doctor as machine_check
 from zeda_megatron.training.options import GROUPS, Options
 
@@ -75,18 +74,18 @@ def test_every_printed_command_is_understood(submit, tmp_path, monkeypatch):
     assert list(steps) == STEPS
     assert not (tmp_path / "submitted").exists() and not (tmp_path / "work").exists()
     monkeypatch.chdir(ROOT)
-    for stage in ("stage0", "stage1", "stage2"):
-        options = Options(**parse(after(steps[stage][-1], "launch/pretrain_zeda.sh"), GROUPS))
+    for step in ("stage0", "stage1", "stage2", "evaluate"):
+        options = Options(**parse(after(steps[step][-1], "launch/pretrain_zeda.sh"), GROUPS))
         options.validate()
-        assert options.model.stage == stage[-1] and options.run.stopped_exit_code == 75
+        if step == "evaluate":
+            assert options.model.stage == "eval"
+            assert options.model.pretrained_checkpoint == f"{tmp_path}/work/stage2"
+        else:
+            assert options.model.stage == step[-1] and options.run.stopped_exit_code == 75
     convert = runpy.run_path(str(ROOT / "tools" / "checkpoint_convert.py"), run_name="read")["parse"]
     commands = [*steps["convert"][1:], *steps["export"][1:]]
     named = [convert(after(words, "tools/checkpoint_convert.py")).command for words in commands]
     assert named == ["hf-to-megatron", "verify", "megatron-to-hf"]
-    measured = parse(after(steps["evaluate"][1], "zeda_megatron.evaluation.measure"), {"m": MeasureOptions})[
-        "m"
-    ]
-    assert measured.student == f"{tmp_path}/work/stage2"
 
 
 def test_plans_and_health_checks_are_understood(submit, tmp_path, capsys):
@@ -224,7 +223,7 @@ def test_the_pages_layouts_are_understood(submit, monkeypatch, layout, recipe):
     settings = dict(re.findall(r"(\w+)=(\(.*?\)|\S+)", "\n".join(lines)))
     steps = printed(submit("--dry-run", RECIPE=f"examples/{recipe}", PLAN="()", **settings))
     monkeypatch.chdir(ROOT)
-    for stage in ("stage1", "stage2"):
+    for stage in ("stage1", "stage2", "evaluate"):
         Options(**parse(after(steps[stage][-1], "launch/pretrain_zeda.sh"), GROUPS)).validate()
 
 

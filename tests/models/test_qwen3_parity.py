@@ -10,7 +10,7 @@ from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.distill.sampling import Sampler, SamplingConfig, filter_logits
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.router import zero_mask
+from zeda_megatron.moe.switches import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 VARIANTS = {

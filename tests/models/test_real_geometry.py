@@ -12,7 +12,7 @@ from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, Qwen3MoeConf
 from zeda_megatron.checkpoint.layout import model_layout
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.models.architecture import read_architecture
-from zeda_megatron.models.weight_map import Router
+from zeda_megatron.models.weight_kinds import Router
 from zeda_megatron.models.weight_maps import dims_of, weight_map_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_process")]

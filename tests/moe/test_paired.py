@@ -10,8 +10,8 @@ from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.build import build_gpt_model
 from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
-from zeda_megatron.moe.router import set_zero_mask
 from zeda_megatron.moe.stats import collect, reset
+from zeda_megatron.moe.switches import set_zero_mask
 
 N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
 PAIRED = ZeroExpertConfig(N, zero_expert_routing="paired")

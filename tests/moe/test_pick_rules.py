@@ -7,7 +7,7 @@ import torch
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK, TopP, apply_pick_rule, parse_pick_rule
-from zeda_megatron.moe.router import set_pick_rule, zero_mask
+from zeda_megatron.moe.switches import set_pick_rule, zero_mask
 
 N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
 

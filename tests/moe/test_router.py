@@ -6,7 +6,7 @@ import torch
 
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.router import set_zero_mask, zero_mask
+from zeda_megatron.moe.switches import set_zero_mask, zero_mask
 
 N, NZ, K, ALPHA, W = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"], 0.1, 2.0
 SIGMOID = {

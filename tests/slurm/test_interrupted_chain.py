@@ -106,7 +106,7 @@ def test_after_the_shard_was_submitted_again_the_chain_reaches_its_end(walked):
     assert set(walked.ended.values()) == {"COMPLETED"}, walked.logs
     assert walked.nodes == "2"
     measured = json.loads((walked.chain.work / "metrics.json").read_text())
-    assert measured["zero_share"] > 0 and measured["kl_to_teacher"] > 0
+    assert measured["eval_zero_share"] > 0 and measured["eval_kl"] > 0
 
 
 def test_the_shards_hold_the_answers_of_one_job(walked, world, one_process, tmp_path):

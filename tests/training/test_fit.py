@@ -14,7 +14,7 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.models import load_model, load_rows
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules
-from zeda_megatron.moe.router import set_zero_mask
+from zeda_megatron.moe.switches import set_zero_mask
 from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.training.fit import FitOptions, HeadFit
 from zeda_megatron.training.step import forward_model

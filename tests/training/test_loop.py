@@ -15,8 +15,8 @@ from zeda_megatron.checkpoint.convert import hf_to_megatron
 from zeda_megatron.checkpoint.state import TRACKER, find_checkpoint
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.router import zero_mask
 from zeda_megatron.moe.stats import routers
+from zeda_megatron.moe.switches import zero_mask
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -575,3 +575,20 @@ def test_other_kinds_of_zero_experts_train_and_resume(world, tmp_path, kind):
         assert whole.student.chunks[0].decoder.layers[0].mlp.router.zero_output.bias.abs().sum() > 0
         with pytest.raises(UserError, match=r"--zero-experts-type zero: .* learned"):
             tiny_world.start(world, **flags, zero_experts_type="zero")
+
+
+def test_a_run_that_saves_nothing_can_write_its_figures(world, tmp_path):
+    file = tmp_path / "folder" / "figures.jsonl"
+    tiny_world.start(world, metrics_path=file, train_iters=2).run()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["peak_memory_gib"] > 0.05 for line in lines)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_figures_of_another_run_are_not_written_over(world, tmp_path):
+    file = tmp_path / "figures.jsonl"
+    file.write_text('{"step": 7}\n')
+    with pytest.raises(UserError, match=r"--metrics-path .*figures.jsonl: holds another run's figures"):
+        tiny_world.start(world, metrics_path=file, train_iters=1).run()
+    assert file.read_text() == '{"step": 7}\n'

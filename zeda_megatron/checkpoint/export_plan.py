@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..models.architecture import Architecture
-from ..models.weight_map import ModelDims, ScoreBias, Setting, WeightMap, WeightMapping
+from ..models.weight_kinds import ModelDims, ScoreBias, Setting, WeightMapping
+from ..models.weight_map import WeightMap
 from .carried import carried_plans, read_carried
 from .hf_files import HFReader
 from .layout import Parameter

@@ -6,7 +6,7 @@ import torch
 
 from ..config import ZeroExpertConfig
 from ..errors import UserError
-from ..models.weight_map import Added, ModelDims, WeightMapping
+from ..models.weight_kinds import Added, ModelDims, WeightMapping
 from .bits import DTYPES, same_bits
 from .hf_config import zero_experts_of
 from .hf_files import HFReader

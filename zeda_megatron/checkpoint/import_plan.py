@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import UserError
-from ..models.weight_map import Added, ModelDims, ScoreBias, Setting, WeightMapping
+from ..models.weight_kinds import Added, ModelDims, ScoreBias, Setting, WeightMapping
 from ..moe.paired import KEEP_ALL
 from .bits import HashingRead
 from .hf_files import HFReader

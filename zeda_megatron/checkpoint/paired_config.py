@@ -10,7 +10,7 @@ import torch
 
 from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..errors import UserError
-from ..models.weight_map import Setting, WeightMapping
+from ..models.weight_kinds import Setting, WeightMapping
 from ..strict_json import is_number
 
 PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold")

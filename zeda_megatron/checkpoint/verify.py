@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..models.architecture import read_architecture
-from ..models.weight_map import ModelDims, Setting, WeightMapping
+from ..models.weight_kinds import ModelDims, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
 from .bits import same_bits
 from .carried import carried_differences, own_keys

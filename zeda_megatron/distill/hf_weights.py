@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..models.architecture import Architecture
-from ..models.weight_map import Added, Router, Setting
+from ..models.weight_kinds import Added, Router, Setting
 from ..models.weight_maps import dims_of, weight_map_of
 
 

@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..data.packing import PackedBatch
-from ..moe.router import zero_mask
 from ..moe.stats import routers, stats_aside
+from ..moe.switches import zero_mask
 
 
 def forward_only(

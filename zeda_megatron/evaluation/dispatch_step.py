@@ -10,7 +10,7 @@ from ..data.packing import PackedBatch
 from ..distill.teacher import Teacher
 from ..moe import stats
 from ..moe.pick_rules import StaticTopK
-from ..moe.router import set_pick_rule
+from ..moe.switches import set_pick_rule
 from ..moe.threshold import calibrate_threshold
 from ..training.build_optimizer import build_optimizer
 from ..training.options import GROUPS, Options

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
+from .gpu_families import glm, serving
 from .gpu_kernels import flex, own_kernels, permute_fusion
+from .gpu_slice import SLICES, real_slice
 from .gpu_stage2 import stage2
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -60,13 +62,15 @@ class Validation:
         steps: int = 4,
         start: str = "dynamic",
         processes: int = 1,
+        saves: bool = True,
     ) -> list[dict]:
-        """Train on the rollouts; returns the lines of metrics.jsonl."""
+        """Train on the rollouts; returns the lines of metrics.jsonl. Without `saves` no checkpoint is written."""
         folder = self.work / save
+        place = ("--save", str(folder)) if saves else ("--metrics-path", str(folder / "metrics.jsonl"))
         self.command(
             "bash",
             str(self.root / "launch" / "pretrain_zeda.sh"),
-            *("--config", str(self.quickstart / "stage1.yaml"), "--save", str(folder)),
+            *("--config", str(self.quickstart / "stage1.yaml"), *place),
             *(
                 "--pretrained-checkpoint",
                 str(self.work / start),
@@ -170,6 +174,21 @@ class Validation:
         return {}
 
 
+FIRST = ("convert", "stage0")
+"""What all other checks need."""
+
+
+def checks(run: Validation) -> dict[str, Callable[[], dict]]:
+    """All checks, in order."""
+    own = (run.same_losses_as_cpu, run.bf16, run.expert_backends, run.teacher_memory, run.paired, run.export)
+    found = {check.__name__: check for check in (run.convert, run.stage0, *own)}
+    found |= {
+        check.__name__: partial(check, run) for check in (stage2, permute_fusion, flex, glm, own_kernels)
+    }
+    found |= {recipe: partial(real_slice, run, recipe) for recipe in SLICES}
+    return found | {"serving": partial(serving, run)}
+
+
 def _state(result: dict) -> str:
     return "skip" if "skipped" in result else "ok" if result["ok"] else "FAIL"
 
@@ -188,7 +207,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True, help="the checkout")
     parser.add_argument("--out", type=Path, help="folder for the results (default: docs/gpu in the checkout)")
+    parser.add_argument("--only", help="comma-separated names of checks, besides those that all others need")
     args = parser.parse_args()
+    unknown = set((args.only or "").split(",")) - {"", *checks(Validation(args.root, Path(), "cpu"))}
+    if unknown:
+        print(f"error: --only {', '.join(sorted(unknown))}: no such check", file=sys.stderr)
+        return 2
     device = os.environ.get("ZEDA_VALIDATE_DEVICE", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
         print(
@@ -198,19 +222,9 @@ def main() -> int:
     name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory(prefix="zeda-gpu-") as work:
         run = Validation(args.root, Path(work), device)
-        for check in (
-            run.convert,
-            run.stage0,
-            run.same_losses_as_cpu,
-            run.bf16,
-            run.expert_backends,
-            run.teacher_memory,
-            run.paired,
-            run.export,
-        ):
-            run.check(check.__name__, check)
-        for check in (stage2, permute_fusion, flex, own_kernels):
-            run.check(check.__name__, partial(check, run))
+        for title, check in checks(run).items():
+            if args.only is None or title in FIRST or title in args.only.split(","):
+                run.check(title, check)
     out = args.out or args.root / "docs" / "gpu"
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{date.today().isoformat()}_{name.replace(' ', '_').replace('/', '_')}"

@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure_arm(options: MeasureOptions) -> dict:
     """Load teacher and student, tune the rule if asked to, measure."""
     from ..distill.teacher import Teacher
-    from ..moe.router import set_zero_mask
+    from ..moe.switches import set_zero_mask
     from .heldout import load_held_out
     from .models import load_model
     from .tune import apply_rule, turn_dial

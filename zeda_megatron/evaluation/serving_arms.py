@@ -27,7 +27,8 @@ class ForcedShare(nn.Module):
     def __init__(self, gate: nn.Module, seed: int = 0):
         super().__init__()
         self.gate, self.share, self.way = gate, 0.0, "static"
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._drawn: dict[tuple, torch.Tensor] = {}
 
     def __getattr__(self, name: str):
         # What the layer asks of its router besides a pass: N, the mask, the kind of zero experts.
@@ -45,13 +46,20 @@ class ForcedShare(nn.Module):
         logits, weights_TK, ids_TK = self.gate(hidden_states)
         if self.way == "static":
             return logits, weights_TK, ids_TK
-        slots = ids_TK.numel()
-        zero_S = torch.randperm(slots, generator=self.generator)[: round(self.share * slots)]
-        zero_TK = torch.zeros(slots, dtype=torch.bool).index_fill_(0, zero_S, True).view_as(ids_TK)
-        zero_TK = zero_TK.to(ids_TK.device)
+        zero_TK = self._zero_slots(ids_TK)
         if self.way == "skip":
             return logits, weights_TK, torch.where(zero_TK, self.gate.num_real, ids_TK)
         return logits, weights_TK.masked_fill(zero_TK, 0), ids_TK.masked_fill(zero_TK, 0)
+
+    def _zero_slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Which slots are zero slots: drawn once a shape and share, so that no pass is timed while drawing."""
+        key = (tuple(ids_TK.shape), self.share, ids_TK.device)
+        if key not in self._drawn:
+            slots, draw = ids_TK.numel(), torch.Generator().manual_seed(self.seed)
+            zero_S = torch.randperm(slots, generator=draw)[: round(self.share * slots)]
+            zero_TK = torch.zeros(slots, dtype=torch.bool).index_fill_(0, zero_S, True).view_as(ids_TK)
+            self._drawn[key] = zero_TK.to(ids_TK.device)
+        return self._drawn[key]
 
 
 class Contest:
@@ -68,7 +76,7 @@ class Contest:
         self.gates = []
         for block in self.model.moe_blocks():
             block.gate.masked = True  # the router itself is always the static one
-            block.gate = ForcedShare(block.gate)
+            block.gate = ForcedShare(block.gate, seed=len(self.gates))
             self.gates.append(block.gate)
         if len(self.gates) != layers:
             raise UserError(f"{folder}: {len(self.gates)} MoE layers were built, not {layers}")
@@ -79,7 +87,6 @@ class Contest:
         """Inside, all layers treat zero slots this way."""
         for gate in self.gates:
             gate.way, gate.share = way, share
-            gate.generator.manual_seed(0)
         yield self.model
         for gate in self.gates:
             gate.way, gate.share = "static", 0.0

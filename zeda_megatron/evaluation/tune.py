@@ -11,7 +11,7 @@ from ..runtime import process_groups
 def apply_rule(student, options, tokenizer) -> str | None:
     """Give the student the pick rule of `MeasureOptions`, tuned if it has no number; returns it, complete."""
     from ..moe.pick_rules import parse_pick_rule
-    from ..moe.router import set_pick_rule
+    from ..moe.switches import set_pick_rule
     from .models import load_rows
 
     rule = options.moe_pick_rule
@@ -29,8 +29,8 @@ def apply_rule(student, options, tokenizer) -> str | None:
 def turn_dial(student, options, tokenizer) -> dict:
     """Set the compute dial as asked; returns {"dial": its value}."""
     from ..moe.paired import paired_modules, set_threshold
-    from ..moe.router import set_logit_bias
     from ..moe.stats import routers
+    from ..moe.switches import set_logit_bias
     from ..moe.threshold import calibrate_threshold
     from ..training.step import forward_model
     from .models import load_rows
@@ -58,7 +58,7 @@ def turn_dial(student, options, tokenizer) -> dict:
 def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float:
     """Number of a `skip` or `top_p` rule that gives the target share on these rows."""
     from ..moe.pick_rules import parse_pick_rule
-    from ..moe.router import set_pick_rule
+    from ..moe.switches import set_pick_rule
 
     def apply(value: float) -> None:
         set_pick_rule(student, parse_pick_rule(f"{name}={value}"))
@@ -69,7 +69,7 @@ def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float
 
 def tune_dial(student, rows, target: float, steps: int = 12) -> float:
     """Number that, added to the logits of shared zero experts, gives the target share on these rows; it is set."""
-    from ..moe.router import set_logit_bias
+    from ..moe.switches import set_logit_bias
 
     def apply(value: float) -> None:
         set_logit_bias(student, value)

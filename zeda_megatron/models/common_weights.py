@@ -6,7 +6,7 @@ them; some architectures use other words.
 
 from __future__ import annotations
 
-from .weight_map import QKV, Added, Direct, GateUp, Router, Setting, WeightMapping
+from .weight_kinds import QKV, Added, Direct, GateUp, Router, Setting, WeightMapping
 
 HF = "model.layers.{layer}."
 MC = "decoder.layers.{layer}."

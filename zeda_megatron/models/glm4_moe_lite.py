@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .common_weights import HF, IGNORED, MC, TIED, decoder
-from .weight_map import Direct, GateUp, ScoreBias, WeightMap
+from .weight_kinds import Direct, GateUp, ScoreBias
+from .weight_map import WeightMap
 
 ARCHITECTURES = ("Glm4MoeLiteForCausalLM", "Glm4MoeLitePlusPlusForCausalLM")
 MODEL_TYPES = ("glm4_moe_lite", "glm4_moe_lite_plus_plus")

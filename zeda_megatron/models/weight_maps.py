@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .architecture import REGISTRY, Architecture
-from .weight_map import ModelDims, WeightMap
+from .weight_kinds import ModelDims
+from .weight_map import WeightMap
 
 
 def weight_map_of(arch: Architecture) -> WeightMap:

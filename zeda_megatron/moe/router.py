@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -15,14 +13,14 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from ..config import ZeroExpertConfig
-from ..errors import UserError
+from .conflicts import refuse_conflicts
 from .group_loss import group_loss
 from .null_expert_loss import null_expert_loss
 from .paired import PairedZeroExperts
 from .pick_rules import PickRule, apply_pick_rule
 from .replay import RoutingReplay
 from .routed_slots import RoutedSlots
-from .stats import RoutingStats, routers
+from .stats import RoutingStats
 from .zero_output import ZeroExpertOutput
 
 
@@ -221,75 +219,3 @@ class ZeroExpertRouter(TopKRouter):
         if flat.numel() != num_tokens * ranks:
             raise ValueError(f"padding mask has {flat.numel()} entries for {num_tokens} tokens")
         return flat.chunk(ranks)[self.tp_group.rank()]
-
-
-def refuse_conflicts(config, zero: ZeroExpertConfig) -> None:
-    """Raise `UserError` for settings of a Megatron config that zero experts cannot live with."""
-    if config.moe_expert_capacity_factor is not None:
-        raise UserError(
-            "--moe-expert-capacity-factor cannot be combined with zero experts (dropless routing only)"
-        )
-    kinds = config.moe_router_load_balancing_type
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    coeffs = config.moe_aux_loss_coeff
-    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs] * len(kinds)
-    for kind, coeff in zip(kinds, coeffs):
-        if kind not in ("none", "grouped_aux_loss") and coeff:
-            raise UserError(
-                f"--moe-router-load-balancing-type {kind} treats zero experts like real ones and pulls their share "
-                "to Nz/(N+Nz); use grouped_aux_loss, or --moe-aux-loss-coeff 0"
-            )
-    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
-        raise UserError(
-            "--moe-router-bias-update-rate must be 0 with zero experts: bias updates work against the group loss"
-        )
-
-
-def set_zero_mask(model_chunks, on: bool) -> None:
-    """Switch the zero experts of all layers off (True: the model is the static one) or on (False)."""
-    for router in routers(model_chunks):
-        router.zero_mask = on
-
-
-def set_pick_rule(model_chunks, rule: PickRule | None) -> None:
-    """Give all layers a pick rule, or take it away."""
-    for router in routers(model_chunks):
-        router.pick_rule = rule
-
-
-def set_zero_weight(model_chunks, value: float) -> None:
-    """Give the group loss of all layers this w."""
-    for router in routers(model_chunks):
-        router.zero_weight = value
-
-
-def set_loss_factor(model_chunks, value: float) -> None:
-    """Multiply the losses that all layers attach."""
-    for router in routers(model_chunks):
-        router.loss_factor = value
-
-
-def set_model_share(model_chunks, value: float | None) -> None:
-    """Let the group loss of all layers take this zero share in place of their slots (None: count the slots)."""
-    for router in routers(model_chunks):
-        router.model_zero_share = value
-
-
-def set_logit_bias(model_chunks, value: float) -> None:
-    """Add a number to the logits of shared zero experts in all layers: the compute dial."""
-    for router in routers(model_chunks):
-        router.zero_logit_bias = value
-
-
-@contextmanager
-def zero_mask(model_chunks, on: bool = True) -> Iterator[None]:
-    """`with zero_mask(model): ...` runs the static model inside a dynamic one."""
-    before = [(router, router.zero_mask, router.pick_rule) for router in routers(model_chunks)]
-    set_zero_mask(model_chunks, on)
-    if on:
-        set_pick_rule(model_chunks, None)
-    try:
-        yield
-    finally:
-        for router, mask, rule in before:
-            router.zero_mask, router.pick_rule = mask, rule

@@ -1,4 +1,4 @@
-"""Options of the evaluation on held-out text during training. Each field is a flag and a YAML key."""
+"""Options of the evaluation on held-out text, during training or alone. Each field is a flag and a YAML key."""
 
 from __future__ import annotations
 
@@ -20,8 +20,17 @@ class EvalOptions:
     eval_rows: int = 16
     """At most so many packed rows of --seq-length tokens, over all data-parallel ranks."""
 
-    def validate(self) -> None:
+    eval_output: str | None = None
+    """Stage eval: JSON file for the figures."""
+
+    def validate(self, stage: str) -> None:
         """Raise `UserError` naming the flag that cannot work."""
+        if stage == "eval" and not self.eval_data_path:
+            raise UserError(
+                "--eval-data-path is missing: give one or more jsonl files of held-out conversations"
+            )
+        if self.eval_output and stage != "eval":
+            raise UserError("--eval-output is for --stage eval; while training, figures go to metrics.jsonl")
         if self.eval_interval < 0:
             raise UserError(f"--eval-interval {self.eval_interval} must not be negative")
         if self.eval_rows < 1:

@@ -56,12 +56,16 @@ class Evaluator:
             Means over response tokens: `eval_ce` (nats), and with a teacher `eval_kl` (KL(teacher || student), nats)
             and `eval_top1_agreement`; and `eval_zero_share`, over all tokens that are no padding.
         """
+        return self.measure_layers()[0]
+
+    def measure_layers(self) -> tuple[dict[str, float], list[float | None]]:
+        """`measure`, and the zero share of every layer (None: no MoE layer)."""
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         chunks = self.student.chunks
         with _unnoticed(chunks), torch.no_grad():
             for group in self.groups:
                 sums += self._group_sums(group)
-            share = stats.collect(chunks, chunks[0].config.num_layers, device()).zero_share
+            report = stats.collect(chunks, chunks[0].config.num_layers, device())
         if torch.distributed.get_world_size() > 1:
             sums = sums.to(device())
             torch.distributed.all_reduce(sums)
@@ -70,7 +74,7 @@ class Evaluator:
         found = {"eval_ce": ce / tokens}
         if self.teacher is not None:
             found |= {"eval_kl": kl / tokens, "eval_top1_agreement": agreement / tokens}
-        return found | {"eval_zero_share": share}
+        return found | {"eval_zero_share": report.zero_share}, report.zero_share_by_layer
 
     def _group_sums(self, batches: list) -> torch.Tensor:
         """Sums over the response tokens of some rows; 0 where another rank counts them."""
@@ -120,11 +124,11 @@ class Evaluation:
         found = self.evaluator.measure()
         log.scalars(step, found)
         when = f"after step {step}" if step else "before the first step"
-        log.say(f"held out, {when}: {_line(found)} ({time.perf_counter() - begun:.1f} s)")
+        log.say(f"held out, {when}: {line_of(found)} ({time.perf_counter() - begun:.1f} s)")
         return found
 
 
-def _line(found: dict[str, float]) -> str:
+def line_of(found: dict[str, float]) -> str:
     """`ce 2.3156, kl 0.0123, top1 agreement 91.20%, zero share 48.93%`."""
     return ", ".join(
         f"{name.removeprefix('eval_').replace('_', ' ')} "
@@ -151,8 +155,10 @@ def build_evaluation(options: Options, student: Student, teacher: Teacher | None
     """The evaluation that the options ask for; one that never measures without --eval-data-path."""
     wanted, evaluator = options.evaluation, None
     if wanted.eval_data_path:
-        # No more rows at a time than a training step has.
-        group = options.optimizer.global_batch_size // parallel_state.get_data_parallel_world_size()
+        # No more rows at a time than a training step has; as many as the interleaved schedule wants.
+        rows = options.optimizer.global_batch_size // parallel_state.get_data_parallel_world_size()
+        multiple = options.parallel.row_multiple
+        group = max(rows // multiple, 1) * multiple
         evaluator = Evaluator(
             read_eval_rows(options),
             student,

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..runtime import cpu, process_groups
 from ..runtime.process_groups import ParallelConfig
 from .fit_options import SCORES, FitOptions
+from .fit_table import format_fit
 
 CALIBRATION_PASSES = 4
 
@@ -49,6 +50,7 @@ class HeadFit:
         from ..models.architecture import read_architecture
         from ..models.build import build_gpt_model, transformer_config
         from ..moe.paired_fit import moe_layers
+        from .fit_passes import WatchedPasses
         from .fit_rows import read_fit_rows
         from .model_options import ModelOptions
         from .setup import hf_folder, zero_experts
@@ -76,13 +78,13 @@ class HeadFit:
         load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
         self.model.to(dtype).eval().requires_grad_(False)
         self.model.return_hidden = True
-        self.vocab_size = arch.vocab_size
         self.layers = moe_layers(self.model)
         self.effect, self.floors = options.fit_target == "effect", {}
         self.experts = parallel_state.get_expert_model_parallel_group()
         self.replicas = parallel_state.get_expert_data_parallel_group()
         self.without_rows = self.few_rows = 0
         self.bar = tqdm(desc="fit", unit="row", disable=None if self.first else True)
+        self.passes = WatchedPasses(self.model, self.layers, arch.vocab_size, self.effect, self.bar.update)
 
     def run(self) -> int:
         """Fit, set the threshold, save. Returns the exit code."""
@@ -115,7 +117,7 @@ class HeadFit:
             self.model,
             rows.calibration,
             options.target_zero_share,
-            self._forward,
+            self.passes.forward,
             CALIBRATION_PASSES,
             by_layer=options.paired_budget == "layer",
         )
@@ -139,7 +141,7 @@ class HeadFit:
 
     def _passes(self) -> list[list[int]]:
         """Layers of each pass over the data: as many as have room for their sums."""
-        from ..moe.paired_fit import sums_bytes
+        from ..moe.ridge import sums_bytes
 
         first = next(iter(self.layers.values()))
         size = sums_bytes(first.num_local_experts, first.config.hidden_size)
@@ -149,7 +151,7 @@ class HeadFit:
     @torch.no_grad()
     def _fit(self, passes: list[list[int]]) -> dict[int, tuple[float, float]]:
         """Install the heads of all layers; returns layer number -> R^2 of head and of constants, held out."""
-        from ..moe.paired_fit import RidgeSums
+        from ..moe.ridge import RidgeSums
 
         first, constants = next(iter(self.layers.values())), {}
         if self.effect:
@@ -159,7 +161,7 @@ class HeadFit:
                 number: RidgeSums(first.num_local_experts, first.config.hidden_size, process_groups.device())
                 for number in group
             }
-            self._run_masked(self.rows.fit, {number: sums[number].add for number in group})
+            self.passes.run(self.rows.fit, {number: sums[number].add for number in group}, self.floors)
             for number in group:
                 constants[number] = self._install(number, sums.pop(number))
         return self._explained(constants)
@@ -169,8 +171,8 @@ class HeadFit:
         from ..moe.paired_fit import Sensitivity
 
         found = {number: Sensitivity() for number in self.layers}
-        self.floors = dict.fromkeys(self.layers, 0.0)
-        self._run_masked(self.rows.held_out, dict.fromkeys(self.layers, lambda *rows: None), found)
+        nowhere, none = dict.fromkeys(self.layers, lambda *rows: None), dict.fromkeys(self.layers, 0.0)
+        self.passes.run(self.rows.held_out, nowhere, none, found)
         for part in found.values():
             sums = torch.tensor([part.effect, part.size], dtype=torch.float64, device=process_groups.device())
             part.effect, part.size = self._sum(sums).tolist()
@@ -178,7 +180,7 @@ class HeadFit:
 
     def _install(self, number: int, sums) -> torch.Tensor:
         """Solve one layer and give all ranks the whole head; returns the constants of all experts."""
-        from ..moe.paired_fit import fill_empty
+        from ..moe.ridge import fill_empty
 
         sums.reduce(self.replicas)
         count = self._gather(sums.count)
@@ -196,7 +198,7 @@ class HeadFit:
         return constant
 
     def _explained(self, constants: dict[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
-        from ..moe.paired_fit import Explained
+        from ..moe.ridge import Explained
 
         quality, sinks = {}, {}
         for number, layer in self.layers.items():
@@ -204,7 +206,7 @@ class HeadFit:
             parts = (part[own].float() for part in (head.weight, head.bias, constants[number]))
             quality[number] = Explained(*parts)
             sinks[number] = quality[number].add
-        self._run_masked(self.rows.held_out, sinks)
+        self.passes.run(self.rows.held_out, sinks, self.floors)
         for part in quality.values():
             self._sum(part.sums)
         return {number: part.r2() for number, part in quality.items()}
@@ -214,51 +216,6 @@ class HeadFit:
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(values)
         return values
-
-    def _run_masked(self, rows: list, sinks: dict, sensitivities: dict | None = None) -> None:
-        from ..moe.paired_fit import watch_effects, watch_experts
-        from ..moe.router import zero_mask
-
-        # Gradients flow from the embedding on; no parameter keeps one.
-        embedding = self.model.embedding.word_embeddings.weight.requires_grad_(self.effect)
-        watch = (
-            watch_effects(self.layers, sinks, self.floors, sensitivities)
-            if self.effect
-            else watch_experts(self.layers, sinks)
-        )
-        with zero_mask(self.model), watch, torch.set_grad_enabled(self.effect):
-            for row in rows:
-                hidden = self._forward(self.model, row)
-                if self.effect:
-                    torch.autograd.grad(self._answers(hidden, row), embedding)
-        self.model.requires_grad_(False)
-
-    def _answers(self, hidden: torch.Tensor, row) -> torch.Tensor:
-        """Minus the log-probability of the row's response tokens."""
-        from megatron.core import parallel_state
-
-        from ..distill.losses import LossConfig, distill_loss
-
-        head = self.model.head_weight()
-        loss, _ = distill_loss(
-            hidden.to(head.dtype),
-            head,
-            None,
-            None,
-            row.labels.to(hidden.device),
-            row.loss_mask.to(hidden.device),
-            LossConfig("ce"),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=self.model.config.sequence_parallel,
-            vocab_size=self.vocab_size,
-        )
-        return loss
-
-    def _forward(self, model, row) -> torch.Tensor:
-        from .step import forward_model
-
-        self.bar.update()
-        return forward_model(model, row)
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """All experts' rows from the expert-parallel ranks, in the experts' order."""
@@ -275,33 +232,6 @@ class HeadFit:
 
         stats.reset(self.model)
         for row in self.rows.calibration:
-            self._forward(self.model, row)
+            self.passes.forward(self.model, row)
         report = stats.collect(self.model, self.model.config.num_layers, process_groups.device())
         return {"zero_share": report.zero_share, "zero_share_by_layer": report.zero_share_by_layer}
-
-
-def format_fit(report: dict) -> str:
-    """The table that a fit prints."""
-    lines = []
-    if report["r2_by_layer"]:
-        lines.append("layer  R^2 of the head  R^2 of constants  zero share")
-        for number, r2 in report["r2_by_layer"].items():
-            constant = report["r2_of_constants_by_layer"][number]
-            share = report["zero_share_by_layer"][int(number) - 1]
-            lines.append(f"{number:>5}  {r2:>15.3f}  {constant:>16.3f}  {share:>10.3f}")
-    if report["experts_without_rows"] or report["experts_with_few_rows"]:
-        lines.append(
-            f"{report['experts_without_rows']} experts had no row and got the mean over the others, "
-            f"{report['experts_with_few_rows']} had fewer rows than channels (more --fit-rows would help)"
-        )
-    lines.append(
-        f"threshold {_told(report['threshold'])}: zero share {report['zero_share']:.1%} "
-        f"({report['rows']} rows, {report['seconds']:.0f} s)"
-    )
-    return "\n".join(lines)
-
-
-def _told(threshold: float | list[float | None]) -> str:
-    from ..moe.threshold import format_thresholds
-
-    return format_thresholds(threshold if isinstance(threshold, list) else [threshold])

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..moe.router import set_model_share, set_zero_weight
 from ..moe.stats import StatsReport
+from ..moe.switches import set_model_share, set_zero_weight
 from .share_control import ShareControl
 
 

@@ -28,6 +28,7 @@ _TENSORBOARD = {
     "grad_norm": "grad-norm",
     "lr": "learning-rate",
     "tokens_per_second": "throughput/tokens_per_second",
+    "peak_memory_gib": "memory/peak_gib",
 }
 
 
@@ -59,10 +60,14 @@ class RunLog:
 
     def _open(self, first_step: int) -> None:
         options = self.options
-        if options.save:
-            folder = Path(options.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
+        place = options.metrics_path or (options.save and Path(options.save) / "metrics.jsonl")
+        if place:
+            path = Path(place)
+            if options.metrics_path and not first_step and path.exists() and path.stat().st_size:
+                raise UserError(
+                    f"--metrics-path {path}: holds another run's figures; remove it or choose another file"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
             truncate_metrics(path, first_step)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115
         target = options.tensorboard_dir or (options.save and str(Path(options.save) / "tensorboard"))
@@ -123,7 +128,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            where = self.options.save or self.options.tensorboard_dir
-            raise UserError(
-                f"--save {where}: cannot be written ({error}); checkpoints there are unharmed"
-            ) from error
+            flags = ("save", "metrics_path", "tensorboard_dir")
+            places = {flag: getattr(self.options, flag) for flag in flags}
+            told = ", ".join(f"--{flag.replace('_', '-')} {place}" for flag, place in places.items() if place)
+            raise UserError(f"{told}: cannot be written ({error}); checkpoints are unharmed") from error

@@ -16,7 +16,7 @@ from ..distill.teacher import forward_only
 from ..errors import UserError
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
-from ..runtime.process_groups import device
+from ..runtime.process_groups import device, peak_memory_gib
 from .build_control import build_share_control
 from .build_feed import prepare_feed
 from .build_optimizer import build_optimizer
@@ -149,6 +149,7 @@ class TrainingRun:
         metrics["consumed_tokens"] = self.consumed_tokens
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+        metrics["peak_memory_gib"] = peak_memory_gib()
         if self.iteration == self.options.optimizer.train_iters:
             self._calibrate(log)
         metrics |= self.evaluation.after_step(self.iteration, log)

@@ -13,7 +13,8 @@ class ModelOptions:
 
     stage: str = "1"
     """What to run. `pretrain`: no teacher, cross-entropy. `0`: the teacher answers prompts. `1`: distillation on
-    its answers. `2`: distillation on the student's own answers, sampled as it trains."""
+    its answers. `2`: distillation on the student's own answers, sampled as it trains. `eval`: nothing trains; the
+    checkpoint is measured against its teacher on --eval-data-path."""
 
     hf_config: str | None = None
     """Folder of the HF model (config.json gives the architecture). Default: hf_config/ of the checkpoint."""

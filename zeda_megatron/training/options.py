@@ -78,7 +78,7 @@ class Options:
     def validate(self) -> None:
         """Raise `UserError` for what cannot work, before anything is built."""
         for flag, value, allowed in (
-            ("--stage", self.model.stage, ("pretrain", "0", "1", "2")),
+            ("--stage", self.model.stage, ("pretrain", "0", "1", "2", "eval")),
             ("--trainable", self.model.trainable, ("all", "router")),
             ("--teacher-memory", self.distill.teacher_memory, ("own", "offload", "shared")),
             ("--teacher-schedule", self.distill.teacher_schedule, ("ahead", "alongside")),
@@ -139,7 +139,7 @@ class Options:
         if self.model.moe_pick_rule is not None:
             parse_pick_rule(self.model.moe_pick_rule)
         self.share.validate()
-        self.evaluation.validate()
+        self.evaluation.validate(self.model.stage)
         self.guard.validate(self.model.stage, bool(self.evaluation.eval_data_path))
         if self.share.topk_range and self.model.moe_pick_rule:
             raise UserError("--topk-range sets the pick rule of every step: leave --moe-pick-rule away")
@@ -147,7 +147,7 @@ class Options:
             raise UserError("--paired-head-lr needs --lr above 0: it is kept as a multiple of it")
         self.generate.validate(self.model.stage, self.optimizer.global_batch_size)
         self._validate_loss()
-        if not self.data.data_path:
+        if not self.data.data_path and self.model.stage != "eval":
             raise UserError("--data-path is missing: give one or more jsonl files")
         if self.distill.teacher_schedule == "alongside" and self.parallel.virtual_stages:
             raise UserError(

@@ -136,6 +136,9 @@ class RunOptions:
     tensorboard_dir: str | None = None
     """Default: tensorboard/ in --save."""
 
+    metrics_path: str | None = None
+    """File for a line of figures per step. Default: metrics.jsonl in --save."""
+
     log_interval: int = 1
     """Steps between TensorBoard entries; metrics.jsonl gets every step."""
 

@@ -25,7 +25,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
-from ..moe.router import set_pick_rule
+from ..moe.switches import set_pick_rule
 from .model_options import ModelOptions
 from .options import Options
 
@@ -148,8 +148,8 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
     ]
 
 
-def build_student(options: Options) -> Student:
-    """Build, load and wrap the student."""
+def build_student(options: Options, trains: bool = True) -> Student:
+    """Build, load and wrap the student. One that does not train has no gradient buffers and is not wrapped."""
     arch = read_architecture(hf_folder(options.model))
     zero = zero_experts(options.model, arch)
     if options.model.recompute_granularity == "selective" and zero.zero_experts_type != "zero":
@@ -173,6 +173,13 @@ def build_student(options: Options) -> Student:
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
         set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
+    if not trains:
+        for chunk in chunks:
+            chunk.return_hidden = True
+            chunk.requires_grad_(False)
+            if options.model.bf16:
+                chunk.bfloat16()
+        return Student(chunks, chunks, arch, zero)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,

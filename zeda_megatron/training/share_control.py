@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..moe.pick_rules import StaticTopK
-from ..moe.router import set_pick_rule
 from ..moe.stats import StatsReport
+from ..moe.switches import set_pick_rule
 
 
 class ShareControl:

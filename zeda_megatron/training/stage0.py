@@ -10,7 +10,7 @@ from ..checkpoint.state import load_weights, require_checkpoint
 from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from ..errors import UserError
 from ..models.architecture import read_architecture
-from ..moe.router import set_zero_mask
+from ..moe.switches import set_zero_mask
 from .build_teacher import teacher_id
 from .options import Options
 from .rollout_engine import rollout_engine

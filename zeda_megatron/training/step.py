@@ -15,7 +15,7 @@ from ..data.packing import PackedBatch
 from ..distill.losses import LossConfig, distill_loss
 from ..distill.teacher import Teacher
 from ..moe.replay import enable_replay, set_targets
-from ..moe.router import set_loss_factor
+from ..moe.switches import set_loss_factor
 from ..runtime.process_groups import device, seconds_now
 from .setup import Student
 

@@ -1,0 +1,180 @@
+"""The ways in which a Megatron tensor is made of Hugging Face tensors, on whole (unsharded) tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .zero_rows import widen
+
+Shape = tuple[int, ...]
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The numbers that names and shapes do not tell."""
+
+    num_query_groups: int
+    """Key/value heads."""
+
+    head_dim: int
+    """Channels of one attention head."""
+
+    num_real_experts: int = 0
+    """N: router rows of the static model."""
+
+    seed: int = 0
+    """Seed of new zero rows."""
+
+
+class WeightMapping(Protocol):
+    """One Megatron tensor and the Hugging Face tensors it is made of."""
+
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        """For a Megatron tensor of `shape`: each Hugging Face key with the shapes it may have on disk."""
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        """Build the Megatron tensor of `shape`; `read(key)` loads one Hugging Face tensor."""
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        """Take it apart again; the parts may be views."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The same tensor under two names."""
+
+    hf: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return {self.hf: (shape,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return read(self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value projection in one: per query group [its q heads; its k; its v] on dim 0.
+
+    Weights [(heads + 2 groups) * head_dim, H] and biases [(heads + 2 groups) * head_dim].
+    """
+
+    q: str
+    k: str
+    v: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        rows, *rest = shape
+        kv_rows = dims.num_query_groups * dims.head_dim
+        q_shape, kv_shape = (rows - 2 * kv_rows, *rest), (kv_rows, *rest)
+        return {self.q: (q_shape,), self.k: (kv_shape,), self.v: (kv_shape,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        groups, rest = dims.num_query_groups, shape[1:]
+        parts = [read(key).reshape(groups, -1, *rest) for key in (self.q, self.k, self.v)]
+        return torch.cat(parts, dim=1).reshape(shape)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        rest, d = tensor.shape[1:], dims.head_dim
+        grouped = tensor.reshape(dims.num_query_groups, -1, *rest)
+        cuts = [grouped.shape[1] - 2 * d, d, d]
+        parts = [part.reshape(-1, *rest) for part in grouped.split(cuts, dim=1)]
+        return dict(zip((self.q, self.k, self.v), parts))
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate and up projection of a gated MLP, [2F, H] = [gate; up]."""
+
+    gate: str
+    up: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        half = (shape[0] // 2, *shape[1:])
+        return {self.gate: (half,), self.up: (half,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return torch.cat([read(self.gate), read(self.up)])
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        gate, up = tensor.chunk(2)
+        return {self.gate: gate, self.up: up}
+
+
+@dataclass(frozen=True)
+class Router:
+    """Router weight [N+Nz, H] or score bias [N+Nz], zero rows last.
+
+    A static checkpoint has N rows: the missing ones are drawn (`zero_rows`). One that has N+Nz is kept.
+    """
+
+    hf: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        static = (dims.num_real_experts, *shape[1:])
+        return {self.hf: (shape,) if static == shape else (static, shape)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return widen(read(self.hf), shape[0], dims.seed, self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class ScoreBias(Router):
+    """Score bias [N+Nz] that chooses experts: a `Router` of one number each, which no `--dtype` rounds."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """A parameter that static checkpoints lack (of learned or paired zero experts): zeros there."""
+
+    hf: str
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return {self.hf: (shape,)}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return read(self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A float32 number [1] that Hugging Face folders keep in config.json: one for all MoE layers, or one each.
+
+    No key of the weights belongs to it; `read(hf)` must give this layer's number.
+    """
+
+    key: str
+    """Key of config.json."""
+    hf: str
+    """What `read` calls it."""
+    mcore: str
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return {}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        return read(self.hf)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return {}

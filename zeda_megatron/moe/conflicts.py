@@ -1,0 +1,28 @@
+"""Settings of a Megatron config that zero experts cannot live with."""
+
+from __future__ import annotations
+
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+
+
+def refuse_conflicts(config, zero: ZeroExpertConfig) -> None:
+    """Raise `UserError` for settings of a Megatron config that zero experts cannot live with."""
+    if config.moe_expert_capacity_factor is not None:
+        raise UserError(
+            "--moe-expert-capacity-factor cannot be combined with zero experts (dropless routing only)"
+        )
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coeffs = config.moe_aux_loss_coeff
+    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs] * len(kinds)
+    for kind, coeff in zip(kinds, coeffs):
+        if kind not in ("none", "grouped_aux_loss") and coeff:
+            raise UserError(
+                f"--moe-router-load-balancing-type {kind} treats zero experts like real ones and pulls their share "
+                "to Nz/(N+Nz); use grouped_aux_loss, or --moe-aux-loss-coeff 0"
+            )
+    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+        raise UserError(
+            "--moe-router-bias-update-rate must be 0 with zero experts: bias updates work against the group loss"
+        )

@@ -1,0 +1,59 @@
+"""Switches that the routers of all layers share: the zero mask, the pick rule, w, the dial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .pick_rules import PickRule
+from .stats import routers
+
+
+def set_zero_mask(model_chunks, on: bool) -> None:
+    """Switch the zero experts of all layers off (True: the model is the static one) or on (False)."""
+    for router in routers(model_chunks):
+        router.zero_mask = on
+
+
+def set_pick_rule(model_chunks, rule: PickRule | None) -> None:
+    """Give all layers a pick rule, or take it away."""
+    for router in routers(model_chunks):
+        router.pick_rule = rule
+
+
+def set_zero_weight(model_chunks, value: float) -> None:
+    """Give the group loss of all layers this w."""
+    for router in routers(model_chunks):
+        router.zero_weight = value
+
+
+def set_loss_factor(model_chunks, value: float) -> None:
+    """Multiply the losses that all layers attach."""
+    for router in routers(model_chunks):
+        router.loss_factor = value
+
+
+def set_model_share(model_chunks, value: float | None) -> None:
+    """Let the group loss of all layers take this zero share in place of their slots (None: count the slots)."""
+    for router in routers(model_chunks):
+        router.model_zero_share = value
+
+
+def set_logit_bias(model_chunks, value: float) -> None:
+    """Add a number to the logits of shared zero experts in all layers: the compute dial."""
+    for router in routers(model_chunks):
+        router.zero_logit_bias = value
+
+
+@contextmanager
+def zero_mask(model_chunks, on: bool = True) -> Iterator[None]:
+    """`with zero_mask(model): ...` runs the static model inside a dynamic one."""
+    before = [(router, router.zero_mask, router.pick_rule) for router in routers(model_chunks)]
+    set_zero_mask(model_chunks, on)
+    if on:
+        set_pick_rule(model_chunks, None)
+    try:
+        yield
+    finally:
+        for router, mask, rule in before:
+            router.zero_mask, router.pick_rule = mask, rule
