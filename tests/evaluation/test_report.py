@@ -242,5 +242,5 @@ def test_exact_answers_have_an_interval_and_a_paired_test(tmp_path):
     what = {**report(paired_kl=mine, net_kl=metrics(0.02, 0.5, 1.8, 0.3)), "teacher": teacher}
     text = page(tmp_path, what, {})
     # Three questions changed, all for the worse: McNemar's exact p is 2 * 0.5**3.
-    assert "5% to 51%, p 0.25" in text and "31% to 83%" in text and text.count(", p ") == 1
+    assert "5% to 51%, p 0.25" in text and "31% to 83%" in text and text.count(", p 0.") == 1
     assert json.loads((tmp_path / "report.json").read_text())["arms"]["paired_kl"]["answers"] == "0000011000"

@@ -19,7 +19,7 @@ class MegatronEngine:
     """
 
     def __init__(self, options):
-        from ...moe.router import set_zero_mask
+        from ...moe.switches import set_zero_mask
         from ..measure import head_cost
         from ..models import load_model
         from ..tune import apply_rule, turn_dial
