@@ -11,6 +11,7 @@ import pytest
 import tiny
 import tiny_world
 import torch
+import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 
@@ -30,7 +31,7 @@ GREEDY = SamplingConfig(max_new_tokens=12, temperature=0.0)
 STOP, LONGEST, VOCAB = set(range(0, 90, 5)), 40, 90
 KEPT: list = []
 """All pairs of this process: an engine that goes ends the process groups, which are Megatron's too."""
-KINDS = ("shared", "paired", "static")
+KINDS = ("shared", "paired", "static", "learned", "glm_shared", "glm_paired", "mixtral_paired")
 
 
 @dataclasses.dataclass
@@ -44,16 +45,22 @@ class Pair:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, one_process):
-    hf = tiny.hf_model(**SIZES)
-    paired = request.param == "paired"
-    zero = ZeroExpertConfig(8, "zero", "paired", "weight+head") if paired else ZeroExpertConfig(4)
+    family = request.param.partition("_")[0]
+    make, sizes = vllm_world.MODELS.get(family, (tiny.hf_model, SIZES))
+    hf = make(**sizes)
+    zero = ZeroExpertConfig(4)
+    if "paired" in request.param:
+        zero = ZeroExpertConfig(8, "zero", "paired", "weight+head")
+    elif request.param == "learned":
+        zero = ZeroExpertConfig(4, "learned")
     model = tiny.megatron_model(hf, zero)
-    for module in paired_modules(model):
-        tiny.draw(module, std=0.1)
-        set_threshold(model, -3.0)
+    added = [module for name, module in model.named_modules() if name.endswith(".zero_output")]
+    for i, module in enumerate([*paired_modules(model), *added]):
+        tiny.draw(module, seed=i, std=0.1)
+    set_threshold(model, -3.0)
     static = request.param == "static"
     set_zero_mask(model, static)
-    config = hf.config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]}
+    config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
     arch = read_architecture(static_config(config))
     builtin = BuiltinEngine(model, STOP, 0, LONGEST, VOCAB)
     KEPT.append(Pair(model, builtin, VLLMEngine(model, arch, zero, STOP, LONGEST, VOCAB, 4, static)))
@@ -186,6 +193,22 @@ def test_stage_2_runs_with_vllm_and_a_resumed_run_is_the_uninterrupted_one(small
     assert len(whole) == 3
     assert parts == whole
     assert all(abs(line["logp_gap"]) < 1e-4 for line in whole)
+
+
+def test_stage_2_of_a_paired_glm_runs_with_vllm(one_process, tmp_path):
+    """Its policy's log-probabilities are those that vLLM sampled with: the weights and thresholds have arrived."""
+    name, sizes = vllm_world.MODELS["glm"]
+    world = tiny_world.make_world(tmp_path / "world", name, **sizes)
+    flags = ["--stage", 2, "--pretrained-checkpoint", world.static, "--teacher-load", world.static]
+    flags += ["--zero-expert-routing", "paired", "--target-zero-share", 0.4]
+    flags += ["--moe-router-load-balancing-type", "none"]
+    flags += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
+    flags += ["--max-new-tokens", 12, "--train-iters", 3, "--rollout-engine", "vllm"]
+    run_main(*flags, "--loss-chunk-tokens", 32, "--routing-replay", "--save", tmp_path / "save")
+    lines = read(tmp_path / "save")
+    assert len(lines) == 3
+    assert all(abs(line["logp_gap"]) < 1e-4 for line in lines)
+    assert 0 < lines[-1]["zero_share"] < 1
 
 
 def read(folder: Path) -> list[dict]:

@@ -1,6 +1,7 @@
 """What every family's modeling file promises, with all kinds of zero experts."""
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -37,6 +38,16 @@ KINDS = {
     "paired": ZeroExpertConfig(N, "zero", "paired"),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile without what it remembers of other tests: it gives up after a few models of one class."""
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -161,8 +172,12 @@ def test_a_saved_model_brings_its_files_and_opens_again_bit_equal(tmp_path, name
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True)
     assert type(again).__module__.startswith("transformers_modules")
     assert torch.equal(again(tokens).logits, model(tokens).logits)
-    # The package's own classes read it too, and without remote code.
-    assert torch.equal(load_zero_expert_model(tmp_path / "second")(tokens).logits, model(tokens).logits)
+    # The package's own classes read it too, and without remote code; what they save is as complete.
+    ours = load_zero_expert_model(tmp_path / "second")
+    assert torch.equal(ours(tokens).logits, model(tokens).logits)
+    ours.save_pretrained(tmp_path / "third")
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "third", trust_remote_code=True)
+    assert torch.equal(third(tokens).logits, model(tokens).logits)
 
 
 @every_family
@@ -191,3 +206,82 @@ def test_greedy_answers_with_cache_and_left_padding_equal_those_without(tmp_path
     for _ in range(8):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(made, expected)
+
+
+@every_family
+@every_kind
+@torch.no_grad()
+def test_prompts_of_different_lengths_answered_together_get_the_answers_of_each_alone(tmp_path, name, kind):
+    model = make_model(tmp_path, name, kind)
+    prompts = [torch.randint(1, 96, (n,)) for n in (7, 2, 5)]
+    if kind == "paired":
+        model.set_zero_threshold(splitting_threshold(model, prompts[0][None]))
+        model.reset_zero_share()
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    alone = [
+        model.generate(p[None], attention_mask=torch.ones(1, len(p)), **options)[0, len(p) :] for p in prompts
+    ]
+    share = model.zero_share()
+    model.reset_zero_share()
+    padded = torch.stack([torch.nn.functional.pad(p, (7 - len(p), 0)) for p in prompts])
+    mask = torch.stack([(torch.arange(7) >= 7 - len(p)).long() for p in prompts])
+    together = model.generate(padded, attention_mask=mask, **options)[:, 7:]
+    assert torch.equal(together, torch.stack(alone))
+    assert model.zero_share() == pytest.approx(share)
+
+
+@every_family
+@every_kind
+def test_gradients_are_those_of_the_definition(tmp_path, name, kind):
+    """Of the layer alone: experts, router (but for the choice, which has no gradient), shared expert, input."""
+    changes = {"zce_score": "weight+head"} if kind == "paired" else {}
+    block = make_model(tmp_path, name, kind, **changes).moe_blocks()[0]
+    hidden = torch.randn(2, 5, 32).requires_grad_()
+    if kind == "paired":  # the definition knows the whole score: the residual's part is 0 here
+        scores = []
+        inner = block.gate._scores
+        block.gate._scores = lambda *args: scores.append(inner(*args)) or scores[-1]
+        block(hidden)
+        block.gate.threshold = float(scores[0].flatten().sort().values[14:16].mean())  # no score is there
+    target = torch.randn(10, 32)
+    inputs = [hidden, *(p for _, p in sorted(block.named_parameters()) if p.requires_grad)]
+
+    def gradients(output_TH):
+        found = torch.autograd.grad((output_TH * target).sum(), inputs, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found)]
+
+    unit = torch.nn.functional.normalize(torch.ones(10, 32), dim=-1)
+    expected_TH, real = definition(block, hidden.reshape(-1, 32), unit, FAMILIES[name])
+    assert 0 < real < 10 * K
+    for mine, wanted in zip(gradients(block(hidden).reshape(-1, 32)), gradients(expected_TH)):
+        assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp(min=1e-3)
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["zero", "learned", "paired"])
+@torch.no_grad()
+def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(tmp_path, compiler, name, kind):
+    # The compiler's grouped product takes bf16 alone.
+    model = make_model(tmp_path, name, kind).to(torch.bfloat16)
+    for block in model.moe_blocks():
+        block.static_shapes = True
+    tokens = torch.randint(1, 96, (2, 9))
+    compiled = compiler(model, backend="eager", fullgraph=True)
+    expected = model(tokens, use_cache=False).logits
+    assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
+    model.set_zero_threshold(1e4) if kind == "paired" else model.set_zero_logit_bias(1e4)
+    turned = model(tokens, use_cache=False).logits
+    assert not torch.equal(turned, expected)
+    assert torch.equal(compiled(tokens, use_cache=False).logits, turned)
+
+
+@every_family
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@torch.no_grad()
+def test_a_layer_compiled_to_machine_code_gives_the_numbers_of_the_definition(tmp_path, compiler, name):
+    block = make_model(tmp_path, name, "zero").to(torch.bfloat16).moe_blocks()[0]
+    hidden = torch.randn(2, 7, 32).to(torch.bfloat16)
+    made = compiler(block, fullgraph=True)(hidden).reshape(-1, 32).float()
+    expected, real = definition(block.float(), hidden.reshape(-1, 32).float(), None, FAMILIES[name])
+    assert 0 < real < 14 * K
+    assert (made - expected).abs().max() < 0.05 * expected.abs().max()

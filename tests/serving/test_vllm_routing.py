@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from transformers import Glm4MoeLiteConfig, Qwen3MoeConfig
+from transformers import Glm4MoeLiteConfig, MixtralConfig, Qwen3MoeConfig
 
+from zeda_megatron.models.architecture import MODELS
 from zeda_megatron.serving import modeling_glm4_moe_lite_zero as glm_file
+from zeda_megatron.serving import modeling_mixtral_zero as mixtral_file
 from zeda_megatron.serving import modeling_qwen3_moe_zero as qwen_file
-from zeda_megatron.serving.vllm.routing import ZeroExpertGate, pick, real_slots
+from zeda_megatron.serving.vllm.routing import ZeroExpertGate, pick, real_slots, zero_output
 from zeda_megatron.serving.vllm.settings import read_routing
 
 N, NZ, K, H = 8, 4, 3, 32
@@ -21,18 +23,29 @@ def qwen_config(**changes):
     return Qwen3MoeConfig(**(tiny.TINY | {"zce_nums": [NZ], "zce_types": ["zero"]} | changes))
 
 
+PAIRED = {
+    "zce_nums": [N],
+    "zce_routing": "paired",
+    "zce_score": "weight+head+residual",
+    "zce_threshold": -2.0,
+}
+
+
 def paired_config(**changes):
-    keys = {
-        "zce_nums": [N],
-        "zce_routing": "paired",
-        "zce_score": "weight+head+residual",
-        "zce_threshold": -2.0,
-    }
-    return qwen_config(**(keys | changes))
+    return qwen_config(**(PAIRED | changes))
 
 
 def glm_config(**changes):
     return Glm4MoeLiteConfig(**(tiny.GLM | {"zce_nums": [NZ], "zce_types": ["zero"]} | changes))
+
+
+def mixtral_config(**changes):
+    return MixtralConfig(**(tiny.MIXTRAL | {"zce_nums": [NZ], "zce_types": ["zero"]} | changes))
+
+
+FILES = {qwen_config: qwen_file, glm_config: glm_file, mixtral_config: mixtral_file}
+"""What makes a family's config, and its file for transformers."""
+every_family = pytest.mark.parametrize("make", FILES)
 
 
 def make_gate(config, dtype=torch.float32, seed=0):
@@ -77,37 +90,42 @@ def test_sigmoid_routing_follows_the_definition():
     torch.testing.assert_close(by_expert(weights, ids, N + NZ), expected.weights_TE, atol=1e-6, rtol=1e-5)
 
 
+def twin_router(make, config, gate, dtype):
+    """The router of the file for transformers with a gate's weights."""
+    router = FILES[make].ZeroExpertRouter(config).to(dtype)
+    for name, parameter in gate.named_parameters():
+        if name == "e_score_correction_bias":
+            router.e_score_correction_bias = parameter
+        else:
+            getattr(router, name).data = parameter.clone()
+    return router
+
+
 @torch.no_grad()
+@every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [0.0, 0.7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_picks_are_those_of_the_file_for_transformers(dtype, bias, masked):
-    for config, file in (
-        (qwen_config(zce_logit_bias=bias, use_zce_mask=masked), qwen_file),
-        (glm_config(zce_logit_bias=bias, use_zce_mask=masked), glm_file),
-    ):
-        gate, _ = make_gate(config, dtype)
-        router = file.ZeroExpertRouter(config).to(dtype)
-        router.weight.data = gate.weight.clone()
-        router.logit_bias = torch.tensor(bias).item()
-        if file is glm_file:
-            router.e_score_correction_bias = gate.e_score_correction_bias
-        hidden = torch.randn(50, H).to(dtype)
-        _, weights, ids = router(hidden)
-        found_weights, found_ids = run(gate, hidden)
-        assert torch.equal(found_ids, ids)
-        assert torch.equal(found_weights, weights.float())
+def test_picks_are_those_of_the_file_for_transformers(make, dtype, bias, masked):
+    config = make(zce_logit_bias=bias, use_zce_mask=masked)
+    gate, _ = make_gate(config, dtype)
+    router = twin_router(make, config, gate, dtype)
+    router.logit_bias = torch.tensor(bias).item()
+    hidden = torch.randn(50, H).to(dtype)
+    _, weights, ids = router(hidden)
+    found_weights, found_ids = run(gate, hidden)
+    assert torch.equal(found_ids, ids)
+    assert torch.equal(found_weights, weights.float())
 
 
 @torch.no_grad()
+@every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("score", ["weight", "head", "weight+head", "weight+head+residual"])
-def test_paired_picks_are_those_of_the_file_for_transformers(dtype, score):
-    config = paired_config(zce_score=score)
-    gate, _ = make_gate(config, dtype)
-    router = qwen_file.ZeroExpertRouter(config).to(dtype)
-    for name in ("weight", "zero_weight", "zero_bias"):
-        getattr(router, name).data = getattr(gate, name).clone()
+def test_paired_picks_are_those_of_the_file_for_transformers(make, dtype, score):
+    config = make(**(PAIRED | {"zce_score": score}))
+    gate, routing = make_gate(config, dtype)
+    router = twin_router(make, config, gate, dtype)
     hidden, residual = torch.randn(2, 50, H).to(dtype)
     router.threshold = float(router_scores(router, hidden, residual).median())
     gate.dial.fill_(router.threshold)
@@ -116,14 +134,43 @@ def test_paired_picks_are_those_of_the_file_for_transformers(dtype, score):
     found_weights, found_ids = run(gate, hidden, residual)
     assert torch.equal(found_weights, weights.float())
     assert torch.equal(found_ids.clamp(max=N), ids)
+    # where the engine applies the model's factor itself, the weights lack it, but not the scores
+    gate.see_residual(residual)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    plain_weights, plain_ids = pick(gate(hidden), routing, hidden.dtype, bias, gate.dial, scaled=False)
+    assert torch.equal(plain_ids, found_ids)
+    torch.testing.assert_close(plain_weights * routing.scale, found_weights)
     # the raw id of a skipped pick says whose zero expert took it
     gate.dial.fill_(-1e4)
     assert torch.equal(found_ids % N, run(gate, hidden, residual)[1])
     assert 0 < (ids == N).sum() < ids.numel()
 
 
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("kind", ["zero", "copy", "learned"])
+def test_zero_slots_give_what_their_kind_says(make, kind):
+    gate, routing = make_gate(make(zce_types=[kind]))
+    hidden = torch.randn(20, H)
+    weights, ids = run(gate, hidden)
+    assert 0 < (ids >= N).sum() < ids.numel()
+    expected = torch.zeros(20, H)
+    for t in range(20):
+        for weight, e in zip(weights[t], ids[t]):
+            if e >= N and kind == "copy":
+                expected[t] += weight * hidden[t]
+            elif e >= N and kind == "learned":
+                expected[t] += weight * gate.zero_bias[e - N]
+    found = zero_output(hidden, weights, ids, routing, getattr(gate, "zero_bias", None))
+    if kind == "zero":
+        assert found is None
+    else:
+        torch.testing.assert_close(found, expected)
+    assert zero_output(hidden, weights, ids, replace(routing, masked=True), None) is None
+
+
 def router_scores(router, hidden, residual):
-    logits = torch.nn.functional.linear(hidden, router.weight)
+    logits = router._project(hidden, router.weight)
     weights, ids = router._pick(logits)
     router.see_residual(None, (residual,))
     return router._scores(hidden, weights, ids)
@@ -172,7 +219,8 @@ def test_dials_of_the_server_go_before_those_of_the_checkpoint():
     ("make", "changes", "dials", "told"),
     [
         (qwen_config, {"zce_nums": None}, {}, "zce_nums"),
-        (qwen_config, {"zce_types": ["copy"]}, {}, "zce_types"),
+        (qwen_config, {"zce_types": ["other"]}, {}, "zce_types"),
+        (glm_config, {"zce_nums": [2, 2], "zce_types": ["zero", "copy"]}, {}, "zce_types"),
         (qwen_config, {"zce_routing": "other"}, {}, "zce_routing 'other'"),
         (qwen_config, {}, {"zce_threshold": 1.0}, "dial is zce_logit_bias"),
         (qwen_config, {"zce_logit_bias": float("nan")}, {}, "zce_logit_bias nan"),
@@ -181,7 +229,8 @@ def test_dials_of_the_server_go_before_those_of_the_checkpoint():
         (paired_config, {"zce_threshold": [1.0, 2.0, 3.0]}, {}, "3 numbers for 2 MoE layers"),
         (paired_config, {"zce_nums": [4]}, {}, "zce_nums"),
         (paired_config, {"zce_score": "weight+weight"}, {}, "zce_score"),
-        (glm_config, {"zce_routing": "paired", "zce_nums": [N]}, {}, "zce_routing 'paired'"),
+        (paired_config, {"zce_types": ["learned"]}, {}, "zce_types"),
+        (glm_config, PAIRED | {"zce_threshold": None}, {}, "no zce_threshold"),
         (glm_config, {"n_group": 2}, {}, "n_group 2"),
     ],
 )
@@ -196,4 +245,4 @@ def test_naming_the_plugin_loads_nothing_heavy():
         "print(sorted({'vllm', 'torch', 'transformers'} & set(sys.modules)), sorted(r.ARCHITECTURES))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("[] ['Glm4MoeLitePlusPlusForCausalLM', 'Qwen3MoePlusPlusForCausalLM']")
+    assert done.stdout.strip() == f"[] {sorted(model.ARCHITECTURES[1] for model in MODELS)}"

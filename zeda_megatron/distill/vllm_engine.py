@@ -39,7 +39,7 @@ class VLLMEngine:
         stop_ids, max_length, vocab_size, slots: as for `BuiltinEngine`.
 
     Raises:
-        UserError: several processes, or zero experts that the plugin does not know.
+        UserError: several processes, a student without zero experts, or a pick rule.
     """
 
     def __init__(
@@ -55,10 +55,8 @@ class VLLMEngine:
     ):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise UserError("--rollout-engine vllm answers in one process only: use builtin under torchrun")
-        if not static and (not zero.num_zero_experts or zero.zero_experts_type != "zero"):
-            raise UserError(
-                "--rollout-engine vllm wants a student with zero experts of type zero, shared or paired: use builtin"
-            )
+        if not static and not zero.num_zero_experts:
+            raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
         if any(router.pick_rule is not None for router in routers(model)):
             raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
         self.model, self.arch, self.static = model, arch, static

@@ -35,6 +35,8 @@ class HeldOut:
     """Checkable questions."""
     prompts: list[list[int]] = field(default_factory=list, repr=False)
     """Token ids of all prompts, of texts too."""
+    samples: list[TokenSample] = field(default_factory=list, repr=False)
+    """The conversations, each alone."""
 
 
 def load_held_out(
@@ -72,4 +74,4 @@ def load_held_out(
     for kind, some in samples.items():
         packed = PackedDataset(some, seq_length, tokenizer.pad_id, seed=0)
         rows[kind] = [packed[i] for i in range(packed.rows_in_epoch(0))]
-    return HeldOut(rows, tasks, prompts)
+    return HeldOut(rows, tasks, prompts, [sample for some in samples.values() for sample in some])

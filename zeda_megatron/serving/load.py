@@ -1,4 +1,4 @@
-"""Load a dynamic model from its folder, ours or the authors' published ones."""
+"""Load a model from its folder: ours, the authors' published ones, and static ones."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 from importlib import import_module
 
 from ..models.architecture import REGISTRY, read_architecture
+from .packed import packed_by, unpacked
 
 
 def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     """Load a folder with zero experts as a transformers model; needs no `trust_remote_code`.
 
     transformers does not know the authors' `model_type` (`qwen3_moe_plus_plus`) and would not merge the per-expert
-    weights; it is read as the native one. `kwargs` go to `from_pretrained`.
+    weights; it is read as the native one. Weights that ModelOpt has packed are multiplied by their scales.
+    `kwargs` go to `from_pretrained`.
 
     Raises:
         UserError: an unknown architecture.
@@ -22,5 +24,21 @@ def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     model = REGISTRY[arch.name]
     module = import_module(f".{model.MODELING_FILE.removesuffix('.py')}", __package__)
     dynamic = getattr(module, model.ARCHITECTURES[1])
-    config = dynamic.config_class.from_dict(arch.hf | {"model_type": model.MODEL_TYPES[0]})
-    return dynamic.from_pretrained(folder, config=config, **kwargs)
+    fields = arch.hf | {"model_type": model.MODEL_TYPES[0]}
+    if packed_by(fields) != "modelopt":
+        return dynamic.from_pretrained(folder, config=dynamic.config_class.from_dict(fields), **kwargs)
+    del fields["quantization_config"]
+    config = dynamic.config_class.from_dict(fields)
+    dtype = kwargs.pop("dtype", None) or config.dtype
+    return dynamic.from_pretrained(
+        None, config=config, state_dict=unpacked(folder, dtype), dtype=dtype, **kwargs
+    )
+
+
+def load_model(folder: str | os.PathLike, **kwargs):
+    """Load a folder with or without zero experts; otherwise as `load_zero_expert_model`."""
+    from transformers import AutoModelForCausalLM
+
+    if read_architecture(folder).num_zero_experts:
+        return load_zero_expert_model(folder, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)

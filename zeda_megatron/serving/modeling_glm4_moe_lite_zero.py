@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash with zero experts for transformers >= 5.23; travels with checkpoints, with the two files it imports.
+"""GLM-4.7-Flash with zero experts for transformers >= 5.0; travels with checkpoints, with the two files it imports.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 

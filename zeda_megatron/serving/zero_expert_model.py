@@ -110,6 +110,12 @@ def _shapes_must_be_static():
     )
 
 
+def _is_packed(config):
+    """Weights packed by NVIDIA ModelOpt, whose scales transformers does not read."""
+    found = getattr(config, "quantization_config", None)
+    return (found.get("quant_method") if isinstance(found, dict) else None) == "modelopt"
+
+
 class ZeroExpertModel:
     """Goes before a stock `...ForCausalLM` among the bases of a class, which names the three below."""
 
@@ -119,9 +125,16 @@ class ZeroExpertModel:
     """Router with zero experts, built from the config."""
     NUM_EXPERTS: str
     """Config key of N."""
+    _auto_class = "AutoModelForCausalLM"
+    """`save_pretrained` brings these files (transformers 5.0 asks for it, as the model type is a native one)."""
 
     def __init__(self, config):
         zero = zero_experts(config, getattr(config, self.NUM_EXPERTS))
+        if _is_packed(config):
+            raise ValueError(
+                "config.json: quantization_config of modelopt: transformers would take packed weights for plain ones; "
+                "open the folder with zeda_megatron.serving.load.load_model"
+            )
         super().__init__(config)
         self._columns(getattr(config, "use_zce_mask", False))
         for layer in self.model.layers:

@@ -13,7 +13,7 @@ LATENT_EPS = 1e-6
 
 
 class Glm4MoeLitePlusPlusForCausalLM(Glm4MoeLiteForCausalLM):
-    """Stock GLM-4.7-Flash whose MoE layers skip shared zero experts.
+    """Stock GLM-4.7-Flash whose MoE layers skip zero experts, shared or paired.
 
     Attributes:
         zero_share_meter: counts of every MoE layer.

@@ -32,13 +32,13 @@ class ZeroExpertMoeBlock(nn.Module):
 
 
 def install_zero_experts(
-    layers: nn.ModuleList, block_class: type, config, vllm_config: VllmConfig
+    layers: nn.ModuleList, block_class: type, config, vllm_config: VllmConfig, name: str = "mlp"
 ) -> ZeroShareMeter:
     """Replace the MoE blocks of these decoder layers; returns the meter of their zero share.
 
     Args:
         layers: decoder layers of this pipeline rank (others are placeholders).
-        block_class: the stock MoE block. config: the Hugging Face config.
+        block_class: the stock MoE block. config: the Hugging Face config. name: a layer's name of its MoE block.
 
     Raises:
         ValueError: the config makes no sense, or vLLM's settings would not skip zero experts.
@@ -48,14 +48,15 @@ def install_zero_experts(
     if vllm_config.quant_config is not None:
         raise ValueError("models with zero experts do not work with quantised weights")
     extra = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
-    found = [layer for layer in layers if isinstance(getattr(layer, "mlp", None), block_class)]
+    found = [layer for layer in layers if isinstance(getattr(layer, name, None), block_class)]
     counters = {}
     for layer, routing in zip(found, read_routing(config, len(found), extra)):
         gate = ZeroExpertGate(routing, config.hidden_size, vllm_config.model_config.dtype)
         counter = SlotCounter()
-        _rewire(layer.mlp.experts, gate, counter)
-        counters[extract_layer_index(layer.mlp.experts.layer_name)] = counter
-        layer.mlp = ZeroExpertMoeBlock(gate, layer.mlp)
+        stock = getattr(layer, name)
+        _rewire(stock.experts, gate, counter)
+        counters[extract_layer_index(stock.experts.layer_name)] = counter
+        setattr(layer, name, ZeroExpertMoeBlock(gate, stock))
         if routing.needs_residual:
             layer.post_attention_layernorm.register_forward_hook(_show_residual(gate))
     return ZeroShareMeter(counters, float(extra.get("zeda_metric_seconds", 10.0)))
@@ -84,7 +85,7 @@ def _rewire(runner: MoERunner, gate: ZeroExpertGate, counter: SlotCounter) -> No
     # On the CPU vLLM would trace through its runner, but how many slots are real is not known while tracing.
     shared = runner.shared_experts is not None
     runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
-    experts._replace_quant_method(ZeroSkippingMoEMethod(runner.moe_config, gate.routing.num_real))
+    experts._replace_quant_method(ZeroSkippingMoEMethod(runner.moe_config, gate))
 
 
 def _show_residual(gate: ZeroExpertGate):

@@ -5,6 +5,7 @@ from __future__ import annotations
 ARCHITECTURES = {
     "Qwen3MoePlusPlusForCausalLM": "qwen3_moe",
     "Glm4MoeLitePlusPlusForCausalLM": "glm4_moe_lite",
+    "MixtralPlusPlusForCausalLM": "mixtral",
 }
 """Architecture in config.json, and the file here that has it."""
 
@@ -20,9 +21,9 @@ def register() -> None:
 
 def _register_model_types() -> None:
     """The authors' folders say `qwen3_moe_plus_plus`; vLLM keys on the native types, so they are read as those."""
-    from transformers import AutoConfig, Glm4MoeLiteConfig, Qwen3MoeConfig
+    from transformers import AutoConfig, Glm4MoeLiteConfig, MixtralConfig, Qwen3MoeConfig
 
-    for native in (Qwen3MoeConfig, Glm4MoeLiteConfig):
+    for native in (Qwen3MoeConfig, Glm4MoeLiteConfig, MixtralConfig):
         AutoConfig.register(f"{native.model_type}_plus_plus", _read_as(native), exist_ok=True)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -22,8 +20,7 @@ class ZeroExpertRouter(BaseRouter):
 
     def __init__(self, gate: ZeroExpertGate, counter: SlotCounter, runner_scales: bool):
         super().__init__(top_k=gate.routing.top_k, global_num_experts=gate.routing.num_real)
-        self.routing = replace(gate.routing, scale=1.0) if runner_scales else gate.routing
-        self.gate, self.counter = gate, counter
+        self.routing, self.gate, self.counter, self.scaled = gate.routing, gate, counter, not runner_scales
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
@@ -36,6 +33,7 @@ class ZeroExpertRouter(BaseRouter):
             hidden_states.dtype,
             getattr(self.gate, "e_score_correction_bias", None),
             self.gate.dial,
+            self.scaled,
         )
         self.counter.count(ids_TK, self.routing.num_real)
         return weights_TK, ids_TK.to(torch.int32 if indices_type is None else indices_type)

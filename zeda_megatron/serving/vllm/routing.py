@@ -24,7 +24,7 @@ class ZeroExpertGate(nn.Module):
 
     Attributes:
         weight: [N+Nz, H] (paired: [N, H]). e_score_correction_bias: float32 [N+Nz], with sigmoid scores only.
-        zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N].
+        zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N]. zero_bias: [Nz, H], of learned ones.
         dial: float32 [1]: the logit bias, or the threshold. A tensor, so that captured graphs follow it; no
             buffer, as vLLM waits for checkpoint values of buffers when weights are reloaded.
     """
@@ -40,6 +40,8 @@ class ZeroExpertGate(nn.Module):
         if routing.terms is not None:
             self.zero_weight = _frozen(routing.num_real, hidden_size, dtype=dtype)
             self.zero_bias = _frozen(routing.num_real, dtype=dtype)
+        elif routing.kind == "learned":
+            self.zero_bias = _frozen(routing.num_zero, hidden_size, dtype=dtype)
         dial = routing.logit_bias if routing.terms is None else routing.threshold
         self.dial = torch.tensor([dial], dtype=torch.float32)
         self._residual_norm_T: torch.Tensor | None = None
@@ -77,6 +79,7 @@ def pick(
     dtype: torch.dtype,
     score_bias: torch.Tensor | None = None,
     threshold: torch.Tensor | None = None,
+    scaled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights float32 [T, K] and ids int64 [T, K] of the picks, from a gate's columns.
 
@@ -84,24 +87,45 @@ def pick(
         dtype: the model's type; softmax weights are rounded to it, as transformers does.
         score_bias: [E], added to sigmoid scores for the choice alone.
         threshold: [1], of paired zero experts.
+        scaled: multiply by the model's factor. Scores of paired zero experts are those of scaled weights anyway.
     """
-    if routing.score == "sigmoid":
-        scores_TE = columns_TC.sigmoid()
-        bias_E = score_bias[: columns_TC.shape[1]]
-        ids_TK = torch.topk(scores_TE + bias_E, routing.top_k, dim=-1, sorted=False)[1]
-        weights_TK = scores_TE.gather(1, ids_TK)
-        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY) * routing.scale, ids_TK
     paired = routing.terms is not None and not routing.masked
-    logits_TE = columns_TC[:, : routing.num_real] if paired else columns_TC
-    weights_TK, ids_TK = torch.topk(logits_TE.softmax(dim=-1), routing.top_k, dim=-1)
-    if routing.renormalize:
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    # Contiguous: a sigmoid of a slice may round otherwise than that of transformers.
+    logits_TE = columns_TC[:, : routing.num_real].contiguous() if paired else columns_TC
+    if routing.score == "sigmoid":
+        scores_TE = logits_TE.sigmoid()
+        ids_TK = torch.topk(scores_TE + score_bias[: scores_TE.shape[1]], routing.top_k, sorted=False)[1]
+        weights_TK = scores_TE.gather(1, ids_TK)
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
+    else:
+        weights_TK, ids_TK = torch.topk(logits_TE.softmax(dim=-1), routing.top_k, dim=-1)
+        if routing.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    whole_TK = weights_TK * routing.scale
     if paired:
         score_TK = columns_TC[:, routing.num_real :].gather(1, ids_TK)
         if "weight" in routing.terms:
-            score_TK = score_TK + weights_TK.clamp(min=TINY).log()
+            score_TK = score_TK + whole_TK.clamp(min=TINY).log()
         ids_TK = torch.where(score_TK < threshold, ids_TK + routing.num_real, ids_TK)
-    return weights_TK.to(dtype).float(), ids_TK
+    weights_TK = whole_TK if scaled else weights_TK
+    return (weights_TK if routing.score == "sigmoid" else weights_TK.to(dtype).float()), ids_TK
+
+
+def zero_output(
+    hidden_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    routing: ZeroRouting,
+    zero_bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """What zero slots add to a layer's output [T, H], in float32; None if nothing. zero_bias: [Nz, H] (`learned`)."""
+    if routing.kind == "zero" or routing.masked:
+        return None
+    weights_TK = weights_TK * (ids_TK >= routing.num_real)
+    if routing.kind == "copy":
+        return weights_TK.sum(dim=-1, keepdim=True) * hidden_TH.float()
+    bias_TKH = zero_bias.float()[(ids_TK - routing.num_real).clamp(min=0)]
+    return (weights_TK.unsqueeze(-1) * bias_TKH).sum(dim=1)
 
 
 def real_slots(

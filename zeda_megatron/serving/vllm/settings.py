@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+KINDS = ("zero", "copy", "learned")
 TERMS = ("weight", "head", "residual")
 DIALS = ("zce_logit_bias", "zce_threshold")
 """Keys of config.json that a server may override."""
@@ -28,6 +29,8 @@ class ZeroRouting:
     """Weights of the K picks sum to 1."""
     scale: float = 1.0
     """Factor of all weights."""
+    kind: str = "zero"
+    """What a zero expert gives: nothing, its input (`copy`), or a vector of its own (`learned`)."""
     masked: bool = False
     """Route over the real experts only: the static model."""
     logit_bias: float = 0.0
@@ -97,14 +100,19 @@ def _shape(config: Any) -> ZeroRouting:
             raise ValueError(f"n_group {config.n_group} is not supported with zero experts: 1 only")
         num_real, score = config.n_routed_experts, "sigmoid"
         renormalize, scale = True, float(config.routed_scaling_factor)
-    else:
+    elif hasattr(config, "norm_topk_prob"):
         num_real, score = config.num_experts, "softmax"
         renormalize, scale = bool(config.norm_topk_prob), 1.0
+    else:
+        num_real, score = config.num_local_experts, "softmax"
+        renormalize, scale = True, 1.0
     counts, kinds = getattr(config, "zce_nums", None), getattr(config, "zce_types", None) or ["zero"]
     if not counts:
         raise ValueError("config.json has no zce_nums: a model with zero experts needs e.g. [64]")
-    if len(counts) != len(kinds) or set(kinds) != {"zero"}:
-        raise ValueError(f"zce_nums {counts} with zce_types {kinds} is not served by vLLM: type zero only")
+    if len(counts) != len(kinds) or len(set(kinds)) != 1 or kinds[0] not in KINDS:
+        raise ValueError(
+            f"zce_nums {counts} with zce_types {kinds} is not supported; one kind of {KINDS} per model"
+        )
     common = {
         "num_real": num_real,
         "num_zero": sum(counts),
@@ -112,16 +120,18 @@ def _shape(config: Any) -> ZeroRouting:
         "score": score,
         "renormalize": renormalize,
         "scale": scale,
+        "kind": kinds[0],
         "masked": bool(getattr(config, "use_zce_mask", False)),
     }
     routing = getattr(config, "zce_routing", None) or "shared"
     if routing == "shared":
         return ZeroRouting(**common)
-    if routing != "paired" or score != "softmax":
-        raise ValueError(f"zce_routing {routing!r} is not supported for {config.model_type}")
-    if list(counts) != [num_real]:
+    if routing != "paired":
+        raise ValueError(f"zce_routing {routing!r} is unknown; known: shared, paired")
+    if list(counts) != [num_real] or kinds[0] != "zero":
         raise ValueError(
-            f"zce_nums {counts} does not fit paired routing, which has one zero expert per real one: [{num_real}]"
+            f"zce_nums {counts} with zce_types {kinds} does not fit paired routing, which has one zero expert per "
+            f"real one: [{num_real}] and ['zero']"
         )
     terms = tuple((getattr(config, "zce_score", None) or "+".join(TERMS)).split("+"))
     if not set(terms) <= set(TERMS) or len(set(terms)) < len(terms):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
-from .routing import real_slots
+from .routing import ZeroExpertGate, real_slots, zero_output
 
 GPU_KERNELS = ("TritonExperts",)
 """Kernels that drop rows whose expert is not mapped (expert id -1 in the expert map)."""
@@ -18,15 +20,21 @@ class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
 
     On the CPU only real (token, slot) pairs are handed over: its kernel has no bounds check on ids. On a GPU the shapes
     stay (CUDA graphs), and an expert map says that the zero experts live on no rank, as in expert parallelism; this
-    path was not run yet.
+    path was not run yet. What zero experts of another type than `zero` give is added behind the experts, by one
+    rank of those that add up their outputs.
+
+    Args:
+        moe: vLLM's settings of the layer.
+        gate: its router's weights.
 
     Raises:
         ValueError: kernels that would not skip.
     """
 
-    def __init__(self, moe: FusedMoEConfig, num_real: int):
+    def __init__(self, moe: FusedMoEConfig, gate: ZeroExpertGate):
         super().__init__(moe)
-        self.num_real = num_real
+        self.routing, self.num_real = gate.routing, gate.routing.num_real
+        self._gate = [gate]  # in a list: the gate belongs to another module
         self._maps: tuple[torch.Tensor | None, torch.Tensor] | None = None
         self._refuse()
 
@@ -58,35 +66,48 @@ class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
         super().process_weights_after_loading(layer)
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input) -> torch.Tensor:
-        """[T, H] -> [T, H]. Ids lie in [0, N+Nz); slots with ids from N on add nothing."""
-        if not current_platform.is_cpu():
-            # One id for all zero experts, and the expert map says it is on no rank.
-            is_real_TK = topk_ids < self.num_real
-            return self._kernel(
-                layer,
-                x,
-                torch.where(is_real_TK, topk_weights, 0),
-                torch.where(is_real_TK, topk_ids, self.num_real),
-                self.num_real + 1,
-                self._expert_map(layer, x.device),
-                shared_experts,
-                shared_experts_input,
-            )
+        """[T, H] -> [T, H]. Ids lie in [0, N+Nz); no slot with an id from N on reaches an expert."""
+        path = self._real_rows if current_platform.is_cpu() else self._unmapped
+        output_TH = path(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        if get_tensor_model_parallel_rank() == 0:
+            bias = getattr(self._gate[0], "zero_bias", None)
+            more_TH = zero_output(x, topk_weights, topk_ids, self.routing, bias)
+            if more_TH is not None:
+                # vLLM pads the width of x where a kernel wants it.
+                output_TH = output_TH + F.pad(more_TH, (0, x.shape[1] - more_TH.shape[1]))
+        return output_TH.to(x.dtype)
+
+    def _unmapped(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
+        """All zero experts get one id, and the expert map says it is on no rank."""
+        is_real_TK = topk_ids < self.num_real
+        return self._kernel(
+            layer,
+            x,
+            torch.where(is_real_TK, topk_weights, 0),
+            torch.where(is_real_TK, topk_ids, self.num_real),
+            self.num_real + 1,
+            self._expert_map(layer, x.device),
+            shared_experts,
+            shared_experts_input,
+        )
+
+    def _real_rows(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
+        """Every real slot is a row of its own; float32."""
         output_TH = torch.zeros_like(x, dtype=torch.float32)
         token_R, ids_R1, weights_R1 = real_slots(topk_ids, topk_weights, self.num_real)
-        if token_R.numel():
-            rows_RH = self._kernel(
-                layer,
-                x[token_R],
-                weights_R1,
-                ids_R1,
-                self.num_real,
-                None,
-                shared_experts,
-                shared_experts_input,
-            )
-            output_TH.index_add_(0, token_R, rows_RH.float())
-        return output_TH.to(x.dtype)
+        if token_R.numel() == 0:
+            return output_TH
+        rows_RH = self._kernel(
+            layer,
+            x[token_R],
+            weights_R1,
+            ids_R1,
+            self.num_real,
+            None,
+            shared_experts,
+            shared_experts_input,
+        )
+        return output_TH.index_add_(0, token_R, rows_RH.float())
 
     def _kernel(self, layer, x, weights, ids, num_experts, expert_map, shared_experts, shared_experts_input):
         return self.moe_kernel.apply(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 MODELS = {
-    "qwen3_moe": (tiny.hf_model, SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "qwen": (tiny.hf_model, SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
     # the latent sizes are the real model's: the CPU kernel knows no others
-    "glm4_moe_lite": (
+    "glm": (
         tiny.glm_model,
         SIZES
         | {
@@ -30,7 +31,12 @@ MODELS = {
             "v_head_dim": 32,
         },
     ),
+    "mixtral": (
+        tiny.mixtral_model,
+        {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32},
+    ),
 }
+"""Families, and the sizes that change."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -46,35 +52,43 @@ def prompts() -> list[list[int]]:
     return [torch.randint(1, 250, (length,), generator=draw).tolist() for length in (5, 17, 40, 64)]
 
 
-def make_folders(root: Path) -> dict[str, Path]:
-    """Exported folders: `qwen_shared`, `qwen_paired`, `glm_shared`."""
+ZERO = {
+    "shared": {"num_zero_experts": 4},
+    "copy": {"num_zero_experts": 4, "zero_experts_type": "copy"},
+    "learned": {"num_zero_experts": 4, "zero_experts_type": "learned"},
+    "paired": {"zero_expert_routing": "paired", "paired_score": "weight+head+residual"},
+}
+"""How a conversion adds zero experts."""
+
+
+def make_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Exported folders, named after a family and its zero experts: `qwen_shared`, `glm_paired`, ..."""
     from zeda_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-    folders = {}
-    for name, kind in (("qwen", "qwen3_moe"), ("glm", "glm4_moe_lite")):
-        model, sizes = MODELS[kind]
-        world = tiny_world.make_world(root / kind, model, **sizes)
-        folders[f"{name}_shared"] = root / f"{name}_shared"
-        megatron_to_hf(world.dynamic, world.hf, folders[f"{name}_shared"])
-        if name == "qwen":
-            paired, out = root / "paired", root / "qwen_paired"
-            score = {"zero_expert_routing": "paired", "paired_score": "weight+head+residual"}
-            hf_to_megatron(world.hf, paired, **score)
-            megatron_to_hf(paired, world.hf, out)
-            draw_heads(out)
-            folders["qwen_paired"] = out
+    folders, worlds = {}, {}
+    for name in names:
+        family, kind = name.split("_")
+        if family not in worlds:
+            model, sizes = MODELS[family]
+            worlds[family] = tiny_world.make_world(root / family, model, **sizes)
+        folders[name] = root / name
+        hf_to_megatron(worlds[family].hf, root / f"{name}_megatron", **ZERO[kind])
+        megatron_to_hf(root / f"{name}_megatron", worlds[family].hf, folders[name])
+        if kind in ("learned", "paired"):
+            draw_added(folders[name], paired=kind == "paired")
     return folders
 
 
-def draw_heads(folder: Path) -> None:
-    """Give the heads of a fresh paired checkpoint something to say."""
+def draw_added(folder: Path, paired: bool) -> None:
+    """Give what a fresh checkpoint has as zeros (heads, learned outputs) something to say."""
     file, draw = folder / "model.safetensors", torch.Generator().manual_seed(0)
     tensors = load_file(file)
     for name in sorted(tensors):
         if ".gate.zero_" in name:
             tensors[name] = torch.randn(tensors[name].shape, generator=draw) * 0.1
     save_file(tensors, file, metadata={"format": "pt"})
-    change_config(folder, zce_threshold=-3.0)
+    if paired:
+        change_config(folder, zce_threshold=-3.0)
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -129,11 +143,12 @@ def offline(folder: Path, rounds: int = 1, **llm) -> dict:
         "new_tokens": NEW_TOKENS,
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_run.py"))],
+        [sys.executable, str(Path(__file__).parent / "serving" / "vllm_run.py")],
         input=json.dumps(job),
         capture_output=True,
         text=True,
         env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"rounds"')]
+    return json.loads(line)

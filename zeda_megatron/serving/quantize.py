@@ -1,0 +1,202 @@
+"""Quantise an exported dynamic model with NVIDIA ModelOpt: weights only, router and zero rows as they are.
+
+python tools/quantize.py --hf DIR --out DIR [--number-format int8|fp8] [--packed]
+
+Rounded by default: the folder has the layout, type and size that it had, and its numbers are those that the format can
+hold; every engine serves it, and its quality is that of the packed model. `--packed` writes ModelOpt's own format.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import parse
+from ..checkpoint.hf_config import copy_side_files
+from ..checkpoint.target import check_space, check_target, swap_in
+from ..errors import UserError
+from ..models.architecture import read_architecture
+from .load import load_model
+from .packed import SCALE, keys_of, packed_by, stored_dtype
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "int8": {"num_bits": 8, "axis": 0},
+    "fp8": {"num_bits": (4, 3), "axis": None},
+}
+"""ModelOpt's words. int8: a scale per output row. fp8 (E4M3): a scale per matrix, as ModelOpt's own format has it."""
+ROUTER = ("weight", "zero_weight", "zero_bias")
+"""What decides on picks."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to quantise."""
+
+    hf: str | None = None
+    """Folder of an exported model, with zero experts or without."""
+
+    out: str | None = None
+    """Folder that is written."""
+
+    number_format: str = "int8"
+    """int8 or fp8; weights alone, activations keep their type."""
+
+    packed: bool = False
+    """Write ModelOpt's own format: half the size of bf16; few engines read it."""
+
+    quantize_router: bool = False
+    """Round the routers and the heads of zero experts as well: to see what that does."""
+
+    overwrite: bool = False
+    """Replace a checkpoint at --out."""
+
+
+def quantize(options: QuantizeOptions) -> dict[str, int]:
+    """Write the quantised folder; nothing has its name before it is complete.
+
+    Returns:
+        `weights` that were quantised (an expert's gate and up matrix are one), and the `parameters` in them.
+
+    Raises:
+        UserError: no ModelOpt, an unknown format, a folder that cannot be read or written, or a packed one.
+    """
+    mtq = _modelopt()
+    if options.number_format not in FORMATS:
+        raise UserError(f"--number-format {options.number_format!r} is unknown; known: {', '.join(FORMATS)}")
+    if options.packed and options.quantize_router:
+        raise UserError("--packed has no place for quantised routers: leave --quantize-router out")
+    if options.packed and options.number_format == "fp8":
+        raise UserError(
+            "--packed with --number-format fp8: ModelOpt's format would say that activations are fp8 too; choose int8"
+        )
+    source, target = Path(options.hf), Path(options.out)
+    arch = read_architecture(source)
+    if packed_by(arch.hf) is not None:
+        raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
+    check_target(target, options.overwrite)
+    check_space(target, sum(file.stat().st_size for file in source.iterdir()))
+    model = load_model(source, dtype=stored_dtype(source))
+    plain = type(model)
+    model = mtq.quantize(model, _config(mtq, FORMATS[options.number_format]))
+    done = _count(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work = staging / "out"
+    work.mkdir()
+    try:
+        if options.packed:
+            from modelopt.torch.export import export_hf_checkpoint
+
+            export_hf_checkpoint(model, export_dir=work)
+            _check_names(work, source)
+        else:
+            _save_rounded(mtq, model, plain, work, options)
+        copy_side_files(source, work)
+        swap_in(work, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return done
+
+
+def _modelopt():
+    try:
+        import modelopt.torch.quantization as mtq
+    except ImportError as error:
+        raise UserError(
+            f"NVIDIA ModelOpt cannot be imported ({error}): pip install -e '.[modelopt]'"
+        ) from None
+    return mtq
+
+
+def _config(mtq, weights: dict[str, Any]) -> dict[str, Any]:
+    """ModelOpt's weight-only recipe, whose list of exceptions has head, embedding and routers, in this format."""
+    recipe = mtq.INT8_WEIGHT_ONLY_CFG
+    entries = [
+        {**entry, "cfg": dict(weights)} if entry.get("quantizer_name") == "*weight_quantizer" else entry
+        for entry in recipe["quant_cfg"]
+    ]
+    return {**recipe, "quant_cfg": entries}
+
+
+def _quantizers(model: nn.Module):
+    """(name, quantiser) of weights; experts have one each in a list."""
+    for name, module in model.named_modules():
+        if "weight_quantizer" in name and getattr(module, "is_enabled", False):
+            yield name, module
+
+
+def _count(model: nn.Module) -> dict[str, int]:
+    names = [name for name, _ in _quantizers(model)]
+    sizes = dict(model.named_parameters())
+    parameters = 0
+    for name in names:
+        owner, _, _ = name.rpartition(".weight_quantizer")
+        if owner:
+            parameters += sizes[f"{owner}.weight"].numel()
+        else:
+            owner, _, _ = name.rpartition("_weight_quantizers.")
+            parameters += sizes[owner][0].numel()
+    return {"weights": len(names), "parameters": parameters}
+
+
+def _check_names(packed: Path, source: Path) -> None:
+    """ModelOpt gives some models' experts names that neither transformers nor this project would read."""
+    found = {name for name in keys_of(packed) if not name.endswith(SCALE)}
+    for name in sorted(found ^ set(keys_of(source))):
+        raise UserError(f"ModelOpt cannot pack this model: {name} is in one folder alone; leave --packed out")
+
+
+def _save_rounded(mtq, model: nn.Module, plain: type, folder: Path, options: QuantizeOptions) -> None:
+    """A `plain` model with the rounded weights, saved as transformers does."""
+    mtq.fold_weight(model)
+    state = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    state |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    if options.quantize_router:
+        _round_routers(model, state, FORMATS[options.number_format])
+    config = model.config
+    config.zeda_rounded_to = options.number_format
+    with torch.device("meta"):
+        fresh = plain._from_config(config, dtype=model.dtype)
+    missing, unexpected = fresh.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise RuntimeError(f"weights do not fit: {missing[:3]} {unexpected[:3]}")
+    fresh.save_pretrained(folder)
+
+
+def _round_routers(model: nn.Module, state: dict[str, torch.Tensor], number_format: dict[str, Any]) -> None:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    for name in list(state):
+        owner, _, last = name.rpartition(".")
+        if owner.endswith(".gate") and last in ROUTER:
+            rows = state[name].reshape(state[name].shape[0], -1)
+            quantizer = TensorQuantizer(QuantizerAttributeConfig(**number_format))
+            quantizer.enable_calib()
+            quantizer.disable_quant()
+            quantizer(rows)
+            quantizer.load_calib_amax()
+            quantizer.disable_calib()
+            quantizer.enable_quant()
+            state[name] = quantizer(rows).reshape(state[name].shape).detach()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of tools/quantize.py."""
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse(arguments, {"quantize": QuantizeOptions}, prog="quantize.py")["quantize"]
+    for flag in ("hf", "out"):
+        if getattr(options, flag) is None:
+            raise UserError(f"--{flag} is missing")
+    done = quantize(options)
+    print(
+        f"{options.out}: {done['weights']} weights, {done['parameters']} parameters as {options.number_format}"
+    )
+    return 0
