@@ -41,6 +41,13 @@ def test_every_format_is_read(tmp_path, ending):
     assert read_rows(GSM, str(tmp_path)) == ROWS
 
 
+def test_the_authors_files_may_lie_one_folder_below(tmp_path):
+    write(tmp_path / "benchmark" / "gsm8k.jsonl", ROWS)
+    assert read_rows(GSM, str(tmp_path)) == ROWS
+    write(tmp_path / "gsm8k.jsonl", ROWS[:1])
+    assert read_rows(GSM, str(tmp_path)) == ROWS[:1]
+
+
 def test_a_downloaded_data_set_gives_its_test_split(tmp_path):
     write(tmp_path / "gsm8k/main/train-00000-of-00001.parquet", [{"question": "train", "answer": "#### 9"}])
     write(tmp_path / "gsm8k/main/test-00000-of-00001.parquet", ROWS)

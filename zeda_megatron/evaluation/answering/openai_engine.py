@@ -96,16 +96,17 @@ class OpenAIEngine:
         )
 
     def slots(self) -> tuple[int, int] | None:
-        """Counters of the vLLM plugin, from the server's /metrics; all of its traffic counts."""
+        """Counters of the vLLM plugin, from the server's /metrics; all of its traffic counts. (0, 0) while there are
+        none: a fresh server has none before its first answer."""
         try:
             with urllib.request.urlopen(f"{self.url.removesuffix('/v1')}/metrics", timeout=30) as response:
                 lines = response.read().decode("utf-8", "replace").splitlines()
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return None
         zero, routed = (
             [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(n)] for n in (_ZERO, _ROUTED)
         )
-        return (int(sum(zero)), int(sum(routed))) if routed else None
+        return int(sum(zero)), int(sum(routed))
 
     def _call(self, path: str, order: dict | None) -> dict:
         headers = {"Content-Type": "application/json"}

@@ -19,8 +19,8 @@ AUTHORS = "TsinghuaC3I/ZEDA-Evaluation"
 def read_rows(benchmark: Benchmark, data: str | None) -> list[Row]:
     """The rows of a benchmark: from the folder `data` (`--data`), or from the package that ships them.
 
-    Looked for are `<data>/<name>` with one of the endings above, then the folder `<data>/<name>/` with a copy of the
-    original data set.
+    Looked for are `<data>/<name>` with one of the endings above, there or one folder below, then the folder
+    `<data>/<name>/` with a copy of the original data set.
 
     Raises:
         UserError: nothing there (says what to download, from where, to where), or a file that cannot be read.
@@ -29,10 +29,10 @@ def read_rows(benchmark: Benchmark, data: str | None) -> list[Row]:
         root = Path(data)
         if not root.is_dir():
             raise UserError(f"--data {data}: no such folder")
-        for ending in _ENDINGS:
-            file = root / f"{benchmark.name}{ending}"
-            if file.is_file():
-                return list(_rows_of(file))
+        for below in ("", "*/"):  # a download may keep its own folder
+            for ending in _ENDINGS:
+                for file in sorted(root.glob(f"{below}{benchmark.name}{ending}")):
+                    return list(_rows_of(file))
         folder = root / benchmark.name
         if folder.is_dir():
             return _rows_of_folder(folder, benchmark)
