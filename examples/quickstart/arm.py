@@ -16,7 +16,7 @@ class Arm:
     """Name in report.json."""
     start: str = "dynamic"
     """Checkpoint it starts from: `static`, `dynamic` (shared zero experts), `null` (as many as real experts), one of
-    `FITS`, or `arms/NAME`: what another arm, earlier in the list, has trained."""
+    `FITS` or `PRUNED`, or `arms/NAME`: what another arm, earlier in the list, has trained."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
@@ -64,6 +64,9 @@ FITS = {
     "paired_norm_residual": {"--fit-target": "norm"},
 }
 """Checkpoints with paired zero experts: flags of tools/fit_zero_rows.py."""
+
+PRUNED = {"reap_25": "0.25", "reap_50": "0.5"}
+"""Checkpoints with fewer experts (REAP): the share that is cut."""
 
 PAIRED = {"--moe-router-load-balancing-type": "none"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from arm import (
     FITS,
     NET,
+    PRUNED,
     STAGE1_END,
     ZEDA_WEIGHT,
     Arm,
@@ -24,7 +25,7 @@ from arm import (
     zeda,
 )
 
-__all__ = ["DEFAULT", "EXPORTED", "FITS", "FULL", "Arm"]
+__all__ = ["DEFAULT", "EXPORTED", "FITS", "FULL", "PRUNED", "Arm"]
 WEIGHTS = {25: 0.7, 62: 4.8, 75: 12.0}
 """w for other shares, found by trial."""
 SEEDS = (2, 3)
@@ -108,8 +109,9 @@ STUDY = (
         {"--moe-zero-expert-weight": str(ZEDA_WEIGHT), "--group-loss-budget": "model"},
     ),
     Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
+    *(Arm(name, name) for name in PRUNED),
 )
-"""AdaMoE's loss; one budget for all layers; a share that is held by the controller of w."""
+"""AdaMoE's loss; one budget for all layers; a share that is held by the controller of w; pruning (REAP)."""
 FULL = (
     *DEFAULT,
     *STAGE2,

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from arms import EXPORTED, FITS, Arm
+from arms import EXPORTED, FITS, PRUNED, Arm
 from figures import add_spread, environment, history_of
 from models import MODELS
 
@@ -113,6 +113,17 @@ def fit(walk: Walk, name: str) -> None:
     walk.run(f"fit {name}", [*command, "--save", str(walk.out / name)], walk.out / name)
 
 
+def prune(walk: Walk, name: str, teacher: Path) -> None:
+    """Cut experts by REAP's score on the teacher's own answers, then convert what is left."""
+    hf = walk.out / f"{name}_hf"
+    command = [sys.executable, "-m", "zeda_megatron.evaluation.reap", "--hf", str(teacher)]
+    command += ["--calibration", str(walk.out / "rollouts.jsonl"), "--fraction", PRUNED[name]]
+    walk.run(f"prune {name}", [*command, "--out", str(hf)], hf)
+    tool = [sys.executable, str(ROOT / "tools" / "checkpoint_convert.py"), "hf-to-megatron"]
+    flags = ["--hf", str(hf), "--out", str(walk.out / name), "--dtype", "fp32"]
+    walk.run(f"convert {name}", [*tool, *flags], walk.out / name)
+
+
 def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
     if not arm.train:
         return
@@ -195,6 +206,9 @@ def main() -> int:
     for name in FITS:
         if any(arm.start == name for arm in arms):
             fit(walk, name)
+    for name in PRUNED:
+        if any(arm.start == name for arm in arms):
+            prune(walk, name, args.teacher.resolve())
     heldout = args.heldout.resolve()
 
     def work(arm: Arm | None) -> dict:

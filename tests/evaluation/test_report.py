@@ -234,3 +234,13 @@ def test_table_shows_teacher_first_then_the_closest():
     assert names == ["teacher", "paired_kl", "net_kl", "top_p", "zeda_stage1_ce"]
     assert sorted_arms(complete(report(b=metrics(), a=metrics(0.2), c=metrics(0.1)))) == ["c", "a", "b"]
     assert len({len(line) for line in lines[:2]}) == 1
+
+
+def test_exact_answers_have_an_interval_and_a_paired_test(tmp_path):
+    teacher = metrics(0.0, 0.0, 1.79, 0.6, answers="1110011000", exact_match_interval=[0.31, 0.83])
+    mine = metrics(0.01, 0.5, 1.8, 0.2, answers="0000011000", exact_match_interval=[0.05, 0.51])
+    what = {**report(paired_kl=mine, net_kl=metrics(0.02, 0.5, 1.8, 0.3)), "teacher": teacher}
+    text = page(tmp_path, what, {})
+    # Three questions changed, all for the worse: McNemar's exact p is 2 * 0.5**3.
+    assert "5% to 51%, p 0.25" in text and "31% to 83%" in text and text.count(", p 0.") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["arms"]["paired_kl"]["answers"] == "0000011000"

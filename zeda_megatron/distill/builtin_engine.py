@@ -15,7 +15,7 @@ from ..moe.stats import stats_aside
 from ..runtime.process_groups import device
 from .answering_pass import AnsweringPass, answering
 from .kv_slots import KVSlots
-from .rollout import Generation
+from .rollout import Generation, check_prompts
 from .sampling import Sampler, SamplingConfig
 
 SLACK = 64
@@ -75,11 +75,7 @@ class BuiltinEngine:
         record_routing: bool = False,
     ) -> list[Generation]:
         """Answer prompts (lists of token ids, each shorter than `max_length`); see `RolloutEngine`."""
-        for prompt in prompts:
-            if not 0 < len(prompt) < self.max_length:
-                raise UserError(
-                    f"a prompt of {len(prompt)} tokens does not fit a context of {self.max_length}"
-                )
+        check_prompts(prompts, self.max_length)
         record = recording(self.chunks) if record_routing else nullcontext()
         with answering(self.chunks), stats_aside(self.chunks), record:
             return _Answers(self, prompts, sampling, stream_ids, record_routing).run()

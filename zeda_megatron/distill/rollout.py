@@ -57,3 +57,10 @@ def check_engine(name: str) -> None:
         raise UserError(
             "--rollout-engine vllm needs vLLM, which is not installed here (docs/serving.md): use builtin"
         )
+
+
+def check_prompts(prompts: list[list[int]], max_length: int) -> None:
+    """Raise `UserError` for a prompt that is empty or leaves no room for an answer."""
+    for prompt in prompts:
+        if not 0 < len(prompt) < max_length:
+            raise UserError(f"a prompt of {len(prompt)} tokens does not fit a context of {max_length}")

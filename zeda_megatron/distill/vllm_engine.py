@@ -16,7 +16,7 @@ from ..models.architecture import Architecture
 from ..moe.stats import routers
 from ..serving.vllm.recorder import RoutingRecorder
 from .hf_weights import hf_settings, hf_weights
-from .rollout import Generation
+from .rollout import Generation, check_prompts
 from .sampling import SamplingConfig
 
 GPU_SHARE = 0.4
@@ -90,11 +90,7 @@ class VLLMEngine:
         record_routing: bool = False,
     ) -> list[Generation]:
         """Answer prompts (lists of token ids, each shorter than `max_length`); see `RolloutEngine`."""
-        for prompt in prompts:
-            if not 0 < len(prompt) < self.max_length:
-                raise UserError(
-                    f"a prompt of {len(prompt)} tokens does not fit a context of {self.max_length}"
-                )
+        check_prompts(prompts, self.max_length)
         if not prompts:
             return []
         if sampling.temperature > HOTTEST:

@@ -10,6 +10,7 @@ from ..data.packing import PackedBatch, PackedDataset
 from ..data.prompts import load_rollouts
 from ..data.tokenizers import ChatTokenizer
 from ..errors import UserError
+from .benchmarks.checkable import TEXT_KINDS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def load_held_out(
     file: str,
     tokenizer: ChatTokenizer,
     seq_length: int,
-    text_kinds: tuple[str, ...] = ("prose", "code"),
+    text_kinds: tuple[str, ...] = TEXT_KINDS,
     limit: int | None = None,
 ) -> HeldOut:
     """Read a rollout file (`messages`, `kind`, `label`).

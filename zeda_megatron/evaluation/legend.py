@@ -64,6 +64,7 @@ ARMS = {
     "beam_kl": Arm("learned mask in BEAM's manner, distilled", True, True, "#c2255c", "#f783ac"),
     "static_topk_half": Arm("top-k halved, untrained", True, False, "#868e96", "#909aa3"),
     "dynamic_skipping": Arm("second pick dropped when small (NAEE)", True, False, "#99752b", "#d0a94f"),
+    "reap": Arm("experts of least router-weighted output cut (REAP)", True, False, "#6b7f3a", "#b5c77a"),
     "top_p": Arm("smallest set with probability p", True, False, "#7f6a5c", "#b8a394"),
 }
 _OTHERS = (("#0b7285", "#66d9e8"), ("#862e9c", "#da77f2"), ("#e67700", "#ffd43b"), ("#364fc7", "#91a7ff"))

@@ -105,15 +105,15 @@ def measure(
         }
     record_experts(student, False)
     record_tokens(student, False)
-    right = _exact_match(student, held_out.tasks, tokenizer, max_new_tokens)
-    for kind, value in right.items():
+    right = _right_answers(student, held_out.tasks, tokenizer, max_new_tokens)
+    for kind, value in _by_family(held_out.tasks, right).items():
         by_kind[kind]["exact_match"] = value
     share = total["zero"] / total["slots"]
     return {
         "ce": total["ce"] / total["weight"],
         "kl_to_teacher": total["kl"] / total["weight"],
         "top1_agreement": total["top1_agreement"] / total["weight"],
-        "exact_match": sum(right.values()) / len(right) if right else None,
+        **_answered(held_out.tasks, right),
         "zero_share": share,
         "expert_flops": 1.0 - share,
         "by_kind": by_kind,
@@ -161,23 +161,42 @@ def _score(student, teacher, rows, vocab_size, seq_length, classes):
     return sums, report, torch.stack(picks), ScoredTokens.join(tokens)
 
 
-def _exact_match(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> dict[str, float]:
-    """Share of right greedy answers per family; texts are stripped and compared."""
+def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
+    """Whether each greedy answer is the right one, in the order of the tasks; judged as the benchmark `tasks` does."""
     from ..distill.builtin_engine import BuiltinEngine
     from ..distill.sampling import SamplingConfig
+    from .benchmarks.checkable import exactly
 
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
     engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length, slots=slots)
     greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
-    tasks = sorted(
-        tasks, key=lambda task: len(task.prompt_ids)
-    )  # the order of families is that of the mean's sum
     made = engine.generate([task.prompt_ids for task in tasks], greedy, [0] * len(tasks))
-    hits, counts = defaultdict(int), defaultdict(int)
-    for task, generation in zip(tasks, made, strict=True):
-        counts[task.kind] += 1
-        hits[task.kind] += tokenizer.decode(generation.response_ids).strip() == task.label
-    return {kind: hits[kind] / counts[kind] for kind in counts}
+    return [
+        exactly(tokenizer.decode(one.response_ids), task.label) for task, one in zip(tasks, made, strict=True)
+    ]
+
+
+def _answered(tasks, right: list[bool]) -> dict:
+    """`exact_match` (families count alike), its interval, and the single answers, for paired tests in the report."""
+    from .comparison.statistics import accuracy
+
+    if not tasks:
+        return {"exact_match": None}
+    shares = _by_family(tasks, right).values()
+    spread = accuracy([float(one) for one in right], len(right))
+    return {
+        "exact_match": sum(shares) / len(shares),
+        "exact_match_interval": [spread.low, spread.high],
+        "answers": "".join("01"[one] for one in right),
+    }
+
+
+def _by_family(tasks, right: list[bool]) -> dict[str, float]:
+    # The mean over families is a sum in their order: of the shortest prompts first.
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for task, one in sorted(zip(tasks, right), key=lambda pair: len(pair[0].prompt_ids)):
+        groups[task.kind].append(one)
+    return {kind: sum(some) / len(some) for kind, some in groups.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,7 +34,8 @@ def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> st
         _section(
             "Results",
             "Closest to the teacher first. Bold: best of the arms that skip about half of their picks "
-            f"({half}); the others are not comparable. Square signs are baselines, hollow ones untrained.",
+            f"({half}); the others are not comparable. Square signs are baselines, hollow ones untrained. Under exact "
+            "answers: 95% interval, p of a paired test against the teacher.",
             results_table(report, order, arms, found),
         ),
         _section(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
+from .comparison.statistics import paired_p_value
 from .finding import BAND, Finding
 from .legend import Arm
 
@@ -108,13 +109,26 @@ def _row(name: str, note: str, m: dict, teacher: dict, kind: str, sign: str, top
         _cell(m["ce"], "{:.4f}", top.get("ce") == name),
         _cell(rise, "{:+.2%}"),
         _cell(m["top1_agreement"], "{:.3f}", top.get("top1_agreement") == name),
-        _cell(m["exact_match"], "{:.1%}", top.get("exact_match") == name),
+        _cell(m["exact_match"], "{:.1%}", top.get("exact_match") == name, _answers_note(m, teacher)),
         _cell(m["expert_flops"], "{:.3f}"),
         _cell(m["adapt_tokens"], count),
         _cell(m["adapt_seconds"], duration),
     ]
     label = f'<th scope="row">{sign}{breakable(name)}<span class="note">{escape(note)}</span></th>'
     return f'<tr class="{kind}">{label}{"".join(cells)}</tr>'
+
+
+def _answers_note(m: dict, teacher: dict) -> str:
+    """95% interval of the exact answers, and the paired test against the teacher, where single answers are known."""
+    if not m.get("exact_match_interval"):
+        return ""
+    low, high = m["exact_match_interval"]
+    text = f"{low:.0%} to {high:.0%}"
+    mine, theirs = m.get("answers"), teacher.get("answers")
+    if m is not teacher and mine and theirs and len(mine) == len(theirs):
+        p = paired_p_value([float(int(a) - int(b)) for a, b in zip(mine, theirs)])
+        text += f", p {p:.2f}"
+    return f'<span class="note">{text}</span>'
 
 
 def _cell(value: float | None, form: str | Callable[[float], str], best: bool = False, more: str = "") -> str:

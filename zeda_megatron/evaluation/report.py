@@ -8,6 +8,7 @@ has the keys below, None where a figure was not measured, and may have more:
 * `skipped_by_expert`: per layer and real expert, the share of its picks that were skipped
 * `tokens`: which tokens skip, over the tokens that are scored; see `token_skips.py`
 * `own_answers`: KL(student || teacher) on the student's own answers to held-out prompts (`evaluation.own_answers`)
+* `answers`: one digit per checkable question, 1 for right; `exact_match_interval`: 95%, low and high
 * `kl_to_teacher_std`: spread over seeds; `seeds`: how many
 """
 

@@ -9,7 +9,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ..runtime.megatron_api import mend_latent_attention, moe_submodules
+from ..errors import UserError
+from ..runtime.megatron_api import mend_latent_attention, moe_submodules, queries_need_latents
 from .latent_attention import LatentAttention
 from .local_layers import SDPAttention, SPRMSNorm, with_explicit_masks
 
@@ -33,6 +34,11 @@ def decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if config.multi_latent_attention:
+        if config.q_lora_rank is None and queries_need_latents():
+            raise UserError(
+                "config.json: q_lora_rank null (queries without latents) works with megatron-core 0.16 only: newer "
+                "ones put a norm before such queries"
+            )
         mend_latent_attention()
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention

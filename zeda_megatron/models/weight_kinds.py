@@ -141,20 +141,8 @@ class ScoreBias(Router):
 
 
 @dataclass(frozen=True)
-class Added:
+class Added(Direct):
     """A parameter that static checkpoints lack (of learned or paired zero experts): zeros there."""
-
-    hf: str
-    mcore: str
-
-    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
-        return {self.hf: (shape,)}
-
-    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
-        return read(self.hf)
-
-    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
-        return {self.hf: tensor}
 
 
 @dataclass(frozen=True)

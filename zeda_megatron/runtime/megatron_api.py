@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -53,6 +54,14 @@ def mend_latent_attention() -> None:
 
     if not isinstance(getattr(module, "TELinear", None), type):
         module.HAVE_TE = False
+
+
+def queries_need_latents() -> bool:
+    """Latent attention whose latents are normed must have latents of queries too.
+
+    So in 0.19; 0.16 projects queries that have none without a norm, as the published models do.
+    """
+    return find_spec("megatron.core.transformer.mla_qk_norm_config") is not None
 
 
 def _keyword(spec, name: str):

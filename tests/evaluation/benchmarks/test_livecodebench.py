@@ -1,0 +1,178 @@
+"""LiveCodeBench: both kinds of problems, judged as its own runner does."""
+
+import base64
+import json
+import pickle
+import subprocess
+import sys
+import zlib
+from importlib.util import find_spec
+
+import pytest
+
+from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation.benchmarks.code_driver import same_output
+from zeda_megatron.evaluation.benchmarks.livecodebench import LIVECODEBENCH, questions, verify
+
+PRIVATE = [{"input": "2 5\n", "output": "7\n", "testtype": "stdin"}]
+STDIN = {
+    "question_title": "Sum",
+    "question_content": "Add two numbers.",
+    "platform": "atcoder",
+    "question_id": "abc1_a",
+    "contest_id": "abc1",
+    "contest_date": "2025-01-01T00:00:00",
+    "starter_code": "",
+    "difficulty": "easy",
+    "public_test_cases": json.dumps([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]),
+    "private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(json.dumps(PRIVATE)))).decode(),
+    "metadata": "{}",
+}
+FUNCTION = {
+    **STDIN,
+    "question_id": "3000",
+    "starter_code": "class Solution:\n    def add(self, a: int, b: List[int]) -> List[int]:\n        ",
+    "public_test_cases": json.dumps([{"input": "1\n[2, 3]", "output": "[3, 4]", "testtype": "functional"}]),
+    "private_test_cases": json.dumps([{"input": "0\n[]", "output": "[]", "testtype": "functional"}]),
+    "metadata": '{"func_name": "add"}',
+}
+AUTHORS = {
+    "uid": "lcb-0",
+    "prompt": [{"role": "system", "content": "Expert."}, {"role": "user", "content": "Add."}],
+    "question_id": "abc1_a",
+    "public_test_cases": [{"input": "1 2\n", "output": "3\n"}],
+    "private_test_cases": STDIN["private_test_cases"],
+    "metadata": {},
+}
+
+
+def fenced(code: str) -> str:
+    return f"Here it is.\n```python\n{code}\n```\n"
+
+
+SUM = "a, b = map(int, input().split())\nprint(a + b)"
+
+
+def test_original_and_authors_rows_are_read():
+    first, second = questions([STDIN, FUNCTION])
+    assert first.uid == "abc1_a" and len(first.reference["tests"]) == 2 and "function" not in first.reference
+    assert second.reference["function"] == "add" and "class Solution" in second.messages[0]["content"]
+    (theirs,) = questions([AUTHORS])
+    assert theirs.messages == AUTHORS["prompt"] and theirs.reference == first.reference
+
+
+@pytest.mark.parametrize(
+    ("code", "note"),
+    [
+        (SUM, ""),
+        ("import sys\nprint(sum(map(int, sys.stdin.read().split())))", ""),
+        ("import sys\nprint(sum(map(int, sys.stdin.buffer.readline().split())))", ""),
+        (
+            "def f():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    f()",
+            "",
+        ),
+        ("a, b = map(int, input().split())\nprint(float(a + b))", ""),
+        ("a, b = map(int, input().split())\nprint(a + b)\nimport sys\nsys.exit(0)", ""),
+        ("print(3)", "wrong on test 2"),
+        ("print(int(input()))", "ValueError"),
+        ("while True: pass", "out of time"),
+        ("import os\nos._exit(0)", "ended by itself"),
+        ("this is no program", "SyntaxError"),
+    ],
+)
+def test_programs_that_read_and_print(code, note, monkeypatch):
+    monkeypatch.setattr("zeda_megatron.evaluation.benchmarks.livecodebench.SECONDS", 2.0)
+    (question,) = questions([STDIN])
+    verdict = verify(question, fenced(code))
+    assert verdict.right is (note == "") and note in verdict.note
+
+
+@pytest.mark.parametrize(
+    ("code", "right"),
+    [
+        (
+            "class Solution:\n    def add(self, a: int, b: List[int]) -> List[int]:\n        return [x + a for x in b]",
+            True,
+        ),
+        ("class Solution:\n    def add(self, a, b):\n        return tuple(x + a for x in b)", True),
+        ("def add(a, b):\n    return [x + a for x in b]", True),
+        ("class Solution:\n    def add(self, a, b):\n        return b", False),
+        ("class Solution:\n    def other(self, a, b):\n        return b", False),
+    ],
+)
+def test_functions_are_called_with_json_arguments(code, right):
+    (question,) = questions([FUNCTION])
+    assert verify(question, fenced(code)).right is right
+
+
+_REFERENCE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("testing_util", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+tests, name, code = json.load(sys.stdin)
+sample = {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], "fn_name": name}
+results, _ = module.run_test({"input_output": json.dumps(sample)}, test=code, timeout=2)
+sys.__stdout__.write("\\nverdict " + str(all(r is True or r > 0 for r in results)))
+"""
+PROGRAMS = [
+    (STDIN, SUM),
+    (STDIN, "import sys\nprint(sum(map(int, sys.stdin.read().split())))"),
+    (STDIN, "def f():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    f()"),
+    (STDIN, "a, b = map(int, input().split())\nprint(float(a + b))"),
+    (STDIN, "print(3)"),
+    (STDIN, "print('3\\n')"),
+    (STDIN, "raise ValueError"),
+    (STDIN, "n = Counter(input().split())\nprint(sum(int(k) * v for k, v in n.items()))"),
+    (
+        FUNCTION,
+        "class Solution:\n    def add(self, a: int, b: List[int]) -> List[int]:\n        return [x + a for x in b]",
+    ),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return tuple(x + a for x in b)"),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return [float(x + a) for x in b]"),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return b"),
+    (FUNCTION, "class Solution:\n    def add(self, a, b):\n        return 1 / 0"),
+]
+
+
+@pytest.mark.parametrize(("row", "code"), PROGRAMS)
+def test_verdicts_are_those_of_the_benchmarks_own_runner(row, code):
+    spec = find_spec("livecodebench")
+    if spec is None:
+        pytest.skip("pip install --no-deps nvidia-livecodebench==26.3")
+    file = f"{spec.submodule_search_locations[0]}/evaluation/testing_util.py"
+    (question,) = questions([row])
+    order = json.dumps([question.reference["tests"], question.reference.get("function"), code])
+    command = [sys.executable, "-c", _REFERENCE, file]
+    done = subprocess.run(command, input=order, capture_output=True, text=True, timeout=60)
+    assert verify(question, fenced(code)).right is (done.stdout.split()[-1] == "True"), done.stderr
+
+
+def test_an_answer_without_a_code_block_is_wrong():
+    (question,) = questions([STDIN])
+    assert verify(question, SUM).note == "no code block"
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted", "same"),
+    [
+        ("3\n", "3", True),
+        ("3 \n 4", "3\n4\n", True),
+        ("3.0 4", "3 4.00", True),
+        ("50000000000000000", "50000000000000001", False),
+        ("a 1", "a 1.0", False),
+        ("3\n4", "3", False),
+        ("", "", True),
+    ],
+)
+def test_output_is_compared_as_the_benchmark_does(got, wanted, same):
+    assert same_output(got, wanted) is same
+
+
+def test_a_problem_without_tests_is_named():
+    with pytest.raises(UserError, match="row 1: has no tests"):
+        questions([{**STDIN, "public_test_cases": "[]", "private_test_cases": "[]"}])
+
+
+def test_settings_are_the_papers():
+    assert [(b.samples, b.max_new_tokens, b.runs_code) for b in LIVECODEBENCH] == [(8, 38_912, True)] * 2

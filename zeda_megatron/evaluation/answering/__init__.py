@@ -1,0 +1,1 @@
+"""Asking a model all questions: engines, and a record that survives any interruption."""

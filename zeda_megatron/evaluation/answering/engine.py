@@ -1,0 +1,76 @@
+"""What answers questions: a model in transformers, in Megatron, or behind a server."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...data.records import Message
+from ...distill.sampling import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be made."""
+
+    messages: list[Message]
+    stream: int
+    """With the seed of the sampling it fixes the answer's random numbers, from 0 to 2**31 - 1."""
+    name: str = ""
+    """For error messages."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer."""
+
+    text: str
+    """Decoded, thinking included, without the end token."""
+    tokens: int
+    """Generated tokens, the end token included."""
+    prompt_tokens: int
+    finish: str
+    """`stop`, or `length` when it was cut off."""
+    zero_share: float | None = None
+    """Routed slots of prompt and answer that chose a zero expert (or that a rule skipped), of all routed slots."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of the model that answers."""
+
+    model: str
+    """Folder or address."""
+    config: dict[str, Any] | None = None
+    """Its HF config, for FLOP counts."""
+    fingerprint: str = ""
+    """Hash over the weights: another model is another run."""
+    head_flops: float = 0.0
+    """Heads of paired zero experts, as a share of the static model's expert FLOPs."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else decides its answers: pick rule, dial, type of numbers."""
+
+
+class Engine(Protocol):
+    """Answers requests. The same requests in the same group give the same answers."""
+
+    about: About
+    group: int
+    """Answers made together. Groups are fixed by the order of the questions, so that a resumed run forms the same."""
+    parallel: int
+    """Groups under way at a time."""
+
+    def answer(self, requests: list[Request], sampling: SamplingConfig) -> list[Answer]:
+        """One answer per request, in their order; may be called from `parallel` threads."""
+        ...
+
+    def slots(self) -> tuple[int, int] | None:
+        """(zero slots, routed slots) counted so far over all answers, where only such sums are known."""
+        ...
+
+
+def stream_of(benchmark: str, uid: str, sample: int) -> int:
+    """The random stream of one answer: it depends on nothing but its name."""
+    name = f"{benchmark}\0{uid}\0{sample}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:4], "big") >> 1

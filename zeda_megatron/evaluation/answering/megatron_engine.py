@@ -1,0 +1,82 @@
+"""A Megatron checkpoint, answered by the built-in engine in this process: any arm, pick rules and dials included."""
+
+from __future__ import annotations
+
+import torch
+
+from ...distill.sampling import SamplingConfig
+from ...errors import UserError
+from ...runtime import process_groups
+from .engine import About, Answer, Request
+from .fingerprint import fingerprint
+
+
+class MegatronEngine:
+    """Needs initialised process groups (one process).
+
+    Args:
+        options: `run.RunOptions`; `model` is a checkpoint folder of this project.
+    """
+
+    def __init__(self, options):
+        from ...moe.switches import set_zero_mask
+        from ..measure import head_cost
+        from ..models import load_model
+        from ..tune import apply_rule, turn_dial
+
+        self.group, self.parallel = options.concurrency, 1
+        loaded = load_model(options.model)
+        self.chunk, self.arch, self.tokenizer = loaded.chunk, loaded.arch, loaded.tokenizer
+        if options.chat_variables:
+            self.tokenizer.template_args = options.chat_variables
+        set_zero_mask(self.chunk, options.mask)
+        rule = apply_rule(self.chunk, options, self.tokenizer)
+        dial = turn_dial(self.chunk, options, self.tokenizer) if options.zero_dial else {}
+        heads = 0.0 if options.mask else head_cost(self.chunk)
+        settings = {"mask": options.mask, "rule": rule, **dial, "template_args": options.chat_variables}
+        self.about = About(options.model, self.arch.hf, fingerprint(options.model), heads, settings)
+        self.skips = rule is not None or not options.mask
+
+    def answer(self, requests: list[Request], sampling: SamplingConfig) -> list[Answer]:
+        from ...distill.builtin_engine import BuiltinEngine
+
+        prompts = [self.tokenizer.chat_ids(r.messages, add_generation_prompt=True) for r in requests]
+        longest, context = max(map(len, prompts)), self.arch.hf.get("max_position_embeddings")
+        length = longest + sampling.max_new_tokens
+        length = length if context is None else min(length, context)
+        for request, prompt in zip(requests, prompts):
+            if len(prompt) >= length:
+                raise UserError(
+                    f"{request.name}: its prompt has {len(prompt)} tokens, the model's context {context}"
+                )
+        stops, pad = self.tokenizer.eos_ids, self.tokenizer.pad_id
+        engine = BuiltinEngine(self.chunk, stops, pad, length, self.tokenizer.vocab_size)
+        made = engine.generate(prompts, sampling, [r.stream for r in requests])
+        return [
+            Answer(
+                self.tokenizer.decode(one.response_ids),
+                len(one.response_ids),
+                len(prompt),
+                one.finish_reason,
+                self._share(prompt + one.response_ids[:-1]),
+            )
+            for prompt, one in zip(prompts, made, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _share(self, tokens: list[int]) -> float:
+        """Routing of the conversation once more, in one pass: it counts what rules and dials skip, too."""
+        from ...moe import stats
+
+        if not self.skips:
+            return 0.0
+        where = process_groups.device()
+        self.chunk.eval()
+        self.chunk.return_hidden = True
+        stats.reset(self.chunk)
+        ids = torch.tensor([tokens], device=where)
+        self.chunk(ids, torch.arange(len(tokens), device=where)[None], None)
+        return stats.collect(self.chunk, self.chunk.config.num_layers, where).zero_share
+
+    def slots(self) -> None:
+        return None

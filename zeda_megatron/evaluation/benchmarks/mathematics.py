@@ -1,0 +1,61 @@
+"""AIME, GSM8K and MATH-500: the last box is the answer; math-verify says whether it equals the reference."""
+
+from __future__ import annotations
+
+from .answer_text import last_box
+from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .rows import ask, is_authors, take
+
+INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."
+"""Ours; the authors' files bring their own prompts."""
+
+
+def questions(rows: list[Row]) -> list[Question]:
+    """The authors' rows (`label`), or those of the original sets (`problem` or `question`, `answer`)."""
+    made = []
+    for number, row in enumerate(rows, 1):
+        where = f"row {number}"
+        if is_authors(row):
+            label = str(take(row, "label", where=where))
+            made.append(Question(str(row["uid"]), row["prompt"], {"label": last_box(label) or label}))
+            continue
+        text = take(row, "problem", "Problem", "question", "Question", where=where)
+        label = str(take(row, "answer", "Answer", "label", where=where))
+        # GSM8K ends its worked solution with `#### answer`.
+        label = label.rpartition("####")[2].strip()
+        names = [row[key] for key in ("unique_id", "ID", "id", "problem_idx") if row.get(key) is not None]
+        made.append(
+            Question(str(names[0] if names else number), ask(f"{text}\n\n{INSTRUCTION}"), {"label": label})
+        )
+    return made
+
+
+def verify(question: Question, answer: str) -> Verdict:
+    """Equal to the reference as numbers, expressions, sets or intervals. To be called from the main thread."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+    from math_verify import verify as equal
+
+    found = last_box(answer)
+    if found is None:
+        return Verdict(False, "no \\boxed{}")
+    ways = [LatexExtractionConfig(), ExprExtractionConfig()]
+    gold = parse(f"\\boxed{{{question.reference['label']}}}", ways)
+    got = parse(f"\\boxed{{{found}}}", ways)
+    right = bool(gold) and bool(got) and equal(gold, got)
+    # What neither side can parse still counts when it is the same text.
+    right = right or found.replace(" ", "") == str(question.reference["label"]).replace(" ", "")
+    return Verdict(right, "" if right else f"answered {found[:60]}")
+
+
+def _set(name: str, title: str, source: Source, samples: int = 1) -> Benchmark:
+    return Benchmark(name, title, source, questions, verify, samples, packages=("math_verify",))
+
+
+_AIME = "problems: MAA; see the data set's page"
+MATHEMATICS = (
+    _set("aime-2024", "AIME 2024", Source("HuggingFaceH4/aime_2024", _AIME), 32),
+    _set("aime-2025", "AIME 2025", Source("math-ai/aime25", _AIME), 32),
+    _set("aime-2026", "AIME 2026", Source("MathArena/aime_2026", _AIME), 32),
+    _set("gsm8k", "GSM8K", Source("openai/gsm8k", "MIT", ("main/test-*.parquet",))),
+    _set("math-500", "MATH-500", Source("HuggingFaceH4/MATH-500", "MIT (MATH)", ("test.jsonl",))),
+)

@@ -1,0 +1,86 @@
+"""GPQA-Diamond and MMLU-Redux, the paper's out-of-domain sets: the last box holds a letter."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+
+from ...errors import UserError
+from .answer_text import last_box
+from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .rows import ask, is_authors, take
+
+LETTERS = "ABCDEFGHIJ"
+INSTRUCTION = "Reason step by step and put the letter of the right choice in \\boxed{}."
+"""Ours; the authors' files bring their own prompts."""
+_LETTER = re.compile(r"^\W*([A-Ja-j])\b")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+
+
+def gpqa_questions(rows: list[Row]) -> list[Question]:
+    """The authors' rows, or those of `Idavidrein/gpqa`. The order of the choices is drawn from the question's text."""
+    made = []
+    for number, row in enumerate(rows, 1):
+        if is_authors(row):
+            made.append(_authors(row, number))
+            continue
+        where = f"row {number}"
+        text = take(row, "Question", where=where).strip()
+        names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+        choices = [str(take(row, name, where=where)).strip() for name in names]
+        order = list(range(len(choices)))
+        random.Random(hashlib.sha256(text.encode()).hexdigest()).shuffle(order)
+        uid = str(row.get("Record ID") or number)
+        made.append(_question(uid, text, [choices[i] for i in order], order.index(0), ""))
+    return made
+
+
+def redux_questions(rows: list[Row]) -> list[Question]:
+    """The authors' rows, or those of `mmlu-redux-2.0` that its reviewers found in order (`error_type` ok)."""
+    made = []
+    for number, row in enumerate(rows, 1):
+        if is_authors(row):
+            made.append(_authors(row, number))
+            continue
+        where = f"row {number}"
+        if row.get("error_type", "ok") != "ok":
+            continue
+        right, choices = int(take(row, "answer", where=where)), list(take(row, "choices", where=where))
+        if not 0 <= right < len(choices):
+            raise UserError(f"{where}: answer {right} is none of the {len(choices)} choices")
+        text, subject = take(row, "question", where=where).strip(), str(row.get("subject") or "")
+        made.append(_question(str(row.get("id") or number), text, list(map(str, choices)), right, subject))
+    return made
+
+
+def verify(question: Question, answer: str) -> Verdict:
+    """The boxed letter, or the boxed text of the right choice where the reference is no letter."""
+    found = last_box(answer)
+    if found is None:
+        return Verdict(False, "no \\boxed{}")
+    found, label = _TEXT.sub(r"\1", found).strip(), question.reference["label"]
+    letter = _LETTER.match(found)
+    if len(label) == 1 and label.upper() in LETTERS:
+        right = letter is not None and letter[1].upper() == label.upper()
+    else:
+        right = " ".join(found.split()).casefold() == " ".join(label.split()).casefold()
+    return Verdict(right, "" if right else f"answered {found[:60]}")
+
+
+def _authors(row: Row, number: int) -> Question:
+    label = str(take(row, "label", where=f"row {number}"))
+    return Question(str(row["uid"]), row["prompt"], {"label": (last_box(label) or label).strip()})
+
+
+def _question(uid: str, text: str, choices: list[str], right: int, kind: str) -> Question:
+    lines = "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices))
+    return Question(uid, ask(f"{text}\n\n{lines}\n\n{INSTRUCTION}"), {"label": LETTERS[right]}, kind)
+
+
+_GPQA = Source("Idavidrein/gpqa", "CC BY 4.0, gated: accept its terms first", ("gpqa_diamond.csv",))
+_REDUX = Source("edinburgh-dawg/mmlu-redux-2.0", "CC BY 4.0", ("**/*.parquet", "**/*.arrow", "**/*.json*"))
+MULTIPLE_CHOICE = (
+    Benchmark("gpqa-diamond", "GPQA-Diamond", _GPQA, gpqa_questions, verify, 8, 32_768),
+    Benchmark("mmlu-redux-2.0", "MMLU-Redux", _REDUX, redux_questions, verify, 1, 32_768),
+)

@@ -1,0 +1,121 @@
+"""What a run's folder holds, read for a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...strict_json import read_json
+from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS
+from ..answering.samples_file import parse_lines
+
+TEACHER = "teacher"
+"""Arm name of the static model."""
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One arm's answers to one benchmark."""
+
+    name: str
+    title: str
+    identity: dict[str, Any]
+    """What was asked and how (see `run_folder.claim_benchmark`)."""
+    answers: list[dict] = field(repr=False)
+    """Lines of answers.jsonl with `right` and `note` of verdicts.jsonl, in the order of questions and samples."""
+    slots: tuple[int, int] | None = None
+    """(zero, routed), where only a server's sums are known."""
+    kinds: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """Every question has all its answers and verdicts."""
+        return len(self.answers) == self.identity["count"] * self.identity["samples"]
+
+    @cached_property
+    def by_question(self) -> dict[str, float]:
+        """Share of right answers of each question."""
+        hits: dict[str, list[bool]] = {}
+        for line in self.answers:
+            hits.setdefault(line["uid"], []).append(line["right"])
+        return {uid: sum(right) / len(right) for uid, right in hits.items()}
+
+    @property
+    def zero_share(self) -> float | None:
+        """Over all slots of the benchmark; None if neither answers nor server tell."""
+        if self.slots is not None:
+            return self.slots[0] / self.slots[1]
+        known = [line for line in self.answers if line["zero_share"] is not None]
+        fed = sum(_fed(line) for line in known)
+        if len(known) < len(self.answers) or not fed:
+            return None
+        return sum(line["zero_share"] * _fed(line) for line in known) / fed
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """All that one arm has answered."""
+
+    arm: str
+    folder: str
+    engine: str
+    model: str
+    head_flops: float
+    parallel: int
+    config: dict[str, Any] | None = field(repr=False)
+    environment: dict[str, str] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    benchmarks: dict[str, BenchmarkResult] = field(repr=False)
+
+
+def _fed(line: dict) -> int:
+    """Tokens that were routed: the last one of an answer is not fed."""
+    return line["prompt_tokens"] + max(line["tokens"] - 1, 0)
+
+
+def read_run(folder: str | Path) -> RunResult:
+    """Read a run's folder. Raises `UserError` for one that is none, or that is damaged."""
+    root = Path(folder)
+    if not (root / RUN).is_file():
+        raise UserError(f"--runs {folder}: no {RUN} there; give folders that `evaluation run` has written")
+    about = read_json(root / RUN)
+    identity = about["identity"]
+    found = [_read_benchmark(path.parent) for path in sorted(root.glob(f"*/{BENCHMARK}"))]
+    return RunResult(
+        arm=identity["arm"],
+        folder=str(folder),
+        engine=identity["engine"],
+        model=about["model"],
+        head_flops=about["head_flops"],
+        parallel=about["parallel"],
+        config=about["config"],
+        environment=about["environment"],
+        settings=identity["settings"],
+        benchmarks={one.name: one for one in found},
+    )
+
+
+def _read_benchmark(folder: Path) -> BenchmarkResult:
+    about = read_json(folder / BENCHMARK)
+    verdicts = {(line["uid"], line["sample"]): line for line in _lines(folder / VERDICTS)}
+    order = {uid: place for place, uid in enumerate(about["uids"])}
+    lines = []
+    for line in _lines(folder / ANSWERS):
+        verdict = verdicts.get((line["uid"], line["sample"]))
+        if verdict is not None:
+            lines.append({**line, "right": verdict["right"], "note": verdict["note"]})
+    lines.sort(key=lambda line: (order[line["uid"]], line["sample"]))
+    counted = _lines(folder / SLOTS)
+    slots = (sum(one["zero"] for one in counted), sum(one["routed"] for one in counted)) if counted else None
+    identity = about["identity"]
+    return BenchmarkResult(identity["benchmark"], about["title"], identity, lines, slots, about["kinds"])
+
+
+def _lines(file: Path) -> list[dict]:
+    if not file.is_file():
+        return []
+    data = file.read_bytes()
+    return parse_lines(data[: data.rfind(b"\n") + 1], file)
