@@ -210,6 +210,16 @@ def test_dtype_flag_casts_and_is_recorded(tmp_path):
     assert len(verify(hf, tmp_path / "megatron")) == len(original)
 
 
+def test_an_export_says_which_type_its_weights_have_whatever_the_template_says(tmp_path):
+    """`dtype="auto"` rounds to what config.json says."""
+    hf, _ = make_hf_folder(tmp_path / "hf", torch.bfloat16)
+    hf_to_megatron(hf, tmp_path / "megatron", dtype="fp32")
+    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path / "back").values())
+    assert json.loads((hf / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "float32"
+
+
 def test_verify_names_the_changed_tensor(tmp_path):
     hf, _ = make_hf_folder(tmp_path / "hf")
     hf_to_megatron(hf, tmp_path / "megatron", num_zero_experts=NZ)

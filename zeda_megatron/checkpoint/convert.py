@@ -22,6 +22,7 @@ from .hf_config import (
     side_files,
     static_config,
     with_dtype,
+    with_stored_dtype,
     write_config,
     zero_experts_of,
 )
@@ -34,7 +35,7 @@ from .own_files import own_file
 from .paired_config import settings_of
 from .partial import files_of, partial_folder
 from .parts import PartWriter
-from .safetensors_shards import DEFAULT_SHARD_BYTES, plan_shards, write_index
+from .safetensors_shards import DEFAULT_SHARD_BYTES, bytes_by_type, plan_shards, write_index
 from .state import TRACKER
 from .target import check_space, check_target
 from .torch_dist_writer import finish
@@ -173,7 +174,8 @@ def megatron_to_hf(
     carried = carried_source(template, arch)
     plan = ExportPlan(model, weight_map_of(arch), dims_of(arch), cast, carried)
     shards = plan_shards(plan.tensors(arch), plan.make, max_shard_bytes)
-    result = with_dtype(dynamic_config(config, model.zero, plan.settings()), dtype)
+    result = dynamic_config(config, model.zero, plan.settings())
+    result = with_dtype(with_stored_dtype(result, bytes_by_type(shards)), dtype)
     request = _request(
         "megatron-to-hf",
         checkpoint=files_of(sorted(path for path in model.folder.iterdir() if path.is_file())),

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import MODELS
@@ -119,6 +121,19 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         return config
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, key: str(DTYPES[dtype]).removeprefix("torch.")}
+
+
+def with_stored_dtype(config: dict[str, Any], sizes: dict[torch.dtype, int]) -> dict[str, Any]:
+    """The config with the type that most bytes of its weights have: loaders with `dtype="auto"` round to what it says.
+
+    Args:
+        sizes: bytes of the weights by type. A config that names no type gets none.
+    """
+    floats = {dtype: size for dtype, size in sizes.items() if dtype.is_floating_point}
+    key = next((key for key in ("torch_dtype", "dtype") if key in config), None)
+    if key is None or not floats:
+        return config
+    return {**config, key: str(max(floats, key=floats.__getitem__)).removeprefix("torch.")}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,15 @@ def group_by_bytes(items: Iterable, size_of: Callable, max_bytes: int) -> Iterat
         total += size_of(item)
     if group:
         yield group
+
+
+def bytes_by_type(shards: Iterable[Shard]) -> Counter[torch.dtype]:
+    """Size of all tensors by their type."""
+    sizes: Counter[torch.dtype] = Counter()
+    for shard in shards:
+        for planned in shard.tensors:
+            sizes[planned.dtype] += planned.nbytes
+    return sizes
 
 
 def write_index(folder: Path, shards: list[Shard]) -> None:

@@ -33,9 +33,9 @@ def serving(run) -> dict:
         file = run.work / f"serving_{recipe}.json"
         real = run.device == "cuda"
         folder = run.root / "examples" / recipe if real else run.work / recipe / "hf"
-        size = (
-            ("--layers", "2", "--prefill", "2048", "8192") if real else ("--prefill", "64", "--context", "16")
-        )
+        size = ("--prefill", "64", "--context", "16")
+        if real:
+            size = ("--layers", "2", "--prefill", "2048", "--prefill-batches", "1", "8")
         command = (sys.executable, str(run.root / "tools" / "measure_serving.py"), "--hf", str(folder))
         run.command(*command, *size, "--device", run.device, "--json", str(file))
         tables[recipe] = json.loads(file.read_text())

@@ -31,7 +31,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="zero shares")
-    parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="tokens of a prompt, batch 1")
+    parser.add_argument("--prefill", type=int, nargs="+", default=[512], help="tokens of a prompt")
+    parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1], help="prompts at a time")
     parser.add_argument(
         "--decode", type=int, nargs="+", default=[1, 8, 32], help="batch sizes of one new token"
     )
@@ -45,8 +46,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{flag} must be at least 1")
     if not all(0 <= share <= 1 for share in options.shares):
         raise UserError(f"--shares {options.shares} must lie between 0 and 1")
-    if not all(size > 0 for size in options.prefill + options.decode):
-        raise UserError("--prefill and --decode must be at least 1")
+    if not all(size > 0 for size in options.prefill + options.prefill_batches + options.decode):
+        raise UserError("--prefill, --prefill-batches and --decode must be at least 1")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: no GPU here, use cpu")
     return options
@@ -61,7 +62,7 @@ def arms(shares: list[float]) -> list[tuple[str, float]]:
 def measure(contest: Contest, options: argparse.Namespace) -> list[dict]:
     """One dict per workload, way and share: seconds of the MoE layers alone and of the whole model."""
     rows = []
-    workloads = [("prefill", 1, tokens) for tokens in options.prefill]
+    workloads = [("prefill", batch, size) for batch in options.prefill_batches for size in options.prefill]
     workloads += [("decode", batch, 1) for batch in options.decode]
     for phase, batch, tokens in workloads:
         passes = _passes(contest, phase, batch, tokens, options.context)
@@ -135,7 +136,8 @@ def table(rows: list[dict]) -> list[str]:
             for r in rows
             if (r["phase"], r["batch"], r["tokens"]) == (phase, batch, tokens)
         }
-        name = f"prefill, {tokens} tokens" if phase == "prefill" else f"decode, batch {batch}"
+        prompts = f"{tokens} tokens" if batch == 1 else f"{batch} x {tokens} tokens"
+        name = f"prefill, {prompts}" if phase == "prefill" else f"decode, batch {batch}"
         for part in ("moe", "model"):
             cells = [f"{found['static', 0.0][f'{part}_seconds'] * 1e3:.0f} ms"]
             cells += [f"{found[way, share][f'{part}_ratio']:.2f}" for way in WAYS[1:] for share in shares]
