@@ -40,6 +40,15 @@ __device__ float block_sum(float value) {
   return value;
 }
 
+// Sum over this lane and those before it. All lanes of the warp must call it.
+__device__ int32_t warp_prefix(int32_t sum) {
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (int(threadIdx.x % 32) >= step) sum += other;
+  }
+  return sum;
+}
+
 template <typename Element>
 __global__ void swiglu_rows(const Element* pre, const float* probs, const int32_t* ends, int groups, int64_t rows,
                             int width, Element* act) {
@@ -113,11 +122,7 @@ __global__ void prefix_blocks(int32_t* counts, int64_t blocks, int experts, int3
   for (int64_t first = 0; first < blocks; first += 32) {
     const int64_t block = first + lane;
     const int32_t own = block < blocks ? counts[block * experts + expert] : 0;
-    int32_t sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
+    const int32_t sum = warp_prefix(own);
     if (block < blocks) counts[block * experts + expert] = before + sum - own;
     before += __shfl_sync(0xffffffffu, sum, 31);
   }
@@ -130,11 +135,7 @@ __global__ void inclusive_ends(int32_t* ends, int experts) {
   int32_t before = 0;
   for (int first = 0; first < experts; first += 32) {
     const int e = first + lane;
-    int32_t sum = e < experts ? ends[e] : 0;
-    for (int step = 1; step < 32; step *= 2) {
-      const int32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
+    const int32_t sum = warp_prefix(e < experts ? ends[e] : 0);
     if (e < experts) ends[e] = before + sum;
     before += __shfl_sync(0xffffffffu, sum, 31);
   }

@@ -5,23 +5,15 @@ from __future__ import annotations
 import json
 import sys
 
-from .gpu_kernels import worst_difference
+from .gpu_kernels import CPU, worst_difference
 from .gpu_slice import SLICES
 
 
 def glm(run) -> dict:
     """The quickstart's GLM teacher: the same steps here and on the CPU. run: a `gpu_validate.Validation`."""
-    tool = (
-        sys.executable,
-        str(run.root / "tools" / "checkpoint_convert.py"),
-        "hf-to-megatron",
-        "--dtype",
-        "fp32",
-    )
-    teacher = run.quickstart / "glm" / "teacher"
-    run.command(*tool, "--hf", str(teacher), "--out", str(run.work / "glm"), "--num-zero-experts", "8")
+    run.import_hf(run.quickstart / "glm" / "teacher", "glm", "--dtype", "fp32", "--num-zero-experts", "8")
     here = run.train("glm_here", start="glm", steps=3, saves=False)
-    there = run.train("glm_cpu", start="glm", steps=3, saves=False, env={"CUDA_VISIBLE_DEVICES": ""})
+    there = run.train("glm_cpu", start="glm", steps=3, saves=False, env=CPU)
     worst = worst_difference(here, there)
     return {"ok": worst < 2e-3, "worst_relative_difference": worst}
 

@@ -12,6 +12,9 @@ import torch
 
 from ..ops.cuda_kernels import why_not
 
+CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a command that is to run on the CPU."""
+
 
 def worst_difference(lines: list[dict], reference: list[dict]) -> float:
     """Largest relative difference of the losses of two runs."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 from ..checkpoint.hf_config import copy_side_files
 from ..models.architecture import read_architecture
-from .gpu_kernels import worst_difference
+from .gpu_kernels import CPU, worst_difference
 
 SLICES = {
     "qwen3_30b_a3b": {"num_hidden_layers": 1},
@@ -59,14 +58,7 @@ def real_slice(run, recipe: str) -> dict:
     folder = write_slice(run, recipe)
     zero = read_architecture(folder).megatron["num_moe_experts"] // 2
     start = f"{recipe}/start"
-    tool = (
-        sys.executable,
-        str(run.root / "tools" / "checkpoint_convert.py"),
-        "hf-to-megatron",
-        "--hf",
-        str(folder),
-    )
-    run.command(*tool, "--out", str(run.work / start), "--num-zero-experts", str(zero))
+    run.import_hf(folder, start, "--num-zero-experts", str(zero))
     rows = _ROWS if run.device == "cuda" else _TINY_ROWS
     runs, speed = {}, {}
     for backend in backends(run):
@@ -109,7 +101,7 @@ def backends(run) -> list[str]:
 
 def evaluated(run, start: str, device: str) -> dict:
     """Figures of `--stage eval` in fp32 on a device."""
-    place = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "8"}
+    place = {} if device == "cuda" else CPU | {"OMP_NUM_THREADS": "8"}
     output = run.work / f"eval_{start.replace('/', '_')}_{device}.json"
     run.command(
         *("bash", str(run.root / "launch" / "pretrain_zeda.sh"), "--stage", "eval"),

@@ -20,11 +20,9 @@ from pathlib import Path
 import torch
 
 from .gpu_families import glm, serving
-from .gpu_kernels import flex, own_kernels, permute_fusion
+from .gpu_kernels import CPU, flex, own_kernels, permute_fusion
 from .gpu_slice import SLICES, real_slice
 from .gpu_stage2 import stage2
-
-CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 class Validation:
@@ -82,13 +80,16 @@ class Validation:
         )
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
+    def import_hf(self, hf: Path, name: str, *flags: str) -> None:
+        """Convert a Hugging Face folder to the checkpoint `name` of the scratch folder."""
+        tool = (sys.executable, str(self.root / "tools" / "checkpoint_convert.py"), "hf-to-megatron")
+        self.command(*tool, "--hf", str(hf), "--out", str(self.work / name), *flags)
+
     # The checks, in order.
 
     def convert(self) -> dict:
-        tool = (sys.executable, str(self.root / "tools" / "checkpoint_convert.py"), "hf-to-megatron")
-        common = ("--hf", str(self.quickstart / "teacher"), "--dtype", "fp32")
-        self.command(*tool, *common, "--out", str(self.work / "static"))
-        self.command(*tool, *common, "--out", str(self.work / "dynamic"), "--num-zero-experts", "8")
+        self.import_hf(self.quickstart / "teacher", "static", "--dtype", "fp32")
+        self.import_hf(self.quickstart / "teacher", "dynamic", "--dtype", "fp32", "--num-zero-experts", "8")
         return {}
 
     def stage0(self) -> dict:

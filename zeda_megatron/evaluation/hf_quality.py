@@ -13,7 +13,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,9 @@ from ..data.conversation import TokenSample
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError, run_main
 from ..serving.load import load_model
+from .benchmarks.checkable import exactly
 from .heldout import Task, load_held_out
+from .left_padding import left_padded, until_stop
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -160,24 +161,24 @@ def exact_match(
     max_new_tokens: int,
 ) -> dict[str, float]:
     """Share of right greedy answers per family; texts are stripped and compared."""
-    hits, counts, tensor = defaultdict(int), defaultdict(int), partial(torch.tensor, device=model.device)
+    hits, counts = defaultdict(int), defaultdict(int)
     ordered = sorted(tasks, key=lambda task: len(task.prompt_ids))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        longest = max(len(task.prompt_ids) for task in batch)
-        fill = [longest - len(task.prompt_ids) for task in batch]
+        ids_BS, mask_BS = left_padded([task.prompt_ids for task in batch], tokenizer.pad_id)
         made_BS = model.generate(
-            tensor([[tokenizer.pad_id] * n + task.prompt_ids for n, task in zip(fill, batch)]),
-            attention_mask=tensor([[0] * n + [1] * (longest - n) for n in fill]),
+            ids_BS.to(model.device),
+            attention_mask=mask_BS.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(tokenizer.eos_ids),
             pad_token_id=tokenizer.pad_id,
         )
-        for task, row in zip(batch, made_BS[:, longest:].tolist()):
-            end = next((i for i, token in enumerate(row) if token in tokenizer.eos_ids), len(row))
+        for task, row in zip(batch, made_BS[:, ids_BS.shape[1] :].tolist()):
+            answer, finish = until_stop(row, tokenizer.eos_ids)
+            text = tokenizer.decode(answer[:-1] if finish == "stop" else answer)
             counts[task.kind] += 1
-            hits[task.kind] += tokenizer.decode(row[:end]).strip() == task.label
+            hits[task.kind] += exactly(text, task.label)
     return {kind: hits[kind] / counts[kind] for kind in sorted(counts)}
 
 

@@ -13,7 +13,8 @@ import torch
 from ..checkpoint.state import write_atomically
 from ..errors import UserError
 from .build_teacher import build_teacher, teacher_source
-from .evaluate import build_evaluation, line_of
+from .eval_rows import read_eval_rows
+from .evaluate import build_evaluator, line_of
 from .options import Options
 from .setup import build_student
 
@@ -33,20 +34,20 @@ def run_evaluation(options: Options) -> int:
     options = replace(options, model=replace(options.model, moe_router_load_balancing_type="none"))
     if options.distill.teacher_memory == "shared":  # one set of weights: that was while they had not moved
         options = replace(options, distill=replace(options.distill, teacher_memory="own"))
-    teacher_source(options)  # says what is missing before a large model is built
+    teacher_source(options)  # says what is missing, and bad rows are told, before a large model is built
+    rows = read_eval_rows(options)
     begun = time.perf_counter()
     student = build_student(options, trains=False)
     teacher = build_teacher(options, student)
-    evaluator = build_evaluation(options, student, teacher).evaluator
-    found, by_layer = evaluator.measure_layers()
+    found, by_layer = build_evaluator(options, rows, student, teacher).measure_layers()
     if torch.distributed.get_rank() == 0:
         print(f"{checkpoint}: {line_of(found)} ({time.perf_counter() - begun:.1f} s)")
         if output:
             report = found | {"eval_zero_share_by_layer": by_layer, "checkpoint": str(checkpoint)}
             report |= {
                 "teacher": str(teacher_source(options)),
-                "rows": evaluator.rows.count,
-                "rows_fingerprint": evaluator.rows.fingerprint,
+                "rows": rows.count,
+                "rows_fingerprint": rows.fingerprint,
             }
             write_atomically(Path(output), json.dumps(report, indent=2) + "\n")
     return 0

@@ -155,16 +155,14 @@ def build_evaluation(options: Options, student: Student, teacher: Teacher | None
     """The evaluation that the options ask for; one that never measures without --eval-data-path."""
     wanted, evaluator = options.evaluation, None
     if wanted.eval_data_path:
-        # No more rows at a time than a training step has; as many as the interleaved schedule wants.
-        rows = options.optimizer.global_batch_size // parallel_state.get_data_parallel_world_size()
-        multiple = options.parallel.row_multiple
-        group = max(rows // multiple, 1) * multiple
-        evaluator = Evaluator(
-            read_eval_rows(options),
-            student,
-            teacher,
-            options.data.seq_length,
-            group,
-            options.distill.loss_chunk_tokens,
-        )
+        evaluator = build_evaluator(options, read_eval_rows(options), student, teacher)
     return Evaluation(evaluator, wanted.eval_interval, options.optimizer.train_iters)
+
+
+def build_evaluator(options: Options, rows: EvalRows, student: Student, teacher: Teacher | None) -> Evaluator:
+    """No more rows at a time than a training step has; as many as the interleaved schedule wants."""
+    in_step = options.optimizer.global_batch_size // parallel_state.get_data_parallel_world_size()
+    multiple = options.parallel.row_multiple
+    group = max(in_step // multiple, 1) * multiple
+    length, chunk = options.data.seq_length, options.distill.loss_chunk_tokens
+    return Evaluator(rows, student, teacher, length, group, chunk)

@@ -5,8 +5,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import tiny
-import tiny_world
 
 from zeda_megatron.checkpoint.convert import megatron_to_hf
 from zeda_megatron.distill.sampling import SamplingConfig
@@ -17,7 +15,6 @@ from zeda_megatron.evaluation.answering.megatron_engine import MegatronEngine
 from zeda_megatron.evaluation.answering.openai_engine import OpenAIEngine
 from zeda_megatron.evaluation.answering.options import RunOptions, engine_name
 from zeda_megatron.evaluation.answering.transformers_engine import TransformersEngine
-from zeda_megatron.moe.paired import paired_modules, set_threshold
 
 SAMPLING = SamplingConfig(max_new_tokens=12, temperature=0.6, top_p=0.95, top_k=20, seed=5)
 TEXTS = ["one two three", "a", "red green blue cat dog bird", "the 1 2 3"]
@@ -32,21 +29,6 @@ def dynamic_hf(world, one_process, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "hf"
     megatron_to_hf(world.dynamic, world.hf, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def paired(world, one_process, tmp_path_factory):
-    """(checkpoint with drawn heads, folder exported from it)."""
-    folder = tmp_path_factory.mktemp("paired")
-    run = tiny_world.start(
-        world, save=folder, pretrained_checkpoint=world.static, zero_expert_routing="paired"
-    )
-    for i, head in enumerate(paired_modules(run.student.chunks)):
-        tiny.draw(head, seed=i, std=0.1)
-    set_threshold(run.student.chunks, -2.0)
-    run.save()
-    megatron_to_hf(folder, world.hf, folder / "out")
-    return folder, folder / "out"
 
 
 def megatron(model, **more) -> MegatronEngine:
@@ -70,12 +52,12 @@ def test_batches_change_nothing(dynamic_hf):
 
 @pytest.mark.parametrize("kind", ["static", "shared", "paired"])
 def test_megatron_and_transformers_give_the_same_answers_and_shares(
-    kind, world, dynamic_hf, paired, one_process
+    kind, world, dynamic_hf, paired_export, one_process
 ):
     checkpoint, folder = {
         "static": (world.static, world.hf),
         "shared": (world.dynamic, dynamic_hf),
-        "paired": paired,
+        "paired": paired_export,
     }[kind]
     ours = megatron(checkpoint).answer(REQUESTS, SAMPLING)
     theirs = TransformersEngine(str(folder), batch=3).answer(REQUESTS, SAMPLING)
@@ -108,10 +90,10 @@ def test_the_dial_turns(dynamic_hf, world):
         TransformersEngine(str(world.hf), dial=1.0)
 
 
-def test_heads_of_paired_experts_are_counted(paired, one_process):
+def test_heads_of_paired_experts_are_counted(paired_export, one_process):
     # 8 experts, 3 picks, 16 wide, a gated MLP has three matrices: 8 / (3 * 3 * 16).
-    assert TransformersEngine(str(paired[1])).about.head_flops == pytest.approx(8 / 144)
-    assert megatron(paired[0]).about.head_flops == pytest.approx(8 / 144)
+    assert TransformersEngine(str(paired_export[1])).about.head_flops == pytest.approx(8 / 144)
+    assert megatron(paired_export[0]).about.head_flops == pytest.approx(8 / 144)
 
 
 def test_a_prompt_that_is_too_long_is_named(world):

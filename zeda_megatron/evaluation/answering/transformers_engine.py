@@ -11,6 +11,7 @@ from ...data.tokenizers import load_tokenizer
 from ...distill.sampling import Sampler, SamplingConfig
 from ...errors import UserError
 from ...strict_json import read_json
+from ..left_padding import left_padded, until_stop
 from .engine import About, Answer, Request
 from .fingerprint import fingerprint
 from .row_shares import RowShares
@@ -62,8 +63,7 @@ class TransformersEngine:
             worst = requests[max(range(len(prompts)), key=lambda i: len(prompts[i]))].name
             raise UserError(f"{worst}: its prompt has {longest} tokens, the model's context {self.context}")
         pad = self.tokenizer.pad_id
-        ids_BS = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
-        mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        ids_BS, mask_BS = (part.to(self.device) for part in left_padded(prompts, pad))
         draw = _Draw(Sampler(sampling, [r.stream for r in requests], self.device), self.tokenizer.vocab_size)
         how = GenerationConfig(
             max_new_tokens=new,
@@ -75,7 +75,7 @@ class TransformersEngine:
             made = self.model.generate(
                 ids_BS, attention_mask=mask_BS, generation_config=how, logits_processor=[draw]
             )
-        answers = [_until(row[longest:].tolist(), self.tokenizer.eos_ids) for row in made]
+        answers = [until_stop(row[longest:].tolist(), self.tokenizer.eos_ids) for row in made]
         shares = counted.shares([len(p) for p in prompts], [len(ids) for ids, _ in answers])
         return [
             Answer(self.tokenizer.decode(ids), len(ids), len(prompt), finish, share)
@@ -95,13 +95,6 @@ class _Draw:
     def __call__(self, _, scores_BV: torch.Tensor) -> torch.Tensor:
         tokens_B, _ = self.sampler(scores_BV[:, : self.vocab_size], list(range(scores_BV.shape[0])))
         return torch.full_like(scores_BV, float("-inf")).scatter_(1, tokens_B[:, None], 0.0)
-
-
-def _until(ids: list[int], stops: frozenset[int]) -> tuple[list[int], str]:
-    for place, token in enumerate(ids):
-        if token in stops:
-            return ids[: place + 1], "stop"
-    return ids, "length"
 
 
 def _dtype(name: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections.abc import Callable
 
 from ...errors import UserError
 from .answer_text import last_box
@@ -20,38 +21,12 @@ _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 def gpqa_questions(rows: list[Row]) -> list[Question]:
     """The authors' rows, or those of `Idavidrein/gpqa`. The order of the choices is drawn from the question's text."""
-    made = []
-    for number, row in enumerate(rows, 1):
-        if is_authors(row):
-            made.append(_authors(row, number))
-            continue
-        where = f"row {number}"
-        text = take(row, "Question", where=where).strip()
-        names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-        choices = [str(take(row, name, where=where)).strip() for name in names]
-        order = list(range(len(choices)))
-        random.Random(hashlib.sha256(text.encode()).hexdigest()).shuffle(order)
-        uid = str(row.get("Record ID") or number)
-        made.append(_question(uid, text, [choices[i] for i in order], order.index(0), ""))
-    return made
+    return _questions(rows, _gpqa)
 
 
 def redux_questions(rows: list[Row]) -> list[Question]:
     """The authors' rows, or those of `mmlu-redux-2.0` that its reviewers found in order (`error_type` ok)."""
-    made = []
-    for number, row in enumerate(rows, 1):
-        if is_authors(row):
-            made.append(_authors(row, number))
-            continue
-        where = f"row {number}"
-        if row.get("error_type", "ok") != "ok":
-            continue
-        right, choices = int(take(row, "answer", where=where)), list(take(row, "choices", where=where))
-        if not 0 <= right < len(choices):
-            raise UserError(f"{where}: answer {right} is none of the {len(choices)} choices")
-        text, subject = take(row, "question", where=where).strip(), str(row.get("subject") or "")
-        made.append(_question(str(row.get("id") or number), text, list(map(str, choices)), right, subject))
-    return made
+    return _questions(rows, _redux)
 
 
 def verify(question: Question, answer: str) -> Verdict:
@@ -66,6 +41,35 @@ def verify(question: Question, answer: str) -> Verdict:
     else:
         right = " ".join(found.split()).casefold() == " ".join(label.split()).casefold()
     return Verdict(right, "" if right else f"answered {found[:60]}")
+
+
+def _questions(rows: list[Row], original: Callable[[Row, int], Question | None]) -> list[Question]:
+    """`original` reads a row that is not the authors'; None leaves it out."""
+    numbered = enumerate(rows, 1)
+    made = (_authors(row, number) if is_authors(row) else original(row, number) for number, row in numbered)
+    return [question for question in made if question is not None]
+
+
+def _gpqa(row: Row, number: int) -> Question:
+    where = f"row {number}"
+    text = take(row, "Question", where=where).strip()
+    names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    choices = [str(take(row, name, where=where)).strip() for name in names]
+    order = list(range(len(choices)))
+    random.Random(hashlib.sha256(text.encode()).hexdigest()).shuffle(order)
+    uid = str(row.get("Record ID") or number)
+    return _question(uid, text, [choices[i] for i in order], order.index(0), "")
+
+
+def _redux(row: Row, number: int) -> Question | None:
+    where = f"row {number}"
+    if row.get("error_type", "ok") != "ok":
+        return None
+    right, choices = int(take(row, "answer", where=where)), list(take(row, "choices", where=where))
+    if not 0 <= right < len(choices):
+        raise UserError(f"{where}: answer {right} is none of the {len(choices)} choices")
+    text, subject = take(row, "question", where=where).strip(), str(row.get("subject") or "")
+    return _question(str(row.get("id") or number), text, list(map(str, choices)), right, subject)
 
 
 def _authors(row: Row, number: int) -> Question:
