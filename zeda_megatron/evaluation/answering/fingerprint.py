@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from ...checkpoint.folders import TRACKER, tracked
+
 _CHUNK, _CHUNKS = 1 << 16, 16
 _WEIGHTS = (".safetensors", ".distcp", ".pt")
 
@@ -18,10 +20,10 @@ def fingerprint(folder: str | Path) -> str:
     for name in ("config.json", "zeda.json"):
         if (root / name).is_file():
             whole.update((root / name).read_bytes())
-    latest = root / "latest_checkpointed_iteration.txt"
-    if latest.is_file():
-        whole.update(latest.read_bytes())
-        root = _iteration(root, latest.read_text().strip())
+    if (root / TRACKER).is_file():
+        whole.update((root / TRACKER).read_bytes())
+        latest = tracked(root)
+        root = latest if latest is not None and latest.is_dir() else root
     for file in sorted(path for path in root.rglob("*") if path.suffix in _WEIGHTS and path.is_file()):
         size = file.stat().st_size
         whole.update(f"{file.relative_to(root)}\0{size}\0".encode())
@@ -30,10 +32,3 @@ def fingerprint(folder: str | Path) -> str:
                 stream.seek(max(size - _CHUNK, 0) * place // _CHUNKS)
                 whole.update(stream.read(_CHUNK))
     return whole.hexdigest()[:32]
-
-
-def _iteration(root: Path, latest: str) -> Path:
-    named = root / (
-        latest if latest == "release" else f"iter_{int(latest):07d}" if latest.isdigit() else latest
-    )
-    return named if named.is_dir() else root
