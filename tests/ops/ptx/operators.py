@@ -1,0 +1,72 @@
+"""`torch.ops.zeda` on the CPU with the GPU's implementation: its Python, its host code, and its kernels interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from zeda_megatron.errors import UserError
+from zeda_megatron.ops import build, cuda_kernels, expert_mlp, expert_ops, kernel_library, reference
+
+from .machine import Machine, link
+
+SMS = 4
+"""Multiprocessors that the machine claims: few, so that a block gets several tiles."""
+
+
+def library(
+    folder: Path, types: tuple[str, ...] = ("bf16",)
+) -> tuple[kernel_library.KernelLibrary, list[Path]]:
+    """Build all kernels in `folder`; the library and its PTX. Skips the test where they cannot be built."""
+    options = replace(build.BuildOptions(), types=types)
+    try:
+        nvcc, headers = build.find_nvcc(), build.find_headers()
+    except UserError as missing:
+        pytest.skip(str(missing))
+    flags = [flag for arch in options.archs for flag in build.TARGETS[arch]]
+    made = link(folder / build.NAME, nvcc, build.commands(options, nvcc, headers), flags)
+    return kernel_library.load(made), [
+        path for path in folder.rglob("*.ptx") if "compute_80" not in path.name
+    ]
+
+
+@contextmanager
+def interpreted(made: kernel_library.KernelLibrary, machine: Machine, arch: int = 90) -> Iterator[None]:
+    """Operators over bfloat16 and half run the kernels; those over float keep the reference."""
+
+    def launch(x, name, *arguments):
+        made.call(name, *arguments, None)
+        machine.check()
+
+    override = torch.library.Library("zeda", "IMPL")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_kernels, "_library", lambda: made)
+            patch.setattr(cuda_kernels, "_device", lambda index: (arch, SMS))
+            patch.setattr(cuda_kernels, "_launch", launch)
+            for name in expert_ops.SCHEMAS:
+                override.impl(name, _by_type(name), "CPU", allow_override=True)
+            yield
+    finally:
+        override._destroy()
+
+
+def _by_type(name: str):
+    composed = name in expert_ops.COMPOSED
+
+    def of(rows):
+        return expert_mlp.over(rows, name) if composed else getattr(rows, name)
+
+    kernels, plain = of(cuda_kernels), of(reference)
+
+    def run(*arguments):
+        flat = [each for a in arguments for each in (a if isinstance(a, list | tuple) else (a,))]
+        kinds = {each.dtype for each in flat if isinstance(each, torch.Tensor) and each.is_floating_point()}
+        return (kernels if not kinds or kinds & set(cuda_kernels.TYPES) else plain)(*arguments)
+
+    return run
