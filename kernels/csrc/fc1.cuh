@@ -30,10 +30,9 @@ inline int32_t* starts_in(void* workspace, int groups) {
 }
 
 inline int check(const Fc1& p, Tiling tiling) {
-  if (p.groups <= 0 || p.width <= 0 || p.width > INT32_MAX / 2 || p.k <= 0 || p.rows < 0 ||
+  if (p.groups <= 0 || p.groups > kMaxGroups || p.width <= 0 || p.width > INT32_MAX / 2 || p.k <= 0 || p.rows < 0 ||
       p.rows > INT32_MAX - 256 || p.sm_count <= 0)
     return kBadArgument;
-  if (p.groups > kMaxGroups) return kNotBuilt;
   if (!p.ends || !p.experts || !p.workspace) return kBadArgument;
   if (p.width % 8 || p.k % 8 || !aligned(p.x) || !aligned(p.pre) || !aligned(p.act)) return kMisaligned;
   if (reinterpret_cast<uintptr_t>(p.workspace) % kMapBytes) return kMisaligned;

@@ -9,6 +9,7 @@
 #include "cute/arch/copy_sm90.hpp"
 #include "cute/arch/copy_sm90_desc.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
+#include "cutlass/arch/memory.h"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/numeric_conversion.h"
 #include "cutlass/pipeline/sm90_pipeline.hpp"
@@ -62,21 +63,20 @@ struct FusedFc1 {
                                int columns) {
     const int lane = threadIdx.x % 32;
     // Pieces of 16 bytes; those of one column lie in different banks.
-    const auto piece = [&](int row, int j) -> uint128_t& {
-      return reinterpret_cast<uint128_t*>(staged)[row * 8 + (j ^ row % 8)];
-    };
+    const auto piece = [&](int row, int j) { return reinterpret_cast<uint4*>(staged) + row * 8 + (j ^ row % 8); };
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i)
       SM90_U32x4_STSM_N::copy(packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3],
-                              piece(lane % 16, 2 * i + lane / 16));
+                              *reinterpret_cast<uint128_t*>(piece(lane % 16, 2 * i + lane / 16)));
     __syncwarp();
+    uint4 values[4];
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int row = 4 * i + lane / 8, j = lane % 8;
-      if (row < rows && 8 * j < columns)
-        reinterpret_cast<uint128_t*>(out + row * stride)[j] = piece(row, j);
-    }
+    for (int i = 0; i < 4; ++i) values[i] = *piece(4 * i + lane / 8, lane % 8);
     __syncwarp();  // read before the next call writes
+    Element* to = out + lane / 8 * stride + lane % 8 * 8;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i, to += 4 * stride)
+      cutlass::arch::global_store<uint4, 16>(values[i], to, 4 * i + lane / 8 < rows && lane % 8 * 8 < columns);
   }
 
   static __device__ uint32_t pack(float first, float second) {
@@ -86,7 +86,9 @@ struct FusedFc1 {
   }
 
   static __device__ float part(uint32_t packed, int i) {
-    return float(reinterpret_cast<const Element*>(&packed)[i]);
+    if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>)
+      return __uint_as_float(i ? packed & 0xffff0000u : packed << 16);
+    return float(Element::bitcast(uint16_t(packed >> 16 * i)));
   }
 
   template <typename Accumulators>
