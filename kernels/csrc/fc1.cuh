@@ -33,7 +33,7 @@ inline int check(const Fc1& p, Tiling tiling) {
   if (p.groups <= 0 || p.groups > kMaxGroups || p.width <= 0 || p.width > INT32_MAX / 2 || p.k <= 0 || p.rows < 0 ||
       p.rows > INT32_MAX - 256 || p.sm_count <= 0)
     return kBadArgument;
-  if (!p.ends || !p.experts || !p.workspace) return kBadArgument;
+  if (!p.ends || !p.experts || !p.workspace || (p.rows > 0 && (!p.x || !p.act))) return kBadArgument;
   if (p.width % 8 || p.k % 8 || !aligned(p.x) || !aligned(p.pre) || !aligned(p.act)) return kMisaligned;
   if (reinterpret_cast<uintptr_t>(p.workspace) % kMapBytes) return kMisaligned;
   for (int e = 0; e < p.groups; ++e)

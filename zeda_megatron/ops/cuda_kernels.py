@@ -96,13 +96,17 @@ def _experts(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, 
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
+def _check_ends(ends: Tensor, groups: int, device: torch.device) -> None:
+    if ends.shape != (groups,) or ends.device != device:
+        raise RuntimeError(f"torch.ops.zeda: ends must be [{groups}] on {device}")
+
+
 def _grouped(
     product, a: Tensor, b: Tensor | None, d: Tensor | None, experts, n: int, k: int, ends, accumulate
 ) -> None:
     arch, sms = _device(a.device.index)
     rows, groups = a.shape[0], len(experts)
-    if ends.shape != (groups,) or ends.device != a.device:
-        raise RuntimeError(f"torch.ops.zeda: ends must be [{groups}] on {a.device}")
+    _check_ends(ends, groups, a.device)
     choice = (product, _type(a), arch, tile_for(rows, groups), groups, rows, n, k)
     size = _library().functions.zk_grouped_workspace(*choice, sms)
     workspace = torch.empty(max(size, 16), dtype=torch.uint8, device=a.device)
@@ -155,6 +159,43 @@ def swiglu(pre: Tensor, probs: Tensor | None, ends: Tensor) -> Tensor:
         pre, "zk_swiglu", *sizes, pre.data_ptr(), _at(probs), act.data_ptr(), _device(pre.device.index)[1]
     )
     return act
+
+
+def moe_fc1(
+    x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _fused_fc1(x, weights, probs, ends, True) or _composed_fc1(x, weights, probs, ends)
+
+
+def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
+    fused = _fused_fc1(x, weights, probs, ends, False)
+    return (fused or _composed_fc1(x, weights, probs, ends))[1]
+
+
+def _composed_fc1(x, weights, probs, ends) -> tuple[Tensor, Tensor]:
+    pre = grouped_mm(x, weights, ends)
+    return pre, swiglu(pre, probs, ends)
+
+
+def _fused_fc1(x, weights, probs, ends, keep: bool) -> tuple[Tensor | None, Tensor] | None:
+    """pre (None unless kept) and act from one kernel; None where none was built for this GPU or so many groups."""
+    arch, sms = _device(x.device.index)
+    kind, groups = (_type(x), arch), len(weights)
+    size = _library().functions.zk_fc1_workspace(*kind, groups)
+    if size < 0:
+        return None
+    x, probs, ends, (n, k) = _rows(x), _float(probs), _int32(ends), weights[0].shape
+    _check_ends(ends, groups, x.device)
+    experts = _experts(weights, (n, x.shape[1]), x.dtype, x.device)
+    rows, width = x.shape[0], n // 2
+    pre = x.new_empty(rows, n) if keep else None
+    act = x.new_empty(rows, width)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    choice = (*kind, tile_for(rows, groups), groups, rows, width, k)
+    operands = (ends.data_ptr(), x.data_ptr(), ctypes.cast(experts, ctypes.c_void_p), _at(probs))
+    outputs = (_at(pre), act.data_ptr(), workspace.data_ptr(), workspace.numel())
+    _launch(x, "zk_fc1", *choice, *operands, *outputs, sms)
+    return pre if pre is None else _zero_tail(pre, ends), _zero_tail(act, ends)
 
 
 def swiglu_backward(
