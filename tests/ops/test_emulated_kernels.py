@@ -279,7 +279,9 @@ def test_the_fused_fc1_refuses_what_it_cannot_compute(kernels):
         pointers = [ctypes.c_void_p(p) for p in (at, x)]
         outputs = [ctypes.c_void_p(p) for p in (pre, act, at)]
         size = ctypes.c_int64(kernels.fc1_bytes(groups) + spare)
-        return kernels.check_fc1(1, groups, ctypes.c_int64(rows), width, k, *pointers, experts, *outputs, size)
+        return kernels.check_fc1(
+            1, groups, ctypes.c_int64(rows), width, k, *pointers, experts, *outputs, size
+        )
 
     assert code() == code(pre=None) == code(rows=0, x=None, act=None) == 0
     assert code(spare=-1) == -2

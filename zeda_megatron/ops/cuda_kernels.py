@@ -161,41 +161,41 @@ def swiglu(pre: Tensor, probs: Tensor | None, ends: Tensor) -> Tensor:
     return act
 
 
-def moe_fc1(
-    x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _fused_fc1(x, weights, probs, ends, True) or _composed_fc1(x, weights, probs, ends)
+def moe_fc1(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+    x, probs, ends, n = _rows(x), _float(probs), _int32(ends), weights[0].shape[0]
+    if _fc1_workspace(x, weights) < 0:
+        pre = grouped_mm(x, weights, ends)
+        return pre, swiglu(pre, probs, ends)
+    pre, act = x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], n // 2)
+    _fused_fc1(x, weights, probs, ends, pre, act)
+    return _zero_tail(pre, ends), _zero_tail(act, ends)
 
 
 def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
-    fused = _fused_fc1(x, weights, probs, ends, False)
-    return (fused or _composed_fc1(x, weights, probs, ends))[1]
+    if _fc1_workspace(x, weights) < 0:
+        return moe_fc1(x, weights, probs, ends)[1]
+    x, probs, ends = _rows(x), _float(probs), _int32(ends)
+    act = x.new_empty(x.shape[0], weights[0].shape[0] // 2)
+    _fused_fc1(x, weights, probs, ends, None, act)
+    return _zero_tail(act, ends)
 
 
-def _composed_fc1(x, weights, probs, ends) -> tuple[Tensor, Tensor]:
-    pre = grouped_mm(x, weights, ends)
-    return pre, swiglu(pre, probs, ends)
+def _fc1_workspace(x: Tensor, weights: list[Tensor]) -> int:
+    """Bytes the fused fc1 needs; negative where there is none for this GPU, type or number of experts."""
+    arch, _ = _device(x.device.index)
+    return _library().functions.zk_fc1_workspace(_type(x), arch, len(weights))
 
 
-def _fused_fc1(x, weights, probs, ends, keep: bool) -> tuple[Tensor | None, Tensor] | None:
-    """pre (None unless kept) and act from one kernel; None where none was built for this GPU or so many groups."""
+def _fused_fc1(x, weights, probs, ends, pre: Tensor | None, act: Tensor) -> None:
+    """One kernel for both outputs; pre may be None: it is not written then."""
     arch, sms = _device(x.device.index)
-    kind, groups = (_type(x), arch), len(weights)
-    size = _library().functions.zk_fc1_workspace(*kind, groups)
-    if size < 0:
-        return None
-    x, probs, ends, (n, k) = _rows(x), _float(probs), _int32(ends), weights[0].shape
+    (rows, k), width, groups = x.shape, act.shape[1], len(weights)
     _check_ends(ends, groups, x.device)
-    experts = _experts(weights, (n, x.shape[1]), x.dtype, x.device)
-    rows, width = x.shape[0], n // 2
-    pre = x.new_empty(rows, n) if keep else None
-    act = x.new_empty(rows, width)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    choice = (*kind, tile_for(rows, groups), groups, rows, width, k)
-    operands = (ends.data_ptr(), x.data_ptr(), ctypes.cast(experts, ctypes.c_void_p), _at(probs))
-    outputs = (_at(pre), act.data_ptr(), workspace.data_ptr(), workspace.numel())
-    _launch(x, "zk_fc1", *choice, *operands, *outputs, sms)
-    return pre if pre is None else _zero_tail(pre, ends), _zero_tail(act, ends)
+    experts = ctypes.cast(_experts(weights, (2 * width, k), x.dtype, x.device), ctypes.c_void_p)
+    workspace = torch.empty(_fc1_workspace(x, weights), dtype=torch.uint8, device=x.device)
+    choice = (_type(x), arch, tile_for(rows, groups), groups, rows, width, k)
+    pointers = (ends.data_ptr(), x.data_ptr(), experts, _at(probs), _at(pre), act.data_ptr())
+    _launch(x, "zk_fc1", *choice, *pointers, workspace.data_ptr(), workspace.numel(), sms)
 
 
 def swiglu_backward(
