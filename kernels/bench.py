@@ -39,7 +39,8 @@ class Timing:
     model: str
     backend: str
     what: str
-    """forward, dgrad or wgrad of fc1; layer or layer_backward (forward and backward)."""
+    """forward, dgrad or wgrad of fc1's product; fc1 (product and activation, both kept), act (the activation alone is
+    kept); layer (nothing kept) or layer_backward (forward and backward)."""
     tokens: int
     zero_share: float
     rows: int

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional as F
 
-from zeda_megatron.ops import cuda_kernels
+from zeda_megatron.ops import cuda_kernels, reference
 from zeda_megatron.ops.grouped_mlp import grouped_mlp
 
 ops = torch.ops.zeda
@@ -58,6 +58,7 @@ class Own:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
+        self.rows = cuda_kernels if inputs.x.is_cuda else reference
 
     def runs(self) -> dict[str, Callable]:
         i = self.inputs
@@ -65,9 +66,24 @@ class Own:
             "forward": _quiet(lambda: ops.grouped_mm(i.x, i.fc1, i.ends)),
             "dgrad": _quiet(lambda: ops.grouped_dgrad(i.dy, i.fc1, i.ends)),
             "wgrad": _quiet(lambda: ops.grouped_wgrad_(i.main, i.dy, i.x, i.ends, True)),
+            "fc1": _quiet(lambda: ops.moe_fc1(i.x, i.fc1, i.probs, i.ends)),
+            "act": _quiet(lambda: self.rows.moe_act(i.x, i.fc1, i.probs, i.ends)),
             "layer": _quiet(lambda: i.layer("kernels")),
             "layer_backward": lambda: i.forward_and_backward("kernels"),
         }
+
+
+class Unfused:
+    """The same product and activation as `Own`, each a kernel of its own: what the fused fc1 replaces."""
+
+    name = "unfused"
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+
+    def runs(self) -> dict[str, Callable]:
+        i = self.inputs
+        return {"fc1": _quiet(lambda: ops.swiglu(ops.grouped_mm(i.x, i.fc1, i.ends), i.probs, i.ends))}
 
 
 class GroupedMm:
@@ -80,12 +96,19 @@ class GroupedMm:
         self.stacked = torch.stack(inputs.fc1).detach()
         self.main = torch.zeros(self.stacked.shape, device=self.stacked.device)
 
+    def _fc1(self) -> torch.Tensor:
+        gate, up = F.grouped_mm(self.inputs.x, self.stacked.transpose(1, 2), offs=self.inputs.ends).chunk(
+            2, -1
+        )
+        return (F.silu(gate) * up * self.inputs.probs[:, None]).bfloat16()
+
     def runs(self) -> dict[str, Callable]:
         i = self.inputs
         return {
             "forward": _quiet(lambda: F.grouped_mm(i.x, self.stacked.transpose(1, 2), offs=i.ends)),
             "dgrad": _quiet(lambda: F.grouped_mm(i.dy, self.stacked, offs=i.ends)),
             "wgrad": _quiet(lambda: self.main.add_(F.grouped_mm(i.dy.T, i.x, offs=i.ends))),
+            "fc1": _quiet(self._fc1),
             "layer": _quiet(lambda: i.layer("grouped_mm")),
             "layer_backward": lambda: i.forward_and_backward("grouped_mm"),
         }
@@ -121,10 +144,12 @@ class TransformerEngine:
         self.fc1 = GroupedLinear(shape.experts, shape.hidden, 2 * shape.width, **kind)
         self.fc2 = GroupedLinear(shape.experts, shape.width, shape.hidden, **kind)
 
-    def _layer(self) -> torch.Tensor:
+    def _fc1(self) -> torch.Tensor:
         gate, up = self.fc1(self.inputs.x, self.splits).chunk(2, dim=-1)
-        acted = (F.silu(gate) * up * self.inputs.probs[:, None]).bfloat16()
-        return self.fc2(acted, self.splits)
+        return (F.silu(gate) * up * self.inputs.probs[:, None]).bfloat16()
+
+    def _layer(self) -> torch.Tensor:
+        return self.fc2(self._fc1(), self.splits)
 
     def _both(self) -> None:
         wanted = [self.inputs.x, self.inputs.probs, *self.fc1.parameters(), *self.fc2.parameters()]
@@ -133,6 +158,7 @@ class TransformerEngine:
     def runs(self) -> dict[str, Callable]:
         return {
             "forward": _quiet(lambda: self.fc1(self.inputs.x, self.splits)),
+            "fc1": _quiet(self._fc1),
             "layer": _quiet(self._layer),
             "layer_backward": self._both,
         }
@@ -151,8 +177,10 @@ def _quiet(run: Callable) -> Callable:
 def backends(device: str, shape: Shape, counts: torch.Tensor) -> tuple[list, dict[str, str]]:
     """Those that run here, on one set of inputs; and why the others do not."""
     inputs = Inputs(device, shape, counts)
+    own = cuda_kernels.why_not(inputs.x.device, torch.bfloat16) if device == "cuda" else None
     reasons = {
-        Own: cuda_kernels.why_not(inputs.x.device, torch.bfloat16) if device == "cuda" else None,
+        Own: own,
+        Unfused: own,
         GroupedMm: None,
         Triton: _lacks("triton", device),
         TransformerEngine: _lacks("transformer_engine", device),

@@ -1,21 +1,23 @@
-// The grouped products of the C interface: picks the kernel that was built for an architecture, tile and type.
+// The products of the C interface: picks the kernel that was built for an architecture, tile and type.
 #include "api.h"
 
-#include "groups.cuh"
+#include "fc1.cuh"
 
+using zk::Fc1;
 using zk::Problem;
 
-#define ZK_DECLARE(name) \
-  int name##_bf16(const Problem&); \
-  int name##_fp16(const Problem&);
+#define ZK_DECLARE(name, Arguments) \
+  int name##_bf16(const Arguments&); \
+  int name##_fp16(const Arguments&);
 #define ZK_DECLARE_WORKSPACE(name) \
   int64_t name##_bf16(const Problem&); \
   int64_t name##_fp16(const Problem&);
 
-ZK_DECLARE(zk_sm80)
-ZK_DECLARE(zk_sm90_small)
-ZK_DECLARE(zk_sm90_large)
-ZK_DECLARE(zk_sm90_wgrad)
+ZK_DECLARE(zk_sm80, Problem)
+ZK_DECLARE(zk_sm90_small, Problem)
+ZK_DECLARE(zk_sm90_large, Problem)
+ZK_DECLARE(zk_sm90_wgrad, Problem)
+ZK_DECLARE(zk_sm90_fc1, Fc1)
 ZK_DECLARE_WORKSPACE(zk_sm90_small_workspace)
 ZK_DECLARE_WORKSPACE(zk_sm90_large_workspace)
 ZK_DECLARE_WORKSPACE(zk_sm90_wgrad_workspace)
@@ -77,4 +79,28 @@ int zk_grouped(int product, int dtype, int arch, int tile, int groups, int64_t r
   if (arch == 80) return ZK_CALL(zk_sm80, dtype, p);
 #endif
   return zk::kNotBuilt;
+}
+
+int64_t zk_fc1_workspace(int dtype, int arch, int groups) {
+  if (groups <= 0) return zk::kBadArgument;
+#ifdef ZK_SM90
+  if (arch == 90 && dtype >= 0 && dtype < kTypes && groups <= zk::kMaxGroups) return zk::fc1_bytes(groups);
+#endif
+  return zk::kNotBuilt;
+}
+
+int zk_fc1(int dtype, int arch, int tile, int groups, int64_t rows, int width, int k, const int32_t* ends,
+           const void* x, const void* const* experts, const float* probs, void* pre, void* act, void* workspace,
+           int64_t workspace_bytes, int sm_count, void* stream) {
+  if (tile < 0 || tile > 1) return zk::kBadArgument;
+  if (const int64_t bytes = zk_fc1_workspace(dtype, arch, groups); bytes < 0) return int(bytes);
+  Fc1 p{};
+  p.tile = tile, p.groups = groups, p.width = width, p.k = k, p.sm_count = sm_count, p.rows = rows, p.ends = ends;
+  p.x = x, p.experts = experts, p.probs = probs, p.pre = pre, p.act = act;
+  p.workspace = workspace, p.workspace_bytes = workspace_bytes, p.stream = cudaStream_t(stream);
+#ifdef ZK_SM90
+  return ZK_CALL(zk_sm90_fc1, dtype, p);
+#else
+  return zk::kNotBuilt;
+#endif
 }

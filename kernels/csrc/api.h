@@ -23,6 +23,14 @@ ZK_API int zk_grouped(int product, int dtype, int arch, int tile, int groups, in
                       const int32_t* ends, const void* a, const void* b, void* d, const void* const* experts,
                       float beta, void* workspace, int64_t workspace_bytes, int sm_count, void* stream);
 
+// pre [rows, 2 width] = x[rows, k] w_e^T, act [rows, width] = silu(gate) * up * prob, in one kernel; experts[e] = w_e
+// [2 width, k], gate rows first. probs may be null, pre too: it is not stored then. Rows past the last end are not
+// written. The workspace's size is -4 where no such kernel was built: for other GPUs than Hopper, for many groups.
+ZK_API int64_t zk_fc1_workspace(int dtype, int arch, int groups);
+ZK_API int zk_fc1(int dtype, int arch, int tile, int groups, int64_t rows, int width, int k, const int32_t* ends,
+                  const void* x, const void* const* experts, const float* probs, void* pre, void* act, void* workspace,
+                  int64_t workspace_bytes, int sm_count, void* stream);
+
 // pre [rows, 2 width], gate first -> act [rows, width]; probs may be null. Rows past the last end become zero.
 ZK_API int zk_swiglu(int dtype, int groups, int64_t rows, int width, const int32_t* ends, const void* pre,
                      const float* probs, void* act, int sm_count, void* stream);

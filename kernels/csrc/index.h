@@ -75,6 +75,45 @@ ZK_HD int expert_of(const int32_t* ids, int64_t slot, int experts) {
   return id >= 0 && id < experts ? id : -1;
 }
 
+// Tiles of a persistent kernel over groups. A unit of work is what a cluster computes: `cluster` tiles one below the
+// other, each `rows` rows by `columns` columns.
+struct Tiling {
+  int rows, columns, cluster;
+};
+
+// Units of a group of `rows` rows.
+ZK_HD int64_t units_of(Tiling tiling, int64_t rows, int width) {
+  return ceil_div(rows, int64_t(tiling.rows) * tiling.cluster) * ceil_div(width, tiling.columns);
+}
+
+// One tile: its first row in the buffer, the rows its expert has from there on (none or less in a tile that only fills
+// a cluster), and its first column.
+struct RowTile {
+  int expert, rows, column;
+  int64_t row;
+};
+
+// Tile of block `rank` of a cluster in unit `unit`; starts[e] counts the units before group e, starts[groups] all.
+// Tiles below each other follow each other: they share the weight.
+ZK_HD RowTile tile_at(const int32_t* starts, int groups, int unit, int rank, const int32_t* ends, int64_t rows,
+                      Tiling tiling) {
+  int low = 0, high = groups;  // starts[low] <= unit < starts[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= unit ? low : high) = middle;
+  }
+  const Span span = span_of(ends, low, rows);
+  const int own = unit - starts[low], down = int(ceil_div(span.rows, int64_t(tiling.rows) * tiling.cluster));
+  const int64_t skipped = (int64_t(own % down) * tiling.cluster + rank) * tiling.rows;
+  return {low, int(span.rows - skipped), own / down * tiling.columns, span.begin + skipped};
+}
+
+// The fused fc1: a tile's columns are those of gate and the same ones of up, so the product is twice as wide.
+constexpr Tiling kFc1Small{64, 64, 1}, kFc1Large{128, 128, 2};
+
+// Groups whose starts fit beside the operands in shared memory.
+constexpr int kMaxGroups = 1024;
+
 // Slots that one block of the permutation sorts.
 constexpr int kSlots = 512;
 

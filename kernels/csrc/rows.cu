@@ -6,10 +6,12 @@
 #include "api.h"
 #include "groups.cuh"
 #include "swiglu.h"
+#include "warp.cuh"
 
 namespace {
 
 using zk::kSlots;
+using zk::warp_prefix;
 
 constexpr int kThreads = 256;
 
@@ -38,15 +40,6 @@ __device__ float block_sum(float value) {
   value = 0.f;
   for (int w = 0; w < kThreads / 32; ++w) value += of_warp[w];
   return value;
-}
-
-// Sum over this lane and those before it. All lanes of the warp must call it.
-__device__ int32_t warp_prefix(int32_t sum) {
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-    if (int(threadIdx.x % 32) >= step) sum += other;
-  }
-  return sum;
 }
 
 template <typename Element>

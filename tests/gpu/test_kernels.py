@@ -112,6 +112,58 @@ def test_products_of_both_tiles(device, counts, tile, monkeypatch):
     )
 
 
+def fused(counts, width, hidden, device, extra_rows=3):
+    """x, weights, probs, ends of fc1; rows past the last end hold NaN."""
+    draw = Draw(dtype=torch.bfloat16, device=device)
+    real = sum(counts)
+    x, probs = draw(real + extra_rows, hidden), draw(real + extra_rows).float()
+    x[real:], probs[real:] = float("nan"), float("nan")
+    return x, draw.experts(len(counts), 2 * width, hidden), probs, ends_of(counts, device)
+
+
+FC1_CASES = CASES | {
+    "around a cluster": [255, 256, 257, 0, 1],
+    "more tiles than multiprocessors": [700] * 30,
+}
+
+
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("counts", FC1_CASES.values(), ids=FC1_CASES.keys())
+@pytest.mark.parametrize(("width", "hidden"), [(64, 64), (200, 136), (8, 8), (264, 328)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_fc1_and_its_activation(device, counts, width, hidden, tile, weighted, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    x, weights, probs, ends = fused(counts, width, hidden, device)
+    probs = probs if weighted else None
+    poison(device, x.new_empty(x.shape[0], 2 * width), x.new_empty(x.shape[0], width))
+    pre, act = ops.moe_fc1(x, weights, probs, ends)
+    wide = exact([x, weights]) + [exact(probs) if weighted else None, exact(ends)]
+    expected = reference.moe_fc1(*wide)
+    near(pre, expected[0], 5e-3)
+    near(act, expected[1], 1e-2)
+    assert not pre[sum(counts) :].any() and not act[sum(counts) :].any()
+    # The backward pass computes the activation from pre: the same bits, and the same again without keeping pre.
+    assert torch.equal(act, ops.swiglu(pre, probs, ends))
+    rows = cuda_kernels if device.type == "cuda" else reference
+    poison(device, act)
+    assert torch.equal(act, rows.moe_act(x, weights, probs, ends))
+    for _ in range(3 if device.type == "cuda" else 1):
+        assert all(torch.equal(a, b) for a, b in zip(ops.moe_fc1(x, weights, probs, ends), (pre, act)))
+
+
+@gpu
+@pytest.mark.parametrize("tile", [0, 1])
+def test_rows_past_the_last_end_are_untouched_by_the_fused_fc1(cuda, tile, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    x, weights, probs, ends = fused([30, 0, 150], 72, 64, cuda, extra_rows=200)
+    if cuda_kernels._fc1_workspace(x, weights) < 0:
+        pytest.skip("the library has no fused fc1 for this GPU")
+    pre, act = (torch.full((380, n), float("nan"), dtype=x.dtype, device=cuda) for n in (144, 72))
+    cuda_kernels._fused_fc1(x, weights, probs, ends, pre, act)
+    for out in (pre, act):
+        assert out[:180].isfinite().all() and out[180:].isnan().all()
+
+
 @pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_weight_gradients_overwrite_poison_or_add(device, counts, accumulate):
@@ -172,7 +224,8 @@ def test_a_graph_replays_with_other_counts_and_nothing_waits(cuda):
 
     def run():
         out, pre = ops.expert_mlp(*inputs)
-        return out, *ops.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
+        again = ops.expert_mlp_forward(*inputs)
+        return out, pre, again, *ops.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -199,6 +252,7 @@ from groups import mlp_inputs
 x, probs, ends, fc1, fc2 = mlp_inputs([3, 0, 2], 16, 8, extra_rows=2, dtype=torch.bfloat16, device="cuda")
 out, pre = torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)
 torch.ops.zeda.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
+torch.ops.zeda.expert_mlp_forward(x, probs, ends, fc1, fc2)
 rows, row_map, ends = torch.ops.zeda.permute(x, torch.tensor([[0, 1]] * 7, device="cuda"), 3)
 torch.ops.zeda.combine(rows, row_map, torch.ones(7, 2, device="cuda"))
 torch.cuda.synchronize()

@@ -46,7 +46,7 @@ def test_every_unit_is_compiled_for_its_architecture_and_linked_once(fake):
     lines = (fake / "log").read_text().splitlines()
     assert output.is_file() and os.listdir(output.parent) == [build.NAME]
     compiled = {Path(line.split(" -o ")[1]).stem: line for line in lines if " -c " in line}
-    names = ("sm80", "sm90_small", "sm90_large", "sm90_wgrad")
+    names = ("sm80", "sm90_small", "sm90_large", "sm90_wgrad", "sm90_fc1")
     assert set(compiled) == {"rows", "api"} | {
         f"{name}_{kind}" for name in names for kind in ("bf16", "fp16")
     }
@@ -215,8 +215,12 @@ def disassemble(library, *flags: str) -> str:
 def test_hopper_kernels_use_its_tensor_cores_and_memory_engine_and_spill_nothing(compiled):
     code = disassemble(compiled, "-sass", "-arch", "sm_90a").split("Function : ")[1:]
     products = [text for text in code if "HGMMA" in text]
-    assert len(products) == 5 * (2 if compiled.has_half else 1)  # forward and dgrad in two tiles, wgrad
+    # Forward, dgrad and the fused fc1 in two tiles each, wgrad.
+    assert len(products) == 7 * (2 if compiled.has_half else 1)
     assert all("UTMALDG" in text for text in products)
+    fused = [text for text in products if "UTMASTG" not in text and "STSM" in text and "MUFU.EX2" in text]
+    assert len(fused) == 2 * (2 if compiled.has_half else 1)
+    assert sum("UTMALDG.2D.MULTICAST" in text for text in fused) == len(fused) / 2  # the large tile
     for text in code:
         assert not re.search(r"\b(LDL|STL)\b", text), text.splitlines()[0]
 
@@ -228,7 +232,7 @@ def test_hopper_kernels_fit_their_registers(compiled):
     used = [
         tuple(map(int, found)) for found in re.findall(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage)
     ]
-    assert len(used) >= 5
+    assert len(used) >= 7
     assert max(registers for registers, _ in used) <= 168 and not any(local for _, local in used)
 
 
@@ -250,6 +254,16 @@ def test_without_a_driver_every_launcher_returns_an_error_code(compiled):
                 assert c.zk_grouped(*choice, *rest, size, 132, None) not in (0, -1, -2, -3, -4)
                 assert c.zk_grouped(*choice, *rest, size - 1, 132, None) == -2
                 assert c.zk_grouped(*choice[:6], 60, 64, *rest, size, 132, None) == -3
+    if 90 in compiled.archs:
+        size = c.zk_fc1_workspace(0, 90, 2)
+        assert 0 < size < 1 << 20 and c.zk_fc1_workspace(0, 90, 1025) == -4
+        for tile in range(2):
+            for pre in (at, None):
+                sizes, operands = (0, 90, tile, 2, 8, 64, 64), (at, at, table, None, pre, at, at)
+                assert c.zk_fc1(*sizes, *operands, size, 132, None) not in (0, -1, -2, -3, -4)
+                assert c.zk_fc1(*sizes, *operands, size - 1, 132, None) == -2
+                assert c.zk_fc1(*sizes[:5], 60, 64, *operands, size, 132, None) == -3
+    assert c.zk_fc1_workspace(0, 80, 2) == -4
     assert (
         c.zk_grouped(
             0, 1 - compiled.has_half, 70, 0, 2, 8, 64, 64, at, at, at, at, table, 0.0, at, 1, 1, None

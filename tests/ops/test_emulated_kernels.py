@@ -32,10 +32,10 @@ def kernels(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(output))
     for name, (result, arguments) in kernel_library._SIGNATURES.items():
-        if not name.startswith(("zk_grouped", "zk_built")):
+        if not name.startswith(("zk_grouped", "zk_fc1", "zk_built")):
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
-    for name in ("tiles_of", "tail_of"):
+    for name in ("tiles_of", "tail_of", "fc1_bytes"):
         getattr(library, name).restype = ctypes.c_int64
     return library
 
@@ -213,3 +213,80 @@ def test_bad_sizes_give_an_error_code(kernels):
     assert kernels.zk_swiglu(0, 1, -1, 8, at, at, None, at, 1, None) == -1
     assert kernels.zk_sort(8, 4, at, at, at, at, 15, None) == -2
     assert kernels.zk_combine(0, 1, 0, 8, at, at, None, at, 1, None) == -1
+
+
+def fc1_tiles(kernels, tile, ends, rows, width):
+    """Rows, columns and cluster of a tile, the starts, and expert, row, rows, column of each tile, in order."""
+    shape, ends = (ctypes.c_int32 * 3)(), torch.tensor(ends, dtype=torch.int32)
+    kernels.tiling(tile, shape)
+    groups, starts = len(ends), poison(len(ends) + 2, dtype=torch.int32)
+    at_ends, at_starts = (ctypes.c_void_p(t.data_ptr()) for t in (ends, starts))
+    kernels.count_units(tile, groups, ctypes.c_int64(rows), width, at_ends, at_starts)
+    assert starts[-1] == 77
+    tiles = torch.zeros(int(starts[groups]) * shape[2], 4, dtype=torch.int64)
+    at_tiles = ctypes.c_void_p(tiles.data_ptr())
+    kernels.tiles_at(tile, groups, ctypes.c_int64(rows), at_ends, at_starts, at_tiles)
+    return tuple(shape), starts[:-1].tolist(), tiles.tolist()
+
+
+FC1_COUNTS = {
+    "one expert": [129],
+    "around a tile": [63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 1],
+    "all empty": [0, 0, 0],
+    "one takes all": [0] * 40 + [700] + [0] * 30,
+    **{f"{e} experts": [(i * 37) % 90 for i in range(e)] for e in (31, 32, 33, 64, 65, 1024)},
+}
+
+
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("width", [8, 128, 200])
+@pytest.mark.parametrize("counts", FC1_COUNTS.values(), ids=FC1_COUNTS.keys())
+def test_tiles_of_the_fused_fc1_cover_each_element_of_its_expert_once(kernels, tile, width, counts):
+    rows, ends = sum(counts) + 3, ends_of(counts).tolist()
+    (down, across, cluster), starts, tiles = fc1_tiles(kernels, tile, ends, rows, width)
+    units = [-(-count // (down * cluster)) * -(-width // across) for count in counts]
+    assert starts == [0, *torch.tensor(units).cumsum(0).tolist()]
+    times = torch.zeros(rows, width, dtype=torch.int64)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    for expert, row, left, column in tiles:
+        last = row + max(0, min(left, down))
+        times[row:last, column : column + across] += 1
+        assert (owner[row:last] == expert).all() and 0 <= column < width
+    assert (times[: sum(counts)] == 1).all() and not times[sum(counts) :].any()
+    # Blocks of a cluster share the weight's box, which each loads a half of for both.
+    for first in range(0, len(tiles), cluster):
+        together = tiles[first : first + cluster]
+        assert len({(expert, column) for expert, _, _, column in together}) == 1 and together[0][2] > 0
+
+
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("ends", [[2, 900], [-3, 4], [300, 1, 300, 1, 300], [900, 900], [-1, -1]])
+def test_ends_that_make_no_sense_give_tiles_within_the_rows(kernels, tile, ends):
+    rows, width = 300, 136
+    (down, *_), _, tiles = fc1_tiles(kernels, tile, ends, rows, width)
+    found = reference.spans(torch.tensor(ends), rows)
+    for expert, row, left, _ in tiles:
+        begin, end = found[expert]
+        assert row >= begin and row + left == end and (left <= 0 or row + min(left, down) <= rows)
+
+
+def test_the_fused_fc1_refuses_what_it_cannot_compute(kernels):
+    memory = torch.zeros(4096)
+    at = memory.data_ptr() + -memory.data_ptr() % 256
+    table = (ctypes.c_void_p * 2)(at, at)
+
+    def code(groups=2, rows=8, width=16, k=16, pre=at, act=at, x=at, experts=table, spare=0):
+        pointers = [ctypes.c_void_p(p) for p in (at, x)]
+        outputs = [ctypes.c_void_p(p) for p in (pre, act, at)]
+        size = ctypes.c_int64(kernels.fc1_bytes(groups) + spare)
+        return kernels.check_fc1(
+            1, groups, ctypes.c_int64(rows), width, k, *pointers, experts, *outputs, size
+        )
+
+    assert code() == code(pre=None) == code(rows=0, x=None, act=None) == 0
+    assert code(spare=-1) == -2
+    assert [code(width=12), code(k=4), code(pre=at + 8), code(act=at + 8), code(x=at + 8)] == [-3] * 5
+    assert code(experts=(ctypes.c_void_p * 2)(at, at + 8)) == -3
+    assert code(experts=(ctypes.c_void_p * 2)(at, None)) == -1
+    assert [code(groups=0), code(groups=1025), code(rows=-1), code(x=None), code(act=None)] == [-1] * 5
+    assert code(rows=2**31 - 512, width=2**24) == -1  # more units than an int counts

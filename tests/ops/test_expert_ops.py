@@ -39,6 +39,7 @@ def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
         "combine": (draw(10, 4), row_map, picks),
         "combine_backward": (draw(len(IDS), 4), draw(10, 4), row_map, picks),
         "expert_mlp": (x, probs, ends, fc1, fc2),
+        "expert_mlp_forward": (x, probs, ends, fc1, fc2),
         "expert_mlp_backward": (dout, x, pre, probs, ends, fc1, fc2),
         "expert_mlp_backward_": tuple(
             [t.detach() for t in part] if isinstance(part, list) else part.detach()
@@ -121,6 +122,12 @@ def test_gradients_of_the_weights_add_to_the_main_gradients_in_float32():
     for main, old, new in zip((*main1, *main2), kept, (*dfc1, *dfc2)):
         torch.testing.assert_close(main, old + new)
     assert torch.equal(main1[1], kept[1])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_without_a_gradient_the_layer_is_the_same(counts):
+    inputs = mlp_inputs(counts, 8, 4, extra_rows=2)
+    assert torch.equal(ops.expert_mlp_forward(*inputs), ops.expert_mlp(*inputs)[0])
 
 
 @pytest.mark.parametrize("counts", COUNTS)

@@ -96,13 +96,17 @@ def _experts(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, 
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
+def _check_ends(ends: Tensor, groups: int, device: torch.device) -> None:
+    if ends.shape != (groups,) or ends.device != device:
+        raise RuntimeError(f"torch.ops.zeda: ends must be [{groups}] on {device}")
+
+
 def _grouped(
     product, a: Tensor, b: Tensor | None, d: Tensor | None, experts, n: int, k: int, ends, accumulate
 ) -> None:
     arch, sms = _device(a.device.index)
     rows, groups = a.shape[0], len(experts)
-    if ends.shape != (groups,) or ends.device != a.device:
-        raise RuntimeError(f"torch.ops.zeda: ends must be [{groups}] on {a.device}")
+    _check_ends(ends, groups, a.device)
     choice = (product, _type(a), arch, tile_for(rows, groups), groups, rows, n, k)
     size = _library().functions.zk_grouped_workspace(*choice, sms)
     workspace = torch.empty(max(size, 16), dtype=torch.uint8, device=a.device)
@@ -155,6 +159,43 @@ def swiglu(pre: Tensor, probs: Tensor | None, ends: Tensor) -> Tensor:
         pre, "zk_swiglu", *sizes, pre.data_ptr(), _at(probs), act.data_ptr(), _device(pre.device.index)[1]
     )
     return act
+
+
+def moe_fc1(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+    x, probs, ends, n = _rows(x), _float(probs), _int32(ends), weights[0].shape[0]
+    if _fc1_workspace(x, weights) < 0:
+        pre = grouped_mm(x, weights, ends)
+        return pre, swiglu(pre, probs, ends)
+    pre, act = x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], n // 2)
+    _fused_fc1(x, weights, probs, ends, pre, act)
+    return _zero_tail(pre, ends), _zero_tail(act, ends)
+
+
+def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
+    if _fc1_workspace(x, weights) < 0:
+        return moe_fc1(x, weights, probs, ends)[1]
+    x, probs, ends = _rows(x), _float(probs), _int32(ends)
+    act = x.new_empty(x.shape[0], weights[0].shape[0] // 2)
+    _fused_fc1(x, weights, probs, ends, None, act)
+    return _zero_tail(act, ends)
+
+
+def _fc1_workspace(x: Tensor, weights: list[Tensor]) -> int:
+    """Bytes the fused fc1 needs; negative where there is none for this GPU, type or number of experts."""
+    arch, _ = _device(x.device.index)
+    return _library().functions.zk_fc1_workspace(_type(x), arch, len(weights))
+
+
+def _fused_fc1(x, weights, probs, ends, pre: Tensor | None, act: Tensor) -> None:
+    """One kernel for both outputs; pre may be None: it is not written then."""
+    arch, sms = _device(x.device.index)
+    (rows, k), width, groups = x.shape, act.shape[1], len(weights)
+    _check_ends(ends, groups, x.device)
+    experts = ctypes.cast(_experts(weights, (2 * width, k), x.dtype, x.device), ctypes.c_void_p)
+    workspace = torch.empty(_fc1_workspace(x, weights), dtype=torch.uint8, device=x.device)
+    choice = (_type(x), arch, tile_for(rows, groups), groups, rows, width, k)
+    pointers = (ends.data_ptr(), x.data_ptr(), experts, _at(probs), _at(pre), act.data_ptr())
+    _launch(x, "zk_fc1", *choice, *pointers, workspace.data_ptr(), workspace.numel(), sms)
 
 
 def swiglu_backward(

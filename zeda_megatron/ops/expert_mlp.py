@@ -1,4 +1,4 @@
-"""Operators made of others: fc1 with its activation, the whole expert MLP and its gradient, the permutation.
+"""Operators made of others: the whole expert MLP and its gradient, the permutation.
 
 Each takes as `rows` the module whose functions it is made of: `reference` or `cuda_kernels`.
 """
@@ -26,14 +26,6 @@ def grouped_wgrad(rows: ModuleType, dy: Tensor, x: Tensor, ends: Tensor) -> Tens
     return out
 
 
-def moe_fc1(
-    rows: ModuleType, x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor
-) -> tuple[Tensor, Tensor]:
-    """x [R, H], weights E x [2F, H], gate rows first -> pre [R, 2F], act [R, F] = silu(gate) * up * prob."""
-    pre = rows.grouped_mm(x, weights, ends)
-    return pre, rows.swiglu(pre, probs, ends)
-
-
 def permute(rows: ModuleType, x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids [T, K] -> rows [T * K, H] sorted by expert, row_map [T, K], ends [E]; see `sort_slots`.
 
@@ -47,8 +39,15 @@ def expert_mlp(
     rows: ModuleType, x: Tensor, probs: Tensor, ends: Tensor, fc1: list[Tensor], fc2: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """x [R, H], probs [R] -> out [R, H] = fc2_e(silu(gate) * up * prob), and pre [R, 2F], kept for the gradient."""
-    pre, act = moe_fc1(rows, x, fc1, probs, ends)
+    pre, act = rows.moe_fc1(x, fc1, probs, ends)
     return rows.grouped_mm(act, fc2, ends), pre
+
+
+def expert_mlp_forward(
+    rows: ModuleType, x: Tensor, probs: Tensor, ends: Tensor, fc1: list[Tensor], fc2: list[Tensor]
+) -> Tensor:
+    """The out of `expert_mlp` alone: without a gradient to come, pre is not kept."""
+    return rows.grouped_mm(rows.moe_act(x, fc1, probs, ends), fc2, ends)
 
 
 def _inner(rows, dout, x, pre, probs, ends, fc1, fc2) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ SCHEMAS = {
     "combine": "(Tensor y, Tensor row_map, Tensor? probs) -> Tensor",
     "combine_backward": "(Tensor dout, Tensor y, Tensor row_map, Tensor probs) -> (Tensor, Tensor)",
     "expert_mlp": "(Tensor x, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2) -> (Tensor, Tensor)",
+    "expert_mlp_forward": "(Tensor x, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2) -> Tensor",
     "expert_mlp_backward": "(Tensor dout, Tensor x, Tensor pre, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "expert_mlp_backward_": "(Tensor dout, Tensor x, Tensor pre, Tensor probs, Tensor ends, Tensor[] fc1, "
@@ -86,6 +87,7 @@ def _fakes(library: torch.library.Library) -> None:
             wide(y, *row_map.shape),
         ),
         "expert_mlp": lambda x, probs, ends, fc1, fc2: (rows(x, fc2[0].shape[0]), rows(x, fc1[0].shape[0])),
+        "expert_mlp_forward": lambda x, probs, ends, fc1, fc2: rows(x, fc2[0].shape[0]),
         "expert_mlp_backward": expert_mlp_backward,
         "expert_mlp_backward_": lambda dout, x, pre, probs, ends, fc1, fc2, main_fc1, main_fc2: (
             torch.empty_like(x),

@@ -51,7 +51,10 @@ def grouped_mlp(
 def _kernels(rows_RH, probs_R, ends, fc1_weights, fc2_weights) -> torch.Tensor:
     """On the CPU the reference of the same operators. Counts on the device are not read by the host."""
     weights = [*fc1_weights, *fc2_weights]
-    if torch.is_grad_enabled() and takes_main_grad(weights):
+    wanted = any(tensor.requires_grad for tensor in (rows_RH, probs_R, *weights))
+    if not (wanted and torch.is_grad_enabled()):
+        return torch.ops.zeda.expert_mlp_forward(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
+    if takes_main_grad(weights):
         return ExpertMlpIntoMainGrad.apply(rows_RH, probs_R, ends, len(fc1_weights), *weights)
     return torch.ops.zeda.expert_mlp(rows_RH, probs_R, ends, fc1_weights, fc2_weights)[0]
 

@@ -16,6 +16,8 @@ _SIGNATURES = {
     "zk_built": (_I, ()),
     "zk_grouped_workspace": (_L, (_I, _I, _I, _I, _I, _L, _I, _I, _I)),
     "zk_grouped": (_I, (*[_I] * 5, _L, _I, _I, _P, _P, _P, _P, _P, _F, _P, _L, _I, _P)),
+    "zk_fc1_workspace": (_L, (_I, _I, _I)),
+    "zk_fc1": (_I, (*[_I] * 4, _L, _I, _I, *[_P] * 7, _L, _I, _P)),
     "zk_swiglu": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _I, _P)),
     "zk_swiglu_grad": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P)),
     "zk_zero_tail": (_I, (_I, _L, _L, _P, _P, _I, _P)),

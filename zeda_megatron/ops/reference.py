@@ -58,6 +58,17 @@ def swiglu(pre: Tensor, probs: Tensor | None, ends: Tensor) -> Tensor:
     return _cut(acted.to(pre.dtype), ends)
 
 
+def moe_fc1(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, H], weights E x [2F, H], gate rows first -> pre [R, 2F], act [R, F] = silu(gate) * up * prob."""
+    pre = grouped_mm(x, weights, ends)
+    return pre, swiglu(pre, probs, ends)
+
+
+def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
+    """The act of `moe_fc1` alone, where no gradient needs pre."""
+    return moe_fc1(x, weights, probs, ends)[1]
+
+
 def swiglu_backward(
     dact: Tensor, pre: Tensor, probs: Tensor | None, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,246 @@
+// Hopper: fc1 of every expert with silu(gate) * up * prob behind the product, in one persistent kernel.
+//
+// One warp loads by TMA, each other warpgroup multiplies 64 rows. A tile's weights are a box of gate rows and the box of
+// the same up rows, so one thread's accumulators hold both halves of a pair, and weights stay as checkpoints have them.
+// In a cluster of two, one block loads the gate box for both, the other the up box.
+#pragma once
+#include "cute/tensor.hpp"
+#include "cute/arch/cluster_sm90.hpp"
+#include "cute/arch/copy_sm90.hpp"
+#include "cute/arch/copy_sm90_desc.hpp"
+#include "cute/arch/copy_sm90_tma.hpp"
+#include "cutlass/arch/memory.h"
+#include "cutlass/arch/reg_reconfig.h"
+#include "cutlass/numeric_conversion.h"
+#include "cutlass/pipeline/sm90_pipeline.hpp"
+#include "fc1.cuh"
+#include "swiglu.h"
+
+namespace zk::sm90 {
+
+using namespace cute;
+
+constexpr int kDepth = 64;  // elements of k in a stage: 128 bytes, the width of the swizzle
+
+struct Small {  // few rows per expert; two blocks on a multiprocessor hide each other's epilogue
+  static constexpr Tiling tiling = kFc1Small;
+  static constexpr int blocks = 2, producers = 32;
+};
+
+struct Large {
+  static constexpr Tiling tiling = kFc1Large;
+  static constexpr int blocks = 1, producers = 128;  // a warpgroup, which gives its registers away
+};
+
+template <typename Element, typename Config>
+struct FusedFc1 {
+  static constexpr Tiling tiling = Config::tiling;
+  static constexpr int kRows = tiling.rows, kHalf = tiling.columns, kStages = 4, kGroups = kRows / 64;
+  static constexpr int kConsumers = kGroups * 128, kThreads = kConsumers + Config::producers;
+  static constexpr bool kCluster = tiling.cluster == 2;
+  using TileShape = cute::Shape<Int<kRows>, Int<2 * kHalf>, Int<kDepth>>;
+  using Atom = SM90::GMMA::Layout_K_SW128_Atom<Element>;
+  using LayoutA = decltype(tile_to_shape(Atom{}, cute::Shape<Int<kRows>, Int<kDepth>, Int<kStages>>{}));
+  using LayoutB = decltype(tile_to_shape(Atom{}, cute::Shape<Int<2 * kHalf>, Int<kDepth>, Int<kStages>>{}));
+  using Mma = decltype(make_tiled_mma(SM90::GMMA::ss_op_selector<Element, Element, float, TileShape>(),
+                                      Layout<cute::Shape<Int<kGroups>, _1, _1>>{}));
+  using Cluster = cute::Shape<Int<tiling.cluster>, _1, _1>;
+  using Pipeline = cutlass::PipelineTmaAsync<kStages>;
+  using State = typename Pipeline::PipelineState;
+
+  struct Shared {
+    alignas(1024) Element a[cosize_v<LayoutA>];  // the swizzle counts from multiples of 1024 bytes
+    alignas(1024) Element b[cosize_v<LayoutB>];
+    alignas(128) Element staged[kConsumers / 32][16 * 64];
+    typename Pipeline::SharedStorage pipeline;
+    int32_t starts[kMaxGroups + 1];
+  };
+  static_assert(sizeof(Shared) <= (228 * 1024 / Config::blocks - 1024), "shared memory of a multiprocessor");
+
+  // 16 rows by 64 columns of one warp to `out`, whose first element is the first of these. packed[2 j + r]: the pair of
+  // columns 8 j + 2 (lane % 4) in row lane / 4 + 8 r.
+  static __device__ void store(const uint32_t (&packed)[16], Element* staged, Element* out, int64_t stride, int rows,
+                               int columns) {
+    const int lane = threadIdx.x % 32;
+    // Pieces of 16 bytes; those of one column lie in different banks.
+    const auto piece = [&](int row, int j) { return reinterpret_cast<uint4*>(staged) + row * 8 + (j ^ row % 8); };
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      SM90_U32x4_STSM_N::copy(packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3],
+                              *reinterpret_cast<uint128_t*>(piece(lane % 16, 2 * i + lane / 16)));
+    __syncwarp();
+    uint4 values[4];
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) values[i] = *piece(4 * i + lane / 8, lane % 8);
+    __syncwarp();  // read before the next call writes
+    Element* to = out + lane / 8 * stride + lane % 8 * 8;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i, to += 4 * stride)
+      cutlass::arch::global_store<uint4, 16>(values[i], to, 4 * i + lane / 8 < rows && lane % 8 * 8 < columns);
+  }
+
+  static __device__ uint32_t pack(float first, float second) {
+    const cutlass::Array<float, 2> pair{first, second};
+    const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>::convert(pair);
+    return reinterpret_cast<const uint32_t&>(rounded);
+  }
+
+  static __device__ float part(uint32_t packed, int i) {
+    if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>)
+      return __uint_as_float(i ? packed & 0xffff0000u : packed << 16);
+    return float(Element::bitcast(uint16_t(packed >> 16 * i)));
+  }
+
+  template <typename Accumulators>
+  static __device__ void epilogue(const Accumulators& sums, const RowTile& tile, const float (&prob)[2], const Fc1& p,
+                                  Element* staged) {
+    const int64_t width = p.width;
+    const int skipped = threadIdx.x / 32 * 16, rows = tile.rows - skipped;  // 16 rows a warp
+    if (rows <= 0) return;
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < kHalf / 64; ++chunk) {
+      const int column = tile.column + chunk * 64, columns = p.width - column;
+      uint32_t gate[16], up[16];
+      CUTE_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        const int at = chunk * 32 + 2 * i;
+        gate[i] = pack(sums(at), sums(at + 1));
+        up[i] = pack(sums(kHalf / 2 + at), sums(kHalf / 2 + at + 1));
+      }
+      if (p.pre) {
+        Element* pre = static_cast<Element*>(p.pre) + (tile.row + skipped) * 2 * width + column;
+        store(gate, staged, pre, 2 * width, rows, columns);
+        store(up, staged, pre + width, 2 * width, rows, columns);
+      }
+      CUTE_UNROLL
+      for (int i = 0; i < 16; ++i) {  // from the rounded values: those that the backward pass sees
+        const float first = swiglu(part(gate[i], 0), part(up[i], 0), prob[i % 2]);
+        gate[i] = pack(first, swiglu(part(gate[i], 1), part(up[i], 1), prob[i % 2]));
+      }
+      Element* act = static_cast<Element*>(p.act) + (tile.row + skipped) * width + column;
+      store(gate, staged, act, width, rows, columns);
+    }
+  }
+
+  // What every thread knows of the work.
+  struct Work {
+    const Fc1& p;
+    const int32_t* starts;
+    int rank, first, step, units, depths;
+
+    __device__ RowTile at(int unit) const { return tile_at(starts, p.groups, unit, rank, p.ends, p.rows, tiling); }
+  };
+
+  // One thread.
+  static __device__ void load(const Work& work, const CUtensorMap& x, const CUtensorMap* weights, Pipeline& pipeline,
+                              Shared& shared) {
+    State state = cutlass::make_producer_start_state<Pipeline>();
+    const uint64_t hint = uint64_t(TMA::CacheHintSm90::EVICT_NORMAL);
+    int expert = -1;
+    for (int unit = work.first; unit < work.units; unit += work.step) {
+      const RowTile tile = work.at(unit);
+      const CUtensorMap* weight = weights + tile.expert;
+      if (tile.expert != expert) tma_descriptor_fence_acquire(weight);  // another kernel wrote it
+      expert = tile.expert;
+      for (int depth = 0; depth < work.depths; ++depth, ++state) {
+        pipeline.producer_acquire(state);
+        uint64_t* barrier = pipeline.producer_get_barrier(state);
+        const int stage = state.index(), k = depth * kDepth;
+        Element* b = shared.b + stage * 2 * kHalf * kDepth;
+        SM90_TMA_LOAD_2D::copy(&x, barrier, hint, shared.a + stage * kRows * kDepth, k, int(tile.row));
+        if constexpr (kCluster) {
+          SM90_TMA_LOAD_MULTICAST_2D::copy(weight, barrier, uint16_t(3), hint, b + work.rank * kHalf * kDepth, k,
+                                           tile.column + work.rank * work.p.width);
+        } else {
+          SM90_TMA_LOAD_2D::copy(weight, barrier, hint, b, k, tile.column);
+          SM90_TMA_LOAD_2D::copy(weight, barrier, hint, b + kHalf * kDepth, k, tile.column + work.p.width);
+        }
+      }
+    }
+    pipeline.producer_tail(state);  // until the other block of the cluster needs nothing of this one
+  }
+
+  // A warpgroup.
+  static __device__ void multiply(const Work& work, Pipeline& pipeline, Shared& shared) {
+    Tensor a = make_tensor(make_smem_ptr(shared.a), LayoutA{});
+    Tensor b = make_tensor(make_smem_ptr(shared.b), LayoutB{});
+    Mma mma;
+    const auto slice = mma.get_slice(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) * 128);
+    const Tensor in_a = slice.make_fragment_A(slice.partition_A(a));  // (MMA, M, K, stage)
+    const Tensor in_b = slice.make_fragment_B(slice.partition_B(b));
+    Tensor sums = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<2 * kHalf>>{});
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    State read;
+    for (int unit = work.first; unit < work.units; unit += work.step) {
+      const RowTile tile = work.at(unit);
+      float prob[2] = {1.f, 1.f};
+      if (work.p.probs) {
+        CUTE_UNROLL
+        for (int r = 0; r < 2; ++r) prob[r] = row + 8 * r < tile.rows ? work.p.probs[tile.row + row + 8 * r] : 0.f;
+      }
+      State release = read;
+      mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
+      pipeline.consumer_wait(read);
+      warpgroup_fence_operand(sums);
+      warpgroup_arrive();
+      CUTE_UNROLL
+      for (int k = 0; k < size<2>(in_a); ++k) {
+        cute::gemm(mma, in_a(_, _, k, read.index()), in_b(_, _, k, read.index()), sums);
+        mma.accumulate_ = SM90::GMMA::ScaleOut::One;
+      }
+      warpgroup_commit_batch();
+      ++read;
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int depth = 1; depth < work.depths; ++depth, ++read, ++release) {
+        pipeline.consumer_wait(read);
+        warpgroup_fence_operand(sums);
+        warpgroup_arrive();
+        cute::gemm(mma, in_a(_, _, _, read.index()), in_b(_, _, _, read.index()), sums);
+        warpgroup_commit_batch();
+        warpgroup_wait<1>();  // the product before this one is done with its stage
+        warpgroup_fence_operand(sums);
+        pipeline.consumer_release(release);
+      }
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
+      pipeline.consumer_release(release);  // before the epilogue: the next tile's loads run beside it
+      epilogue(sums, tile, prob, work.p, shared.staged[threadIdx.x / 32]);
+    }
+  }
+
+  static __device__ void run(const CUtensorMap& x, const CUtensorMap* weights, const int32_t* starts, const Fc1& p) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const bool producer = threadIdx.x >= kConsumers;
+    typename Pipeline::Params params;
+    params.transaction_bytes = (kRows + 2 * kHalf) * kDepth * sizeof(Element);
+    params.role = producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+    params.is_leader = producer;  // only one thread of them loads
+    params.num_consumers = kConsumers;
+    Pipeline pipeline(shared.pipeline, params, Cluster{});
+    for (int i = threadIdx.x; i <= p.groups; i += kThreads) shared.starts[i] = starts[i];
+    if (threadIdx.x == 0) prefetch_tma_descriptor(&x);
+    if constexpr (kCluster) cluster_arrive_relaxed(), cluster_wait();  // the other block's barriers are there
+    __syncthreads();
+    const int rank = kCluster ? int(block_rank_in_cluster()) : 0;
+    const Work work{p, shared.starts, rank, int(blockIdx.x) / tiling.cluster, int(gridDim.x) / tiling.cluster,
+                    shared.starts[p.groups], int(ceil_div(p.k, kDepth))};
+    if (producer) {
+      if constexpr (Config::producers == 128) cutlass::arch::warpgroup_reg_dealloc<40>();
+      if (cutlass::canonical_warp_idx_sync() == kConsumers / 32 && elect_one_sync())
+        load(work, x, weights, pipeline, shared);
+    } else {
+      if constexpr (Config::producers == 128) cutlass::arch::warpgroup_reg_alloc<232>();
+      multiply(work, pipeline, shared);
+    }
+  }
+};
+
+template <typename Element, typename Config>
+__global__ void __launch_bounds__(FusedFc1<Element, Config>::kThreads, Config::blocks)
+    fc1(const __grid_constant__ CUtensorMap x, const CUtensorMap* weights, const int32_t* starts,
+        const __grid_constant__ Fc1 p) {
+  FusedFc1<Element, Config>::run(x, weights, starts, p);
+}
+
+}  // namespace zk::sm90
