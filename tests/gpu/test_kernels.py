@@ -1,6 +1,7 @@
 """The operators on a GPU against float64: numbers, empty groups, repeatability, graphs, memory errors.
 
-Each test also runs on the CPU with the operators' reference, so that the test itself is tested where no GPU is.
+Each test also runs on the CPU, so that it is itself tested where no GPU is: with the operators' reference, and, in the
+slow suite where nvcc is, with the kernels interpreted (`tests/ops/ptx`).
 """
 
 import shutil
@@ -13,6 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from groups import Draw, ends_of, mlp_inputs
+from ptx import operators
+from ptx.machine import Machine
 
 import zeda_megatron.ops.expert_ops  # noqa: F401  (registers torch.ops.zeda)
 from zeda_megatron.ops import cuda_kernels, reference
@@ -21,15 +24,35 @@ ops = torch.ops.zeda
 gpu = pytest.mark.gpu
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.fixture(scope="module")
+def interpreted_library(tmp_path_factory):
+    return operators.library(tmp_path_factory.mktemp("interpreted"))
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("interpreted", marks=pytest.mark.slow), pytest.param("cuda", marks=gpu)]
+)
 def device(request):
+    if request.param == "interpreted":
+        made, ptx = request.getfixturevalue("interpreted_library")
+        with operators.interpreted(made, Machine(made.functions, ptx)):
+            yield torch.device("cpu")
+        return
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("torch sees no CUDA device")
         reason = cuda_kernels.why_not(torch.device("cuda", 0), torch.bfloat16)
         if reason:
             pytest.skip(reason)
-    return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+    yield torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def kernels(device, request):
+    """Where the kernels run: on a GPU or interpreted."""
+    if request.node.callspec.params["device"] == "cpu":
+        pytest.skip("says something of the kernels only")
+    return device
 
 
 @pytest.fixture
@@ -151,14 +174,13 @@ def test_fc1_and_its_activation(device, counts, width, hidden, tile, weighted, m
         assert all(torch.equal(a, b) for a, b in zip(ops.moe_fc1(x, weights, probs, ends), (pre, act)))
 
 
-@gpu
 @pytest.mark.parametrize("tile", [0, 1])
-def test_rows_past_the_last_end_are_untouched_by_the_fused_fc1(cuda, tile, monkeypatch):
+def test_rows_past_the_last_end_are_untouched_by_the_fused_fc1(kernels, tile, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
     x, weights, probs, ends = fused([30, 0, 150], 72, 64, cuda, extra_rows=200)
     if cuda_kernels._fc1_workspace(x, weights) < 0:
         pytest.skip("the library has no fused fc1 for this GPU")
-    pre, act = (torch.full((380, n), float("nan"), dtype=x.dtype, device=cuda) for n in (144, 72))
+    pre, act = (torch.full((380, n), float("nan"), dtype=x.dtype, device=kernels) for n in (144, 72))
     cuda_kernels._fused_fc1(x, weights, probs, ends, pre, act)
     for out in (pre, act):
         assert out[:180].isfinite().all() and out[180:].isnan().all()
@@ -207,11 +229,10 @@ def test_results_repeat_bit_for_bit(device):
         assert all(torch.equal(a, b) for a, b in zip(run(), first))
 
 
-@gpu
-def test_rows_past_the_last_end_are_untouched_by_the_product(cuda):
-    draw = Draw(dtype=torch.bfloat16, device=cuda)
-    x, weights, ends = draw(100, 64), draw.experts(3, 128, 64), ends_of([30, 0, 21], cuda)
-    out = torch.full((100, 128), float("nan"), dtype=torch.bfloat16, device=cuda)
+def test_rows_past_the_last_end_are_untouched_by_the_product(kernels):
+    draw = Draw(dtype=torch.bfloat16, device=kernels)
+    x, weights, ends = draw(100, 64), draw.experts(3, 128, 64), ends_of([30, 0, 21], kernels)
+    out = torch.full((100, 128), float("nan"), dtype=torch.bfloat16, device=kernels)
     table = cuda_kernels._experts(weights, (128, 64), x.dtype, x.device)
     cuda_kernels._grouped(cuda_kernels.FORWARD, x, None, out, table, 128, 64, ends, False)
     assert out[:51].isfinite().all() and out[51:].isnan().all()

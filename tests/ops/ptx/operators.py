@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,13 +38,25 @@ def library(
 
 @contextmanager
 def interpreted(made: kernel_library.KernelLibrary, machine: Machine, arch: int = 90) -> Iterator[None]:
-    """Operators over bfloat16 and half run the kernels; those over float keep the reference."""
+    """Operators over bfloat16 and half run the kernels; those over float keep the reference.
+
+    Kernels may touch the memory of tensors alone, and what torch.empty returns holds NaN.
+    """
 
     def launch(x, name, *arguments):
-        made.call(name, *arguments, None)
-        machine.check()
+        machine.memory.clear()
+        for each in gc.get_objects():
+            if type(each) in (torch.Tensor, torch.nn.Parameter):
+                storage = each.untyped_storage()
+                machine.memory.allow(storage.data_ptr(), storage.nbytes(), f"a tensor {tuple(each.shape)}")
+        try:
+            made.call(name, *arguments, None)
+        finally:
+            machine.check()
 
     override = torch.library.Library("zeda", "IMPL")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # and so uninitialised memory is filled
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_kernels, "_library", lambda: made)
@@ -54,6 +67,7 @@ def interpreted(made: kernel_library.KernelLibrary, machine: Machine, arch: int 
             yield
     finally:
         override._destroy()
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _by_type(name: str):
