@@ -238,6 +238,23 @@ def test_hopper_kernels_fit_their_registers(compiled):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+def test_the_fused_fc1_finds_its_operands_where_the_memory_engine_writes_them(tmp_path):
+    try:
+        nvcc, headers = build.find_nvcc(), build.find_headers()
+    except UserError as error:
+        pytest.skip(str(error))
+    line = build.commands(BuildOptions(archs=("90a",)), nvcc, headers)["sm90_fc1_bf16"]
+    source, program = Path(__file__).parent / "cute" / "fc1_layouts.cu", tmp_path / "layouts"
+    sources = BuildOptions().source
+    done = subprocess.run(
+        [*line[:-2], f"-I{sources}", str(source), "-o", str(program)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "0 0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
 def test_without_a_driver_every_launcher_returns_an_error_code(compiled):
     memory = torch.zeros(1 << 20)
