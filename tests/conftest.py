@@ -1,7 +1,9 @@
 """Shared by all tests: the CPU runtime goes in before any Megatron import."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,12 @@ def halfway(one_process, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("halfway")
     tiny_world.start(world, save=folder, exit_interval=2).run()
     return folder
+
+
+@pytest.fixture(scope="session")
+def interpreted_library(tmp_path_factory):
+    """All kernels with their PTX, for tests that interpret them; skipped where they cannot be compiled."""
+    sys.path.insert(0, str(Path(__file__).parent / "ops"))
+    from ptx import operators
+
+    return operators.library(tmp_path_factory.mktemp("interpreted"))

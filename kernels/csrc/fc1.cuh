@@ -22,11 +22,11 @@ struct Fc1 {
 
 constexpr int64_t kMapBytes = 128;
 
-// The weights' tensor maps, then the starts.
-inline int64_t fc1_bytes(int groups) { return padded(kMapBytes * groups) + padded(4LL * (groups + 1)); }
+// The weights' tensor maps, from the first block on, then the starts.
+inline int64_t fc1_bytes(int groups) { return kBlock + padded(kMapBytes * groups) + padded(4LL * (groups + 1)); }
 
 inline int32_t* starts_in(void* workspace, int groups) {
-  return reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + padded(kMapBytes * groups));
+  return reinterpret_cast<int32_t*>(first_block(workspace) + padded(kMapBytes * groups));
 }
 
 inline int check(const Fc1& p, Tiling tiling) {
@@ -35,7 +35,6 @@ inline int check(const Fc1& p, Tiling tiling) {
     return kBadArgument;
   if (!p.ends || !p.experts || !p.workspace || (p.rows > 0 && (!p.x || !p.act))) return kBadArgument;
   if (p.width % 8 || p.k % 8 || !aligned(p.x) || !aligned(p.pre) || !aligned(p.act)) return kMisaligned;
-  if (reinterpret_cast<uintptr_t>(p.workspace) % kMapBytes) return kMisaligned;
   for (int e = 0; e < p.groups; ++e)
     if (!p.experts[e] || !aligned(p.experts[e])) return p.experts[e] ? kMisaligned : kBadArgument;
   // Units are int32 even if every group had all rows, as ends that make no sense may claim.

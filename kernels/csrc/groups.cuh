@@ -44,8 +44,14 @@ struct Arrays {
   char* rest;
 };
 
+// The first byte of a workspace on which a block may start; every size asked for has one block to spare.
+inline char* first_block(void* workspace) {
+  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(workspace) % kBlock);
+  return static_cast<char*>(workspace) + (past ? kBlock - past : 0);
+}
+
 inline Arrays carve(void* workspace, int groups) {
-  char* at = static_cast<char*>(workspace);
+  char* at = first_block(workspace);
   const auto take = [&](int64_t size) {
     char* here = at;
     at += padded(size * groups);
@@ -63,7 +69,9 @@ inline Arrays carve(void* workspace, int groups) {
   return arrays;
 }
 
-inline int64_t arrays_bytes(int groups) { return padded(int64_t(sizeof(Shape)) * groups) + 6 * padded(8LL * groups); }
+inline int64_t arrays_bytes(int groups) {
+  return kBlock + padded(int64_t(sizeof(Shape)) * groups) + 6 * padded(8LL * groups);
+}
 
 // Static: each translation unit has its own copy, so that none needs relocatable device code.
 static __global__ void prepare(Problem p, Pointers experts, int first, int in_bytes, int out_bytes, Arrays arrays) {

@@ -67,7 +67,8 @@ ZK_HD int64_t tiles_of(Shape shape, int tile_m, int tile_n, int cluster_m) {
 }
 
 // One block of the workspace per group array, aligned for the tensor memory accelerator.
-ZK_HD int64_t padded(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+constexpr int64_t kBlock = 256;
+ZK_HD int64_t padded(int64_t bytes) { return ceil_div(bytes, kBlock) * kBlock; }
 
 // Expert of slot `slot`, or -1 if the slot is not for one of `experts` (a zero expert, a dropped slot).
 ZK_HD int expert_of(const int32_t* ids, int64_t slot, int experts) {

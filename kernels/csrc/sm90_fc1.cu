@@ -49,7 +49,7 @@ int launch(const Fc1& p) {
   CUtensorMap x, weight;
   if (const int error = encode(&x, p.x, p.rows, p.k, tiling.rows)) return error;
   if (const int error = encode(&weight, p.experts[0], 2LL * p.width, p.k, tiling.columns)) return error;
-  CUtensorMap* maps = static_cast<CUtensorMap*>(p.workspace);
+  CUtensorMap* maps = reinterpret_cast<CUtensorMap*>(zk::first_block(p.workspace));
   int32_t* starts = zk::starts_in(p.workspace, p.groups);
   for (int first = 0; first < p.groups; first += zk::kPointers) {
     Pointers pointers{};

@@ -25,8 +25,8 @@ zk::Tiling tiling_of(int tile) { return tile == 0 ? zk::kFc1Small : zk::kFc1Larg
 ZK_API int prepare_arrays(int product, int groups, int64_t rows, int n, int k, const int32_t* ends, const void* a,
                           const void* b, void* d, const void* const* experts, float beta, int in_bytes, int out_bytes,
                           int64_t* out) {
-  std::vector<char> memory(size_t(zk::arrays_bytes(groups)) + 256, char(0x7f));
-  void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256);
+  std::vector<char> memory(size_t(zk::arrays_bytes(groups)), char(0x7f));
+  void* workspace = memory.data();  // aligned as malloc does, less than the arrays ask for
   zk::Problem p{};
   p.product = product, p.groups = groups, p.n = n, p.k = k, p.sm_count = 1, p.rows = rows, p.ends = ends;
   p.a = a, p.b = b, p.d = d, p.experts = experts, p.beta = beta, p.workspace = workspace;
@@ -39,7 +39,8 @@ ZK_API int prepare_arrays(int product, int groups, int64_t rows, int n, int k, c
   copy(out, reinterpret_cast<const int64_t*>(at.b), groups);
   copy(out, reinterpret_cast<const int64_t*>(at.d), groups);
   copy(out, at.lda, groups), copy(out, at.ldb, groups), copy(out, at.ldd, groups);
-  return at.rest - static_cast<char*>(p.workspace) == zk::arrays_bytes(groups) ? 0 : 1;
+  const auto whole = [](const void* block) { return reinterpret_cast<uintptr_t>(block) % 256 == 0; };
+  return whole(at.shapes) && whole(at.rest) && at.rest <= memory.data() + memory.size() ? 0 : 1;
 }
 
 ZK_API int64_t tiles_of(int m, int n, int tile_m, int tile_n, int cluster_m) {

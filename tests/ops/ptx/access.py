@@ -63,6 +63,7 @@ def _ld(kernel: Kernel, inst: Instruction):
     def load(warp, mask):
         where = at(warp)
         chosen = lanes(mask)
+        warp.block.grid.observe(inst.opcode, where[chosen], len(puts) * dtype.itemsize)
         for i, put in enumerate(puts):
             values = np.zeros(LANES, dtype)
             values[chosen] = _load(warp, space, where[chosen] + i * dtype.itemsize, dtype.itemsize).view(
@@ -81,6 +82,7 @@ def _st(kernel: Kernel, inst: Instruction):
     def store(warp, mask):
         chosen = lanes(mask)
         where = at(warp)[chosen]
+        warp.block.grid.observe(inst.opcode, where, len(gets) * size)
         for i, get in enumerate(gets):
             _store(warp, space, where + i * size, get(warp)[chosen])
 

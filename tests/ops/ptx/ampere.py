@@ -44,6 +44,7 @@ def _stmatrix(kernel: Kernel, inst: Instruction):
             elements[i][_ROW, _COLUMN + 1] = get(warp) >> 16
         if transposed:
             elements = elements.transpose(0, 2, 1)
+        warp.block.grid.observe(inst.opcode, at(warp)[: 8 * count], 16)
         where = _matrix_rows(at(warp), count).reshape(-1)
         warp.block.shared.store(where, np.ascontiguousarray(elements).reshape(-1))
         warp.state.setdefault("wrote", []).append((where, 2))

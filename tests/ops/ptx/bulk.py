@@ -20,6 +20,8 @@ from .warp import STALL
 def _map_at(warp, at: int) -> TensorMap:
     """The map at an address: a parameter of the kernel, or one that this warp has acquired since it was written."""
     grid = warp.block.grid
+    if at % 64:
+        raise MemoryFault(f"a tensor map at {at:#x}, which is not a multiple of 64")
     if not grid.is_parameter(at) and at not in warp.state.get("acquired", ()):
         raise MemoryFault("a tensor map in global memory that no fence.proxy.tensormap acquired")
     return TensorMap(grid.memory.bytes_at(at, 128))

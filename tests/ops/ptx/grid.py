@@ -73,9 +73,13 @@ class Block:
 class Grid:
     """One launch of one kernel, run to its end by `run`."""
 
-    def __init__(self, program: Program, launch: Launch, arguments: list[int], memory, seed: int):
+    def __init__(
+        self, program: Program, launch: Launch, arguments: list[int], memory, seed: int, observe=None
+    ):
         self.program, self.memory, self.random = program, memory, random.Random(seed)
         self.size, self.block, self.cluster = launch.grid, launch.block, launch.cluster
+        self.observe = observe or (lambda opcode, addresses, size: None)
+        """Told of every access of a warp's threads: the opcode, addresses of the active lanes, bytes of each."""
         self.events = 0
         """Counts everything that a waiting warp may wait for."""
         self.under_way: list = []

@@ -87,6 +87,8 @@ class Machine:
         self.programs: dict[str, Program] = {}
         self.launches: list[str] = []
         """Names of the kernels that ran."""
+        self.observe = None
+        """See `Grid.observe`."""
         self.error: BaseException | None = None
         self._callback = _ON_LAUNCH(self._launched)
         functions.zk_on_launch(self._callback)
@@ -111,7 +113,7 @@ class Machine:
             self.launches.append(kernel.name)
             self.seed += 1
             with np.errstate(all="ignore"):
-                Grid(self.programs[kernel.name], launch, pointers, self.memory, self.seed).run()
+                Grid(self.programs[kernel.name], launch, pointers, self.memory, self.seed, self.observe).run()
             return 0
         except BaseException as error:
             self.error = self.error or error
