@@ -231,7 +231,7 @@ def test_rows_past_the_last_end_are_untouched_by_the_product(kernels):
     draw = Draw(dtype=torch.bfloat16, device=kernels)
     x, weights, ends = draw(100, 64), draw.experts(3, 128, 64), ends_of([30, 0, 21], kernels)
     out = torch.full((100, 128), float("nan"), dtype=torch.bfloat16, device=kernels)
-    table = cuda_kernels._experts(weights, (128, 64), x.dtype, x.device)
+    table = cuda_kernels.expert_table(weights, (128, 64), x.dtype, x.device)
     cuda_kernels._grouped(cuda_kernels.FORWARD, x, None, out, table, 128, 64, ends, False)
     assert out[:51].isfinite().all() and out[51:].isnan().all()
 

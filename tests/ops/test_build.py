@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.ops import build, cuda_kernels, kernel_library
+from zeda_megatron.ops import build, cuda_kernels, kernel_call, kernel_library
 from zeda_megatron.ops.build import BuildOptions
 
 ROOT = Path(__file__).parents[2]
@@ -164,12 +164,12 @@ def test_the_tile_follows_the_rows_per_expert():
 def test_why_the_kernels_cannot_run_is_told(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(cuda_kernels, "library", lambda: None)
+    monkeypatch.setattr(kernel_call, "library", lambda: None)
     assert cuda_kernels.why_not(torch.device("cpu"), torch.bfloat16) == "no CUDA device"
     assert "not built: python -m" in cuda_kernels.why_not(gpu, torch.bfloat16)
     functions = type("Functions", (), {"zk_built": staticmethod(lambda: 3)})
     made = kernel_library.KernelLibrary(Path("x"), functions)
-    monkeypatch.setattr(cuda_kernels, "library", lambda: made)
+    monkeypatch.setattr(kernel_call, "library", lambda: made)
     assert "capability 7.5" in cuda_kernels.why_not(gpu, torch.bfloat16)
     assert "float32" in cuda_kernels.why_not(gpu, torch.float32)
     assert "float16" in cuda_kernels.why_not(gpu, torch.float16)

@@ -24,9 +24,9 @@ def launches(monkeypatch):
             return 256
 
     library = type("Library", (), {"functions": Functions})
-    monkeypatch.setattr(cuda_kernels, "_library", lambda: library)
-    monkeypatch.setattr(cuda_kernels, "_device", lambda index: (90, 132))
-    monkeypatch.setattr(cuda_kernels, "_launch", lambda x, name, *rest: found.append((name, (*rest, None))))
+    monkeypatch.setattr(cuda_kernels, "built_library", lambda: library)
+    monkeypatch.setattr(cuda_kernels, "device_facts", lambda index: (90, 132))
+    monkeypatch.setattr(cuda_kernels, "launch", lambda x, name, *rest: found.append((name, (*rest, None))))
     return found
 
 

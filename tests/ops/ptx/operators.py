@@ -59,9 +59,9 @@ def interpreted(made: kernel_library.KernelLibrary, machine: Machine, arch: int 
     torch.use_deterministic_algorithms(True)  # and so uninitialised memory is filled
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_kernels, "_library", lambda: made)
-            patch.setattr(cuda_kernels, "_device", lambda index: (arch, SMS))
-            patch.setattr(cuda_kernels, "_launch", launch)
+            patch.setattr(cuda_kernels, "built_library", lambda: made)
+            patch.setattr(cuda_kernels, "device_facts", lambda index: (arch, SMS))
+            patch.setattr(cuda_kernels, "launch", launch)
             for name in expert_ops.SCHEMAS:
                 override.impl(name, _by_type(name), "CPU", allow_override=True)
             yield
