@@ -46,9 +46,15 @@ def device(request):
 
 
 @pytest.fixture
-def kernels(device, request):
+def rows(device, request):
+    """The module whose functions the operators are made of there."""
+    return reference if request.node.callspec.params["device"] == "cpu" else cuda_kernels
+
+
+@pytest.fixture
+def kernels(device, rows):
     """Where the kernels run: on a GPU or interpreted."""
-    if request.node.callspec.params["device"] == "cpu":
+    if rows is reference:
         pytest.skip("says something of the kernels only")
     return device
 
@@ -152,7 +158,7 @@ FC1_CASES = CASES | {
 @pytest.mark.parametrize("counts", FC1_CASES.values(), ids=FC1_CASES.keys())
 @pytest.mark.parametrize(("width", "hidden"), [(64, 64), (200, 136), (8, 8), (264, 328)])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_fc1_and_its_activation(device, counts, width, hidden, tile, weighted, monkeypatch):
+def test_fc1_and_its_activation(device, rows, counts, width, hidden, tile, weighted, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
     x, weights, probs, ends = fused(counts, width, hidden, device)
     probs = probs if weighted else None
@@ -165,7 +171,6 @@ def test_fc1_and_its_activation(device, counts, width, hidden, tile, weighted, m
     assert not pre[sum(counts) :].any() and not act[sum(counts) :].any()
     # The backward pass computes the activation from pre: the same bits, and the same again without keeping pre.
     assert torch.equal(act, ops.swiglu(pre, probs, ends))
-    rows = cuda_kernels if device.type == "cuda" else reference
     poison(device, act)
     assert torch.equal(act, rows.moe_act(x, weights, probs, ends))
     for _ in range(3 if device.type == "cuda" else 1):
@@ -175,7 +180,7 @@ def test_fc1_and_its_activation(device, counts, width, hidden, tile, weighted, m
 @pytest.mark.parametrize("tile", [0, 1])
 def test_rows_past_the_last_end_are_untouched_by_the_fused_fc1(kernels, tile, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
-    x, weights, probs, ends = fused([30, 0, 150], 72, 64, cuda, extra_rows=200)
+    x, weights, probs, ends = fused([30, 0, 150], 72, 64, kernels, extra_rows=200)
     if cuda_kernels._fc1_workspace(x, weights) < 0:
         pytest.skip("the library has no fused fc1 for this GPU")
     pre, act = (torch.full((380, n), float("nan"), dtype=x.dtype, device=kernels) for n in (144, 72))
