@@ -157,8 +157,14 @@ def test_argument_types_are_those_of_the_header():
     assert found == kernel_library._SIGNATURES
 
 
-def test_the_tile_follows_the_rows_per_expert():
+def test_the_tile_follows_the_rows_per_expert_unless_one_is_named(monkeypatch):
     assert [cuda_kernels.tile_for(rows, 128) for rows in (0, 128 * 199, 128 * 200)] == [0, 0, 1]
+    for i, name in enumerate(cuda_kernels.TILES):
+        monkeypatch.setenv("ZEDA_KERNEL_TILE", name)
+        assert [cuda_kernels.tile_for(rows, 128) for rows in (0, 128 * 200)] == [i, i]
+    monkeypatch.setenv("ZEDA_KERNEL_TILE", "huge")
+    with pytest.raises(UserError, match=r"ZEDA_KERNEL_TILE=huge: choose from small, large"):
+        cuda_kernels.tile_for(1, 1)
 
 
 def test_why_the_kernels_cannot_run_is_told(monkeypatch):

@@ -7,10 +7,12 @@ warms up). Work goes to the current stream; temporary tensors come from torch's 
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .kernel_call import (
     TYPES,
     address,
@@ -32,11 +34,17 @@ __all__ = ["TYPES", "why_not", "wide"]
 FORWARD, DGRAD, WGRAD = range(3)
 FEW_ROWS = 200
 """Mean rows per group below which the 64-row tile pads less than it costs."""
+TILES = ("small", "large")
 
 
 def tile_for(rows: int, groups: int) -> int:
-    """0: the small tile, 1: the large one. Decided by what the host knows: the length of the buffer."""
-    return int(rows >= FEW_ROWS * groups)
+    """Index in `TILES`. Decided by what the host knows, the length of the buffer, unless ZEDA_KERNEL_TILE names one."""
+    forced = os.environ.get("ZEDA_KERNEL_TILE")
+    if not forced:
+        return int(rows >= FEW_ROWS * groups)
+    if forced not in TILES:
+        raise UserError(f"ZEDA_KERNEL_TILE={forced}: choose from {', '.join(TILES)}, or unset it")
+    return TILES.index(forced)
 
 
 def _grouped(

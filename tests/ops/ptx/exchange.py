@@ -126,7 +126,8 @@ def _cluster_barrier(kernel: Kernel, inst: Instruction):
         need = LANES * sum(len(block.warps) for block in grid.blocks)
         barriers = grid.blocks[0].barriers
         if inst.parts[2] == "arrive":
-            meet(warp, mask, barriers, "cluster", need, waits=False)
+            if meet(warp, mask, barriers, "cluster", need, waits=False) is STALL:
+                return STALL
             warp.state["cluster phase"] = barriers["cluster"][0] - (barriers["cluster"][1] == 0)
             return None
         if barriers["cluster"][0] <= warp.state["cluster phase"]:

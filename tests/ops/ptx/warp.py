@@ -69,9 +69,8 @@ class Warp:
     def to_generic(addresses: np.ndarray) -> np.ndarray:
         return addresses + np.uint64(GENERIC_SHARED)
 
-    def run(self, limit: int) -> bool:
-        """Run up to `limit` instructions, or until one must wait. Returns whether anything was done."""
-        moved = False
+    def run(self, limit: int) -> None:
+        """Run up to `limit` instructions, or until one must wait."""
         while limit and self.fragments:
             self.at = at = self._next()
             mask = self.fragments.pop(at)
@@ -79,7 +78,7 @@ class Warp:
             if mask != FULL and "aligned" in inst.opcode:  # the other lanes are on their way
                 self.failed()
                 self._join(at, mask)
-                return moved
+                return
             active = mask
             if inst.guard:
                 slot, negate = inst.guard
@@ -91,8 +90,8 @@ class Warp:
                 raise MemoryFault(f"{fault}\n  in {self.where(at)}") from None
             if outcome is STALL:
                 self._join(at, mask)
-                return moved
-            moved, limit = True, limit - 1
+                return
+            limit -= 1
             if isinstance(outcome, int):  # a branch: where the active lanes go, -1 for the end
                 if outcome >= 0:
                     self._join(outcome, active)
@@ -101,8 +100,7 @@ class Warp:
             else:
                 self._join(at + 1, mask)
             if outcome is YIELD:
-                return moved
-        return moved
+                return
 
     def _next(self) -> int:
         """The lanes furthest behind go first, so that those ahead wait where paths meet. Lanes that wait for
