@@ -67,13 +67,13 @@ TRAIN = [
     case("dp2"),
     case("ep2 alltoall", ep=2),
     case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}),
-    case("ep2 fused", "train_on_stand_ins", ep=2, flags={"moe_permute_fusion": True}),
+    case("ep2 fused", "train_on_stand_ins", ep=2, flags={"moe_permute_fusion": True}, slow=True),
     case("tp2 sp", tp=2),
     case("tp2 etp2", tp=2, etp=2),
     case("pp2", pp=2),
     case("pp2 odd", world="odd", pp=2),
     case("pp2 vpp2", world="deep", pp=2, vpp=2),
-    case("pp2 1+3", world="deep", pp=2, first=1),
+    case("pp2 1+3", world="deep", pp=2, first=1, slow=True),
     case("pp2 3+1", world="deep", pp=2, last=1, slow=True),
     case(
         "pp2 1+3 alongside", world="deep", pp=2, first=1, flags={"teacher_schedule": "alongside"}, slow=True
@@ -86,7 +86,7 @@ TRAIN = [
     case("cp2 paired", world="aligned paired", cp=2, slow=True),
     case("pp2 alongside", pp=2, flags={"teacher_schedule": "alongside"}),
     case("dp2 alongside", flags={"teacher_schedule": "alongside"}, slow=True),
-    case("tp2 odd", world="odd", tp=2),
+    case("tp2 odd", world="odd", tp=2, slow=True),
     case("paired ep2", world="paired", ep=2),
     case("paired tp2", world="paired", tp=2),
     case("paired head dp2", world="paired head"),
@@ -120,14 +120,14 @@ TRAIN = [
     case("adamoe tp2", world="adamoe", tp=2, slow=True),
     case("model budget pp2", world="model budget", pp=2),
     case("model budget tp2", world="model budget", tp=2, slow=True),
-    case("evaluated ep2", world="evaluated", ep=2),
+    case("evaluated ep2", world="evaluated", ep=2, slow=True),
     case("evaluated tp2", world="evaluated", tp=2, slow=True),
     case("evaluated pp2", world="evaluated", pp=2),
     case("evaluated dp2", world="evaluated", slow=True),
     case("evaluated cp2", world="evaluated aligned", cp=2, slow=True),
     case("evaluated pp2 vpp2", world="evaluated deep", pp=2, vpp=2, slow=True),
     case("evaluated paired ep2", world="evaluated paired", ep=2, slow=True),
-    case("rows cp2", world="rows", cp=2),
+    case("rows cp2", world="rows", cp=2, slow=True),
     *(
         case(f"rows {name}", world="rows", slow=True, **layout)
         for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}.items()
@@ -175,7 +175,7 @@ STAGE_2 = [
         flags={"recompute_granularity": "full", "use_distributed_optimizer": True},
         slow=True,
     ),
-    case("stage 2 sampled ep2", world="stage 2 sampled", ep=2),
+    case("stage 2 sampled ep2", world="stage 2 sampled", ep=2, slow=True),
     case("stage 2 replay dp2", world="stage 2 replay"),
     case("stage 2 replay tp2", world="stage 2 replay", tp=2, slow=True),
     case("stage 2 paired ep2", world="stage 2 paired", ep=2),
@@ -213,7 +213,7 @@ STAGE_2 = [
 REPLAYED = [
     case("replayed dp2", "replayed", world="stage 2 replay"),
     case("replayed pp2", "replayed", world="stage 2 replay", pp=2),
-    case("replayed pp2 odd", "replayed", world="stage 2 replay odd", pp=2),
+    case("replayed pp2 odd", "replayed", world="stage 2 replay odd", pp=2, slow=True),
     case("replayed cp2", "replayed", world="stage 2 replay aligned", cp=2),
 ]
 MASKED = [
@@ -221,7 +221,7 @@ MASKED = [
     case("masked cp2", "masked", world="aligned", cp=2),
     case("masked glm tp2", "masked", world="glm", tp=2),
     case("masked pp2 1+3", "masked", world="deep", pp=2, first=1, slow=True),
-    case("masked pp2 vpp2", "masked", world="deep", pp=2, vpp=2),
+    case("masked pp2 vpp2", "masked", world="deep", pp=2, vpp=2, slow=True),
 ]
 STARVED = [
     case(
@@ -244,7 +244,7 @@ ANSWERS = [
     case("answers tp2", "answers", flags=SAMPLED, tp=2),
     case("answers pp2", "answers", flags=SAMPLED, pp=2),
     case("answers pp2 odd", "answers", world="odd", flags=SAMPLED, pp=2, slow=True),
-    case("answers pp2 vpp2", "answers", world="deep", flags=SAMPLED, pp=2, vpp=2),
+    case("answers pp2 vpp2", "answers", world="deep", flags=SAMPLED, pp=2, vpp=2, slow=True),
     case("answers pp2 1+3", "answers", world="deep", flags=SAMPLED, pp=2, first=1, slow=True),
     case("answers glm pp2 3+1", "answers", world="glm deep", flags=SAMPLED, pp=2, last=1, slow=True),
     case("answers cp2", "answers", flags=SAMPLED, cp=2),

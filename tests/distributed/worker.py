@@ -302,6 +302,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     out, rank = Path(job["out"]), int(os.environ["RANK"])
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: the collections between cases need not look at it
     for case in job["cases"]:
         world = tiny_world.World(
             **{name: Path(path) for name, path in job["worlds"][case.get("world", "plain")].items()}
