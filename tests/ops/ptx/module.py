@@ -81,7 +81,7 @@ class Kernel:
 
 
 _ENTRY = re.compile(r"(?:\.visible |\.weak )*\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.S)
-_PARAMETER = re.compile(r"\.param\s+(?:\.align (\d+)\s+)?\.[bus f]*?(\d+)\s+([\w$]+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align (\d+)\s+)?\.[busf](\d+)\s+([\w$]+)(?:\[(\d+)\])?")
 _ARRAY = re.compile(r"\.shared\s+(?:\.align (\d+)\s+)?\.[busf](\d+)\s+([\w$]+)(?:\[(\d+)\])?")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.+)")
 _KINDS = {"pred": "pred", "f32": "f32", "f64": "f64"}
