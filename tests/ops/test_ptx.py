@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from ptx import module
+from ptx import parse
 from ptx.grid import Deadlock, Grid, Launch
 from ptx.machine import compile_one
 from ptx.memory import GlobalMemory, MemoryFault
@@ -25,7 +25,7 @@ mov.u32 %r1, %tid.x; mul.wide.u32 %d3, %r1, 4; add.s64 %d4, %d1, %d3; add.s64 %d
 
 def run(body, first, second, tensor=None, threads=32, blocks=1, cluster=1, shared=0, seed=0):
     """Run a kernel over two arrays; thread i finds element i of each at %d4 and %d5."""
-    kernel = module.read(HEAD + body + "\nret;\n}")["kernel"]
+    kernel = parse.read(HEAD + body + "\nret;\n}")["kernel"]
     memory = GlobalMemory()
     memory.allow(first.ctypes.data, first.nbytes, "first", writable=False)
     memory.allow(second.ctypes.data, second.nbytes, "second")

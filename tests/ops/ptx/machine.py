@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import module
+from . import module, parse
 from .access import compile_access
 from .alu import compile_arithmetic
 from .ampere import compile_ampere
@@ -81,9 +81,7 @@ class Machine:
 
     def __init__(self, functions: ctypes.CDLL, ptx: list[Path], seed: int = 0):
         self.memory, self.seed = GlobalMemory(), seed
-        self.kernels = {
-            name: kernel for path in ptx for name, kernel in module.read(path.read_text()).items()
-        }
+        self.kernels = {name: kernel for path in ptx for name, kernel in parse.read(path.read_text()).items()}
         self.programs: dict[str, Program] = {}
         self.launches: list[str] = []
         """Names of the kernels that ran."""
