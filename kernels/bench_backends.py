@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional as F
 
-from zeda_megatron.ops import cuda_kernels, reference
+from zeda_megatron.ops import cuda_kernels, kernel_call, reference
 from zeda_megatron.ops.grouped_mlp import grouped_mlp
 
 ops = torch.ops.zeda
@@ -177,7 +177,7 @@ def _quiet(run: Callable) -> Callable:
 def backends(device: str, shape: Shape, counts: torch.Tensor) -> tuple[list, dict[str, str]]:
     """Those that run here, on one set of inputs; and why the others do not."""
     inputs = Inputs(device, shape, counts)
-    own = cuda_kernels.why_not(inputs.x.device, torch.bfloat16) if device == "cuda" else None
+    own = kernel_call.why_not(inputs.x.device, torch.bfloat16) if device == "cuda" else None
     reasons = {
         Own: own,
         Unfused: own,

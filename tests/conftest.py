@@ -46,7 +46,7 @@ def halfway(one_process, world, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def interpreted_library(tmp_path_factory):
-    """All kernels with their PTX, for tests that interpret them; skipped where they cannot be compiled."""
+    """All kernels, compiled and as PTX, for tests that interpret them; skipped where they cannot be compiled."""
     sys.path.insert(0, str(Path(__file__).parent / "ops"))
     from ptx import operators
 

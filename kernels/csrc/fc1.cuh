@@ -35,8 +35,7 @@ inline int check(const Fc1& p, Tiling tiling) {
     return kBadArgument;
   if (!p.ends || !p.experts || !p.workspace || (p.rows > 0 && (!p.x || !p.act))) return kBadArgument;
   if (p.width % 8 || p.k % 8 || !aligned(p.x) || !aligned(p.pre) || !aligned(p.act)) return kMisaligned;
-  for (int e = 0; e < p.groups; ++e)
-    if (!p.experts[e] || !aligned(p.experts[e])) return p.experts[e] ? kMisaligned : kBadArgument;
+  if (const int error = check_experts(p.experts, p.groups)) return error;
   // Units are int32 even if every group had all rows, as ends that make no sense may claim.
   if (units_of(tiling, p.rows, p.width) > (INT32_MAX - 2 * p.sm_count) / p.groups) return kBadArgument;
   return p.workspace_bytes < fc1_bytes(p.groups) ? kSmallWorkspace : 0;

@@ -102,22 +102,33 @@ static __global__ void zero_empty(const Shape* shapes, void** outputs, int64_t v
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// The table of experts: every pointer there and aligned.
+inline int check_experts(const void* const* experts, int groups) {
+  for (int e = 0; e < groups; ++e)
+    if (!aligned(experts[e]) || !experts[e]) return experts[e] ? kMisaligned : kBadArgument;
+  return 0;
+}
+
+// The part of the table that travels with one launch.
+inline Pointers pointers_from(const void* const* experts, int groups, int first) {
+  Pointers pointers{};
+  for (int e = first; e < groups && e < first + kPointers; ++e) pointers.at[e - first] = experts[e];
+  return pointers;
+}
+
 inline int check(const Problem& p) {
   if (p.groups <= 0 || p.groups > 65535 || p.n <= 0 || p.k <= 0 || p.rows < 0 || p.rows > INT32_MAX || p.sm_count <= 0)
     return kBadArgument;
   if (!p.ends || !p.experts || !p.workspace) return kBadArgument;
   if (p.n % 8 || p.k % 8 || !aligned(p.a) || !aligned(p.b) || !aligned(p.d) || !aligned(p.workspace)) return kMisaligned;
-  for (int e = 0; e < p.groups; ++e)
-    if (!p.experts[e] || !aligned(p.experts[e])) return p.experts[e] ? kMisaligned : kBadArgument;
-  return 0;
+  return check_experts(p.experts, p.groups);
 }
 
 // Fill the arrays and, where the product overwrites, clear the outputs of empty groups. Elements: `in_bytes` of the
 // operands, `out_bytes` of the output.
 inline int launch_prepare(const Problem& p, const Arrays& arrays, int in_bytes, int out_bytes) {
   for (int first = 0; first < p.groups; first += kPointers) {
-    Pointers pointers{};
-    for (int e = first; e < p.groups && e < first + kPointers; ++e) pointers.at[e - first] = p.experts[e];
+    const Pointers pointers = pointers_from(p.experts, p.groups, first);
     ZK_LAUNCH(prepare, 1, kPointers, 0, p.stream)(p, pointers, first, in_bytes, out_bytes, arrays);
     if (const cudaError_t error = cudaGetLastError()) return error;
   }

@@ -52,8 +52,7 @@ int launch(const Fc1& p) {
   CUtensorMap* maps = reinterpret_cast<CUtensorMap*>(zk::first_block(p.workspace));
   int32_t* starts = zk::starts_in(p.workspace, p.groups);
   for (int first = 0; first < p.groups; first += zk::kPointers) {
-    Pointers pointers{};
-    for (int e = first; e < p.groups && e < first + zk::kPointers; ++e) pointers.at[e - first] = p.experts[e];
+    const Pointers pointers = zk::pointers_from(p.experts, p.groups, first);
     prepare_fc1<<<1, zk::kPointers, 0, p.stream>>>(weight, pointers, first, p, tiling, maps, starts);
     if (const cudaError_t error = cudaGetLastError()) return error;
   }

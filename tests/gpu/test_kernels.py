@@ -13,12 +13,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from groups import Draw, ends_of, mlp_inputs
+from groups import Draw, ends_of, exact, fc1_inputs, mlp_inputs, near
 from ptx import operators
 from ptx.machine import Machine
 
 import zeda_megatron.ops.expert_ops  # noqa: F401  (registers torch.ops.zeda)
-from zeda_megatron.ops import cuda_kernels, reference
+from zeda_megatron.ops import cuda_kernels, kernel_call, reference
 
 ops = torch.ops.zeda
 gpu = pytest.mark.gpu
@@ -32,14 +32,14 @@ def device(request):
         counts = request.node.callspec.params.get("counts", [])
         if len(counts) > 40 or sum(counts) > 1500:
             pytest.skip("would take minutes interpreted")
-        made, ptx = request.getfixturevalue("interpreted_library")
-        with operators.interpreted(made, Machine(made.functions, ptx)):
+        made, compiled = request.getfixturevalue("interpreted_library")
+        with operators.interpreted(made, Machine(made.functions, compiled)):
             yield torch.device("cpu")
         return
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("torch sees no CUDA device")
-        reason = cuda_kernels.why_not(torch.device("cuda", 0), torch.bfloat16)
+        reason = kernel_call.why_not(torch.device("cuda", 0), torch.bfloat16)
         if reason:
             pytest.skip(reason)
     yield torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
@@ -66,25 +66,12 @@ def cuda(device):
     return device
 
 
-def exact(part):
-    if isinstance(part, list | tuple):
-        return [exact(p) for p in part]
-    return part.detach().cpu().double() if part.is_floating_point() else part.cpu()
-
-
 def poison(device, *tensors):
     """Fill the memory that the next allocations of these sizes reuse with NaN."""
     if device.type == "cuda":
         kept = [torch.full_like(t, float("nan")) for t in tensors for _ in range(3)]
         torch.cuda.synchronize()
         del kept
-
-
-def near(mine, expected, bound):
-    mine, expected = mine.detach().cpu().double(), expected.double()
-    assert mine.isfinite().all()
-    size = expected.norm()
-    assert (mine - expected).norm() <= bound * size if size else not mine.any()
 
 
 CASES = {
@@ -139,15 +126,6 @@ def test_products_of_both_tiles(device, counts, tile, monkeypatch):
     )
 
 
-def fused(counts, width, hidden, device, extra_rows=3):
-    """x, weights, probs, ends of fc1; rows past the last end hold NaN."""
-    draw = Draw(dtype=torch.bfloat16, device=device)
-    real = sum(counts)
-    x, probs = draw(real + extra_rows, hidden), draw(real + extra_rows).float()
-    x[real:], probs[real:] = float("nan"), float("nan")
-    return x, draw.experts(len(counts), 2 * width, hidden), probs, ends_of(counts, device)
-
-
 FC1_CASES = CASES | {
     "around a cluster": [255, 256, 257, 0, 1],
     "more tiles than multiprocessors": [700] * 30,
@@ -162,7 +140,7 @@ FC1_CASES = CASES | {
 )
 def test_fc1_and_its_activation(device, rows, counts, width, hidden, tile, weighted, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
-    x, weights, probs, ends = fused(counts, width, hidden, device)
+    x, weights, probs, ends = fc1_inputs(counts, width, hidden, extra_rows=3, device=device)
     probs = probs if weighted else None
     poison(device, x.new_empty(x.shape[0], 2 * width), x.new_empty(x.shape[0], width))
     pre, act = ops.moe_fc1(x, weights, probs, ends)
@@ -182,11 +160,12 @@ def test_fc1_and_its_activation(device, rows, counts, width, hidden, tile, weigh
 @pytest.mark.parametrize("tile", [0, 1])
 def test_rows_past_the_last_end_are_untouched_by_the_fused_fc1(kernels, tile, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
-    x, weights, probs, ends = fused([30, 0, 150], 72, 64, kernels, extra_rows=200)
-    if cuda_kernels._fc1_workspace(x, weights) < 0:
+    x, weights, probs, ends = fc1_inputs([30, 0, 150], 72, 64, extra_rows=200, device=kernels)
+    workspace = cuda_kernels._fc1_workspace(x, weights)
+    if workspace is None:
         pytest.skip("the library has no fused fc1 for this GPU")
     pre, act = (torch.full((380, n), float("nan"), dtype=x.dtype, device=kernels) for n in (144, 72))
-    cuda_kernels._fused_fc1(x, weights, probs, ends, pre, act)
+    cuda_kernels._fused_fc1(x, weights, probs, ends, pre, act, workspace)
     for out in (pre, act):
         assert out[:180].isfinite().all() and out[180:].isnan().all()
 

@@ -32,3 +32,26 @@ def mlp_inputs(counts: list[int], hidden: int, width: int, extra_rows: int = 0, 
     ends = ends_of(counts, draw.device)
     fc1, fc2 = draw.experts(len(counts), 2 * width, hidden), draw.experts(len(counts), hidden, width)
     return x, probs, ends, fc1, fc2
+
+
+def fc1_inputs(counts: list[int], width: int, hidden: int, extra_rows: int, device="cpu"):
+    """x, fc1, probs, ends of the first product in bfloat16; rows past the last end hold NaN."""
+    draw, real = Draw(dtype=torch.bfloat16, device=device), sum(counts)
+    x, probs = draw(real + extra_rows, hidden), draw(real + extra_rows).float()
+    x[real:], probs[real:] = float("nan"), float("nan")
+    return x, draw.experts(len(counts), 2 * width, hidden), probs, ends_of(counts, device)
+
+
+def exact(part):
+    """Tensors, or lists of them, as float64 on the CPU."""
+    if isinstance(part, list | tuple):
+        return [exact(p) for p in part]
+    return part.detach().cpu().double() if part.is_floating_point() else part.cpu()
+
+
+def near(mine, expected, bound: float) -> None:
+    """No number is missing, and the error is at most `bound` of the whole."""
+    mine, expected = mine.detach().cpu().double(), expected.double()
+    assert mine.isfinite().all()
+    size = expected.norm()
+    assert (mine - expected).norm() <= bound * size if size else not mine.any()

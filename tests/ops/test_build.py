@@ -171,14 +171,14 @@ def test_why_the_kernels_cannot_run_is_told(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(kernel_call, "library", lambda: None)
-    assert cuda_kernels.why_not(torch.device("cpu"), torch.bfloat16) == "no CUDA device"
-    assert "not built: python -m" in cuda_kernels.why_not(gpu, torch.bfloat16)
+    assert kernel_call.why_not(torch.device("cpu"), torch.bfloat16) == "no CUDA device"
+    assert "not built: python -m" in kernel_call.why_not(gpu, torch.bfloat16)
     functions = type("Functions", (), {"zk_built": staticmethod(lambda: 3)})
     made = kernel_library.KernelLibrary(Path("x"), functions)
     monkeypatch.setattr(kernel_call, "library", lambda: made)
-    assert "capability 7.5" in cuda_kernels.why_not(gpu, torch.bfloat16)
-    assert "float32" in cuda_kernels.why_not(gpu, torch.float32)
-    assert "float16" in cuda_kernels.why_not(gpu, torch.float16)
+    assert "capability 7.5" in kernel_call.why_not(gpu, torch.bfloat16)
+    assert "float32" in kernel_call.why_not(gpu, torch.float32)
+    assert "float16" in kernel_call.why_not(gpu, torch.float16)
     assert [made.arch_for(c) for c in ((8, 0), (9, 0), (10, 0), (7, 5))] == [80, 90, 80, None]
 
 

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from groups import mlp_inputs
+from groups import fc1_inputs, mlp_inputs
 
 from zeda_megatron.ops import cuda_kernels, grouped_mlp, kernel_library
 
@@ -30,13 +30,8 @@ def launches(monkeypatch):
     return found
 
 
-def fc1_inputs(counts):
-    x, probs, ends, fc1, _ = mlp_inputs(counts, 16, 8, extra_rows=2, dtype=torch.bfloat16)
-    return x, fc1, probs.float(), ends
-
-
 def test_one_kernel_writes_pre_and_act_and_their_tails_are_cleared(launches):
-    x, fc1, probs, ends = fc1_inputs([3, 0, 2])
+    x, fc1, probs, ends = fc1_inputs([3, 0, 2], 8, 16, extra_rows=2)
     pre, act = cuda_kernels.moe_fc1(x, fc1, probs, ends)
     assert pre.shape == (7, 16) and act.shape == (7, 8) and pre.dtype == act.dtype == x.dtype
     (name, arguments), *tails = launches
@@ -65,7 +60,7 @@ NAMES = (
 
 
 def test_without_a_gradient_pre_is_not_written(launches):
-    x, fc1, _, ends = fc1_inputs([3, 0, 2])
+    x, fc1, _, ends = fc1_inputs([3, 0, 2], 8, 16, extra_rows=2)
     act = cuda_kernels.moe_act(x, fc1, None, ends)
     (name, arguments), *tails = launches
     values = dict(zip(NAMES, arguments))
@@ -76,7 +71,7 @@ def test_without_a_gradient_pre_is_not_written(launches):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_has_no_fused_kernel_is_composed(launches, dtype):
     counts = [3, 0, 2] if dtype == torch.float16 else [1] * 5
-    x, fc1, probs, ends = fc1_inputs(counts)
+    x, fc1, probs, ends = fc1_inputs(counts, 8, 16, extra_rows=2)
     x, fc1 = x.to(dtype), [weight.to(dtype) for weight in fc1]
     pre, act = cuda_kernels.moe_fc1(x, fc1, probs, ends)
     assert [name for name, _ in launches] == ["zk_grouped", "zk_zero_tail", "zk_swiglu"]
@@ -87,7 +82,7 @@ def test_what_has_no_fused_kernel_is_composed(launches, dtype):
 
 
 def test_ends_of_another_length_are_refused(launches):
-    x, fc1, probs, ends = fc1_inputs([3, 0, 2])
+    x, fc1, probs, ends = fc1_inputs([3, 0, 2], 8, 16, extra_rows=2)
     with pytest.raises(RuntimeError, match=r"ends must be \[3\]"):
         cuda_kernels.moe_fc1(x, fc1, probs, ends[:2])
     assert not launches

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from ..errors import UserError
-from ..ops import cuda_kernels
+from ..ops import kernel_call
 from ..ops.grouped_mlp import BACKENDS, grouped_mlp
 
 
@@ -67,8 +67,8 @@ def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     choose_backend(name)
     if name == "auto":
-        return "grouped_mm" if cuda_kernels.why_not(device, dtype) else "kernels"
-    reason = cuda_kernels.why_not(device, dtype) if name == "kernels" and device.type == "cuda" else None
+        return "grouped_mm" if kernel_call.why_not(device, dtype) else "kernels"
+    reason = kernel_call.why_not(device, dtype) if name == "kernels" and device.type == "cuda" else None
     if reason:
         raise UserError(f"--expert-backend kernels: {reason}; or use auto")
     return name

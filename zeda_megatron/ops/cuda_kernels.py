@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from .kernel_call import (
-    TYPES,
     address,
     built_library,
     check_ends,
@@ -25,11 +24,8 @@ from .kernel_call import (
     launch,
     packed,
     type_code,
-    why_not,
 )
-from .reference import wide
-
-__all__ = ["TYPES", "why_not", "wide"]
+from .reference import wide as wide
 
 FORWARD, DGRAD, WGRAD = range(3)
 FEW_ROWS = 200
@@ -113,36 +109,38 @@ def swiglu(pre: Tensor, probs: Tensor | None, ends: Tensor) -> Tensor:
 
 def moe_fc1(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
     x, probs, ends, n = packed(x), float32(probs), int32(ends), weights[0].shape[0]
-    if _fc1_workspace(x, weights) < 0:
+    workspace = _fc1_workspace(x, weights)
+    if workspace is None:
         pre = grouped_mm(x, weights, ends)
         return pre, swiglu(pre, probs, ends)
     pre, act = x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], n // 2)
-    _fused_fc1(x, weights, probs, ends, pre, act)
+    _fused_fc1(x, weights, probs, ends, pre, act, workspace)
     return _zero_tail(pre, ends), _zero_tail(act, ends)
 
 
 def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
-    if _fc1_workspace(x, weights) < 0:
-        return moe_fc1(x, weights, probs, ends)[1]
+    workspace = _fc1_workspace(x, weights)
+    if workspace is None:
+        return swiglu(grouped_mm(x, weights, ends), probs, ends)
     x, probs, ends = packed(x), float32(probs), int32(ends)
     act = x.new_empty(x.shape[0], weights[0].shape[0] // 2)
-    _fused_fc1(x, weights, probs, ends, None, act)
+    _fused_fc1(x, weights, probs, ends, None, act, workspace)
     return _zero_tail(act, ends)
 
 
-def _fc1_workspace(x: Tensor, weights: list[Tensor]) -> int:
-    """Bytes the fused fc1 needs; negative where there is none for this GPU, type or number of experts."""
+def _fc1_workspace(x: Tensor, weights: list[Tensor]) -> Tensor | None:
+    """What the fused fc1 works in; None where there is none for this GPU, type or number of experts."""
     arch, _ = device_facts(x.device.index)
-    return built_library().functions.zk_fc1_workspace(type_code(x), arch, len(weights))
+    size = built_library().functions.zk_fc1_workspace(type_code(x), arch, len(weights))
+    return None if size < 0 else torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
-def _fused_fc1(x, weights, probs, ends, pre: Tensor | None, act: Tensor) -> None:
+def _fused_fc1(x, weights, probs, ends, pre: Tensor | None, act: Tensor, workspace: Tensor) -> None:
     """One kernel for both outputs; pre may be None: it is not written then."""
     arch, sms = device_facts(x.device.index)
     (rows, k), width, groups = x.shape, act.shape[1], len(weights)
     check_ends(ends, groups, x.device)
     experts = ctypes.cast(expert_table(weights, (2 * width, k), x.dtype, x.device), ctypes.c_void_p)
-    workspace = torch.empty(_fc1_workspace(x, weights), dtype=torch.uint8, device=x.device)
     choice = (type_code(x), arch, tile_for(rows, groups), groups, rows, width, k)
     pointers = (ends.data_ptr(), x.data_ptr(), experts, address(probs), address(pre), act.data_ptr())
     launch(x, "zk_fc1", *choice, *pointers, workspace.data_ptr(), workspace.numel(), sms)

@@ -113,10 +113,5 @@ def _atom(kernel: Kernel, inst: Instruction):
     return add
 
 
-_TABLE = {"ld": _ld, "ldu": _ld, "st": _st, "atom": _atom, "red": _atom}
-
-
-def compile_access(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    build = _TABLE.get(inst.parts[0])
-    return build(kernel, inst) if build else None
+TABLE = {"ld": _ld, "ldu": _ld, "st": _st, "atom": _atom, "red": _atom}
+"""Builders by the first part of the opcode: each makes a function (warp, mask) of an instruction."""

@@ -42,7 +42,6 @@ def _fused(a, b, c, down: bool):
 _TWO = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b if a.dtype.kind == "f" else _divide(a, b),
     "rem": lambda a, b: a - _divide(a, b) * b,
     "min": np.minimum,
@@ -71,29 +70,27 @@ _COMPARE = {
 }
 
 
-def compile_arithmetic(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    root, *parts = inst.parts
-    kind = parts[-1] if parts else ""
-    special = _SPECIAL.get(root)
-    if special:
-        return special(kernel, inst, parts, kind)
-    out, *sources = inst.operands or (None,)
-    if root in _TWO and len(sources) == 2:
-        a, b = (getter(kernel, source, kind) for source in sources)
-        put, act = setter(kernel, out, kind), _TWO[root]
-        return lambda warp, mask: put(warp, mask, act(a(warp), b(warp)))
-    if root in _ONE:
-        a, put, act = (
-            getter(kernel, sources[0], kind),
-            setter(kernel, out, "u32" if root == "popc" else kind),
-            _ONE[root],
-        )
-        return lambda warp, mask: put(warp, mask, act(a(warp)))
-    return None
+def _two(kernel: Kernel, inst: Instruction):
+    kind, act = inst.parts[-1], _TWO[inst.parts[0]]
+    out, *sources = inst.operands
+    a, b = (getter(kernel, source, kind) for source in sources)
+    put = setter(kernel, out, kind)
+    return lambda warp, mask: put(warp, mask, act(a(warp), b(warp)))
 
 
-def _mul(kernel, inst, parts, kind):
+def _one(kernel: Kernel, inst: Instruction):
+    root, kind = inst.parts[0], inst.parts[-1]
+    out, source = inst.operands
+    a, put, act = (
+        getter(kernel, source, kind),
+        setter(kernel, out, "u32" if root == "popc" else kind),
+        _ONE[root],
+    )
+    return lambda warp, mask: put(warp, mask, act(a(warp)))
+
+
+def _mul(kernel: Kernel, inst: Instruction):
+    parts, kind = inst.parts[1:], inst.parts[-1]
     out, *sources = inst.operands
     if kind[0] == "f" or "lo" in parts:
         a, b = (getter(kernel, source, kind) for source in sources)
@@ -107,7 +104,8 @@ def _mul(kernel, inst, parts, kind):
     return lambda warp, mask: put(warp, mask, a(warp).astype(wide) * b(warp).astype(wide))
 
 
-def _mad(kernel, inst, parts, kind):
+def _mad(kernel: Kernel, inst: Instruction):
+    parts, kind = inst.parts[1:], inst.parts[-1]
     out, x, y, z = inst.operands
     if "wide" in parts:
         wide = _wide(kind)
@@ -119,7 +117,8 @@ def _mad(kernel, inst, parts, kind):
     return lambda warp, mask: put(warp, mask, a(warp) * b(warp) + c(warp))
 
 
-def _fma(kernel, inst, parts, kind):
+def _fma(kernel: Kernel, inst: Instruction):
+    parts, kind = inst.parts[1:], inst.parts[-1]
     out, *sources = inst.operands
     a, b, c = (getter(kernel, source, kind) for source in sources)
     put, down = setter(kernel, out, kind), "rm" in parts
@@ -127,7 +126,8 @@ def _fma(kernel, inst, parts, kind):
 
 
 def _shifts(left: bool):
-    def compile_shift(kernel, inst, parts, kind):
+    def compile_shift(kernel: Kernel, inst: Instruction):
+        kind = inst.parts[-1]
         out, x, y = inst.operands
         a, count, put = getter(kernel, x, kind), getter(kernel, y, "u32"), setter(kernel, out, kind)
         return lambda warp, mask: put(warp, mask, _shift(a(warp), count(warp), left))
@@ -135,7 +135,8 @@ def _shifts(left: bool):
     return compile_shift
 
 
-def _setp(kernel, inst, parts, kind):
+def _setp(kernel: Kernel, inst: Instruction):
+    parts, kind = inst.parts[1:], inst.parts[-1]
     out, x, y, *more = inst.operands
     a, b, act = getter(kernel, x, kind), getter(kernel, y, kind), _COMPARE[parts[0]]
     if isinstance(out, tuple) or more:
@@ -144,14 +145,16 @@ def _setp(kernel, inst, parts, kind):
     return lambda warp, mask: put(warp, mask, act(a(warp), b(warp)))
 
 
-def _selp(kernel, inst, parts, kind):
+def _selp(kernel: Kernel, inst: Instruction):
+    kind = inst.parts[-1]
     out, x, y, p = inst.operands
     a, b, chosen = getter(kernel, x, kind), getter(kernel, y, kind), getter(kernel, p, "pred")
     put = setter(kernel, out, kind)
     return lambda warp, mask: put(warp, mask, np.where(chosen(warp), a(warp), b(warp)))
 
 
-def _bfi(kernel, inst, parts, kind):
+def _bfi(kernel: Kernel, inst: Instruction):
+    kind = inst.parts[-1]
     out, x, y, p, n = inst.operands
     a, b = getter(kernel, x, kind), getter(kernel, y, kind)
     position, length, put = getter(kernel, p, "u32"), getter(kernel, n, "u32"), setter(kernel, out, kind)
@@ -164,7 +167,8 @@ def _bfi(kernel, inst, parts, kind):
     return insert
 
 
-def _bfind(kernel, inst, parts, kind):
+def _bfind(kernel: Kernel, inst: Instruction):
+    parts, kind = inst.parts[1:], inst.parts[-1]
     out, x = inst.operands
     a, put = getter(kernel, x, kind), setter(kernel, out, "u32")
     none = 0xFFFFFFFF
@@ -180,7 +184,9 @@ def _bfind(kernel, inst, parts, kind):
     return find
 
 
-_SPECIAL = {
+TABLE = {
+    **dict.fromkeys(_TWO, _two),
+    **dict.fromkeys(_ONE, _one),
     "mul": _mul,
     "mad": _mad,
     "fma": _fma,

@@ -82,7 +82,7 @@ def _mma(kernel: Kernel, inst: Instruction):
     return multiply
 
 
-def _cp_async(kernel: Kernel, inst: Instruction):
+def copy_of_threads(kernel: Kernel, inst: Instruction):
     """Copies that happen when their group is waited for."""
     if "commit_group" in inst.parts:
         return lambda warp, mask: warp.state.setdefault("copies", [[]]).append([])
@@ -125,10 +125,4 @@ def _cp_async(kernel: Kernel, inst: Instruction):
     return copy
 
 
-_TABLE = {"ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "mma": _mma, "cp": _cp_async}
-
-
-def compile_ampere(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    build = _TABLE.get(inst.parts[0])
-    return build(kernel, inst) if build else None
+TABLE = {"ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "mma": _mma}

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from .access import address, one
+from .ampere import copy_of_threads
 from .mbarrier import barrier_at
 from .memory import GENERIC_SHARED, RANK_SHIFT, MemoryFault, at_rank
 from .module import Instruction, Kernel
@@ -144,8 +145,8 @@ def _depart(block, tensor: TensorMap, corner: list[int], span: np.ndarray, copy:
     copy["done"] = True
 
 
-def compile_bulk(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    if inst.opcode.startswith("cp.async.bulk"):
-        return _bulk(kernel, inst)
-    return _tensormap(kernel, inst) if inst.parts[0] == "tensormap" else None
+def _copy(kernel: Kernel, inst: Instruction):
+    return _bulk(kernel, inst) if inst.parts[2] == "bulk" else copy_of_threads(kernel, inst)
+
+
+TABLE = {"cp": _copy, "tensormap": _tensormap}

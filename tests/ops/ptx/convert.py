@@ -26,7 +26,8 @@ def half_values(raw: np.ndarray, kind: str) -> np.ndarray:
     return raw.view(np.float16).astype(np.float32)
 
 
-def _mov(kernel, inst, parts, kind):
+def _mov(kernel: Kernel, inst: Instruction):
+    kind = inst.parts[-1]
     out, source = inst.operands
     if isinstance(out, tuple):  # unpack
         size = TYPES[kind].itemsize // len(out)
@@ -49,7 +50,8 @@ def _mov(kernel, inst, parts, kind):
     return lambda warp, mask: put(warp, mask, a(warp))
 
 
-def _cvt(kernel, inst, parts, kind):
+def _cvt(kernel: Kernel, inst: Instruction):
+    parts = inst.parts[1:]
     out, *sources = inst.operands
     into, given = parts[-2], parts[-1]
     if into in ("bf16x2", "f16x2"):
@@ -75,7 +77,8 @@ def _cvt(kernel, inst, parts, kind):
     return lambda warp, mask: put(warp, mask, a(warp).astype(dtype))
 
 
-def _cvta(kernel, inst, parts, kind):
+def _cvta(kernel: Kernel, inst: Instruction):
+    parts = inst.parts[1:]
     out, x = inst.operands
     a, put = getter(kernel, x, "u64"), setter(kernel, out, "u64")
     space = next((p for p in parts if p in ("shared", "local", "shared::cta")), None)
@@ -85,11 +88,4 @@ def _cvta(kernel, inst, parts, kind):
     return lambda warp, mask: put(warp, mask, warp.from_generic(a(warp)) if to else warp.to_generic(a(warp)))
 
 
-_TABLE = {"mov": _mov, "cvt": _cvt, "cvta": _cvta}
-
-
-def compile_conversion(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    root, *parts = inst.parts
-    build = _TABLE.get(root)
-    return build(kernel, inst, parts, parts[-1]) if build else None
+TABLE = {"mov": _mov, "cvt": _cvt, "cvta": _cvta}

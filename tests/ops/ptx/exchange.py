@@ -121,6 +121,9 @@ def meet(warp, mask: int, barriers: dict, name: str, need: int, waits: bool):
 
 
 def _cluster_barrier(kernel: Kernel, inst: Instruction):
+    if inst.parts[1] != "cluster":
+        raise NotImplementedError(inst.text)
+
     def barrier(warp, mask):
         grid = warp.block.grid
         need = LANES * sum(len(block.warps) for block in grid.blocks)
@@ -143,20 +146,13 @@ def _bra(kernel: Kernel, inst: Instruction):
     return lambda warp, mask: target
 
 
-_TABLE = {
+TABLE = {
     "shfl": _shfl,
     "vote": _vote,
     "elect": _elect,
     "bar": _bar,
+    "barrier": _cluster_barrier,
     "bra": _bra,
     "ret": lambda kernel, inst: lambda warp, mask: -1,
     "exit": lambda kernel, inst: lambda warp, mask: -1,
 }
-
-
-def compile_exchange(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    if inst.opcode.startswith("barrier.cluster"):
-        return _cluster_barrier(kernel, inst)
-    build = _TABLE.get(inst.parts[0])
-    return build(kernel, inst) if build else None

@@ -35,7 +35,6 @@ class Block:
         self.shared = SharedMemory(rank, grid.shared_bytes)
         self.barriers: dict = {}
         """State of named barriers and of mbarriers, by name or offset."""
-        self.symbols = grid.symbols
         threads = int(np.prod(grid.block))
         self.warps = [Warp(grid.program, self, i) for i in range(-(-threads // 32))]
 
@@ -63,7 +62,7 @@ class Block:
     def address_of(self, name: str) -> int:
         if name in self.grid.parameters:
             return self.grid.parameters[name]
-        return self.shared.base + self.symbols[name]
+        return self.shared.base + self.grid.symbols[name]
 
     @property
     def done(self) -> bool:

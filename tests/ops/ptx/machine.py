@@ -8,18 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import module, parse
-from .access import compile_access
-from .alu import compile_arithmetic
-from .ampere import compile_ampere
-from .bulk import compile_bulk
-from .convert import compile_conversion
-from .exchange import compile_exchange
+from . import access, alu, ampere, bulk, convert, exchange, mbarrier, parse, wgmma
 from .grid import Grid, Launch
-from .mbarrier import compile_mbarrier
 from .memory import GlobalMemory
+from .module import Instruction, Kernel
 from .warp import Program
-from .wgmma import compile_wgmma
 
 _ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -29,29 +22,27 @@ _ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
 )
 HERE = Path(__file__).parent
-_COMPILERS = (
-    compile_bulk,
-    compile_mbarrier,
-    compile_wgmma,
-    compile_access,
-    compile_exchange,
-    compile_ampere,
-    compile_conversion,
-    compile_arithmetic,
-)
+_BUILDERS = {
+    root: build
+    for part in (access, alu, ampere, bulk, convert, exchange, mbarrier, wgmma)
+    for root, build in part.TABLE.items()
+}
 
 
-def compile_one(kernel: module.Kernel, inst: module.Instruction):
+def compile_one(kernel: Kernel, inst: Instruction):
     """An instruction as a function (warp, mask); one that nobody knows fails when it is reached."""
-    for build in _COMPILERS:
-        step = build(kernel, inst)
-        if step:
-            return step
+    if inst.parts[0] in _BUILDERS:
+        return _BUILDERS[inst.parts[0]](kernel, inst)
 
     def unknown(warp, mask):
         raise NotImplementedError(f"{inst.text} in {warp.where()}")
 
     return unknown
+
+
+def read_kernels(ptx: list[Path]) -> dict[str, Kernel]:
+    """All kernels of some PTX files by name."""
+    return {name: kernel for path in ptx for name, kernel in parse.read(path.read_text()).items()}
 
 
 def link(output: Path, nvcc: str, units: dict[str, list[str]], archs: list[str]) -> Path:
@@ -79,9 +70,8 @@ def _run(line: list[str], folder: Path) -> None:
 class Machine:
     """Launches of a library, interpreted one after the other in the calling thread."""
 
-    def __init__(self, functions: ctypes.CDLL, ptx: list[Path], seed: int = 0):
-        self.memory, self.seed = GlobalMemory(), seed
-        self.kernels = {name: kernel for path in ptx for name, kernel in parse.read(path.read_text()).items()}
+    def __init__(self, functions: ctypes.CDLL, kernels: dict[str, Kernel], seed: int = 0):
+        self.memory, self.kernels, self.seed = GlobalMemory(), kernels, seed
         self.programs: dict[str, Program] = {}
         self.launches: list[str] = []
         """Names of the kernels that ran."""
@@ -90,10 +80,6 @@ class Machine:
         self.error: BaseException | None = None
         self._callback = _ON_LAUNCH(self._launched)
         functions.zk_on_launch(self._callback)
-
-    def allow(self, tensor, name: str, writable: bool = True) -> None:
-        """Let kernels touch a tensor's memory."""
-        self.memory.allow(tensor.data_ptr(), tensor.numel() * tensor.element_size(), name, writable)
 
     def check(self) -> None:
         """Raise what went wrong inside a launch."""

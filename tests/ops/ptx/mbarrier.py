@@ -117,7 +117,7 @@ def _nothing(kernel: Kernel, inst: Instruction):
     return lambda warp, mask: None
 
 
-_TABLE = {
+TABLE = {
     "mbarrier": _mbarrier,
     "mapa": _mapa,
     "fence": _fence,
@@ -126,9 +126,3 @@ _TABLE = {
     "griddepcontrol": _nothing,
     "membar": _nothing,
 }
-
-
-def compile_mbarrier(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    build = _TABLE.get(inst.parts[0])
-    return build(kernel, inst) if build else None

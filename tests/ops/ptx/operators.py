@@ -12,9 +12,18 @@ import pytest
 import torch
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.ops import build, cuda_kernels, expert_mlp, expert_ops, kernel_library, reference
+from zeda_megatron.ops import (
+    build,
+    cuda_kernels,
+    expert_mlp,
+    expert_ops,
+    kernel_call,
+    kernel_library,
+    reference,
+)
 
-from .machine import Machine, link
+from .machine import Machine, link, read_kernels
+from .module import Kernel
 
 SMS = 4
 """Multiprocessors that the machine claims: few, so that a block gets several tiles."""
@@ -22,8 +31,8 @@ SMS = 4
 
 def library(
     folder: Path, types: tuple[str, ...] = ("bf16",)
-) -> tuple[kernel_library.KernelLibrary, list[Path]]:
-    """Build all kernels in `folder`; the library and its PTX. Skips the test where they cannot be built."""
+) -> tuple[kernel_library.KernelLibrary, dict[str, Kernel]]:
+    """Build all kernels in `folder`; the library, and its kernels as PTX. Skips the test where they cannot be built."""
     options = replace(build.BuildOptions(), types=types)
     try:
         nvcc, headers = build.find_nvcc(), build.find_headers()
@@ -31,9 +40,8 @@ def library(
         pytest.skip(str(missing))
     flags = [flag for arch in options.archs for flag in build.TARGETS[arch]]
     made = link(folder / build.NAME, nvcc, build.commands(options, nvcc, headers), flags)
-    return kernel_library.load(made), [
-        path for path in folder.rglob("*.ptx") if "compute_80" not in path.name
-    ]
+    ptx = [path for path in folder.rglob("*.ptx") if "compute_80" not in path.name]
+    return kernel_library.load(made), read_kernels(ptx)
 
 
 @contextmanager
@@ -81,6 +89,6 @@ def _by_type(name: str):
     def run(*arguments):
         flat = [each for a in arguments for each in (a if isinstance(a, list | tuple) else (a,))]
         kinds = {each.dtype for each in flat if isinstance(each, torch.Tensor) and each.is_floating_point()}
-        return (kernels if not kinds or kinds & set(cuda_kernels.TYPES) else plain)(*arguments)
+        return (kernels if not kinds or kinds & set(kernel_call.TYPES) else plain)(*arguments)
 
     return run

@@ -159,6 +159,4 @@ def _matrix(fragment: np.ndarray) -> np.ndarray:
     return blocks.transpose(1, 3, 0, 4, 2).reshape(16, -1)
 
 
-def compile_wgmma(kernel: Kernel, inst: Instruction):
-    """The instruction as a function (warp, mask), or None if it is none of these."""
-    return _wgmma(kernel, inst) if inst.parts[0] == "wgmma" else None
+TABLE = {"wgmma": _wgmma}
