@@ -254,6 +254,26 @@ def megatron_model(hf, zero=None, backend: str = "auto", overrides: dict | None 
     return model.eval()
 
 
+def watch_slots(block) -> list[tuple[int, int]]:
+    """A list that every later call of a transformers MoE block's experts adds to: slots it was given, and real ones."""
+    seen = []
+    block.experts.register_forward_pre_hook(
+        lambda experts, args: seen.append((args[1].numel(), int((args[1] < block.num_real).sum())))
+    )
+    return seen
+
+
+def splitting_threshold(model, tokens) -> float:
+    """A threshold that every layer has scores on both sides of."""
+    for value in range(-9, 9):
+        model.set_zero_threshold(value)
+        model.reset_zero_share()
+        model(tokens)
+        if all(0.05 < share < 0.95 for share in model.zero_share()):
+            return float(value)
+    raise AssertionError("no such threshold")
+
+
 def moe_layer_weights(zero, seed: int = 0) -> dict:
     """Weights of a whole MoE layer: {"router": [N+Nz, H], "experts": [(fc1, fc2), ...]}, on any layout."""
     generator = torch.Generator().manual_seed(seed)

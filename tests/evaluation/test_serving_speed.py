@@ -62,10 +62,11 @@ def test_only_skipping_saves_expert_flops(contest):
             model.moe_blocks()[0](hidden)
         return counter.get_total_flops()
 
-    static, rest = flops("static", 0.0), flops("skip", 1.0)
+    static = flops("static", 0.0)
     assert flops("weight 0", 0.5) == static
-    assert flops("skip", 0.5) - rest == (static - rest) / 2
-    assert flops("skip", 0.25) - rest == (static - rest) * 0.75
+    quarter = static - flops("skip", 0.25)
+    assert quarter > 0.1 * static
+    assert static - flops("skip", 0.5) == 2 * quarter and static - flops("skip", 0.75) == 3 * quarter
 
 
 def test_the_command_prints_a_line_per_pass_and_writes_what_it_measured(folder):

@@ -85,12 +85,13 @@ def definition(block, hidden_TH, residual_TH, family):
     """Output [T, H] of the MoE layer with every expert on every token."""
     gate, zero = block.gate, block.gate.zero
     bias = getattr(gate, "e_score_correction_bias", None)
-    routed = tiny.dense_routing(hidden_TH @ gate.weight.t(), K, N, family.score, bias, family.scale)
+    weight_EH = gate.weight[: N + zero.rows]
+    routed = tiny.dense_routing(hidden_TH @ weight_EH.t(), K, N, family.score, bias, family.scale)
     weights_TN = routed.real_TN
     if zero.terms is not None:
         relative_TN = weights_TN.log() + hidden_TH @ gate.zero_weight.t() + gate.zero_bias
         relative_TN = relative_TN - residual_TH.norm(dim=-1, keepdim=True).log()
-        weights_TN = torch.where(relative_TN >= gate.threshold, weights_TN, 0.0)
+        weights_TN = torch.where(relative_TN >= gate.dials.threshold, weights_TN, 0.0)
     experts = list(zip(block.experts.gate_up_proj, block.experts.down_proj))
     out_TH = tiny.dense_experts(hidden_TH, weights_TN, experts)
     zero_TZ = routed.weights_TE[:, N:]
@@ -103,17 +104,6 @@ def definition(block, hidden_TH, residual_TH, family):
     return out_TH, int((weights_TN != 0).sum())
 
 
-def splitting_threshold(model, tokens) -> float:
-    """A threshold that every layer has scores on both sides of."""
-    for value in range(-9, 9):
-        model.set_zero_threshold(value)
-        model.reset_zero_share()
-        model(tokens)
-        if all(0.05 < share < 0.95 for share in model.zero_share()):
-            return float(value)
-    raise AssertionError("no such threshold")
-
-
 @every_family
 @every_kind
 @pytest.mark.parametrize("path", ["grouped_mm", "eager", "static"])
@@ -122,13 +112,13 @@ def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_p
     model = make_model(tmp_path, name, kind, "eager" if path == "eager" else "grouped_mm")
     tokens = torch.randint(1, 96, (2, 7))
     if kind == "paired":
-        model.set_zero_threshold(splitting_threshold(model, tokens))
-    seen, rows = {}, []
+        model.set_zero_threshold(tiny.splitting_threshold(model, tokens))
+    seen, slots = {}, {}
     layers = [layer for layer in model.model.layers if layer.mlp in model.moe_blocks()]
     for layer in layers:
-        block, inner = layer.mlp, layer.mlp._experts
+        block = layer.mlp
         block.static_shapes = path == "static"
-        block._experts = lambda x, *rest, inner=inner: rows.append(x.shape[0]) or inner(x, *rest)
+        slots[block] = tiny.watch_slots(block)
         layer.post_attention_layernorm.register_forward_hook(
             lambda _m, args, _o, block=block: seen.update({(block, "residual"): args[0].reshape(-1, 32)})
         )
@@ -141,7 +131,7 @@ def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_p
         expected_TH, real = definition(layer.mlp, hidden_TH, seen[layer.mlp, "residual"], FAMILIES[name])
         assert (expected_TH - out_TH).abs().max() < 1e-5 * expected_TH.abs().max()
         assert 0 < real < 14 * K
-        assert rows.pop(0) == (14 * K if path == "static" else real)
+        assert slots[layer.mlp] == [(14 * K if path == "static" else real, real)]
 
 
 @every_family
@@ -215,7 +205,7 @@ def test_prompts_of_different_lengths_answered_together_get_the_answers_of_each_
     model = make_model(tmp_path, name, kind)
     prompts = [torch.randint(1, 96, (n,)) for n in (7, 2, 5)]
     if kind == "paired":
-        model.set_zero_threshold(splitting_threshold(model, prompts[0][None]))
+        model.set_zero_threshold(tiny.splitting_threshold(model, prompts[0][None]))
         model.reset_zero_share()
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     alone = [
@@ -242,7 +232,9 @@ def test_gradients_are_those_of_the_definition(tmp_path, name, kind):
         inner = block.gate._scores
         block.gate._scores = lambda *args: scores.append(inner(*args)) or scores[-1]
         block(hidden)
-        block.gate.threshold = float(scores[0].flatten().sort().values[14:16].mean())  # no score is there
+        block.gate.dials.threshold = float(
+            scores[0].flatten().sort().values[14:16].mean()
+        )  # no score is there
     target = torch.randn(10, 32)
     inputs = [hidden, *(p for _, p in sorted(block.named_parameters()) if p.requires_grad)]
 
@@ -259,13 +251,16 @@ def test_gradients_are_those_of_the_definition(tmp_path, name, kind):
 
 @every_family
 @pytest.mark.parametrize("kind", ["zero", "learned", "paired"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(tmp_path, compiler, name, kind):
-    # The compiler's grouped product takes bf16 alone.
-    model = make_model(tmp_path, name, kind).to(torch.bfloat16)
-    for block in model.moe_blocks():
+def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
+    tmp_path, compiler, name, kind, dtype
+):
+    model, tokens = make_model(tmp_path, name, kind), torch.randint(1, 96, (2, 9))
+    if kind == "paired":
+        model.set_zero_threshold(tiny.splitting_threshold(model, tokens))
+    for block in model.to(dtype).moe_blocks():
         block.static_shapes = True
-    tokens = torch.randint(1, 96, (2, 9))
     compiled = compiler(model, backend="eager", fullgraph=True)
     expected = model(tokens, use_cache=False).logits
     assert torch.equal(compiled(tokens, use_cache=False).logits, expected)

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -155,17 +156,15 @@ def test_without_norm_topk_prob_scores_take_the_weights_of_the_full_softmax():
 
 
 @torch.no_grad()
-def test_skipped_picks_reach_no_expert(monkeypatch):
+def test_skipped_picks_reach_no_expert():
     model = make_model(mlp_only_layers=[1, 2])
-    block, rows = model.moe_blocks()[0], []
-    inner = block._experts
-    monkeypatch.setattr(block, "_experts", lambda x, *rest: rows.append(x.shape[0]) or inner(x, *rest))
+    slots = tiny.watch_slots(model.moe_blocks()[0])
     tokens = draw_tokens(1, 20)
     picks = naive(watch(model, tokens)[0], "weight+head+residual")
     model.set_zero_threshold(middle(picks))
-    rows.clear()
+    slots.clear()
     model(tokens)
-    assert rows == [20 * K // 2]
+    assert slots == [(20 * K // 2, 20 * K // 2)]
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
@@ -174,6 +173,7 @@ def test_masked_model_equals_stock_transformers_bit_for_bit_and_computes_no_head
     dynamic = make_model(experts, use_zce_mask=True)
     stock = Qwen3MoeForCausalLM._from_config(make_config(), experts_implementation=experts).eval()
     state = {k: v for k, v in dynamic.state_dict().items() if "gate.zero_" not in k}
+    state |= {k: v[:N] for k, v in state.items() if k.endswith("gate.weight")}
     stock.load_state_dict(state)
     tokens = draw_tokens(2, 11)
     expected = stock(tokens).logits
@@ -235,7 +235,7 @@ def test_the_logit_bias_is_added_to_the_zero_logits_alone():
     logits = hidden @ gate.weight.T
     logits[:, N:] += 0.7
     best = logits.topk(K)
-    _, weights, ids = gate(hidden)
+    _, weights, ids, _ = gate(hidden)
     assert torch.equal(ids, best.indices)
     torch.testing.assert_close(weights, best.values.softmax(-1), atol=1e-6, rtol=1e-5)
 
@@ -244,6 +244,8 @@ def test_the_logit_bias_is_added_to_the_zero_logits_alone():
 def test_generation_with_cache_equals_generation_without():
     model = make_model()
     prompt = draw_tokens(1, 6)
+    model.set_zero_threshold(tiny.splitting_threshold(model, prompt))
+    model.reset_zero_share()
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
     with_cache = model.generate(prompt, use_cache=True, **options)
     assert all(0 < share < 1 for share in model.zero_share())
@@ -257,6 +259,8 @@ def test_generation_with_cache_equals_generation_without():
 def test_left_padding_changes_neither_tokens_nor_zero_share():
     model = make_model()
     prompt = draw_tokens(1, 6)
+    model.set_zero_threshold(tiny.splitting_threshold(model, prompt))
+    model.reset_zero_share()
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
     alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     share = model.zero_share()
@@ -320,7 +324,7 @@ def test_gradients_equal_those_of_the_plain_loop():
     with torch.no_grad():
         row = {"block": block, "hidden": hidden, "residual": hidden}
         picks = naive(row, "weight+head")
-    block.gate.threshold = threshold = middle(picks)
+    block.gate.dials.threshold = threshold = middle(picks)
     block(hidden.unsqueeze(0)).square().sum().backward()
     found = {name: p.grad.clone() for name, p in block.experts.named_parameters()}
     block.zero_grad()
@@ -339,13 +343,13 @@ def test_saved_model_reloads_bit_equal_with_its_dial(tmp_path, dtype):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in list(file.keys())}
-    assert shapes["model.layers.0.mlp.gate.weight"] == [N, 32]
+    assert shapes["model.layers.0.mlp.gate.weight"] == [N + 1, 32]
     assert shapes["model.layers.0.mlp.gate.zero_weight"] == [N, 32]
     assert shapes["model.layers.0.mlp.gate.zero_bias"] == [N]
     again, tokens = load_zero_expert_model(tmp_path, dtype=dtype), draw_tokens(1, 8)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     exact = torch.tensor([-2.3456789, -3.1], dtype=torch.float32).tolist()
-    assert [block.gate.threshold for block in again.moe_blocks()] == exact
+    assert [block.gate.dials.threshold for block in again.moe_blocks()] == exact
     assert json.loads((tmp_path / "config.json").read_text())["zce_threshold"] == exact
 
 

@@ -20,8 +20,9 @@ def hf_weights(
         model: a bare chunk that is the whole model (no tensor, expert or pipeline parallelism).
         static: of the static model: without zero experts.
     """
-    weights, dims = weight_map_of(arch), dims_of(arch)
-    for name, tensor in model.state_dict().items():
+    weights, state = weight_map_of(arch), model.state_dict()
+    dims = dims_of(arch, paired=any(".router.paired." in name for name in state))
+    for name, tensor in state.items():
         if not torch.is_tensor(tensor):
             continue  # Megatron's empty extra states
         mapping = weights.for_mcore_name(name)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.architecture import REGISTRY, Architecture, read_architecture
+from ..serving.zero_expert_routing import ZeroDials
 
 WAYS = ("static", "skip", "weight 0")
 """static: the stock layer. skip: ours. weight 0: a zero slot is a slot of expert 0 whose weight is 0, as engines do
@@ -30,26 +31,14 @@ class ForcedShare(nn.Module):
         self.seed = seed
         self._drawn: dict[tuple, torch.Tensor] = {}
 
-    def __getattr__(self, name: str):
-        # What the layer asks of its router besides a pass: N, the mask, the kind of zero experts.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("gate"), name)
-
-    @property
-    def masked(self) -> bool:
-        """The layer takes the stock path over real experts."""
-        return self.way != "skip"
-
     def forward(self, hidden_states):
-        logits, weights_TK, ids_TK = self.gate(hidden_states)
+        logits, weights_TK, ids_TK, _ = self.gate(hidden_states)
         if self.way == "static":
-            return logits, weights_TK, ids_TK
+            return logits, weights_TK, ids_TK, None
         zero_TK = self._zero_slots(ids_TK)
         if self.way == "skip":
-            return logits, weights_TK, torch.where(zero_TK, self.gate.num_real, ids_TK)
-        return logits, weights_TK.masked_fill(zero_TK, 0), ids_TK.masked_fill(zero_TK, 0)
+            return logits, weights_TK, torch.where(zero_TK, self.gate.num_real, ids_TK), None
+        return logits, weights_TK.masked_fill(zero_TK, 0), ids_TK.masked_fill(zero_TK, 0), None
 
     def _zero_slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Which slots are zero slots: drawn once a shape and share, so that no pass is timed while drawing."""
@@ -73,9 +62,9 @@ class Contest:
     def __init__(self, folder: Path, layers: int, dtype: torch.dtype, device: str, vocabulary: int = 1024):
         arch = read_architecture(folder)
         self.model = _build(arch, layers, dtype, device, vocabulary)
-        self.gates = []
-        for block in self.model.moe_blocks():
-            block.gate.masked = True  # the router itself is always the static one
+        self.gates, self.blocks = [], self.model.moe_blocks()
+        for block in self.blocks:
+            block.gate.dials = ZeroDials(masked=True)  # the router itself is always the static one
             block.gate = ForcedShare(block.gate, seed=len(self.gates))
             self.gates.append(block.gate)
         if len(self.gates) != layers:
@@ -85,11 +74,14 @@ class Contest:
     @contextmanager
     def arm(self, way: str, share: float):
         """Inside, all layers treat zero slots this way."""
-        for gate in self.gates:
-            gate.way, gate.share = way, share
+        self._set(way, share)
         yield self.model
-        for gate in self.gates:
-            gate.way, gate.share = "static", 0.0
+        self._set("static", 0.0)
+
+    def _set(self, way: str, share: float) -> None:
+        for gate, block in zip(self.gates, self.blocks):
+            gate.way, gate.share = way, share
+            block.dials.masked = way != "skip"  # all but ours take the stock path over real experts
 
 
 def _build(arch: Architecture, layers: int, dtype: torch.dtype, device: str, vocabulary: int):

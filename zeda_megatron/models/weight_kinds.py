@@ -30,6 +30,9 @@ class ModelDims:
     seed: int = 0
     """Seed of new zero rows."""
 
+    paired: bool = False
+    """Paired zero experts: the router's weight has one row more on disk (`Router`)."""
+
 
 class WeightMapping(Protocol):
     """One Megatron tensor and the Hugging Face tensors it is made of."""
@@ -116,28 +119,41 @@ class GateUp:
 
 @dataclass(frozen=True)
 class Router:
-    """Router weight [N+Nz, H] or score bias [N+Nz], zero rows last.
+    """Router weight [N+Nz, H], zero rows last.
 
-    A static checkpoint has N rows: the missing ones are drawn (`zero_rows`). One that has N+Nz is kept.
+    A static checkpoint has N rows: the missing ones are drawn (`zero_rows`). One that has N+Nz is kept. With paired
+    zero experts Megatron has N rows and the folder N+1, the last one of zeros that nothing reads: a loader that does
+    not know paired routing fails on the shape, where it would have opened the static model without a word.
     """
 
     hf: str
     mcore: str
 
+    def _unread_rows(self, dims: ModelDims) -> int:
+        return 1 if dims.paired else 0
+
     def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
-        static = (dims.num_real_experts, *shape[1:])
-        return {self.hf: (shape,) if static == shape else (static, shape)}
+        rows, *rest = shape
+        possible = ((dims.num_real_experts, *rest), (rows + self._unread_rows(dims), *rest))
+        return {self.hf: tuple(dict.fromkeys(possible))}
 
     def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
-        return widen(read(self.hf), shape[0], dims.seed, self.hf)
+        tensor = read(self.hf)
+        if self._unread_rows(dims):
+            return tensor[: shape[0]]
+        return widen(tensor, shape[0], dims.seed, self.hf)
 
     def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
-        return {self.hf: tensor}
+        unread = tensor.new_zeros(self._unread_rows(dims), *tensor.shape[1:])
+        return {self.hf: torch.cat([tensor, unread]) if len(unread) else tensor}
 
 
 @dataclass(frozen=True)
 class ScoreBias(Router):
     """Score bias [N+Nz] that chooses experts: a `Router` of one number each, which no `--dtype` rounds."""
+
+    def _unread_rows(self, dims: ModelDims) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

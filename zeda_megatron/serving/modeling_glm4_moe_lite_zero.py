@@ -29,7 +29,8 @@ class ZeroExpertRouter(ZeroExpertRouting, Glm4MoeLiteTopkRouter):
     def __init__(self, config):
         super().__init__(config)
         self.add_zero_experts(config, config.n_routed_experts)
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.weight.shape[0], dtype=torch.float32))
+        rows = self.num_real + self.zero.rows
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(rows, dtype=torch.float32))
 
     def _project(self, hidden_TH, weight_EH):
         return F.linear(hidden_TH.float(), weight_EH.float())

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .zero_expert_routing import number, zero_experts
 
@@ -10,15 +9,19 @@ from .zero_expert_routing import number, zero_experts
 class ZeroExpertMoeBlock(nn.Module):
     """MoE layer that computes the real slots only. Takes over the stock block's experts, shared one included.
 
+    Router and experts are called as modules and their attributes are never read: tools that hook or wrap modules
+    (offloading, adapters, sharding, quantised experts) meet what they would meet in the stock block.
+
     Attributes:
-        static_shapes: never ask the device how many slots are real (CUDA graphs, torch.compile). Rows of zero
-            slots are then moved, but still left out of the products.
+        static_shapes: never ask the device how many slots are real (CUDA graphs, torch.compile). Zero slots are then
+            moved, and left out of the products where transformers can (`_may_leave_out`).
     """
 
-    def __init__(self, config, stock, router):
+    def __init__(self, stock, router):
         super().__init__()
-        self.config, self.gate, self.experts = config, router, stock.experts
+        self.gate, self.experts = router, stock.experts
         self.shared_experts = getattr(stock, "shared_experts", None)
+        self.num_real, self.dials = router.num_real, router.dials
         self.static_shapes, self.token_mask_BS = False, None
         self.reset_counts()
 
@@ -28,70 +31,58 @@ class ZeroExpertMoeBlock(nn.Module):
     def forward(self, hidden_BSH):
         """[B, S, H] -> [B, S, H]."""
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-        _, weights_TK, ids_TK = self.gate(hidden_TH)
-        if self.gate.masked:
+        _, weights_TK, ids_TK, answer_TH = self.gate(hidden_TH)
+        if self.dials.masked:
             output_TH = self.experts(hidden_TH, ids_TK, weights_TK)
+        elif self.static_shapes or _shapes_must_be_static():
+            output_TH = self._all_slots(hidden_TH, weights_TK, ids_TK)
         else:
-            output_TH = self._routed(hidden_TH, weights_TK, ids_TK, hidden_BSH.shape).to(hidden_TH.dtype)
+            self._count(ids_TK >= self.num_real, hidden_BSH.shape)
+            output_TH = self._real_slots(hidden_TH, weights_TK, ids_TK)
+        if answer_TH is not None:
+            output_TH = (output_TH + answer_TH).to(hidden_TH.dtype)
         output_BSH = output_TH.view_as(hidden_BSH)
         return output_BSH if self.shared_experts is None else output_BSH + self.shared_experts(hidden_BSH)
 
-    def _routed(self, hidden_TH, weights_TK, ids_TK, shape):
-        static = self.static_shapes or _shapes_must_be_static()
-        zero_TK, kind = ids_TK >= self.gate.num_real, self.gate.zero.kind
-        if not static:
-            self._count(zero_TK, shape)
-        output_TH = self._real_slots(hidden_TH, weights_TK, ids_TK, static)
-        if kind == "copy":
-            output_TH = output_TH + (weights_TK * zero_TK).sum(dim=-1, keepdim=True) * hidden_TH
-        elif kind == "learned":
-            bias_TKH = self.gate.zero_bias[(ids_TK - self.gate.num_real).clamp(min=0)]
-            output_TH = output_TH + ((weights_TK * zero_TK).unsqueeze(-1) * bias_TKH).sum(dim=1)
-        return output_TH
+    def _real_slots(self, hidden_TH, weights_TK, ids_TK):
+        """Real slots become rows of one pick each; a token's rows are added up as the stock experts do."""
+        tokens, top_k = ids_TK.shape
+        slot_R = (ids_TK.reshape(-1) < self.num_real).nonzero().squeeze(1)
+        if slot_R.numel() == ids_TK.numel():
+            return self.experts(hidden_TH, ids_TK, weights_TK)
+        ids_R, weights_R = ids_TK.reshape(-1)[slot_R], weights_TK.reshape(-1)[slot_R]
+        if slot_R.numel() == 0:
+            if not (torch.is_grad_enabled() or _is_distributed()):
+                return torch.zeros_like(hidden_TH)
+            # Another rank may wait in the experts, and every parameter has a gradient: one row of weight 0.
+            slot_R = ids_R = slot_R.new_zeros(1)
+            weights_R = weights_TK[:1, 0] * 0
+        rows_RH = self.experts(hidden_TH[slot_R // top_k], ids_R.unsqueeze(1), weights_R.unsqueeze(1))
+        slots_SH = rows_RH.new_zeros(tokens * top_k, rows_RH.shape[1]).index_copy_(0, slot_R, rows_RH)
+        return slots_SH.view(tokens, top_k, -1).sum(dim=1)
 
-    def _real_slots(self, hidden_TH, weights_TK, ids_TK, static):
-        num_real, top_k = self.gate.num_real, ids_TK.shape[1]
-        group_S = ids_TK.reshape(-1).clamp(max=num_real)  # all zero slots form one last group
-        order_R = group_S.argsort(stable=True)
-        counts = torch.zeros(num_real + 1, dtype=torch.int64, device=group_S.device)
-        ends_N = counts.scatter_add_(0, group_S, torch.ones_like(group_S)).cumsum(0)[:num_real]
-        if not static:
-            order_R = order_R[: int(ends_N[-1])]
-        output_TH = torch.zeros_like(hidden_TH)
-        if order_R.numel() == 0:
-            return output_TH
-        token_R = order_R // top_k
-        rows_RH = self._experts(hidden_TH[token_R], ends_N, static)
-        rows_RH = rows_RH * weights_TK.reshape(-1)[order_R].unsqueeze(-1)
-        if static:  # rows behind the last group hold garbage
-            is_real_R = torch.arange(order_R.numel(), device=order_R.device) < ends_N[-1]
-            rows_RH = torch.where(is_real_R.unsqueeze(-1), rows_RH, 0)
-        return output_TH.index_add_(0, token_R, rows_RH.to(output_TH.dtype))
+    def _all_slots(self, hidden_TH, weights_TK, ids_TK):
+        """Every slot goes to the experts, zero slots with weight 0."""
+        zero_TK = ids_TK >= self.num_real
+        if self._may_leave_out():
+            ids_TK = ids_TK.clamp(max=self.num_real)
+        else:  # an expert that the token has picked anyway: no further weights are read
+            picked_T1 = ids_TK.clamp(max=self.num_real).amin(dim=-1, keepdim=True) % self.num_real
+            ids_TK = torch.where(zero_TK, picked_T1, ids_TK)
+        return self.experts(hidden_TH, ids_TK, weights_TK.masked_fill(zero_TK, 0))
 
-    def _experts(self, rows_RH, ends_N, static):
-        """Gated MLP of expert n on rows ends[n-1]:ends[n]; rows behind the last end are not computed."""
-        gate_up, down, act = self.experts.gate_up_proj, self.experts.down_proj, self.experts.act_fn
-        if static or self._use_grouped_mm(rows_RH):
-            ends = ends_N.to(torch.int32)
-            gate_RF, up_RF = F.grouped_mm(rows_RH, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-            return F.grouped_mm(act(gate_RF) * up_RF, down.transpose(1, 2), offs=ends)
-        parts, start = [], 0
-        for expert, end in enumerate(ends_N.tolist()):
-            if end > start:
-                gate_RF, up_RF = F.linear(rows_RH[start:end], gate_up[expert]).chunk(2, dim=-1)
-                parts.append(F.linear(act(gate_RF) * up_RF, down[expert]))
-            start = end
-        return torch.cat(parts)
+    def _may_leave_out(self):
+        """transformers' products leave out slots of the id N (those of other ranks' experts are marked so) if told to.
 
-    def _use_grouped_mm(self, rows_RH):
-        if getattr(self.config, "_experts_implementation", None) == "eager" or not hasattr(F, "grouped_mm"):
+        Not where the experts really are split over ranks: there N is some rank's business. Versions before this flag
+        have no way that all their products share.
+        """
+        if not hasattr(self.experts, "_is_expert_parallel"):
             return False
-        weights = (self.experts.gate_up_proj, self.experts.down_proj)
-        if any(
-            w.dtype != rows_RH.dtype or w.data_ptr() % 16 or w.shape[-1] * w.itemsize % 16 for w in weights
-        ):
-            return False  # the kernel wants rows that start on 16 bytes
-        return not rows_RH.is_cuda or torch.cuda.get_device_capability(rows_RH.device) >= (8, 0)
+        if getattr(self.experts, "num_experts", None) != self.num_real:
+            return False
+        self.experts._is_expert_parallel = True
+        return True
 
     def _count(self, zero_TK, shape):
         mask = self.token_mask_BS
@@ -108,6 +99,10 @@ def _shapes_must_be_static():
     return torch.compiler.is_compiling() or (
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     )
+
+
+def _is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_packed(config):
@@ -139,9 +134,10 @@ class ZeroExpertModel:
         self._columns(getattr(config, "use_zce_mask", False))
         for layer in self.model.layers:
             if isinstance(layer.mlp, self.MOE_BLOCK):
-                layer.mlp = ZeroExpertMoeBlock(config, layer.mlp, self.ROUTER(config))
+                layer.mlp = ZeroExpertMoeBlock(layer.mlp, self.ROUTER(config))
                 if zero.terms is not None:
                     layer.post_attention_layernorm.register_forward_pre_hook(layer.mlp.gate.see_residual)
+        self.init_weights()  # of the new routers; the rest has been drawn
         self.model.register_forward_pre_hook(self._pass_padding_mask, with_kwargs=True)
         if zero.terms is not None:
             self.set_zero_threshold(getattr(config, "zce_threshold", None))
@@ -179,7 +175,7 @@ class ZeroExpertModel:
     def set_zero_mask(self, on: bool) -> None:
         """True: route over the real experts only, as the static model does."""
         for block in self.moe_blocks():
-            block.gate.masked = on
+            block.dials.masked = on
         self._columns(on)
 
     def set_zero_threshold(self, value) -> None:
@@ -202,7 +198,7 @@ class ZeroExpertModel:
         if len(values) != len(blocks):
             raise ValueError(f"zce_threshold {value} has {len(values)} numbers for {len(blocks)} MoE layers")
         for block, threshold in zip(blocks, values):
-            block.gate.threshold = threshold
+            block.dials.threshold = threshold
         self.config.zce_threshold = kept
 
     def set_zero_logit_bias(self, value: float) -> None:
@@ -214,7 +210,7 @@ class ZeroExpertModel:
             raise ValueError("this model's zero experts are paired: use set_zero_threshold")
         value = number("zce_logit_bias", value)
         for block in self.moe_blocks():
-            block.gate.logit_bias = value
+            block.dials.logit_bias = value
         self.config.zce_logit_bias = value
 
     def zero_share(self) -> list[float]:

@@ -12,6 +12,7 @@ Paired routing: `zce_score` names the score's terms, `zce_threshold` (a number, 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,15 @@ class ZeroExperts(NamedTuple):
     def rows(self) -> int:
         """Rows of the router's weight behind those of the real experts."""
         return self.count if self.terms is None else 0
+
+    @property
+    def unread_rows(self) -> int:
+        """Rows of the router's weight behind all those, of zeros, which nothing reads.
+
+        Paired routing has one. `model_type` is a native one, so that a loader that does not know this routing takes the
+        stock class: it fails on the shape, where it would have opened the folder as the static model.
+        """
+        return 0 if self.terms is None else 1
 
 
 def zero_experts(config, num_real: int) -> ZeroExperts:
@@ -76,26 +86,35 @@ def number(key: str, value) -> float:
     return rounded
 
 
+@dataclass
+class ZeroDials:
+    """What may be turned while a model serves; router and block of a layer share one."""
+
+    masked: bool = False
+    """Route over the real experts; zero rows are not even multiplied."""
+    logit_bias: float = 0.0
+    """Added to the logits of shared zero experts."""
+    threshold: float = 0.0
+    """Of paired ones: a pick with a lower score is skipped. A Python number that is a float32 exactly (a buffer would
+    be rounded with the model's type)."""
+
+
 class ZeroExpertRouting:
     """Goes before a stock router among the bases of a class, which adds `_pick` (and `_project` where it is no plain
     product) and calls `add_zero_experts` at the end of its constructor.
 
     Attributes:
         num_real: N.
-        masked: route over the real experts; zero rows are not even multiplied.
-        logit_bias: added to the logits of shared zero experts.
-        threshold: of paired ones; a Python number that is a float32 exactly (a buffer would be rounded with the
-            model's type).
+        dials: see `ZeroDials`.
     """
 
     def add_zero_experts(self, config, num_real: int) -> None:
         self.num_real, self.zero = num_real, zero_experts(config, num_real)
-        self.masked = bool(getattr(config, "use_zce_mask", False))
-        self.logit_bias = self.threshold = 0.0
+        self.dials = ZeroDials(masked=bool(getattr(config, "use_zce_mask", False)))
         self._residual_norm_T = None
         old = self.weight
-        self.weight = nn.Parameter(torch.empty(num_real + self.zero.rows, old.shape[1], dtype=old.dtype))
-        nn.init.normal_(self.weight, std=config.initializer_range)
+        rows = num_real + self.zero.rows + self.zero.unread_rows
+        self.weight = nn.Parameter(torch.empty(rows, old.shape[1], dtype=old.dtype))
         if self.zero.kind == "learned":
             self.zero_bias = nn.Parameter(torch.zeros(self.zero.count, old.shape[1]))
         if self.zero.terms is not None:
@@ -103,21 +122,33 @@ class ZeroExpertRouting:
             self.zero_bias = nn.Parameter(torch.zeros(num_real))
 
     def forward(self, hidden_states):
-        """[..., H] -> logits [T, N+Nz] (masked or paired: [T, N]), weights [T, K], ids [T, K].
+        """[..., H] -> logits [T, N+Nz] (masked or paired: [T, N]), weights [T, K], ids [T, K], answer [T, H] or None.
 
-        Ids from N on are zero experts: which one it is under shared routing, always N under paired routing.
+        Ids from N on are zero experts: which one it is under shared routing, always N under paired routing. The answer
+        is what zero experts add to the layer's output, where they are not the plain ones that add nothing.
         """
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = self._project(hidden_TH, self.weight[: self.num_real] if self.masked else self.weight)
+        rows = self.num_real + (0 if self.dials.masked else self.zero.rows)
+        logits_TE = self._project(hidden_TH, self.weight[:rows])
         dtype = logits_TE.dtype
-        if self.logit_bias and not self.masked:
+        if self.dials.logit_bias and not self.dials.masked:
             real, zero = logits_TE.float().split([self.num_real, self.zero.rows], dim=-1)
-            logits_TE = torch.cat([real, zero + self.logit_bias], dim=-1)
+            logits_TE = torch.cat([real, zero + self.dials.logit_bias], dim=-1)
         weights_TK, ids_TK = self._pick(logits_TE)
-        if self.zero.terms is not None and not self.masked:
-            kept_TK = self._scores(hidden_TH, weights_TK, ids_TK) >= self.threshold
+        if self.zero.terms is not None and not self.dials.masked:
+            kept_TK = self._scores(hidden_TH, weights_TK, ids_TK) >= self.dials.threshold
             ids_TK = torch.where(kept_TK, ids_TK, self.num_real)
-        return logits_TE, weights_TK.to(dtype), ids_TK
+        weights_TK = weights_TK.to(dtype)
+        return logits_TE, weights_TK, ids_TK, self._answer(hidden_TH, weights_TK, ids_TK)
+
+    def _answer(self, hidden_TH, weights_TK, ids_TK):
+        if self.zero.kind == "zero" or self.dials.masked:
+            return None
+        zero_TK = ids_TK >= self.num_real
+        if self.zero.kind == "copy":
+            return (weights_TK * zero_TK).sum(dim=-1, keepdim=True) * hidden_TH
+        bias_TKH = self.zero_bias[(ids_TK - self.num_real).clamp(min=0)]
+        return ((weights_TK * zero_TK).unsqueeze(-1) * bias_TKH).sum(dim=1)
 
     def _project(self, hidden_TH, weight_EH):
         return F.linear(hidden_TH, weight_EH)
@@ -128,7 +159,7 @@ class ZeroExpertRouting:
 
     def see_residual(self, _norm, args) -> None:
         """Forward pre-hook of the norm before the layer: remember |residual| of its input [B, S, H]."""
-        if "residual" in self.zero.terms and not self.masked:
+        if "residual" in self.zero.terms and not self.dials.masked:
             norm = torch.linalg.vector_norm(args[0].detach(), dim=-1, dtype=torch.float32)
             self._residual_norm_T = norm.reshape(-1)
 

@@ -31,7 +31,7 @@ class RowShares:
         def hook(gate, _, output):
             ids_TK = output[2]
             self.picks = ids_TK.shape[1]
-            zero_T = torch.zeros_like(ids_TK[:, 0]) if gate.masked else (ids_TK >= gate.num_real).sum(1)
+            zero_T = torch.zeros_like(ids_TK[:, 0]) if gate.dials.masked else (ids_TK >= gate.num_real).sum(1)
             self.counts_LBS[layer].append(zero_T.view(self.batch, -1))
 
         return hook

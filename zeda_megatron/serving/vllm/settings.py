@@ -46,6 +46,11 @@ class ZeroRouting:
         return self.num_real + (self.num_zero if self.terms is None else 0)
 
     @property
+    def unread_rows(self) -> int:
+        """Rows behind those, of zeros (paired): stock classes fail on the shape."""
+        return 0 if self.terms is None else 1
+
+    @property
     def needs_residual(self) -> bool:
         return not self.masked and self.terms is not None and "residual" in self.terms
 
