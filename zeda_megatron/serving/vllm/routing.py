@@ -23,7 +23,8 @@ class ZeroExpertGate(nn.Module):
     """The router's weights of one MoE layer, under the checkpoint's names.
 
     Attributes:
-        weight: [N+Nz, H] (paired: [N+1, H], the last row unread). e_score_correction_bias: float32 [N+Nz], with sigmoid scores only.
+        weight: [N+Nz, H] (paired: [N+1, H], the last row unread).
+        e_score_correction_bias: float32 [N+Nz] (paired: [N]), with sigmoid scores only.
         zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N]. zero_bias: [Nz, H], of learned ones.
         dial: float32 [1]: the logit bias, or the threshold. A tensor, so that captured graphs follow it; no
             buffer, as vLLM waits for checkpoint values of buffers when weights are reloaded.
