@@ -13,6 +13,7 @@ transformers looks for the text `@use_experts_implementation` in this file befor
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.generation import GenerationMixin
 from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import (
     Glm4MoeLiteForCausalLM,
     Glm4MoeLiteMoE,
@@ -43,7 +44,7 @@ class ZeroExpertRouter(ZeroExpertRouting, Glm4MoeLiteTopkRouter):
         return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.routed_scaling_factor, ids
 
 
-class Glm4MoeLitePlusPlusForCausalLM(ZeroExpertModel, Glm4MoeLiteForCausalLM):
+class Glm4MoeLitePlusPlusForCausalLM(ZeroExpertModel, Glm4MoeLiteForCausalLM, GenerationMixin):
     """Stock GLM-4.7-Flash whose MoE blocks skip zero experts; `ValueError` for a config that makes no sense."""
 
     MOE_BLOCK, ROUTER, NUM_EXPERTS = Glm4MoeLiteMoE, ZeroExpertRouter, "n_routed_experts"

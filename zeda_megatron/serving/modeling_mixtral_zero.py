@@ -12,6 +12,7 @@ transformers looks for the text `@use_experts_implementation` in this file befor
 
 import torch
 from torch.nn import functional as F
+from transformers.generation import GenerationMixin
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralForCausalLM,
     MixtralSparseMoeBlock,
@@ -34,7 +35,7 @@ class ZeroExpertRouter(ZeroExpertRouting, MixtralTopKRouter):
         return weights / weights.sum(dim=-1, keepdim=True), ids
 
 
-class MixtralPlusPlusForCausalLM(ZeroExpertModel, MixtralForCausalLM):
+class MixtralPlusPlusForCausalLM(ZeroExpertModel, MixtralForCausalLM, GenerationMixin):
     """Stock Mixtral whose MoE blocks skip zero experts; `ValueError` for a config that makes no sense."""
 
     MOE_BLOCK, ROUTER, NUM_EXPERTS = MixtralSparseMoeBlock, ZeroExpertRouter, "num_local_experts"

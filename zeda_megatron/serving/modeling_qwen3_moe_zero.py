@@ -11,6 +11,7 @@ transformers looks for the text `@use_experts_implementation` in this file befor
 
 import torch
 from torch.nn import functional as F
+from transformers.generation import GenerationMixin
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
     Qwen3MoeSparseMoeBlock,
@@ -35,7 +36,7 @@ class ZeroExpertRouter(ZeroExpertRouting, Qwen3MoeTopKRouter):
         return weights, ids
 
 
-class Qwen3MoePlusPlusForCausalLM(ZeroExpertModel, Qwen3MoeForCausalLM):
+class Qwen3MoePlusPlusForCausalLM(ZeroExpertModel, Qwen3MoeForCausalLM, GenerationMixin):
     """Stock Qwen3-MoE whose MoE blocks skip zero experts; `ValueError` for a config that makes no sense."""
 
     MOE_BLOCK, ROUTER, NUM_EXPERTS = Qwen3MoeSparseMoeBlock, ZeroExpertRouter, "num_experts"
