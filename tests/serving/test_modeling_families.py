@@ -222,10 +222,13 @@ def test_prompts_of_different_lengths_answered_together_get_the_answers_of_each_
 
 @every_family
 @every_kind
-def test_gradients_are_those_of_the_definition(tmp_path, name, kind):
+@pytest.mark.parametrize("path", ["grouped_mm", "eager", "static", "static eager"])
+def test_gradients_are_those_of_the_definition(tmp_path, name, kind, path):
     """Of the layer alone: experts, router (but for the choice, which has no gradient), shared expert, input."""
     changes = {"zce_score": "weight+head"} if kind == "paired" else {}
-    block = make_model(tmp_path, name, kind, **changes).moe_blocks()[0]
+    experts = "eager" if "eager" in path else "grouped_mm"
+    block = make_model(tmp_path, name, kind, experts, **changes).moe_blocks()[0]
+    block.static_shapes = "static" in path
     hidden = torch.randn(2, 5, 32).requires_grad_()
     if kind == "paired":  # the definition knows the whole score: the residual's part is 0 here
         scores = []
@@ -268,6 +271,33 @@ def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
     turned = model(tokens, use_cache=False).logits
     assert not torch.equal(turned, expected)
     assert torch.equal(compiled(tokens, use_cache=False).logits, turned)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_trains_with_the_gradients_of_the_plain_one(tmp_path, compiler, name, dtype):
+    model, tokens = make_model(tmp_path, name, "zero").to(dtype), torch.randint(1, 96, (2, 9))
+    compiled = compiler(model, backend="aot_eager")
+
+    def gradients(model_):
+        model.zero_grad()
+        model_(tokens, labels=tokens, use_cache=False).loss.backward()
+        return {key: p.grad.float() for key, p in model.named_parameters() if p.grad is not None}
+
+    plain, made = gradients(model), gradients(compiled)
+    assert plain.keys() <= made.keys()  # an expert without a row has none, or zeros
+    for key, expected in plain.items():
+        scale = expected.norm().clamp(min=1e-6)
+        assert (made[key] - expected).norm() < (1e-4 if dtype == torch.float32 else 0.05) * scale, key
+
+
+@torch.no_grad()
+def test_it_is_exported_as_a_program_with_the_same_numbers(tmp_path):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model, tokens = make_model(tmp_path, "qwen3_moe", "zero").to(dtype), torch.randint(1, 96, (1, 9))
+        program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
+        made = program.module()(tokens, use_cache=False).logits
+        torch.testing.assert_close(made, model(tokens, use_cache=False).logits, rtol=2e-2, atol=2e-2)
 
 
 @every_family

@@ -1,6 +1,6 @@
 """transformers' own model tests on the classes with zero experts; what the stock class passes, they have to pass.
 
-    python tests/serving/transformers_suite.py CHECKOUT [--families qwen3_moe ...] [--arms stock zero ...] [-k EXPRESSION]
+    python tests/serving/transformers_suite.py CHECKOUT [--families ...] [--arms stock zero ...] [-k EXPRESSION]
 
 CHECKOUT is a checkout of transformers' repository, whose library and tests are used (the packages on PyPI lack the
 tests). Prints the tests that fail for an arm and not for the stock class; exit code 1 if there are any.
@@ -27,7 +27,7 @@ CLASSES = "ZEDA_SUITE_CLASSES"
 LEFT_OUT = "not pipeline and not tp and not ep_ and not fsdp and not test_training"
 
 
-def test_case(family: str, arm: str) -> type[unittest.TestCase]:
+def make_case(family: str, arm: str) -> type[unittest.TestCase]:
     """The tests of one class of models: `CausalLMModelTest` on ...ForCausalLM."""
     theirs = importlib.import_module(f"tests.models.{family}.test_modeling_{family}")
     suite = importlib.import_module("tests.causal_lm_tester").CausalLMModelTest
@@ -69,7 +69,7 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-            _, case, name = report.nodeid.split("::")
+            case, _, name = report.nodeid.partition("::")[2].partition("::")
             self.found.setdefault(case, {})[name] = report.outcome
 
 
@@ -131,6 +131,6 @@ if __name__ == "__main__":
 globals().update(
     {
         case.__name__: case
-        for case in (test_case(*name.split(":")) for name in os.environ.get(CLASSES, "").split())
+        for case in (make_case(*name.split(":")) for name in os.environ.get(CLASSES, "").split())
     }
 )

@@ -138,6 +138,10 @@ class ZeroExpertModel:
                 if zero.terms is not None:
                     layer.post_attention_layernorm.register_forward_pre_hook(layer.mlp.gate.see_residual)
         self.init_weights()  # of the new routers; the rest has been drawn
+        if "ep_router" in (getattr(self, "_ep_plan", None) or {}).values():
+            # Expert parallelism before it dispatched tokens takes ids from N on for another rank's experts: without a
+            # plan transformers refuses it in words.
+            self._ep_plan = {}
         self.model.register_forward_pre_hook(self._pass_padding_mask, with_kwargs=True)
         if zero.terms is not None:
             self.set_zero_threshold(getattr(config, "zce_threshold", None))
