@@ -23,6 +23,7 @@ FLOORS = {
     "data": 0,
     "config": 0,
     "errors": 0,
+    "regular_file": 0,
     "strict_json": 0,
 }
 """Floor of each room (folder or single file). On one floor rooms may use each other, but not in a circle."""
