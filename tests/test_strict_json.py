@@ -39,7 +39,7 @@ def test_json_that_is_more_than_json_is_refused_with_the_reason(text, words):
             b'{"model_max_length": 1000000000000000019884624838656}',
             {"model_max_length": 10**30 + 19884624838656},
         ),
-        (b"[" * 500 + b"]" * 500, None),
+        (b"[" * 200 + b"]" * 200, None),
     ],
 )
 def test_odd_but_valid_json_is_read(text, value):
