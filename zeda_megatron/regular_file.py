@@ -66,3 +66,10 @@ def is_regular(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return True
+
+
+def refuse_odd_files(folder: Path) -> None:
+    """Raise a `UserError` for a pipe, a socket or a device in a folder; a link to nowhere is no file."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir():
+            is_regular(path)
