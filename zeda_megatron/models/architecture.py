@@ -176,7 +176,7 @@ def _as_transformers_reads(hf: dict[str, Any], model: ModelFile, where: str) -> 
             )
     for key in hf.keys() - _LABELS:
         has = getattr(kind, key, None)
-        if callable(has) or (isinstance(has, property) and has.fset is None):
+        if callable(has) or isinstance(has, dict) or (isinstance(has, property) and has.fset is None):
             raise UserError(f"{where}: {key[:60]!r} is no setting; transformers cannot read it either")
     fields = {key: value for key, value in hf.items() if key not in _LABELS and not key.startswith("_")}
     try:
