@@ -22,6 +22,8 @@ from torch import nn
 from ..arguments import parse
 from ..checkpoint.folders import write_atomically
 from ..checkpoint.hf_config import copy_side_files, with_own_code, write_config
+from ..checkpoint.hf_files import HFReader
+from ..checkpoint.import_checks import check_not_quantised
 from ..checkpoint.target import check_space, check_target, swap_in
 from ..errors import UserError
 from ..models.architecture import read_architecture
@@ -83,6 +85,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     arch = read_architecture(source)
     if packed_by(arch.hf) is not None:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
+    check_not_quantised(HFReader(source))
     check_target(target, options.overwrite)
     check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
