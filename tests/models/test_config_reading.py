@@ -153,8 +153,7 @@ MEGATRON = {
 
 
 def theirs(config: dict):
-    fields = {key: value for key, value in config.items() if key != "num_labels"}
-    return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(fields))
+    return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
 
 
 def check_equal(config: dict) -> bool:

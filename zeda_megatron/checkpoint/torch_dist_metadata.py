@@ -96,12 +96,18 @@ class _Careful(_Classes, pickle._Unpickler):
     """In Python, many times slower: its memo is a dictionary. The other's is an array, as long as the largest place
     that the file names, so that five bytes could fill the memory."""
 
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("it has an array of bytes, which an index has no use for")
 
-def _far_places(data: bytes) -> bool:
-    """Whether something in a pickle looks like a memo's place beyond what its length allows."""
-    binary = re.finditer(rb"(?s)r(?=(.{4}))", data)
-    far = any(int.from_bytes(match[1], "little") > len(data) for match in binary)
-    return far or re.search(rb"p\d{9,}", data) is not None
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: refuse}
+
+
+def _needs_care(data: bytes) -> bool:
+    """Whether something in a pickle looks like a place of the memo, or a length, beyond what the file allows."""
+    for found in re.finditer(rb"(?s)r(?=(.{4}))|\x96(?=(.{8}))", data):
+        if int.from_bytes(found[1] or found[2], "little") > len(data):
+            return True
+    return re.search(rb"p\d{9,}", data) is not None
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -114,7 +120,7 @@ def read_metadata(folder: Path) -> Metadata:
     path = own_file(folder, METADATA_NAME, folder)
     try:
         data = read_regular(path, MAX_BYTES)
-        kind = _Careful if _far_places(data) else _Fast
+        kind = _Careful if _needs_care(data) else _Fast
         index = kind(io.BytesIO(data)).load()
     except FileNotFoundError:
         raise UserError(f"{path}: file is missing; the checkpoint is incomplete") from None

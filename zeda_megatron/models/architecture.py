@@ -75,10 +75,6 @@ class Architecture:
         return match is not None and layers <= int(match[1]) < layers + more
 
 
-_LABELS = ("id2label", "label2id", "num_labels", "problem_type")
-"""Of classifiers; transformers would make a table as long as `num_labels` says."""
-
-
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """`config.json` of an HF folder as a dict.
 
@@ -174,11 +170,11 @@ def _as_transformers_reads(hf: dict[str, Any], model: ModelFile, where: str) -> 
             raise UserError(
                 f"{where}: {key} {str(hf[key])[:40]} and {other} {str(hf[other])[:40]} mean the same; leave one out"
             )
-    for key in hf.keys() - _LABELS:
+    for key in hf:
         has = getattr(kind, key, None)
         if callable(has) or isinstance(has, dict) or (isinstance(has, property) and has.fset is None):
             raise UserError(f"{where}: {key[:60]!r} is no setting; transformers cannot read it either")
-    fields = {key: value for key, value in hf.items() if key not in _LABELS and not key.startswith("_")}
+    fields = {key: value for key, value in hf.items() if not key.startswith("_")}
     try:
         return kind.from_dict(copy.deepcopy(fields) | {"model_type": model.MODEL_TYPES[0]})
     except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:

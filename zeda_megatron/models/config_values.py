@@ -17,7 +17,7 @@ _SIZES = (
     "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
 ).split()
 _MAY_BE_NULL = ("head_dim", "q_lora_rank", "num_key_value_heads", "rope_theta")
-_FROM_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace")
+_FROM_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "num_labels")
 ROPE_THETAS = (1.0, 1e15)
 """Rotary frequencies are float32."""
 _NUMBERS = {
@@ -32,7 +32,14 @@ _TYPES = ("float64", "float32", "float16", "bfloat16")
 _TOKENS = ("bos_token_id", "pad_token_id")
 _BOOLEANS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window", "use_zce_mask")
 _STRINGS = ("model_type", "hidden_act", "topk_method", "transformers_weights")
-_OBJECTS = ("rope_parameters", "rope_scaling", "auto_map", "quantization_config", "custom_pipelines")
+_OBJECTS = (
+    "rope_parameters",
+    "rope_scaling",
+    "auto_map",
+    "quantization_config",
+    "custom_pipelines",
+    "label2id",
+)
 _KERNELS = ("attn_implementation", "experts_implementation")
 MAX_COUNT, MAX_SIZE = 10_000, 100_000_000
 """Far above any model; they keep a wrong digit from filling the memory."""
@@ -58,6 +65,10 @@ def _is_token(value: Any) -> bool:
     return is_int(value) and 0 <= value < MAX_SIZE
 
 
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= MAX_COUNT and all(key.isdecimal() for key in value)
+
+
 def _is_no_kernel(value: Any) -> bool:
     """A name with a slash is a kernel of the Hub, whose code transformers would fetch and run."""
     return isinstance(value, str) and "/" not in value
@@ -80,6 +91,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _is_token(value) or _list_of(_is_token)(value),
         "the id of a token, or a list",
     ),
+    "id2label": (_are_labels, f"an object of at most {MAX_COUNT} numbers with their names"),
     "per_layer_config": (lambda value: value == {}, "left out: all layers must have the same sizes"),
     "architectures": (_list_of(_is_string), "a list of strings"),
     "mlp_layer_types": (_list_of(_is_string), "a list of strings"),
