@@ -120,8 +120,8 @@ def _reason(missing: list[str], unknown: list[str]) -> str:
     merged = next((key for key in unknown if _MERGED.search(key)), None)
     if merged is not None:
         return (
-            f" (the experts of a layer are merged into one tensor, e.g. {merged}: here each expert has its own; "
-            "open the model with transformers 5 and save it again, which takes them apart)"
+            f" (the experts of a layer are merged into one tensor, e.g. {merged}; here each expert has tensors of "
+            "its own, as in published folders: take them apart first)"
         )
     lora = next((key for key in unknown if ".lora_" in key or ".base_layer." in key), None)
     if lora is not None:
