@@ -56,7 +56,7 @@ def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], kee
 
 def load_checkpoint(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
     """Load `folder` into a sharded state dict. Raises `UserError` naming folder and reason."""
-    read_metadata(folder)  # Megatron's reader would run whatever code the index names
+    _index(folder, flag)  # Megatron's reader would run whatever code the index names
     return _told(lambda: dist_checkpointing.load(state, str(folder)), folder, flag)
 
 
@@ -101,7 +101,7 @@ def load_weights(
     `verify` says how closely the files are looked at first (`integrity.LEVELS`).
     """
     require_intact(folder, flag, verify)
-    index = read_metadata(folder).state_dict_metadata
+    index = _index(folder, flag)
     for chunk in model_chunks:
         _check_zero_experts(index, chunk, folder, flag)
     wanted = model_state(model_chunks)
@@ -117,6 +117,14 @@ def load_weights(
         lost = [key for key in missing if _HEAD not in key]
         if lost or unexpected:
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
+
+
+def _index(folder: Path, flag: str) -> dict[str, Any]:
+    """What the checkpoint holds, by name; no code of it is run."""
+    try:
+        return read_metadata(folder).state_dict_metadata
+    except UserError as error:
+        raise UserError(f"{flag} {folder}: cannot be read ({error})") from error
 
 
 def _check_zero_experts(index: dict[str, Any], chunk: torch.nn.Module, folder: Path, flag: str) -> None:
