@@ -153,8 +153,6 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             restart=args.restart,
         )
-        if not has_tokenizer(Path(args.hf)):
-            print(f"note: {args.hf} has no tokenizer: training will need --tokenizer-model", file=sys.stderr)
     else:
         summary = convert.megatron_to_hf(
             args.megatron,
@@ -173,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
         f"{summary.zero.num_zero_experts} zero experts per layer, {time.monotonic() - started:.1f} s, "
         f"peak memory {peak:.2f} GB"
     )
+    if args.command == "hf-to-megatron" and not has_tokenizer(Path(args.hf)):
+        print(f"note: {args.hf} has no tokenizer: training will need --tokenizer-model")
     return 0
 
 
