@@ -112,7 +112,7 @@ def _line(t: Timing) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit code 2 without the device."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
 
     def numbers(kind):
         return lambda text: tuple(kind(part) for part in text.split(","))

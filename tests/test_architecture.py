@@ -23,6 +23,7 @@ FLOORS = {
     "data": 0,
     "config": 0,
     "errors": 0,
+    "regular_file": 0,
     "strict_json": 0,
 }
 """Floor of each room (folder or single file). On one floor rooms may use each other, but not in a circle."""
@@ -231,3 +232,17 @@ def test_this_check_sees_circles_of_files_and_of_rooms(tmp_path):
 )
 def test_this_check_tells_patching_from_plain_assignment(text, count):
     assert len(patches(ast.parse(text))) == count
+
+
+def test_no_command_takes_part_of_a_flag_for_the_whole():
+    """`--num-zero 6` must not mean `--num-zero-experts 6` today and something else tomorrow."""
+    found = []
+    for folder in (PACKAGE, "tools", "examples", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                made = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if made in ("ArgumentParser", "add_parser", "_Parser"):
+                    given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    if given.get("allow_abbrev") != "False":
+                        found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []

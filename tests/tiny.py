@@ -17,6 +17,7 @@ from transformers import (
 
 TINY = dict(
     architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,
@@ -37,6 +38,7 @@ TINY = dict(
 
 GLM = dict(
     architectures=["Glm4MoeLiteForCausalLM"],
+    model_type="glm4_moe_lite",
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,
@@ -81,6 +83,7 @@ def glm_model(seed: int = 0, std: float = 0.3, **changes) -> Glm4MoeLiteForCausa
 
 MIXTRAL = dict(
     architectures=["MixtralForCausalLM"],
+    model_type="mixtral",
     vocab_size=96,
     hidden_size=32,
     intermediate_size=16,

@@ -36,7 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    to_megatron = commands.add_parser("hf-to-megatron", help="import, optionally widening the routers")
+    to_megatron = commands.add_parser(
+        "hf-to-megatron", help="import, optionally widening the routers", allow_abbrev=False
+    )
     to_megatron.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model folder")
     to_megatron.add_argument("--num-zero-experts", type=int, metavar="N", help="zero experts to add")
     to_megatron.add_argument("--zero-experts-type", default="zero", choices=["zero", "copy", "learned"])
@@ -52,13 +54,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     to_megatron.add_argument("--seed", type=int, default=1234, help="seed of the new router rows")
 
-    to_hf = commands.add_parser("megatron-to-hf", help="export, written on any parallel layout")
+    to_hf = commands.add_parser(
+        "megatron-to-hf", help="export, written on any parallel layout", allow_abbrev=False
+    )
     to_hf.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or one iteration of it")
     to_hf.add_argument(
         "--hf-template", required=True, metavar="DIR", help="config, tokenizer, generation config"
     )
 
-    check = commands.add_parser("verify", help="compare; exit code 1 on any difference")
+    check = commands.add_parser("verify", help="compare; exit code 1 on any difference", allow_abbrev=False)
     check.add_argument("--hf", required=True, metavar="DIR")
     check.add_argument("--megatron", required=True, metavar="DIR")
 
@@ -120,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     quiet()
     cpu.install()
     from zeda_megatron.checkpoint import convert
+    from zeda_megatron.data.tokenizers import has_tokenizer
 
     started = time.monotonic()
     if args.command == "verify":
@@ -166,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
         f"{summary.zero.num_zero_experts} zero experts per layer, {time.monotonic() - started:.1f} s, "
         f"peak memory {peak:.2f} GB"
     )
+    if args.command == "hf-to-megatron" and not has_tokenizer(Path(args.hf)):
+        print(f"note: {args.hf} has no tokenizer: training will need --tokenizer-model")
     return 0
 
 

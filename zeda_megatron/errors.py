@@ -13,6 +13,19 @@ class UserError(Exception):
     exit_code = 2
     """Exit code of a program that ends with it."""
 
+    def __str__(self) -> str:
+        """One line, whatever names and values it repeats: file names and tensors' names may hold anything."""
+        return one_line(super().__str__())
+
+
+def one_line(text: str, longest: int = 1500) -> str:
+    """`text` with escapes in place of line breaks and control characters, its middle cut out if it is very long."""
+    if len(text) > longest:
+        text = f"{text[: longest - 300]} ... {text[-300:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point and exit: 0 when fine, 2 with one line on stderr for a `UserError`.

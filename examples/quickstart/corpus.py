@@ -30,7 +30,7 @@ CONTINUE = "Continue: "
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, help="folder of the downloaded prose (default: OUT/cache)")
     parser.add_argument("--seed", type=int, default=1234)

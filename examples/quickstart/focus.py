@@ -36,7 +36,7 @@ def questions(corpus: Path) -> set[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--corpus", type=Path, required=True, help="folder that corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--families", default=",".join(WEAK), help="comma-separated families to take in full")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", choices=MODELS, default="qwen3", help="architecture of the teacher")
     parser.add_argument("--out", type=Path, help="folder for everything it makes (default: one a model)")
     parser.add_argument("--arms", help="comma-separated names (default: all of the short run)")

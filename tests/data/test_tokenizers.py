@@ -84,7 +84,7 @@ def test_mistakes_are_named(hf_folder, sentencepiece_file, tmp_path):
     (tmp_path / "bad.jinja").write_text("{% if %}")
     cases = [
         ((tmp_path / "nowhere",), {}, "nowhere: no such file or folder"),
-        ((tmp_path / "empty",), {}, "empty: cannot be loaded"),
+        ((tmp_path / "empty",), {}, "empty: the folder has no tokenizer"),
         ((tmp_path / "empty", "sentencepiece"), {}, "has no tokenizer.model"),
         ((tmp_path / "bad.model",), {}, "bad.model: not a sentencepiece model"),
         ((sentencepiece_file, "hf"), {}, "the kind hf needs a folder"),

@@ -112,7 +112,7 @@ def merged(cases: list[dict], rows: list[str], written: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "parallelism.md")
     parser.add_argument("--only", help="comma-separated names of cases; prints the rows and writes nothing")
     parser.add_argument(

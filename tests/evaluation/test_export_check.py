@@ -1,6 +1,7 @@
 """An exported folder answers like the Megatron checkpoint it came from, as transformers opens it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -32,3 +33,36 @@ def test_an_export_with_another_threshold_is_noticed(world, paired_export):
 def test_missing_flags_are_named(world):
     with pytest.raises(UserError, match="--hf is missing"):
         main(["--megatron", "x"])
+
+
+def test_no_code_of_a_folder_runs_without_consent(world, paired_export, tmp_path):
+    """A canary in the folder's Python files, in a folder of theirs, and in what config.json names."""
+    megatron, hf = paired_export
+    canary = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    config = json.loads((hf / "config.json").read_text())
+    (module,) = {name.split(".")[0] for name in config["auto_map"].values()}
+    own = (hf / f"{module}.py").read_text()
+    spoilt = [
+        {f"{module}.py": canary + own},
+        {"custom_generate/generate.py": canary},
+        {
+            "evil.py": canary,
+            "config.json": json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.C"}}),
+        },
+        {
+            "config.json": json.dumps(
+                config | {"auto_map": config["auto_map"] | {"AutoConfig": "a/b--evil.C"}}
+            )
+        },
+    ]
+    for number, files in enumerate(spoilt):
+        folder = tmp_path / str(number)
+        shutil.copytree(hf, folder)
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        with pytest.raises(UserError, match="--trust-remote-code"):
+            check(options(world, megatron, folder))
+    assert not (tmp_path / "ran").exists()
+    result = check(options(world, megatron, tmp_path / "0", trust_remote_code=True))
+    assert result["equal_answers"] == result["prompts"] and (tmp_path / "ran").exists()

@@ -192,7 +192,7 @@ def test_cost_sheet_prints_valid_json_and_a_table_with_the_same_speedup(tmp_path
     ("content", "flags", "word"),
     [
         (None, [], "config.json"),
-        ("{", [], "not valid JSON"),
+        ("{", [], "cannot be read as JSON"),
         (json.dumps({"model_type": "gpt2"}), [], "gpt2"),
         (json.dumps({k: v for k, v in TINY_GLM.items() if k != "kv_lora_rank"}), [], "kv_lora_rank"),
         (json.dumps(TINY_QWEN), ["--zero-share", "1.5"], "--zero-share"),

@@ -49,7 +49,8 @@ def architecture(config: dict, layers: int, dense: int):
         return read_architecture(config | {"num_hidden_layers": layers})
     if config is QWEN:
         return read_architecture(config | {"num_hidden_layers": layers, "mlp_only_layers": [*range(dense)]})
-    return read_architecture(config | {"num_hidden_layers": layers, "first_k_dense_replace": dense})
+    kinds = ["dense"] * dense + ["sparse"] * (layers - dense)
+    return read_architecture(config | {"num_hidden_layers": layers, "mlp_layer_types": kinds})
 
 
 def saved_bytes(arch, recompute) -> tuple[list[int], float]:

@@ -245,8 +245,16 @@ def test_mistakes_on_resume_are_user_errors(world, halfway, tmp_path):
 
 
 def test_a_wrong_pretrained_checkpoint_is_a_user_error(world, tmp_path):
-    with pytest.raises(UserError, match=r"--pretrained-checkpoint .*does not fit this model"):
+    with pytest.raises(
+        UserError, match=r"has 0 zero experts a layer, not 4; convert the model with --num-zero-exp"
+    ):
         tiny_world.start(world, pretrained_checkpoint=world.static, num_zero_experts=4, hf_config=world.hf)
+    with pytest.raises(UserError, match=r"has 4 zero experts a layer, not 6; leave --num-zero-experts out"):
+        tiny_world.start(world, num_zero_experts=6)
+    with pytest.raises(
+        UserError, match=r"--pretrained-checkpoint .*: is a Hugging Face folder; convert it first"
+    ):
+        tiny_world.start(world, pretrained_checkpoint=world.hf)
     with pytest.raises(UserError, match=r"hf_config is missing.*--hf-config"):
         tiny_world.start(world, pretrained_checkpoint=tmp_path)
     with pytest.raises(UserError, match="--teacher-load is missing"):

@@ -27,7 +27,13 @@ from .hf_config import (
     zero_experts_of,
 )
 from .hf_files import HFReader, read_json
-from .import_checks import check_added, check_float_types, check_source, wanted_zero_experts
+from .import_checks import (
+    check_added,
+    check_float_types,
+    check_not_quantised,
+    check_source,
+    wanted_zero_experts,
+)
 from .import_plan import ImportPlan
 from .layout import model_layout
 from .megatron_model import ZEDA_NAME, MegatronModel
@@ -92,6 +98,7 @@ def hf_to_megatron(
     check_target(Path(out), overwrite)
     reader, cast = HFReader(hf), caster(dtype)
     side_files(reader.folder)
+    check_not_quantised(reader)
     arch = read_architecture(hf)
     real = arch.megatron["num_moe_experts"]
     present = zero_experts_of(reader.config)

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError
+from ..regular_file import read_regular, refuse_odd_files
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -36,12 +37,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def tracked(root: Path) -> Path | None:
-    """The folder that the tracker names, there or not; None without a readable tracker."""
+    """The folder that the tracker names, there or not; None without a readable tracker.
+
+    Raises:
+        UserError: the tracker is a pipe, a device, or far too long.
+    """
     try:
-        name = (root / TRACKER).read_text().strip()
+        name = read_regular(root / TRACKER, 10_000).decode().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    if not name or name != Path(name).name or name == ".." or "\0" in name:
+    if not name or name != Path(name).name or name == ".." or "\0" in name or len(name) > 100:
         return None  # a path would lead out of the folder
     return root / (f"iter_{int(name):07d}" if name.isdecimal() else name)
 
@@ -62,14 +67,26 @@ def find_checkpoint(root: str | Path) -> Path | None:
 
 def require_checkpoint(root: str | Path, flag: str) -> Path:
     """As `find_checkpoint`, but raises `UserError` naming the flag."""
-    if not Path(root).is_dir():
-        raise UserError(f"{flag} {root}: no such folder")
+    require_folder(root, flag)
     found = find_checkpoint(root)
     if found is None:
         raise UserError(
             f"{flag} {root}: holds no complete Megatron checkpoint (looked for release/ and iter_*/)"
         )
+    refuse_odd_files(found)
     return found
+
+
+def require_folder(root: str | Path, flag: str) -> None:
+    """Raise a `UserError` naming the flag unless `root` is a folder, and not one of a Hugging Face model."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{flag} {root}: no such folder")
+    if (root / "config.json").is_file() and not is_complete(root) and not (root / "hf_config").is_dir():
+        raise UserError(
+            f"{flag} {root}: is a Hugging Face folder; convert it first (tools/checkpoint_convert.py hf-to-megatron "
+            f"--hf {root} --out DIR)"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

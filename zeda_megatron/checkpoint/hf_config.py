@@ -1,11 +1,13 @@
 """config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`).
 
 `zce_logit_bias` is a dial of serving, not of the weights: an import drops it, an export takes it from its template.
+Nothing that is written here names any code but ours: people open exports with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import MODELS
-from ..strict_json import is_int
+from ..regular_file import is_regular
+from ..strict_json import is_int, read_json
 from .bits import DTYPES
 from .folders import copy_whole, write_atomically
 from .own_files import own_file
@@ -25,6 +28,7 @@ _DYNAMIC = dict(model.ARCHITECTURES for model in MODELS)
 _MODELING_FILES = {model.ARCHITECTURES[1]: model.MODELING_FILE for model in MODELS}
 _SHARED_FILES = ("zero_expert_model.py", "zero_expert_routing.py")
 """What all modeling files import."""
+_TYPE_KEYS = ("dtype", "torch_dtype")
 _DIAL = "zce_logit_bias"
 _ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", _DIAL, *PAIRED_KEYS)
 _SIDE_FILES = (
@@ -38,7 +42,20 @@ _SIDE_FILES = (
     "*.tiktoken",
     "sentencepiece*",
     "LICENSE*",
+    "additional_chat_templates/*.jinja",
 )
+_SIDE_SUFFIXES = ("", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".md")
+"""Data and texts: a `tokenizer.py` stays behind. Mistral adds a version, `tokenizer.model.v3`."""
+_CODE_KEYS = {
+    "auto_map",
+    "custom_pipelines",
+    "custom_generate",
+    "trust_remote_code",
+    *(f"{mark}{kind}_implementation" for mark in ("", "_") for kind in ("attn", "experts")),
+}
+"""Keys by which transformers finds Python files, of the folder or of the Hub, to run them."""
+_OF_OTHER_WEIGHTS = ("quantization_config", "transformers_weights")
+"""What is said of the weights beside the config does not hold for those that we write."""
 
 
 def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
@@ -64,22 +81,27 @@ def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
 
 
 def static_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without zero experts, with the native model type and architecture."""
+    """The config without zero experts and without code, with the native model type and architecture."""
+    dropped = {*_ZERO_KEYS, *_OF_OTHER_WEIGHTS}
+    result = without_code({key: value for key, value in config.items() if key not in dropped})
+    kind = config.get("model_type", "")
+    result["model_type"] = kind = _NATIVE_TYPES.get(kind, kind)
     native = {name: static for static, name in _DYNAMIC.items()}
-    result = {key: value for key, value in config.items() if key not in _ZERO_KEYS}
-    result["model_type"] = _NATIVE_TYPES.get(config.get("model_type", ""), config.get("model_type"))
-    if config.get("architectures"):
-        result["architectures"] = [native.get(name, name) for name in config["architectures"]]
-    auto_map = {
-        key: value for key, value in (result.pop("auto_map", None) or {}).items() if not _is_ours(value)
-    }
-    if auto_map:
-        result["auto_map"] = auto_map
-    return result
+    names = config.get("architectures") or [m.ARCHITECTURES[0] for m in MODELS if kind in m.MODEL_TYPES]
+    return {**result, "architectures": [native.get(name, name) for name in names]}
 
 
-def _is_ours(reference: Any) -> bool:
-    return isinstance(reference, str) and reference.split(".")[-1] in _MODELING_FILES
+def without_code(value: Any) -> Any:
+    """A JSON value without the keys that name code, on any level."""
+    if isinstance(value, dict):
+        return {key: without_code(item) for key, item in value.items() if key not in _CODE_KEYS}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
+
+
+def code_of(name: str) -> dict[str, str]:
+    """`auto_map` of one of our classes; nothing for a class of transformers."""
+    file = _MODELING_FILES.get(name)
+    return {} if file is None else {"AutoModelForCausalLM": f"{file.removesuffix('.py')}.{name}"}
 
 
 def dynamic_config(
@@ -99,7 +121,6 @@ def dynamic_config(
     name = _DYNAMIC.get(static_name)
     if name is None:
         raise UserError(f"config.json: architecture {static_name!r} has no form with zero experts")
-    module = _MODELING_FILES[name].removesuffix(".py")
     if zero.paired:
         more = {"zce_routing": "paired", "zce_score": zero.paired_score, **(settings or {})}
     else:
@@ -107,7 +128,7 @@ def dynamic_config(
     return {
         **result,
         "architectures": [name],
-        "auto_map": {**result.get("auto_map", {}), "AutoModelForCausalLM": f"{module}.{name}"},
+        "auto_map": code_of(name),
         "zce_nums": [zero.num_zero_experts],
         "zce_types": [zero.zero_experts_type],
         "use_zce_mask": False,
@@ -117,10 +138,7 @@ def dynamic_config(
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The config after a conversion with `--dtype` (`keep` changes nothing)."""
-    if DTYPES[dtype] is None:
-        return config
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, key: str(DTYPES[dtype]).removeprefix("torch.")}
+    return config if DTYPES[dtype] is None else _named_type(config, DTYPES[dtype])
 
 
 def with_stored_dtype(config: dict[str, Any], sizes: dict[torch.dtype, int]) -> dict[str, Any]:
@@ -130,31 +148,71 @@ def with_stored_dtype(config: dict[str, Any], sizes: dict[torch.dtype, int]) -> 
         sizes: bytes of the weights by type. A config that names no type gets none.
     """
     floats = {dtype: size for dtype, size in sizes.items() if dtype.is_floating_point}
-    key = next((key for key in ("torch_dtype", "dtype") if key in config), None)
-    if key is None or not floats:
+    if not floats or not any(config.get(key) for key in _TYPE_KEYS):
         return config
-    return {**config, key: str(max(floats, key=floats.__getitem__)).removeprefix("torch.")}
+    return _named_type(config, max(floats, key=floats.__getitem__))
+
+
+def _named_type(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Under every name that the config has: transformers prefers one, older versions and engines know the other."""
+    keys = [key for key in _TYPE_KEYS if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json, and the modeling files where the config asks for ours."""
+    """Write config.json, and the modeling files where the config asks for ours; no other code is named."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    file = _MODELING_FILES.get((config.get("architectures") or [""])[0])
-    for name in (file, *_SHARED_FILES) if file is not None else ():
-        copy_whole(Path(__file__).parents[1] / "serving" / name, folder / name)
+    write_atomically(folder / "config.json", json.dumps(with_own_code(config), indent=2) + "\n")
+    for file in modeling_files((config.get("architectures") or [""])[0]):
+        copy_whole(file, folder / file.name)
+
+
+def with_own_code(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, naming our modeling file if its class is ours, and no other code."""
+    ours = code_of((config.get("architectures") or [""])[0])
+    return without_code(config) | ({"auto_map": ours} if ours else {})
+
+
+def modeling_files(name: str) -> list[Path]:
+    """The Python files that travel with a model of this class; none for a class of transformers."""
+    file = _MODELING_FILES.get(name)
+    serving = Path(__file__).parents[1] / "serving"
+    return [serving / name for name in (file, *_SHARED_FILES)] if file is not None else []
 
 
 def side_files(source: Path) -> list[Path]:
-    """Tokenizer, generation config, chat template and licence. Raises `UserError` for a link out of the folder."""
-    found = sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()})
-    return [own_file(source, path.name, source) for path in found]
+    """Tokenizer, generation config, chat templates and licence.
+
+    Raises:
+        UserError: a link out of the folder, or something that is no regular file.
+    """
+    found = []
+    for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern)}):
+        if path.is_dir() or not (path.suffix in _SIDE_SUFFIXES or re.fullmatch(r"\.v\d+", path.suffix)):
+            continue
+        if is_regular(path):
+            found.append(own_file(path.parent, path.name, source, source))
+    return found
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy `side_files`; returns the names."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Copy `side_files`, those that name code without it; returns the names."""
     found = side_files(source)
     for path in found:
-        copy_whole(path, target / path.name)
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        clean = _cleaned(path)
+        if clean is None:
+            copy_whole(path, copy)
+        else:
+            write_atomically(copy, json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
     return [path.name for path in found]
+
+
+def _cleaned(path: Path) -> dict[str, Any] | None:
+    """A JSON file without the keys that name code; None for a file without them, which keeps its bytes."""
+    if not path.name.endswith("config.json"):
+        return None
+    value = read_json(path)
+    clean = without_code(value)
+    return None if clean == value else clean

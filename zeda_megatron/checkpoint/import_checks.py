@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..config import ZeroExpertConfig
@@ -13,6 +15,36 @@ from .hf_files import HFReader
 from .layout import Layout
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PACKED = re.compile(
+    r"[._](scale|scales|scale_inv|scale_2|packed|blocks|shape|zero_point|qweight|qzeros|g_idx|SCB|absmax|quant_map)$"
+    r"|\.quant_state\."
+)
+"""Names that come with quantised weights: of fp8, AWQ and GPTQ, compressed-tensors, bitsandbytes, MXFP4."""
+
+
+def check_not_quantised(reader: HFReader) -> None:
+    """Refuse quantised weights, and a config that says so of plain ones: transformers would not open that either.
+
+    Comes before names are compared: quantised weights have other names.
+
+    Raises:
+        UserError: naming the method and what was found.
+    """
+    told = reader.config.get("quantization_config")
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    says = f"quantization_config {str(method)[:40]!r}" if told is not None else "no quantization_config"
+    for key in sorted(reader.keys()):
+        entry = reader.entry(key)
+        if entry.dtype not in _FLOATS or _PACKED.search(key):
+            raise UserError(
+                f"{entry.file}: the weights are quantised (config.json has {says}): tensor {key} has type "
+                f"{entry.dtype}; only float weights can be converted, so give a folder that is not quantised"
+            )
+    if told is not None:
+        raise UserError(
+            f"{reader.folder / 'config.json'}: {says} says that the weights are quantised, but all of them are plain "
+            "numbers; if they were dequantised, remove the key, without which transformers opens the folder, too"
+        )
 
 
 def wanted_zero_experts(
@@ -62,20 +94,14 @@ def _new_zero_experts(
 
 
 def check_float_types(reader: HFReader, dtype: str) -> None:
-    """Weights are floating-point numbers, and of the two 16-bit kinds there is one only.
+    """Of the two 16-bit kinds of numbers there is one only.
 
     Raises:
         UserError: naming file and tensor.
     """
     halves: dict[torch.dtype, list[str]] = {torch.bfloat16: [], torch.float16: []}
     for key in sorted(reader.keys()):
-        entry = reader.entry(key)
-        if entry.dtype not in _FLOATS:
-            raise UserError(
-                f"{entry.file}: tensor {key} has type {entry.dtype}; only float weights can be converted, so "
-                "give a folder that is not quantised"
-            )
-        halves.get(entry.dtype, []).append(key)
+        halves.get(reader.dtype(key), []).append(key)
     few = min(halves.values(), key=len)
     if few and DTYPES[dtype] is None:
         raise UserError(

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..regular_file import is_regular, open_regular, require_regular
 from ..runtime.agreement import gathered, rank, world_size
+from ..strict_json import is_int, read_json
 from .folders import is_complete, write_atomically
+from .own_files import is_plain
 
 INTEGRITY = "integrity.json"
 LEVELS = ("hash", "size", "none")
@@ -23,8 +26,8 @@ _PART = ".integrity.{}.json"
 
 
 def fingerprint(file: Path, flush: bool = False) -> dict[str, Any]:
-    """Size and hash of a file, read as a stream; with `flush` it is forced to disk first."""
-    with open(file, "rb") as stream:
+    """Size and hash of a regular file, read as a stream; with `flush` it is forced to disk first."""
+    with open_regular(file) as stream:
         if flush:
             os.fsync(stream.fileno())
         digest = hashlib.file_digest(stream, "sha256")
@@ -64,8 +67,8 @@ def find_damage(folder: Path, level: str = "hash") -> str | None:
 
 
 def has_integrity(folder: Path) -> bool:
-    """Whether there is something to compare with."""
-    return (folder / INTEGRITY).is_file()
+    """Whether there is something to compare with. Raises a `UserError` for a pipe of that name."""
+    return is_regular(folder / INTEGRITY)
 
 
 def require_intact(folder: Path, flag: str, level: str) -> Path:
@@ -94,23 +97,32 @@ def _find_damage_here(folder: Path, level: str) -> str | None:
 def told_files(folder: Path) -> dict[str, tuple[int, str]] | None:
     """What `integrity.json` tells: size and SHA-256 by file name; None if it cannot be read."""
     try:
-        files = json.loads((folder / INTEGRITY).read_bytes())["files"].items()
-        told = {name: (int(item["size"]), str(item["sha256"])) for name, item in files}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = read_json(folder / INTEGRITY).get("files")
+    except UserError:
         return None
-    return told if all(name and Path(name).name == name for name in told) else None
+    if not isinstance(files, dict) or not all(
+        is_plain(name) and _is_told(item) for name, item in files.items()
+    ):
+        return None
+    return {name: (item["size"], item["sha256"]) for name, item in files.items()}
+
+
+def _is_told(item: Any) -> bool:
+    return isinstance(item, dict) and is_int(item.get("size")) and isinstance(item.get("sha256"), str)
 
 
 def compare_file(file: Path, size: int, sha256: str, level: str) -> str | None:
     """What is wrong with a file, in words that follow its name; None if it is as it was written."""
     try:
-        now = file.stat().st_size
+        now = require_regular(file).st_size
         if now != size:
             return f"has {now} bytes, {size} were written"
         if level == "hash" and fingerprint(file)["sha256"] != sha256:
             return "has changed since it was written (SHA-256 differs)"
     except FileNotFoundError:
         return "is missing"
+    except UserError:
+        return "is no regular file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None

@@ -11,6 +11,7 @@ import torch
 from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
+from ..regular_file import is_regular
 from ..strict_json import is_int, read_json
 from .hf_config import zero_experts_of
 from .layout import Layout, Parameter, model_layout, stacked
@@ -116,7 +117,7 @@ class MegatronModel:
     def _about(self, root: Path) -> dict[str, Any]:
         """zeda.json of the checkpoint, or nothing."""
         for folder in (root, self.folder, self.folder.parent):
-            if (folder / ZEDA_NAME).is_file():
+            if is_regular(folder / ZEDA_NAME):
                 return _checked(read_json(folder / ZEDA_NAME), folder / ZEDA_NAME)
         return {}
 

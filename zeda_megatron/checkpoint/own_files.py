@@ -8,26 +8,29 @@ from typing import Any
 from ..errors import UserError
 
 
-def own_file(folder: Path, name: Any, where: str | Path) -> Path:
+def own_file(folder: Path, name: Any, where: str | Path, root: Path | None = None) -> Path:
     """The path of a file that a checkpoint names.
 
     Links inside the folder are fine, and so are those of the Hugging Face cache (`snapshots/X/` to `blobs/`).
 
     Args:
         where: what names the file, for the message.
+        root: the checkpoint's folder, if `folder` is one inside it.
 
     Raises:
         UserError: `name` is no plain file name, or leads out of the folder.
     """
-    if not _is_plain(name):
+    if not is_plain(name):
         raise UserError(f"{where}: names the file {str(name)[:100]!r}, which is no plain file name")
     path = folder / name
-    if path.is_symlink() and not any(_is_below(path, root) for root in _roots(folder)):
+    linked = path.is_symlink() or (root is not None and folder.is_symlink())
+    if linked and not any(_is_below(path, base) for base in _roots(root or folder)):
         raise UserError(f"{path}: is a link to a file outside the folder; put the file itself there")
     return path
 
 
-def _is_plain(name: Any) -> bool:
+def is_plain(name: Any) -> bool:
+    """A file's name, without folders."""
     if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         return False
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..regular_file import is_regular, open_regular
 from ..strict_json import MAX_BYTES, is_int, strict_loads
 
 DTYPES = {
@@ -56,10 +58,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         UserError: missing or truncated file, damaged header, or a type this reader does not know.
     """
-    if not path.is_file():
+    if not is_regular(path):
         raise UserError(f"{path}: shard is missing; download it again")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size >= 8 and length > MAX_BYTES:
             raise UserError(
@@ -86,7 +88,10 @@ def _entry(path: Path, key: str, item: Any, data: int, size: int) -> TensorEntry
     name, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise UserError(f"{path}: tensor {key} has type {str(name)[:40]}, which cannot be converted")
+        raise UserError(
+            f"{path}: tensor {key} has type {str(name)[:40]}, which cannot be converted; only float weights "
+            "can, so give a folder that is not quantised"
+        )
     if not _are_lengths(shape):
         raise UserError(f"{damaged}, tensor {key} has shape {str(shape)[:60]}; download it again")
     if not _are_lengths(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -9,14 +9,13 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import UserError
 from ..runtime.agreement import barrier
@@ -24,6 +23,7 @@ from ..runtime.lost_peer import is_lost_peer
 from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint, write_atomically
 from .integrity import require_intact
 from .saving import CheckpointSaver, first_line
+from .torch_dist_metadata import read_metadata
 
 __all__ = [
     "TRACKER",
@@ -56,6 +56,7 @@ def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], kee
 
 def load_checkpoint(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
     """Load `folder` into a sharded state dict. Raises `UserError` naming folder and reason."""
+    _index(folder, flag)  # Megatron's reader would run whatever code the index names
     return _told(lambda: dist_checkpointing.load(state, str(folder)), folder, flag)
 
 
@@ -100,8 +101,11 @@ def load_weights(
     `verify` says how closely the files are looked at first (`integrity.LEVELS`).
     """
     require_intact(folder, flag, verify)
+    index = _index(folder, flag)
+    for chunk in model_chunks:
+        _check_zero_experts(index, chunk, folder, flag)
     wanted = model_state(model_chunks)
-    fresh = fresh_heads and not _has_heads(folder)
+    fresh = fresh_heads and not any(_HEAD in key for key in index)
     if fresh:
         wanted = {
             name: {key: value for key, value in part.items() if _HEAD not in key}
@@ -115,11 +119,27 @@ def load_weights(
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
 
 
-def _has_heads(folder: Path) -> bool:
+def _index(folder: Path, flag: str) -> dict[str, Any]:
+    """What the checkpoint holds, by name; no code of it is run."""
     try:
-        return any(_HEAD in key for key in FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except (OSError, EOFError, UnpicklingError):
-        return False  # loading tells what is wrong with the folder
+        return read_metadata(folder).state_dict_metadata
+    except UserError as error:
+        raise UserError(f"{flag} {folder}: cannot be read ({error})") from error
+
+
+def _check_zero_experts(index: dict[str, Any], chunk: torch.nn.Module, folder: Path, flag: str) -> None:
+    """The routers have as many rows as the checkpoint's; otherwise the flags ask for another number of zero experts."""
+    real = chunk.config.num_moe_experts
+    for name, parameter in chunk.named_parameters():
+        stored = index.get(name) if name.endswith(".mlp.router.weight") else None
+        rows = stored.size[0] if isinstance(stored, TensorStorageMetadata) and len(stored.size) == 2 else None
+        if rows is None or rows == parameter.shape[0]:
+            continue
+        has, asked = rows - real, parameter.shape[0] - real
+        what = (
+            "leave --num-zero-experts out" if has > 0 else "convert the model with --num-zero-experts first"
+        )
+        raise UserError(f"{flag} {folder}: has {has} zero experts a layer, not {asked}; {what}")
 
 
 def model_state(model_chunks: list[torch.nn.Module]) -> dict[str, Any]:

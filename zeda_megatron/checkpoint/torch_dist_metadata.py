@@ -1,11 +1,14 @@
 """The index of a torch_dist checkpoint, `.metadata`: a pickle, so it is opened without running anything in it.
 
-Only the classes that PyTorch's own index is made of are let in; after that every number is checked against the files.
+Only the classes that PyTorch's own index is made of are let in, and only in the sizes that an index has; after that
+every number is checked against the files.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,18 +17,42 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ..errors import UserError
+from ..regular_file import read_regular
 from ..strict_json import is_int
 from .own_files import own_file
 
 METADATA_NAME = ".metadata"
+MAX_BYTES = 2_000_000_000
+"""Longest index; one of a model with a million tensors has a tenth of that."""
+_MAX_AXES, _MAX_PATH = 32, 4096
+
+
+def _size(lengths: tuple = ()) -> torch.Size:
+    if not isinstance(lengths, tuple) or len(lengths) > _MAX_AXES:
+        raise pickle.UnpicklingError("a shape in it has too many axes")
+    return torch.Size(lengths)
+
+
+def _path(*parts: str) -> PurePosixPath:
+    if not all(isinstance(part, str) for part in parts) or sum(map(len, parts)) > _MAX_PATH:
+        raise pickle.UnpicklingError("a path in it is too long")
+    return PurePosixPath(*parts)
+
+
+def _empty(*items: object) -> dict:
+    if items:
+        raise pickle.UnpicklingError("it copies a dictionary")
+    return {}
+
+
 _PLAIN = {
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "PurePosixPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
-    ("collections", "OrderedDict"): dict,
+    ("pathlib", "PosixPath"): _path,
+    ("pathlib", "PurePosixPath"): _path,
+    ("pathlib._local", "PosixPath"): _path,
+    ("collections", "OrderedDict"): _empty,
 }
 _CLASSES = (
     "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
@@ -46,7 +73,7 @@ class _Inert:
         pass
 
 
-class _Unpickler(pickle.Unpickler):
+class _Classes:
     """Knows the index's own classes and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -61,6 +88,28 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an index has no use for; refused")
 
 
+class _Fast(_Classes, pickle.Unpickler):
+    pass
+
+
+class _Careful(_Classes, pickle._Unpickler):
+    """In Python, many times slower: its memo is a dictionary. The other's is an array, as long as the largest place
+    that the file names, so that five bytes could fill the memory."""
+
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("it has an array of bytes, which an index has no use for")
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: refuse}
+
+
+def _needs_care(data: bytes) -> bool:
+    """Whether something in a pickle looks like a place of the memo, or a length, beyond what the file allows."""
+    for found in re.finditer(rb"(?s)r(?=(.{4}))|\x96(?=(.{8}))", data):
+        if int.from_bytes(found[1] or found[2], "little") > len(data):
+            return True
+    return re.search(rb"p\d{9,}", data) is not None
+
+
 def read_metadata(folder: Path) -> Metadata:
     """Read and check the index of a checkpoint folder; no code of the folder is run.
 
@@ -70,10 +119,13 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = own_file(folder, METADATA_NAME, folder)
     try:
-        with path.open("rb") as stream:
-            index = _Unpickler(stream).load()
+        data = read_regular(path, MAX_BYTES)
+        kind = _Careful if _needs_care(data) else _Fast
+        index = kind(io.BytesIO(data)).load()
     except FileNotFoundError:
         raise UserError(f"{path}: file is missing; the checkpoint is incomplete") from None
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read ({reason})") from error

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..errors import UserError
+from ..regular_file import open_regular
 from .checked_files import CheckedFiles
 from .layout import Box
 from .state import require_checkpoint
@@ -106,7 +107,7 @@ class TorchDistReader:
         file = self.folder / place.relative_path
         self._files.require(place.relative_path)
         try:
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 view = _create_file_view(stream, place.offset, place.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from .bits import same_bits
 from .carried import carried_differences, own_keys
 from .hf_config import zero_experts_of
 from .hf_files import HFReader
-from .import_checks import check_added
+from .import_checks import check_added, check_not_quantised
 from .layout import Parameter
 from .megatron_model import MegatronModel
 from .paired_config import settings_of
@@ -41,7 +41,9 @@ def verify(
     Raises:
         UserError: one of the two is incomplete, or they are not the same architecture.
     """
-    reader, arch = HFReader(hf), read_architecture(hf)
+    reader = HFReader(hf)
+    check_not_quantised(reader)
+    arch = read_architecture(hf)
     model = MegatronModel(Path(megatron), arch, reader.config, verify_checkpoint)
     weights, dims = weight_map_of(arch), dims_of(arch, paired=model.zero.paired)
     bound = weights.bind(model.layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))

@@ -18,7 +18,10 @@ from .tokenizers import load_tokenizer
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="plan.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--data-path", required=True, nargs="+", metavar="FILE", help="rollout files (jsonl)")
     parser.add_argument("--tokenizer-model", required=True, metavar="DIR", help="HF folder of the model")

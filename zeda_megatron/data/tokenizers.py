@@ -15,6 +15,7 @@ from ..errors import UserError
 from .records import Message
 
 KINDS = ("auto", "hf", "sentencepiece")
+_VOCABULARIES = ("tokenizer.json", "*.model", "*.model.v*", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 class ChatTokenizer(Protocol):
@@ -82,6 +83,11 @@ def load_tokenizer(
     return SentencePieceTokenizer(path, template, template_args or {})
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary of any kind; without one transformers builds a tokenizer that knows nothing."""
+    return any(path for pattern in _VOCABULARIES for path in folder.glob(pattern))
+
+
 def _looks_like_sentencepiece(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".model"
@@ -95,6 +101,8 @@ class HfTokenizer:
     def __init__(self, path: Path, template: str | None, template_args: dict[str, Any]):
         if not path.is_dir():
             raise UserError(f"tokenizer {path}: a file; the kind hf needs a folder (or use sentencepiece)")
+        if not has_tokenizer(path):
+            raise UserError(f"tokenizer {path}: the folder has no tokenizer: give --tokenizer-model")
         try:
             self.hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # transformers raises many types for a bad folder

@@ -68,7 +68,9 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed and memory of conversions beside a plain copy.")
+    parser = argparse.ArgumentParser(
+        description="Speed and memory of conversions beside a plain copy.", allow_abbrev=False
+    )
     parser.add_argument("--work", required=True, metavar="DIR", help="new folder for three models")
     parser.add_argument("--layers", type=int, default=5, help="layers of Qwen3-30B-A3B's geometry")
     parser.add_argument("--max-shard-bytes", type=int, default=1_000_000_000, metavar="BYTES")

@@ -118,7 +118,9 @@ def format_cost_sheet(sheet: dict) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flops.py", description="FLOPs, bytes, roofline and predicted speed-up of a MoE model"
+        prog="flops.py",
+        description="FLOPs, bytes, roofline and predicted speed-up of a MoE model",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--hf", required=True, metavar="DIR", help="folder with a HF config.json (no weights needed)")

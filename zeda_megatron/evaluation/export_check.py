@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 from ..arguments import parse
+from ..checkpoint.hf_config import code_of, modeling_files
 from ..errors import UserError, run_main
+from ..models.architecture import read_architecture
+from ..regular_file import read_regular
 from ..runtime import cpu, process_groups
 
 
@@ -36,6 +39,9 @@ class CheckOptions:
     max_new_tokens: int = 32
     """Longest answer."""
 
+    trust_remote_code: bool = False
+    """Run the Python files of the folder even though they are not those of this project: only after reading them."""
+
     out: str | None = None
     """JSON file for the result."""
 
@@ -55,8 +61,10 @@ def check(options: CheckOptions) -> dict:
     from ..distill.sampling import SamplingConfig
     from .models import load_model
 
+    _refuse_foreign_code(Path(options.hf), options.trust_remote_code)
     ours = load_model(options.megatron)
     tokenizer = ours.tokenizer
+    # Our own files, or those that the user trusts.
     theirs = AutoModelForCausalLM.from_pretrained(
         options.hf, trust_remote_code=True, dtype=torch.float32
     ).eval()
@@ -94,6 +102,25 @@ def check(options: CheckOptions) -> dict:
         shares = theirs.zero_share()
         result["zero_share_transformers"] = float(torch.as_tensor(shares, dtype=torch.float64).mean())
     return result
+
+
+def _refuse_foreign_code(folder: Path, trusted: bool) -> None:
+    """transformers imports whatever config.json names: without consent it may name our own modeling files alone."""
+    arch = read_architecture(folder)
+    ours = {file.name: file.read_bytes() for file in modeling_files(arch.name)}
+    if trusted:
+        return
+    for file in sorted(folder.rglob("*.py")):
+        if file.parent != folder or read_regular(file, 1_000_000) != ours.get(file.name):
+            raise UserError(
+                f"{file}: is not this project's; read it, then pass --trust-remote-code to run it"
+            )
+    named = arch.hf.get("auto_map") or {}
+    if named not in ({}, code_of(arch.name)):
+        raise UserError(
+            f"{folder / 'config.json'}: auto_map {str(named)[:100]} names code that is not this project's; remove it, "
+            "or pass --trust-remote-code to run it"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

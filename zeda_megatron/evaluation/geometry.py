@@ -6,12 +6,12 @@ geometry: grouped-query or multi-latent attention, shared experts, dense layers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
+from ..strict_json import read_json
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,9 @@ class Geometry:
         """Read the config.json in the folder `hf` (or that file itself)."""
         path = Path(hf)
         path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path}: no such file; --hf takes a folder with a HF config.json")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-        return cls.from_config(config, name=str(path))
+        return cls.from_config(read_json(path), name=str(path))
 
     @classmethod
     def from_config(cls, config: dict, name: str = "config.json") -> Geometry:

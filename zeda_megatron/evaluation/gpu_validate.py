@@ -205,7 +205,7 @@ def _summary(result: dict) -> str:
 
 def main() -> int:
     """Run all checks, write JSON and a table. Exit code 1 if any failed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--root", type=Path, required=True, help="the checkout")
     parser.add_argument("--out", type=Path, help="folder for the results (default: docs/gpu in the checkout)")
     parser.add_argument("--only", help="comma-separated names of checks, besides those that all others need")

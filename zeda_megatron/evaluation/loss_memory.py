@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--vocab", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--hidden", type=int, default=64)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.hf_files import read_json
+from ..checkpoint.folders import require_folder
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
 from ..data.conversation import tokenize_rollouts
@@ -17,6 +17,8 @@ from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
+from ..regular_file import is_regular
+from ..strict_json import read_json
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class LoadedModel:
 def load_model(folder: str) -> LoadedModel:
     """Load a checkpoint folder written by the converter or by training (needs its hf_config/ and zeda.json)."""
     root = Path(folder)
+    require_folder(root, "checkpoint")
     if not (root / "hf_config").is_dir():
         raise UserError(f"{root / 'hf_config'} is missing: is {root} a checkpoint of this project?")
     arch = read_architecture(root / "hf_config")
-    about = read_json(root / "zeda.json") if (root / "zeda.json").is_file() else {}
+    about = read_json(root / "zeda.json") if is_regular(root / "zeda.json") else {}
     keys = (
         "num_zero_experts",
         "zero_experts_type",

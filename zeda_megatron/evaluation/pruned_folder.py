@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint.hf_config import copy_side_files, write_config
 from ..checkpoint.hf_files import HFReader
+from ..checkpoint.import_checks import check_not_quantised
 from ..checkpoint.partial import files_of, partial_folder
 from ..checkpoint.parts import PartWriter
 from ..checkpoint.safetensors_shards import Planned, plan_shards, write_index
@@ -33,6 +34,7 @@ def write_pruned(hf: str | Path, kept: dict[int, list[int]], out: str | Path) ->
     """
     check_target(Path(out), False)
     reader, counts = HFReader(hf), {len(experts) for experts in kept.values()}
+    check_not_quantised(reader)
     if len(counts) != 1:
         raise UserError(f"{hf}: layers would keep {sorted(counts)} experts; a config has one number")
     if (reader.config.get("n_group") or 1) > 1:

@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--hf", type=Path, required=True, help="HF folder; its config.json is enough")
     parser.add_argument("--layers", type=int, default=1, help="MoE layers to build")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")

@@ -41,7 +41,7 @@ BASE = {"routers only": "routers only, no teacher"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--hf", type=Path, default=TEACHER, help="HF folder of the static model")
     parser.add_argument("--rows", type=Path, default=ROWS, help="conversations (jsonl) to train on")
     parser.add_argument("--num-zero-experts", type=int, default=8)

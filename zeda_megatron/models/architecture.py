@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
 from ..errors import UserError
-from ..strict_json import strict_loads
+from ..regular_file import refuse_odd_files
+from ..strict_json import is_number, read_json
 from . import glm4_moe_lite, mixtral, qwen3_moe
-from .config_values import check_config_values
+from .config_values import ROPE_THETAS, check_config_values
 from .weight_map import WeightMap
 
 
@@ -25,14 +29,16 @@ class ModelFile(Protocol):
     MODELING_FILE: str
     """File of the dynamic model for transformers, in `serving/`; travels with exports."""
     REQUIRED: dict[str, Any]
-    """Config keys that must have this value where they are given."""
+    """What the config must say, or have as its class's default."""
+    SIZES: list[str]
+    """Keys that a config must give."""
     WEIGHTS: WeightMap
     """Hugging Face names <-> Megatron names."""
 
-    def refusal(hf: dict[str, Any]) -> str | None:
-        """What else of an HF config would not be followed, in words; None if nothing."""
+    def refusal(hf: PreTrainedConfig) -> str | None:
+        """What else of a config, as transformers reads it, would not be followed, in words; None if nothing."""
 
-    def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
+    def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         """Keyword arguments of Megatron's `TransformerConfig` (`MLATransformerConfig` for latent attention)."""
 
 
@@ -48,7 +54,7 @@ class Architecture:
     name: str
     """HF architecture class, e.g. `Qwen3MoeForCausalLM`."""
     hf: dict[str, Any] = field(repr=False)
-    """The whole HF config."""
+    """The whole config.json, as it was written; what it leaves out is not in here."""
     megatron: dict[str, Any] = field(repr=False)
     """Keyword arguments of Megatron's `TransformerConfig`."""
     vocab_size: int
@@ -64,26 +70,30 @@ class Architecture:
 
     def is_carried(self, key: str) -> bool:
         """True for an HF tensor behind the decoder's layers (multi-token prediction): conversions carry it along."""
-        layers, more = self.hf["num_hidden_layers"], self.hf.get("num_nextn_predict_layers") or 0
+        layers, more = self.megatron["num_layers"], self.hf.get("num_nextn_predict_layers") or 0
         match = re.match(r"model\.layers\.(\d+)\.", key)
         return match is not None and layers <= int(match[1]) < layers + more
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of an HF folder as a dict. Raises `UserError` naming the file."""
+    """`config.json` of an HF folder as a dict.
+
+    Raises:
+        UserError: naming the file; also for a pipe or a device among the folder's files, which some library would
+            open sooner or later.
+    """
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} is missing: give the folder of a Hugging Face model")
-    try:
-        return strict_loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    refuse_odd_files(path.parent)
+    return read_json(path)
 
 
 def read_architecture(source: str | Path | dict[str, Any], where: str = "config") -> Architecture:
     """Read an HF folder, or an already loaded config dict, which messages call `where`.
+
+    Every value is the one that transformers' own config class has: its defaults for keys that are left out, its
+    precedence where several keys say the same thing.
 
     Raises `UserError` for unknown architectures, for values of a wrong type and for settings
     that the Megatron model would not follow.
@@ -92,39 +102,85 @@ def read_architecture(source: str | Path | dict[str, Any], where: str = "config"
     hf = source if isinstance(source, dict) else read_hf_config(source)
     check_config_values(hf, where)
     name = (hf.get("architectures") or [""])[0]
-    model = REGISTRY.get(name) or (MODEL_TYPES.get(hf.get("model_type", "")) if not name else None)
-    if model is None:
-        raise UserError(
-            f"{where}: architecture {name or hf.get('model_type')!r} is unknown; known: {', '.join(REGISTRY)}"
-        )
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(
-            f"{where}: rope_type {rope.get('rope_type') or rope.get('type')!r} is not supported, only 'default'"
-        )
+    model = _model_of(name, hf.get("model_type"), where)
+    theirs = _as_transformers_reads(hf, model, where)
     for key, value in model.REQUIRED.items():
-        if hf.get(key, value) != value:
-            raise UserError(f"{where}: {key} {hf[key]!r} is not supported, only {value!r}")
-    try:
-        megatron = model.transformer_config_kwargs(hf)
-        vocab = hf["vocab_size"]
-        refusal = model.refusal(hf)
-    except KeyError as error:
-        raise UserError(f"{where}: key {error} is missing") from None
+        if getattr(theirs, key, value) != value:
+            raise UserError(f"{where}: {key} {getattr(theirs, key)!r} is not supported, only {value!r}")
+    rope = theirs.rope_parameters
+    key = next((key for key in ("rope_scaling", "rope_parameters") if hf.get(key)), "config")
+    if rope["rope_type"] != "default":
+        raise UserError(
+            f"{where}: {key}: rope_type {str(rope['rope_type'])[:40]!r} is not supported, only 'default'"
+        )
+    low, high = ROPE_THETAS
+    if not is_number(rope["rope_theta"]) or not low <= rope["rope_theta"] <= high:
+        raise UserError(
+            f"{where}: {key}: rope_theta {str(rope['rope_theta'])[:40]} must be a number from {low:g} to {high:g}"
+        )
+    refusal = model.refusal(theirs)
     if refusal:
         raise UserError(f"{where}: {refusal}")
+    megatron = model.transformer_config_kwargs(theirs)
     if megatron["moe_router_topk"] > megatron["num_moe_experts"]:
         raise UserError(
             f"{where}: num_experts_per_tok {megatron['moe_router_topk']} is larger than num_experts "
             f"{megatron['num_moe_experts']}"
         )
+    if not any(megatron["moe_layer_freq"]):
+        raise UserError(f"{where}: all layers are dense; a Mixture-of-Experts model is needed")
     return Architecture(
         name=name or model.ARCHITECTURES[0],
         hf=hf,
         megatron=megatron,
-        vocab_size=vocab,
-        rotary_base=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        max_position_embeddings=hf.get("max_position_embeddings", 4096),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        vocab_size=theirs.vocab_size,
+        rotary_base=float(rope["rope_theta"]),
+        max_position_embeddings=theirs.max_position_embeddings,
+        tie_word_embeddings=theirs.tie_word_embeddings,
         num_zero_experts=sum(hf.get("zce_nums") or [0]) if "PlusPlus" in name or hf.get("zce_nums") else 0,
     )
+
+
+def _model_of(name: str, kind: str | None, where: str) -> ModelFile:
+    """The model's file. `architectures` and `model_type` must mean the same: transformers goes by the second."""
+    model = REGISTRY.get(name) or (MODEL_TYPES.get(kind or "") if not name else None)
+    if model is None:
+        raise UserError(
+            f"{where}: architecture {str(name or kind)[:60]!r} is unknown; known: {', '.join(REGISTRY)}"
+        )
+    if kind is None:
+        raise UserError(f"{where}: model_type is missing; for {name} it is {model.MODEL_TYPES[0]!r}")
+    if MODEL_TYPES.get(kind) is not model:
+        raise UserError(
+            f"{where}: model_type {kind[:60]!r} does not belong to architecture {name}, but "
+            f"{model.MODEL_TYPES[0]!r} does; transformers goes by the first, so one of the two is wrong"
+        )
+    return model
+
+
+def _as_transformers_reads(hf: dict[str, Any], model: ModelFile, where: str) -> PreTrainedConfig:
+    """The config as an object of transformers' class. Nothing that `hf` names is loaded or run."""
+    kind = CONFIG_MAPPING[model.MODEL_TYPES[0]]
+    names = kind.attribute_map
+    missing = [key for key in model.SIZES if not _aliases(key, names) & hf.keys()]
+    if missing:
+        raise UserError(f"{where}: key {missing[0]!r} is missing")
+    for key, other in names.items():
+        if key in hf and other in hf and hf[key] != hf[other]:
+            raise UserError(
+                f"{where}: {key} {str(hf[key])[:40]} and {other} {str(hf[other])[:40]} mean the same; leave one out"
+            )
+    for key in hf:
+        has = getattr(kind, key, None)
+        if callable(has) or isinstance(has, dict) or (isinstance(has, property) and has.fset is None):
+            raise UserError(f"{where}: {key[:60]!r} is no setting; transformers cannot read it either")
+    fields = {key: value for key, value in hf.items() if not key.startswith("_")}
+    try:
+        return kind.from_dict(copy.deepcopy(fields) | {"model_type": model.MODEL_TYPES[0]})
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: transformers refuses it: {reason or type(error).__name__}") from error
+
+
+def _aliases(key: str, names: dict[str, str]) -> set[str]:
+    return {key, *(one for pair in names.items() if key in pair for one in pair)}

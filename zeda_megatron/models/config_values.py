@@ -17,11 +17,30 @@ _SIZES = (
     "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
 ).split()
 _MAY_BE_NULL = ("head_dim", "q_lora_rank", "num_key_value_heads", "rope_theta")
-_FROM_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace")
-_NUMBERS = ("rms_norm_eps", "rope_theta", "attention_dropout", "initializer_range", "routed_scaling_factor")
+_FROM_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "num_labels")
+ROPE_THETAS = (1.0, 1e15)
+"""Rotary frequencies are float32."""
+_NUMBERS = {
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_theta": ROPE_THETAS,
+    "attention_dropout": (0.0, 1.0),
+    "initializer_range": (0.0, 100.0),
+    "routed_scaling_factor": (0.0, 1e6),
+}
+"""What makes sense, widely; beyond it the numbers of the model are NaN or infinite."""
+_TYPES = ("float64", "float32", "float16", "bfloat16")
+_TOKENS = ("bos_token_id", "pad_token_id")
 _BOOLEANS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_sliding_window", "use_zce_mask")
-_STRINGS = ("model_type", "hidden_act", "topk_method", "torch_dtype", "dtype")
-_OBJECTS = ("rope_parameters", "rope_scaling", "auto_map")
+_STRINGS = ("model_type", "hidden_act", "topk_method", "transformers_weights")
+_OBJECTS = (
+    "rope_parameters",
+    "rope_scaling",
+    "auto_map",
+    "quantization_config",
+    "custom_pipelines",
+    "label2id",
+)
+_KERNELS = ("attn_implementation", "experts_implementation")
 MAX_COUNT, MAX_SIZE = 10_000, 100_000_000
 """Far above any model; they keep a wrong digit from filling the memory."""
 
@@ -38,14 +57,42 @@ def _between(low: int, high: int) -> Callable[[Any], bool]:
     return lambda value: is_int(value) and low <= value <= high
 
 
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: is_number(value) and low <= value <= high
+
+
+def _is_token(value: Any) -> bool:
+    return is_int(value) and 0 <= value < MAX_SIZE
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= MAX_COUNT and all(key.isdecimal() for key in value)
+
+
+def _is_no_kernel(value: Any) -> bool:
+    """A name with a slash is a kernel of the Hub, whose code transformers would fetch and run."""
+    return isinstance(value, str) and "/" not in value
+
+
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_COUNTS, (_between(1, MAX_COUNT), f"a whole number from 1 to {MAX_COUNT}")),
     **dict.fromkeys(_SIZES, (_between(1, MAX_SIZE), f"a whole number from 1 to {MAX_SIZE}")),
     **dict.fromkeys(_FROM_ZERO, (_between(0, MAX_COUNT), f"a whole number from 0 to {MAX_COUNT}")),
-    **dict.fromkeys(_NUMBERS, (is_number, "a finite number")),
+    **{key: (_number(*ends), f"a number from {ends[0]:g} to {ends[1]:g}") for key, ends in _NUMBERS.items()},
     **dict.fromkeys(_BOOLEANS, (lambda value: isinstance(value, bool), "true or false")),
     **dict.fromkeys(_STRINGS, (_is_string, "a string")),
     **dict.fromkeys(_OBJECTS, (lambda value: isinstance(value, dict), "an object")),
+    **dict.fromkeys(("dtype", "torch_dtype"), (lambda value: value in _TYPES, f"one of {', '.join(_TYPES)}")),
+    **dict.fromkeys(_TOKENS, (_is_token, "the id of a token")),
+    **dict.fromkeys(
+        _KERNELS, (_is_no_kernel, "a name built into transformers: it may not name code elsewhere")
+    ),
+    "eos_token_id": (
+        lambda value: _is_token(value) or _list_of(_is_token)(value),
+        "the id of a token, or a list",
+    ),
+    "id2label": (_are_labels, f"an object of at most {MAX_COUNT} numbers with their names"),
+    "per_layer_config": (lambda value: value == {}, "left out: all layers must have the same sizes"),
     "architectures": (_list_of(_is_string), "a list of strings"),
     "mlp_layer_types": (_list_of(_is_string), "a list of strings"),
     "mlp_only_layers": (_list_of(_between(0, MAX_COUNT)), "a list of layer numbers"),
@@ -69,16 +116,20 @@ def check_config_values(config: Any, where: str) -> None:
         if not is_right(config[key]):
             raise UserError(f"{where}: {key} {str(config[key])[:60]!r} must be {wanted}")
     kinds = config.get("mlp_layer_types")
+    if kinds is not None and not set(kinds) <= {"dense", "sparse"}:
+        raise UserError(f"{where}: mlp_layer_types {str(kinds)[:60]} must be 'dense' or 'sparse' each")
     if kinds is not None and len(kinds) != config.get("num_hidden_layers", len(kinds)):
         raise UserError(
             f"{where}: mlp_layer_types has {len(kinds)} entries, num_hidden_layers is {config['num_hidden_layers']}"
         )
+    vocabulary = config.get("vocab_size")
+    for key in ("eos_token_id", *_TOKENS):
+        ids = config.get(key) if isinstance(config.get(key), list) else [config.get(key)]
+        beyond = next((one for one in ids if one is not None and vocabulary and one >= vocabulary), None)
+        if beyond is not None:
+            raise UserError(f"{where}: {key} {beyond} is no token of a vocabulary of {vocabulary}")
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise UserError(
             f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
         )
-    for name in ("rope_parameters", "rope_scaling"):
-        theta = (config.get(name) or {}).get("rope_theta")
-        if theta is not None and not is_number(theta):
-            raise UserError(f"{where}: rope_theta {str(theta)[:60]!r} in {name} must be a finite number")

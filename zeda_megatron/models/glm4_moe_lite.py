@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from .common_weights import HF, IGNORED, MC, TIED, decoder
 from .weight_kinds import Direct, GateUp, ScoreBias
@@ -24,63 +25,69 @@ REQUIRED = {
     "n_group": 1,
     "topk_group": 1,
     "rope_interleave": True,
-    "partial_rotary_factor": 1.0,
     "topk_method": "noaux_tc",
 }
-"""Config keys that must have this value where they are given; the published model has no other."""
+"""What the config must say, or have as its class's default; the published model has no other."""
+SIZES = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads q_lora_rank "
+    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok "
+    "routed_scaling_factor"
+).split()
+"""Keys that a config must give: a default would be the size of another model."""
 
 
-def refusal(hf: dict[str, Any]) -> str | None:
+def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's latent attention or router would not follow, in words; None if nothing."""
-    heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads", hf["num_attention_heads"])
+    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
     if heads != kv_heads:
         return f"num_key_value_heads {kv_heads} must equal num_attention_heads {heads} (latent attention)"
-    if hf["num_experts_per_tok"] < 2:
-        return f"num_experts_per_tok {hf['num_experts_per_tok']} is not supported: Megatron normalises 2 or more scores"
-    if (hf.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        return "rope_parameters: partial_rotary_factor must be 1.0"
+    if hf.num_experts_per_tok < 2:
+        return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
+    if hf.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "partial_rotary_factor must be 1.0"
+    told, kinds = getattr(hf, "first_k_dense_replace", None), hf.mlp_layer_types
+    if told is not None and kinds != ["dense"] * told + ["sparse"] * (len(kinds) - told):
+        return (
+            f"first_k_dense_replace {told}: transformers goes by mlp_layer_types, without which the first layer alone "
+            "is dense; make the two agree"
+        )
     return None
 
 
-def transformer_config_kwargs(hf: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of Megatron's `MLATransformerConfig` for an HF `config.json` (as a dict)."""
-    layers, kinds = hf["num_hidden_layers"], hf.get("mlp_layer_types")
-    if kinds is None:
-        dense = hf.get("first_k_dense_replace", 1)
-        kinds = ["dense"] * dense + ["sparse"] * (layers - dense)
+def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Keyword arguments of Megatron's `MLATransformerConfig` for the config as transformers reads it."""
     return {
         "multi_latent_attention": True,
-        "num_layers": layers,
-        "hidden_size": hf["hidden_size"],
-        "ffn_hidden_size": hf["intermediate_size"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "q_lora_rank": hf["q_lora_rank"],
-        "kv_lora_rank": hf["kv_lora_rank"],
-        "qk_head_dim": hf["qk_nope_head_dim"],
-        "qk_pos_emb_head_dim": hf["qk_rope_head_dim"],
-        "v_head_dim": hf["v_head_dim"],
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "q_lora_rank": hf.q_lora_rank,
+        "kv_lora_rank": hf.kv_lora_rank,
+        "qk_head_dim": hf.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": hf.qk_rope_head_dim,
+        "v_head_dim": hf.v_head_dim,
         "rope_type": "rope",
         "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-5),
+        "layernorm_epsilon": hf.rms_norm_eps,
         "qk_layernorm": True,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
-        "attention_dropout": hf.get("attention_dropout", 0.0),
-        # transformers 5 writes the second name.
-        "num_moe_experts": hf["n_routed_experts"] if "n_routed_experts" in hf else hf["num_local_experts"],
-        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-        "moe_shared_expert_intermediate_size": hf["moe_intermediate_size"] * hf.get("n_shared_experts", 1),
-        "moe_router_topk": hf["num_experts_per_tok"],
+        "attention_dropout": hf.attention_dropout,
+        "num_moe_experts": hf.n_routed_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+        "moe_router_topk": hf.num_experts_per_tok,
         "moe_router_pre_softmax": False,
         "moe_router_score_function": "sigmoid",
         # The bias chooses and is frozen: with zero experts its updates would work against the group loss.
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": hf["routed_scaling_factor"],
-        "moe_layer_freq": [int(kind == "sparse") for kind in kinds],
-        "init_method_std": hf.get("initializer_range", 0.02),
+        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
+        "moe_layer_freq": [int(kind == "sparse") for kind in hf.mlp_layer_types],
+        "init_method_std": hf.initializer_range,
     }
 
 

@@ -16,6 +16,9 @@ from functools import lru_cache
 from ..errors import UserError
 from .weight_kinds import Added, ModelDims, Shape, WeightMapping
 
+_MERGED = re.compile(r"\.experts\.[a-z0-9_]+(\.weight)?$")
+"""Parameters of all experts in one tensor: no number stands behind `experts`."""
+
 
 @lru_cache(maxsize=4096)
 def _pattern(template: str) -> re.Pattern:
@@ -88,15 +91,11 @@ class WeightMap:
                 used.add(key)
                 if key not in left and not isinstance(mapping, Added):
                     missing.append(key)
-        if missing:
-            raise UserError(f"{source}: {len(missing)} tensors are missing: {_first(missing)}")
         unknown = sorted(
             key for key in left - used if not self.is_repeat(key, used) and not self.is_ignored(key)
         )
-        if unknown:
-            raise UserError(
-                f"{source}: {len(unknown)} tensors do not belong to this architecture: {_first(unknown)}"
-            )
+        if missing or unknown:
+            raise UserError(f"{source}: {_what_differs(missing, unknown)}")
         return bound
 
     def is_repeat(self, key: str, used: Iterable[str]) -> bool:
@@ -106,6 +105,53 @@ class WeightMap:
     def is_ignored(self, key: str) -> bool:
         """True if `key` carries no weight of the model."""
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
+
+
+def _what_differs(missing: list[str], unknown: list[str]) -> str:
+    """In words: what is expected, what is there instead, and what that looks like."""
+    lost = f"{len(missing)} tensors are missing: {_first(missing)}"
+    more = f"{len(unknown)} tensors do not belong to this architecture: {_first(unknown)}"
+    if not missing or not unknown:
+        return lost if missing else more
+    return f"{lost}; {more}{_reason(missing, unknown)}"
+
+
+def _reason(missing: list[str], unknown: list[str]) -> str:
+    merged = next((key for key in unknown if _MERGED.search(key)), None)
+    if merged is not None:
+        return (
+            f" (the experts of a layer are merged into one tensor, e.g. {merged}; here each expert has tensors of "
+            "its own, as in published folders: take them apart first)"
+        )
+    lora = next((key for key in unknown if ".lora_" in key or ".base_layer." in key), None)
+    if lora is not None:
+        return " (an adapter, LoRA, is not merged: peft's merge_and_unload does it)"
+    there, found = set(unknown), _prefixes(missing[0], unknown)
+    if found is None:
+        return ""
+    has, wanted = found
+    if sum(has + key.removeprefix(wanted) in there for key in missing) <= len(missing) // 2:
+        return ""
+    if not has:
+        return f" (the names are without the prefix {wanted!r}: save the whole model, with its head)"
+    if not wanted:
+        return f" (the names have a foreign prefix, {has!r}: rename the tensors without it)"
+    return f" (the names have the prefix {has!r} in place of {wanted!r}: rename the tensors)"
+
+
+def _prefixes(wanted: str, names: list[str]) -> tuple[str, str] | None:
+    """The name that has most of its last words in common with `wanted`: what stands before those, in both."""
+    words, best, found = wanted.split("."), 1, None
+    for name in names:
+        theirs = name.split(".")
+        common = 0
+        while common < min(len(words), len(theirs)) and words[-1 - common] == theirs[-1 - common]:
+            common += 1
+        if common > best:
+            best = common
+            cut = sum(map(len, words[len(words) - common :])) + common - 1
+            found = name[: len(name) - cut], wanted[: len(wanted) - cut]
+    return found
 
 
 def _first(keys: list[str], limit: int = 3) -> str:

@@ -183,7 +183,7 @@ def cache_path(options: BuildOptions) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m zeda_megatron.ops.build`."""
     parser = argparse.ArgumentParser(
-        prog="python -m zeda_megatron.ops.build", description="Build the CUDA kernels"
+        prog="python -m zeda_megatron.ops.build", description="Build the CUDA kernels", allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, help="folder of the library (default: the build cache)")
     parser.add_argument("--arch", help="80;90a or one of them (default: ZEDA_KERNEL_ARCHS, else both)")

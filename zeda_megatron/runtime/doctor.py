@@ -156,7 +156,7 @@ def _write_in(folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of tools/doctor.py. Raises `UserError` if something required or expected is missing."""
     parser = argparse.ArgumentParser(
-        prog="doctor.py", description="What is installed; which path operators take"
+        prog="doctor.py", description="What is installed; which path operators take", allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--brief", action="store_true", help="print one line")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
+from ..errors import UserError
 from ..models.architecture import REGISTRY, read_architecture
 from .packed import packed_by, unpacked
 
@@ -17,7 +18,7 @@ def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     `kwargs` go to `from_pretrained`.
 
     Raises:
-        UserError: an unknown architecture.
+        UserError: an unknown architecture; weights that are missing, or that the model has no place for.
         ValueError: the config asks for no zero experts, or for a kind that is not supported.
     """
     arch = read_architecture(folder)
@@ -26,12 +27,13 @@ def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     dynamic = getattr(module, model.ARCHITECTURES[1])
     fields = arch.hf | {"model_type": model.MODEL_TYPES[0]}
     if packed_by(fields) != "modelopt":
-        return dynamic.from_pretrained(folder, config=dynamic.config_class.from_dict(fields), **kwargs)
+        config = dynamic.config_class.from_dict(fields)
+        return _whole(dynamic, folder, folder, config=config, **kwargs)
     del fields["quantization_config"]
     config = dynamic.config_class.from_dict(fields)
     dtype = kwargs.pop("dtype", None) or config.dtype
-    return dynamic.from_pretrained(
-        None, config=config, state_dict=unpacked(folder, dtype), dtype=dtype, **kwargs
+    return _whole(
+        dynamic, folder, None, config=config, state_dict=unpacked(folder, dtype), dtype=dtype, **kwargs
     )
 
 
@@ -41,4 +43,14 @@ def load_model(folder: str | os.PathLike, **kwargs):
 
     if read_architecture(folder).num_zero_experts:
         return load_zero_expert_model(folder, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    return _whole(AutoModelForCausalLM, folder, folder, **kwargs)
+
+
+def _whole(kind, where: str | os.PathLike, folder: str | os.PathLike | None, **kwargs):
+    """`from_pretrained`, refused where transformers would draw weights that it does not find, and report it only."""
+    model, found = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+    for what, why in (("missing", "is missing"), ("unexpected", "has no place in this model")):
+        names = sorted(found[f"{what}_keys"])
+        if names:
+            raise UserError(f"{where}: tensor {names[0]} {why} ({len(names)} such tensors)")
+    return model

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from ..errors import UserError
 
-_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SCALE = "_scale"
 """`...weight` and `...weight_scale`: one number, or one per row."""
 
@@ -32,12 +32,19 @@ def keys_of(folder: str | Path) -> list[str]:
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
-    """Type of most tensors of a folder, whatever its config.json says."""
+    """Type of most tensors of a folder, whatever its config.json says.
+
+    Raises:
+        UserError: no weights, or most of them are no plain floating-point numbers.
+    """
     found: Counter[str] = Counter()
     for path in _files(folder):
         with safe_open(path, "pt") as file:
             found.update(file.get_slice(name).get_dtype() for name in list(file.keys()))
-    return _TYPES[found.most_common(1)[0][0]]
+    most = found.most_common(1)[0][0] if found else "none"
+    if most not in _TYPES:
+        raise UserError(f"{folder}: most tensors have type {most}; a folder of plain float weights is needed")
+    return _TYPES[most]
 
 
 def unpacked(folder: str | Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

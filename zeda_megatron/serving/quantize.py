@@ -8,6 +8,7 @@ hold; every engine serves it, and its quality is that of the packed model. `--pa
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -19,10 +20,14 @@ import torch
 from torch import nn
 
 from ..arguments import parse
-from ..checkpoint.hf_config import copy_side_files
+from ..checkpoint.folders import write_atomically
+from ..checkpoint.hf_config import copy_side_files, with_own_code, write_config
+from ..checkpoint.hf_files import HFReader
+from ..checkpoint.import_checks import check_not_quantised
 from ..checkpoint.target import check_space, check_target, swap_in
 from ..errors import UserError
 from ..models.architecture import read_architecture
+from ..strict_json import read_json
 from .load import load_model
 from .packed import SCALE, keys_of, packed_by, stored_dtype
 
@@ -80,6 +85,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     arch = read_architecture(source)
     if packed_by(arch.hf) is not None:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
+    check_not_quantised(HFReader(source))
     check_target(target, options.overwrite)
     check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
@@ -99,6 +105,13 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
         else:
             _save_rounded(mtq, model, plain, work, options)
         copy_side_files(source, work)
+        config = read_json(work / "config.json")
+        if (
+            options.packed
+        ):  # without the modeling files: transformers would take the packed integers for weights
+            write_atomically(work / "config.json", json.dumps(with_own_code(config), indent=2) + "\n")
+        else:
+            write_config(work, config)
         swap_in(work, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

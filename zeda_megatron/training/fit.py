@@ -65,7 +65,7 @@ class HeadFit:
         if have.num_zero_experts and not have.paired:
             raise UserError(
                 f"--pretrained-checkpoint {options.pretrained_checkpoint}: has shared zero experts; give the static "
-                "model"
+                "model (convert it without --num-zero-experts)"
             )
         self.zero = ZeroExpertConfig(
             arch.megatron["num_moe_experts"],

@@ -15,6 +15,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
+from ..checkpoint.folders import require_folder
 from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
@@ -46,6 +47,8 @@ class Student:
 
 def hf_folder(options: ModelOptions) -> Path:
     """Folder with config.json and tokenizer: --hf-config, or hf_config/ beside the checkpoint."""
+    if options.pretrained_checkpoint:
+        require_folder(options.pretrained_checkpoint, "--pretrained-checkpoint")
     if options.hf_config:
         return Path(options.hf_config)
     if options.pretrained_checkpoint:

@@ -130,7 +130,7 @@ def rewrite(qwen, config: Glm4MoeLiteConfig, seen: Seen) -> Glm4MoeLiteForCausal
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--qwen", type=Path, required=True, help="HF folder of the Qwen3-MoE teacher")
     parser.add_argument("--config", type=Path, required=True, help="config.json of the GLM teacher")
     parser.add_argument(
