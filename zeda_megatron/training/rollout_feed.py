@@ -41,6 +41,7 @@ class RolloutFeed:
         self, options: Options, questions: list[Question], student: Student, tokenizer: ChatTokenizer
     ):
         self.options, self.questions = options, questions
+        self.tokenizer_fingerprint = tokenizer.fingerprint()
         generate, length = options.generate, options.data.seq_length
         longest = min(student.arch.max_position_embeddings, length)
         self.order = EpochOrder(len(questions), options.optimizer.seed)
@@ -104,6 +105,7 @@ class RolloutFeed:
             "seq_length": self.options.data.seq_length,
             "round": [self._prompts_per_round, generate.samples_per_prompt],
             "truncated": generate.truncated_answers,
+            "tokenizer": self.tokenizer_fingerprint,
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for question in self.questions:

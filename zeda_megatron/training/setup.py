@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,18 @@ def hf_folder(options: ModelOptions) -> Path:
     raise UserError("--hf-config is missing: give the folder of the HF model")
 
 
-def run_tokenizer(options: Options) -> ChatTokenizer:
-    """The tokenizer of the run: --tokenizer-model, else that of the HF folder."""
+RUN_DAY = datetime.date(2026, 1, 1)
+"""What chat templates that write today's date write in training: a resumed run must read what it read before."""
+
+
+def run_tokenizer(options: Options, day: datetime.date) -> ChatTokenizer:
+    """The tokenizer of the run: --tokenizer-model, else that of the HF folder. `day`: of the run, for its template."""
     data = options.data
     return load_tokenizer(
-        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
+        data.tokenizer_model or hf_folder(options.model),
+        data.tokenizer_type,
+        data.chat_template_file,
+        day=day,
     )
 
 
