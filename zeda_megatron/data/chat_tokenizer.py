@@ -24,6 +24,8 @@ PROBE: list[Message] = [
     {"role": "user", "content": _ASKED},
 ]
 """A conversation that shows what a template writes round an answer."""
+RUN_DAY = datetime.date(2026, 1, 1)
+"""What chat templates that write today's date write in training: a resumed run must read what it read before."""
 _ANCHORS = (".", ")", ":", "0", "a")
 _NEAR = 256
 """Characters before a piece that can have a say in its tokens."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from megatron.core import parallel_state
 
+from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedDataset
 from ..data.rows import rows_for
 from ..data.tokenizers import ChatTokenizer
@@ -16,7 +17,7 @@ from .feed import Feed, StoredFeed
 from .log import warn
 from .options import Options
 from .rollout_feed import RolloutFeed
-from .setup import RUN_DAY, Student, hf_folder, run_tokenizer
+from .setup import Student, hf_folder, run_tokenizer
 
 
 def prepare_feed(options: Options) -> Callable[[Student], Feed]:

@@ -100,17 +100,22 @@ class RolloutFeed:
 
     def fingerprint(self) -> str:
         """Of prompts and sampling. The batch size of the engine may change: it only moves roundings."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
         generate = self.options.generate
-        settings = asdict(self.sampling) | {
-            "seq_length": self.options.data.seq_length,
-            "round": [self._prompts_per_round, generate.samples_per_prompt],
-            "truncated": generate.truncated_answers,
-            "tokenizer": self.tokenizer_fingerprint,
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        prompts = hashlib.sha256()
         for question in self.questions:
-            digest.update(question.key.encode())
-        return digest.hexdigest()
+            prompts.update(question.key.encode())
+        settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(self.sampling).items()}
+        return settings | {
+            "--seq-length": self.options.data.seq_length,
+            "--rollout-batch-size, --global-batch-size": self._prompts_per_round,
+            "--samples-per-prompt": generate.samples_per_prompt,
+            "--truncated-answers": generate.truncated_answers,
+            "tokenizer or chat template": self.tokenizer_fingerprint,
+            "the prompts (--data-path, --overlong)": prompts.hexdigest(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {

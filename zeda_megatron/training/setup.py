@@ -60,10 +60,6 @@ def hf_folder(options: ModelOptions) -> Path:
     raise UserError("--hf-config is missing: give the folder of the HF model")
 
 
-RUN_DAY = datetime.date(2026, 1, 1)
-"""What chat templates that write today's date write in training: a resumed run must read what it read before."""
-
-
 def run_tokenizer(options: Options, day: datetime.date) -> ChatTokenizer:
     """The tokenizer of the run: --tokenizer-model, else that of the HF folder. `day`: of the run, for its template."""
     data = options.data
