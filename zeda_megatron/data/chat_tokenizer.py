@@ -117,7 +117,7 @@ class ChatTokenizer(ABC):
         """
         if self._pieces_stand_alone or not before:
             return self.encode(text)
-        for ahead in (before[-_NEAR:], *_ANCHORS):
+        for ahead in (before[-_NEAR:], *self._anchors):
             head, both = self.encode(ahead), self.encode(ahead + text)
             if head and both[: len(head)] == head:
                 return both[len(head) :]
@@ -157,6 +157,7 @@ class ChatTokenizer(ABC):
         self.eos_id, self.eos_ids = named[0], frozenset(named)
         doubled = (self.written_out(self.encode(piece) * 2) == piece * 2 for piece in ("x", "1", "(", " x "))
         self._pieces_stand_alone = all(doubled)
+        self._anchors = [c for c in _ANCHORS if self.written_out(self.encode(c)).strip() == c]
         self._find_end(named[0])
 
     def _find_end(self, named: int) -> None:
