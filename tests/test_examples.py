@@ -13,6 +13,7 @@ import pytest
 
 from zeda_megatron.arguments import parse
 from zeda_megatron.data import step_plan as plan
+from zeda_megatron.data.records import parse_prompt, parse_rollout
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.memory_command import read_command
 from zeda_megatron.evaluation.memory_sheet import COLUMNS, markdown_row, memory_sheet
@@ -173,6 +174,19 @@ def test_the_papers_stage_2_is_what_the_file_says(example):
 def test_this_check_sees_a_wrong_command(line):
     with pytest.raises((UserError, AssertionError)):
         test_every_documented_command_is_understood([LAUNCH, *line.split()], pytest.MonkeyPatch())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_documented_lines_of_data_are_read(page):
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [json.loads(line) for block in blocks for line in block.splitlines() if line.strip()]
+    asked = [
+        line for line in lines if '"assistant"' not in str(line).replace("'", '"') and "gpt" not in str(line)
+    ]
+    assert len(lines) > len(asked) > 0
+    for line in lines:
+        messages = (parse_prompt if line in asked else parse_rollout)(line, page).messages
+        assert messages[-1]["role"] == ("user" if line in asked else "assistant")
 
 
 @pytest.fixture
