@@ -341,6 +341,7 @@ def test_the_day_of_a_dated_template_is_given_and_the_tokenizer_is_told_apart_by
     assert now.fingerprint() == before != then.fingerprint()
     plain = load_tokenizer(folder_of(), day=day)
     assert not plain.tells_the_day and plain.notes == [] and now.tells_the_day
+    assert plain.fingerprint() == load_tokenizer(folder_of()).fingerprint()
     then.save(folder / "copy")
     assert load_tokenizer(folder / "copy").template == DATED
 

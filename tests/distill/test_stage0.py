@@ -279,6 +279,16 @@ def test_after_midnight_nothing_is_answered_again_and_the_rest_knows_the_first_d
         run_stage0(options)
 
 
+def test_the_day_is_nothing_to_a_template_that_does_not_write_it(world, dated, tmp_path):
+    dated(2030)
+    options = stage0_options(world, tmp_path / "a")
+    run_stage0(options)
+    before = (tmp_path / "a").read_text()
+    dated(2031)
+    assert run_stage0(options) == 0
+    assert (tmp_path / "a").read_text() == before and '"day"' not in (tmp_path / "a.meta.json").read_text()
+
+
 def test_the_keys_of_questions_do_not_know_the_day(world, dated, tmp_path):
     tokenizer = load_tokenizer(world.hf, chat_template_file=dated(2030))
     before = make_questions([str(world.prompts)], tokenizer, 64)

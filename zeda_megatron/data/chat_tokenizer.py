@@ -129,8 +129,10 @@ class ChatTokenizer(ABC):
         return len(text) > 4 * max(self.longest_token, 1) * tokens
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that make the same tokens of a conversation, whatever day it is."""
-        facts = [self.template, self.template_args, str(self.day or ""), sorted(self.eos_ids), self.pad_id]
+        """Equal for tokenizers that make the same tokens of a conversation; the day counts if one was given and the
+        template writes it."""
+        day = str(self.day) if self.day and self.tells_the_day else ""
+        facts = [self.template, self.template_args, day, sorted(self.eos_ids), self.pad_id]
         facts += [self.vocab_size, self.encode("".join(map(chr, range(32, 127)))), self.encode("été 日本 🙂")]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

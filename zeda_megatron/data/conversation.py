@@ -179,8 +179,7 @@ def tokenize_rollouts(
         seq_length: S, the length of a packed row.
         overlong: longer samples are left out (`skip`), cut at S (`truncate`), or stop the run (`error`).
         source: name of the file, for messages.
-        say: gets a line for every reason why samples were left out, and one if text in pieces is not text as a
-            whole to this tokenizer.
+        say: gets a line for every reason why samples were left out.
 
     Raises:
         UserError: naming `source` and the sample's number (from 1).
