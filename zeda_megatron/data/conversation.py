@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..errors import UserError, shown
+from ..errors import UserError, cut_short
 from .chat_tokenizer import PROBE, ChatTokenizer
 from .records import Message, Rollout
 
@@ -247,7 +247,7 @@ def pieces_differ(rollouts: Iterable[Rollout], tokenizer: ChatTokenizer) -> str 
         if not (all_text.startswith(pieces) or pieces.startswith(all_text.rstrip())):
             return (
                 f"tokenizer {tokenizer.name}: a conversation encoded in pieces (prompt, answer) reads "
-                f"{shown(pieces, 200)!r}, encoded as a whole {shown(all_text, 200)!r}: answers without token ids are "
-                "learned as the former"
+                f"{cut_short(pieces, 200)!r}, encoded as a whole {cut_short(all_text, 200)!r}: answers without token "
+                "ids are learned as the former"
             )
     return None

@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,23 +171,9 @@ class PackedDataset:
     def fingerprint(self) -> str:
         """Hash of everything that decides which token stands where; a resumed run compares it."""
         digest = hashlib.sha256(f"{self.seq_length} {self.pad_id} {self.align} {self._order.seed}".encode())
-        self._hash_text(digest)
-        return digest.hexdigest()
-
-    def facts(self) -> dict[str, Any]:
-        """The same in parts, by the flag that decides each: for a message that says which one differs."""
-        text = hashlib.sha256()
-        self._hash_text(text)
-        return {
-            "--seq-length": self.seq_length,
-            "--seed": self._order.seed,
-            "the padding of sequences (--context-parallel-size, --pad-seq-to-mult)": self.align,
-            "the text (--data-path, --overlong, tokenizer, chat template)": text.hexdigest(),
-        }
-
-    def _hash_text(self, digest) -> None:
         for part in (self._tokens, self._is_response, self._starts):
             digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Number of rows that `epoch` (from 0) takes; differs a little between epochs."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError, shown
+from ..errors import UserError, cut_short
 
 Message = dict[str, str]
 _MESSAGE_KEYS = ("role", "content", "reasoning_content")
@@ -127,7 +127,7 @@ def _conversation(line: dict, where: str, keys: tuple[str, ...]) -> tuple[list[M
     key = next((key for key in keys if line.get(key) is not None), None)
     if key is None:
         others = f'; "{keys[-2]}" and "{keys[-1]}" are read too' if len(keys) > 2 else ""
-        found = shown(", ".join(sorted(line)) or "none")
+        found = cut_short(", ".join(sorted(line)) or "none")
         raise UserError(f'{where}: no key "{keys[0]}" (found {found}){others}')
     messages = _messages(line[key], where, key)
     system = line.get("system") if key == "conversations" else None
@@ -155,16 +155,16 @@ def _message(message: Any, here: str) -> Message:
     for name in given:
         # Silently losing, say, tool calls would train on another conversation than the file shows.
         if name not in names:
-            raise UserError(f'{here} has the key "{shown(name)}"; only {", ".join(names)} are read')
+            raise UserError(f'{here} has the key "{cut_short(name)}"; only {", ".join(names)} are read')
     if names is _SHAREGPT_KEYS:
         speaker = given["from"]
         if speaker not in _SPEAKERS:
-            raise UserError(f'{here} is from "{shown(speaker)}"; known are {", ".join(_SPEAKERS)}')
+            raise UserError(f'{here} is from "{cut_short(speaker)}"; known are {", ".join(_SPEAKERS)}')
         given = {"role": _SPEAKERS[speaker], "content": given["value"]}
     # Templates write the role beside their markers, so a marker in it would be one.
     if not _ROLE.fullmatch(given["role"]):
         raise UserError(
-            f'{here}: "{shown(given["role"])}" is no role; one is a word such as user or assistant'
+            f'{here}: "{cut_short(given["role"])}" is no role; one is a word such as user or assistant'
         )
     if not isinstance(given.get("reasoning_content", ""), str):
         raise UserError(f'{here}: "reasoning_content" must be text')

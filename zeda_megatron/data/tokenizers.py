@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..errors import UserError, shown
+from ..errors import UserError, cut_short
 from ..regular_file import is_regular, read_regular
 from ..strict_json import is_int, read_json
 from .chat_tokenizer import ChatTokenizer
@@ -100,7 +100,7 @@ class HfTokenizer(ChatTokenizer):
         try:
             self.template = self.hf.get_chat_template() if self.hf.chat_template else None
         except ValueError as error:  # several by name, none of them the default
-            raise UserError(f"tokenizer {path}: {shown(str(error), 300)}") from error
+            raise UserError(f"tokenizer {path}: {cut_short(str(error), 300)}") from error
         named = [i for f in ("generation_config.json", "config.json") for i in _named_eos(path / f)]
         named = [i for i in [self.hf.eos_token_id, *named] if i is not None]
         if not named:

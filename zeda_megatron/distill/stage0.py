@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
-from ..errors import UserError, shown
+from ..errors import UserError, cut_short
 from ..regular_file import is_regular
 from ..strict_json import read_json, strict_loads
 from .rollout import RolloutEngine
@@ -75,7 +75,9 @@ def make_questions(
             questions.append(Question(f"{digest}-{occurrence}-{sample}", prompt, ids))
     name = ", ".join(map(str, files))
     if long and overlong != "skip":
-        others = f" (so do {len(long) - 1} more: {shown(', '.join(long[1:]), 400)})" if len(long) > 1 else ""
+        others = (
+            f" (so do {len(long) - 1} more: {cut_short(', '.join(long[1:]), 400)})" if len(long) > 1 else ""
+        )
         raise UserError(
             f"{name} prompt {long[0]}; the context of {max_length} leaves no room for an answer{others}: shorten or "
             "remove it, or choose --overlong skip"
@@ -129,7 +131,7 @@ class RolloutFile:
             before = read_json(self.meta)
             for name, value in self.settings.items():
                 if before.get(name) != value:
-                    was = shown(repr(before.get(name)))
+                    was = cut_short(repr(before.get(name)))
                     raise UserError(
                         f"{self.path} was sampled with {name} = {was}, now it is {value!r}: "
                         "use the same, or give another --rollout-path"

@@ -45,10 +45,6 @@ class Feed(Protocol):
         """Hash of everything that decides what is fed; a resumed run compares it."""
         ...
 
-    def facts(self) -> dict[str, Any]:
-        """What the fingerprint is made of, in plain values by flag: a refusal names those that differ."""
-        ...
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; equal on all ranks."""
         ...
@@ -82,9 +78,6 @@ class StoredFeed:
 
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
-
-    def facts(self) -> dict[str, Any]:
-        return self.dataset.facts()
 
     def state_dict(self) -> dict[str, Any]:
         return {"consumed_rows": self.consumed_rows}

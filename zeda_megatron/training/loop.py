@@ -188,7 +188,6 @@ class TrainingRun:
             "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
             "data": self.feed.fingerprint(),
-            "data_facts": self.feed.facts(),
             "guards": self.guards.state_dict(),
         }
 
@@ -223,10 +222,9 @@ class TrainingRun:
         loaded = load_checkpoint(folder, self.state(is_loading=True), flag)
         progress = loaded["progress"]
         if loaded.get("data") != self.feed.fingerprint():
-            different = _differing(loaded.get("data_facts"), self.feed.facts())
             raise UserError(
-                f"{flag} {folder}: was trained on other data ({different}); --data-path, --seq-length, --seed and how "
-                "answers are sampled stay as they were: resume with the same, or start in a new --save folder"
+                f"{flag} {folder}: was trained on other data (--data-path, --seq-length, --seed or how answers are "
+                "sampled differ); resume with the same, or start in a new --save folder"
             )
         if progress.get("teacher", self.teacher_id) != self.teacher_id:
             raise UserError(
@@ -243,19 +241,6 @@ class TrainingRun:
         self.iteration = progress["iteration"]
         self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]
-
-
-def _differing(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    """What is other data than before; checkpoints of earlier versions do not say."""
-    if before is None:
-        return "an earlier version's checkpoint does not say in what"
-    found = []
-    for name, value in now.items():
-        was = before.get(name)
-        if was != value:
-            hashed = isinstance(value, str) and len(value) >= 16
-            found.append(f"{name} differs" if hashed else f"{name} was {was}, now it is {value}")
-    return "; ".join(found)
 
 
 def on_policy_metrics(trained: dict[str, float], fed: dict[str, float]) -> dict[str, float]:

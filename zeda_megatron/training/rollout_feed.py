@@ -41,8 +41,8 @@ class RolloutFeed:
         self, options: Options, questions: list[Question], student: Student, tokenizer: ChatTokenizer
     ):
         self.options, self.questions = options, questions
-        self.tokenizer_fingerprint = tokenizer.fingerprint()
         generate, length = options.generate, options.data.seq_length
+        self.tokenizer_fingerprint = tokenizer.fingerprint()
         longest = min(student.arch.max_position_embeddings, length)
         self.order = EpochOrder(len(questions), options.optimizer.seed)
         self.sampling = generate.sampling(options.optimizer.seed)
@@ -100,22 +100,17 @@ class RolloutFeed:
 
     def fingerprint(self) -> str:
         """Of prompts and sampling. The batch size of the engine may change: it only moves roundings."""
-        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
-
-    def facts(self) -> dict[str, Any]:
         generate = self.options.generate
-        prompts = hashlib.sha256()
-        for question in self.questions:
-            prompts.update(question.key.encode())
-        settings = {f"--{name.replace('_', '-')}": value for name, value in asdict(self.sampling).items()}
-        return settings | {
-            "--seq-length": self.options.data.seq_length,
-            "--rollout-batch-size, --global-batch-size": self._prompts_per_round,
-            "--samples-per-prompt": generate.samples_per_prompt,
-            "--truncated-answers": generate.truncated_answers,
-            "tokenizer or chat template": self.tokenizer_fingerprint,
-            "the prompts (--data-path, --overlong)": prompts.hexdigest(),
+        settings = asdict(self.sampling) | {
+            "seq_length": self.options.data.seq_length,
+            "round": [self._prompts_per_round, generate.samples_per_prompt],
+            "truncated": generate.truncated_answers,
+            "tokenizer": self.tokenizer_fingerprint,
         }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for question in self.questions:
+            digest.update(question.key.encode())
+        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         return {
