@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import pytest
 
 from zeda_megatron.arguments import parse
 from zeda_megatron.data import step_plan as plan
+from zeda_megatron.data.records import parse_prompt, parse_rollout
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.memory_command import read_command
 from zeda_megatron.evaluation.memory_sheet import COLUMNS, markdown_row, memory_sheet
@@ -174,19 +176,69 @@ def test_this_check_sees_a_wrong_command(line):
         test_every_documented_command_is_understood([LAUNCH, *line.split()], pytest.MonkeyPatch())
 
 
-def test_plan_counts_rows_as_training_packs_them(tmp_path, capsys, monkeypatch):
-    """Eight conversations of one length, three to a row of 80 tokens: three rows."""
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_documented_lines_of_data_are_read(page):
+    blocks = re.findall(r"```json\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [json.loads(line) for block in blocks for line in block.splitlines() if line.strip()]
+    asked = [
+        line for line in lines if '"assistant"' not in str(line).replace("'", '"') and "gpt" not in str(line)
+    ]
+    assert len(lines) > len(asked) > 0
+    for line in lines:
+        messages = (parse_prompt if line in asked else parse_rollout)(line, page).messages
+        assert messages[-1]["role"] == ("user" if line in asked else "assistant")
 
-    class Letters:
-        pad_id = 0
 
-    class Sample:
-        tokens, is_response, kind = [1] * 25, [True] * 25, ""
+@pytest.fixture
+def planned(tmp_path, capsys, monkeypatch):
+    """What tools/plan.py says of eight conversations of 25 tokens, given flags: (flags to use, lines to a human)."""
+    ids = {"prompt_ids": [5] * 10, "response_ids": [6] * 15}
+    line = json.dumps({"messages": [{"role": "user", "content": "a"}]} | ids) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 8)
+    tokenizer = ROOT / "examples" / "quickstart" / "teacher"
 
-    monkeypatch.setattr(plan, "load_tokenizer", lambda folder: Letters())
-    monkeypatch.setattr(plan, "load_rollouts", lambda files: None)
-    monkeypatch.setattr(plan, "tokenize_rollouts", lambda *_: [Sample()] * 8)
-    flags = ["--data-path", "a", "--tokenizer-model", "b", "--seq-length", "80", "--data-parallel-size", "1"]
-    monkeypatch.setattr(sys, "argv", ["plan.py", *flags, "--conversations", "6"])
-    assert plan.main() == 0
-    assert capsys.readouterr().out == "--global-batch-size 2 --train-iters 2\n"
+    def _run(*flags, data=None):
+        paths = ["--data-path", str(data or tmp_path / "a.jsonl"), "--tokenizer-model", str(tokenizer)]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *paths, "--seq-length", "80", *flags])
+        assert plan.main() == 0
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    return _run
+
+
+def test_plan_counts_rows_as_training_packs_them(planned, tmp_path):
+    """Three of the conversations to a row of 80 tokens: three rows; padded to 32, two to a row: four."""
+    flags, said = planned("--conversations", "6")
+    assert flags == "--global-batch-size 2 --train-iters 2\n"
+    assert "8 conversations, 25 tokens on average, longest 25; 3 rows of 80" in said and "warning" not in said
+    assert "for 1 data-parallel rank (--data-parallel-size)" in said
+    for more in (["--pad-seq-to-mult", "32", "--seq-length", "64"], ["--context-parallel-size", "20"]):
+        assert "; 4 rows of" in planned("--conversations", "2", *more)[1]
+    assert planned("--conversations", "2", "--data-parallel-size", "3")[0] == (
+        "--global-batch-size 3 --train-iters 1\n"
+    )
+    long = json.dumps(
+        {"messages": [{"role": "user", "content": "a"}], "prompt_ids": [5] * 90, "response_ids": [6]}
+    )
+    (tmp_path / "long.jsonl").write_text((tmp_path / "a.jsonl").read_text() + long + "\n")
+    with pytest.raises(UserError, match="sample 9 has 91 tokens"):
+        planned(data=tmp_path / "long.jsonl")
+    said = planned("--overlong", "skip", data=tmp_path / "long.jsonl")[1]
+    assert "1 of 9 conversations left out" in said and "8 conversations, 25 tokens" in said
+
+
+def test_plan_says_if_one_step_takes_more_than_there_is(planned):
+    flags, said = planned("--conversations", "16")
+    assert flags == "--global-batch-size 6 --train-iters 1\n"
+    assert "warning: one step takes 6 rows and the files give 3" in said
+
+
+def test_plan_takes_the_tokenizer_and_the_template_of_the_training(planned, tmp_path):
+    (tmp_path / "text.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+        + "\n"
+    )
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    said = planned("--chat-template-file", str(tmp_path / "t.jinja"), data=tmp_path / "text.jsonl")[1]
+    assert "4 tokens on average" in said

@@ -27,6 +27,11 @@ def one_line(text: str, longest: int = 1500) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def cut_short(text: str, longest: int = 60) -> str:
+    """A value as messages repeat it: cut, however long it is."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point and exit: 0 when fine, 2 with one line on stderr for a `UserError`.
 

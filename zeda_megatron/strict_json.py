@@ -21,8 +21,11 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a character that UTF-16 writes in two."""
 
 
-def strict_loads(data: bytes) -> Any:
+def strict_loads(data: bytes, finite: bool = True) -> Any:
     """Parse JSON text.
+
+    Args:
+        finite: False lets NaN and infinities pass, which Python's own writer makes.
 
     Raises:
         ValueError: no UTF-8, no JSON, nested too deeply, of too many parts, a key that comes twice, a number that is
@@ -33,7 +36,7 @@ def strict_loads(data: bytes) -> Any:
         raise ValueError(f"it has {parts} parts, more than any such file")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_int=_int)
-        place = _not_finite(value)
+        place = _not_finite(value) if finite else None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if place is not None:

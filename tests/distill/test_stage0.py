@@ -188,6 +188,207 @@ def test_a_prompt_as_long_as_the_context_is_a_user_error(world, tokenizer):
         make_questions([str(world.prompts)], tokenizer, max(lengths))
 
 
+def test_all_prompts_as_long_as_the_context_are_named_or_left_out(world, tokenizer):
+    questions = make_questions([str(world.prompts)], tokenizer, 64)
+    lengths = [len(q.ids) for q in questions]
+    limit = sorted(lengths)[4]
+    long = [number for number, length in enumerate(lengths, 1) if length >= limit]
+    with pytest.raises(UserError) as told:
+        make_questions([str(world.prompts)], tokenizer, limit)
+    message = str(told.value)
+    assert f"prompt {long[0]} has {lengths[long[0] - 1]} tokens; the context of {limit} " in message
+    assert all(f"{number} has {lengths[number - 1]} tokens" in message for number in long)
+    assert f"(so do {len(long) - 1} more: " in message and "--overlong skip" in message
+    lines = []
+    kept = make_questions([str(world.prompts)], tokenizer, limit, overlong="skip", say=lines.append)
+    assert kept == [q for q, length in zip(questions, lengths) if length < limit]
+    assert lines == [
+        f"{world.prompts}: {len(long)} of 9 prompts left out, as long as the context of {limit} or longer"
+    ]
+    with pytest.raises(UserError, match="no prompt is left"):
+        make_questions([str(world.prompts)], tokenizer, 2, overlong="skip")
+
+
+def test_very_many_and_very_long_prompts_are_named_in_a_few_words(tokenizer, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x" * 5_000_000}) + "\n" + '{"prompt": "one two three"}\n' * 400)
+    with pytest.raises(UserError, match=r"prompt 1 has far too many tokens; .*so do 400 more: 2 has") as told:
+        make_questions([str(prompts)], tokenizer, 8)
+    assert len(str(told.value)) < 1000
+
+
+def test_prompts_of_all_forms_are_asked_alike(tokenizer, tmp_path):
+    for name, line in {
+        "prompt": {"prompt": "one two"},
+        "openai": {"messages": [{"role": "user", "content": "one two"}]},
+        "sharegpt": {"conversations": [{"from": "human", "value": "one two"}]},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(line) + "\n")
+    made = [
+        make_questions([str(tmp_path / name)], tokenizer, 64) for name in ("prompt", "openai", "sharegpt")
+    ]
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.fixture
+def dated(world, tmp_path, monkeypatch):
+    """A chat template that writes the day, and a way to move the clock of templates and of stage 0."""
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    from zeda_megatron.distill import stage0
+
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + tiny_world.CHATML)
+
+    def _move(year):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(year, 1, 2)
+
+        class Day(datetime.date):
+            @classmethod
+            def today(cls):
+                return cls(year, 1, 2)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        monkeypatch.setattr(stage0.datetime, "date", Day)
+        return template
+
+    return _move
+
+
+def test_after_midnight_nothing_is_answered_again_and_the_rest_knows_the_first_day(
+    world, dated, tmp_path, capsys
+):
+    whole = stage0_options(world, tmp_path / "whole", chat_template_file=dated(2030))
+    assert run_stage0(whole) == 0
+    options = stage0_options(world, tmp_path / "a", chat_template_file=dated(2030))
+    run_stage0(options)
+    lines = (tmp_path / "a").read_text().splitlines(keepends=True)
+    (tmp_path / "a").write_text("".join(lines[:4]))
+    dated(2031)
+    assert run_stage0(options) == 0
+    assert "5 answers now, 9 in all, 0 left" in capsys.readouterr().out
+    assert by_key(tmp_path / "a") == by_key(tmp_path / "whole")
+    assert json.loads((tmp_path / "a.meta.json").read_text())["day"] == "2030-01-02"
+    (tmp_path / "a.meta.json").write_text('{"day": "soon"}')
+    with pytest.raises(UserError, match=r'a.meta.json: "day" is no date'):
+        run_stage0(options)
+
+
+def test_the_day_is_nothing_to_a_template_that_does_not_write_it(world, dated, tmp_path):
+    dated(2030)
+    options = stage0_options(world, tmp_path / "a")
+    run_stage0(options)
+    before = (tmp_path / "a").read_text()
+    dated(2031)
+    assert run_stage0(options) == 0
+    assert (tmp_path / "a").read_text() == before and '"day"' not in (tmp_path / "a.meta.json").read_text()
+
+
+def test_the_keys_of_questions_do_not_know_the_day(world, dated, tmp_path):
+    tokenizer = load_tokenizer(world.hf, chat_template_file=dated(2030))
+    before = make_questions([str(world.prompts)], tokenizer, 64)
+    dated(2031)
+    after = make_questions([str(world.prompts)], tokenizer, 64)
+    assert [q.key for q in before] == [q.key for q in after]
+    assert before[0].ids != after[0].ids
+
+
+def test_a_dated_template_is_no_other_data_to_a_resumed_run(world, dated, tmp_path):
+    for stage, data in (("1", world.rollouts), ("2", world.prompts)):
+        fields = {
+            "stage": stage,
+            "data_path": data,
+            "chat_template_file": dated(2030),
+            "global_batch_size": 1,
+        }
+        feeds = []
+        for year in (2030, 2031):
+            dated(year)
+            feeds.append(tiny_world.start(world, train_iters=1, **fields).feed)
+        assert feeds[0].fingerprint() == feeds[1].fingerprint()
+        if stage == "1":
+            assert "2026-01-01" in load_tokenizer(world.hf).decode(
+                feeds[1].next_rows(0).rows[0].tokens[0].tolist()
+            )
+
+
+@pytest.mark.parametrize("change", ["template", "tokenizer"])
+def test_answers_to_other_prompts_are_not_mixed_in(world, tmp_path, change):
+    run_stage0(stage0_options(world, tmp_path / "a"))
+    (tmp_path / "t.jinja").write_text(tiny_world.CHATML + " ")
+    other = {"chat_template_file": tmp_path / "t.jinja"}
+    if change == "tokenizer":
+        import shutil
+
+        shutil.copytree(world.hf, tmp_path / "hf")
+        made = (tmp_path / "hf" / "tokenizer.json").read_text()
+        (tmp_path / "hf" / "tokenizer.json").write_text(
+            made.replace('"add_prefix_space": false', '"add_prefix_space": true')
+        )
+        other = {"tokenizer_model": tmp_path / "hf"}
+    with pytest.raises(UserError, match="a was sampled with prompts_by = '"):
+        run_stage0(stage0_options(world, tmp_path / "a", **other))
+
+
+def test_what_is_no_file_of_answers_is_refused_and_not_waited_for(world, tokenizer, tmp_path):
+    import os
+
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "b.meta.json")
+    (tmp_path / "b").write_text('{"key": "x"}\n')
+    (tmp_path / "c.meta.json").mkdir()
+    for name, kind in (("folder", "a folder"), ("pipe", "a pipe"), ("b", "a pipe"), ("c", "a folder")):
+        with pytest.raises(UserError, match=f"is {kind}, where a regular file belongs"):
+            opened(tmp_path / name)
+    for line in (
+        "[" * 100_000,
+        '{"key": ' + "[" * 100_000,
+        '{"key": ' + "7" * 5000 + "}",
+        '{"key": []}',
+        "5",
+        "\x00",
+    ):
+        path = tmp_path / "d"
+        path.unlink(missing_ok=True)
+        file = opened(path)
+        path.write_text(line + "\n" + '{"key": "x"}\n')
+        with pytest.raises(UserError, match="d line 1: not a line of stage 0"):
+            file.open()
+    for meta in ("[" * 100_000, '{"seed": ' + "7" * 5000 + "}", "\x00" * 50, '{"seed": 1, "seed": 5}'):
+        (tmp_path / "d.meta.json").write_text(meta)
+        with pytest.raises(UserError, match=r"d.meta.json: cannot be read as JSON"):
+            opened(tmp_path / "d")
+
+
+def test_thinking_markers_stand_in_the_text_of_an_answer(world, tmp_path):
+    import transformers
+    from tokenizers import AddedToken
+
+    from zeda_megatron.distill.rollout import Generation
+
+    there = transformers.AutoTokenizer.from_pretrained(world.hf)
+    there.add_tokens(
+        [AddedToken("<think>", special=True), AddedToken("</think>", special=True)], special_tokens=True
+    )
+    there.save_pretrained(tmp_path / "hf")
+    tokenizer = load_tokenizer(tmp_path / "hf")
+
+    class Thinking:
+        def generate(self, prompts, sampling, stream_ids):
+            ids = tokenizer.encode("<think>maybe 41</think>42<|im_end|>")
+            return [Generation(ids, [0.0] * len(ids), "stop") for _ in prompts]
+
+    answer(world, tokenizer, Thinking(), tmp_path / "a.jsonl")
+    texts = {line["messages"][-1]["content"] for line in by_key(tmp_path / "a.jsonl").values()}
+    assert texts == {"<think>maybe 41</think>42"}
+
+
 def test_equal_prompts_are_questions_of_their_own(world, tokenizer, engine, tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "one two"}\n' * 3 + '{"prompt": "cat"}\n')

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import UserError, cut_short
+from .chat_tokenizer import PROBE, ChatTokenizer
 from .records import Message, Rollout
-from .tokenizers import ChatTokenizer
 
 OVERLONG = ("skip", "error", "truncate")
+_EMPTY_THOUGHT = re.compile(r"<(\w+)></\1>")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class TokenSample:
     """Domain label, such as `prose`."""
 
 
+class CutOffThinking(UserError):
+    """An answer that was cut off while thinking, and whose thought the template would close."""
+
+
 def tokenize_conversation(
     messages: list[Message], tokenizer: ChatTokenizer, kind: str = "", complete: bool = True
 ) -> TokenSample:
@@ -34,6 +40,8 @@ def tokenize_conversation(
 
     Templates may rewrite history (Qwen3's drops the thinking of earlier turns). An earlier turn that does not
     stand in the final text as the model would have written it is context, not response.
+
+    An answer that was cut off while thinking, and whose thought the template would close, gives an empty sample.
 
     Args:
         messages: the conversation; what follows the last assistant message is left out.
@@ -53,12 +61,17 @@ def tokenize_conversation(
     is_response: list[bool] = []
     done, open_end = 0, False
     for turn in turns:
-        prompt = tokenizer.render_chat(messages[:turn], True)
-        whole = text if turn == turns[-1] else tokenizer.render_chat(messages[: turn + 1], False)
+        prompt, last = tokenizer.render_chat(messages[:turn], True), turn == turns[-1]
+        whole = text if last else tokenizer.render_chat(messages[: turn + 1], False)
         if not (text.startswith(whole) and whole.startswith(prompt) and len(prompt) >= done):
             continue
-        context = tokenizer.encode(text[done : len(prompt)])
-        answer = tokenizer.encode(text[len(prompt) : len(whole)])
+        written = text[len(prompt) : len(whole)]
+        if last:
+            written = _said(written, messages[turn], complete)
+            if written is None:
+                return TokenSample([], [], kind)
+        context = tokenizer.encode_after(text[:done], text[done : len(prompt)])
+        answer = tokenizer.encode_after(prompt, written)
         end = _response_end(answer, tokenizer)
         # Where a template closes no turn, the marker that opens the next one is the end token (GLM).
         ends_before = open_end and bool(context) and context[0] in tokenizer.eos_ids
@@ -84,12 +97,35 @@ def tokenize_conversation(
     return TokenSample(tokens, is_response, kind)
 
 
+def _said(written: str, message: Message, complete: bool) -> str | None:
+    """What of a rendered turn is learned: all of it, or of an answer that was cut off the part that the model said.
+
+    None where the template ends a thought that the model did not end: it takes open thinking for the answer and puts
+    the end of a thought before it.
+    """
+    content, thought = message["content"].strip(), message.get("reasoning_content", "")
+    unclosed = content.startswith("<think>") and "</think>" not in content
+    if complete and not unclosed:
+        return written
+    bare, said = "".join(written.split()), "".join(content.split())
+    if thought.strip():
+        # An answer follows the thought, so what stands between is the model's own.
+        faithful = bool(said) and "".join(thought.split()) in bare
+    else:
+        added, found, _ = bare.partition(said) if said else ("", "", "")
+        # Qwen3's template puts an empty thought before an answer that has none, cut off or not.
+        faithful = bool(found) and (
+            not added or (not unclosed and _EMPTY_THOUGHT.fullmatch(added) is not None)
+        )
+    if not faithful:
+        return None
+    end = written.rfind(content)
+    return written if complete or end < 0 else written[: end + len(content)]
+
+
 def _response_end(answer: list[int], tokenizer: ChatTokenizer) -> int | None:
-    """Index after the last end token; what follows it (a newline, say) belongs to the template."""
-    for index in range(len(answer) - 1, -1, -1):
-        if answer[index] in tokenizer.eos_ids:
-            return index + 1
-    return None
+    """Index behind the first end token, where sampling stops; what follows (a newline, say) is the template's."""
+    return next((index + 1 for index, token in enumerate(answer) if token in tokenizer.eos_ids), None)
 
 
 def _marker_after(messages: list[Message], text: str, tokenizer: ChatTokenizer) -> int:
@@ -107,10 +143,16 @@ def tokenize_rollout(rollout: Rollout, tokenizer: ChatTokenizer) -> TokenSample:
 
     Raises:
         UserError: an id outside the vocabulary, or a conversation that cannot be tokenised.
+        CutOffThinking: only token ids could teach this answer.
     """
     if rollout.prompt_ids is None or rollout.response_ids is None:
-        complete = rollout.finish_reason != "length"
-        return tokenize_conversation(rollout.messages, tokenizer, rollout.kind, complete)
+        sample = tokenize_conversation(rollout.messages, tokenizer, rollout.kind, rollout.complete)
+        if not sample.tokens:
+            raise CutOffThinking(
+                "the answer was cut off while thinking, and the chat template would close the thought: only token ids "
+                "can teach it"
+            )
+        return sample
     tokens = rollout.prompt_ids + rollout.response_ids
     if tokens and max(tokens) >= tokenizer.vocab_size:
         raise UserError(
@@ -127,6 +169,7 @@ def tokenize_rollouts(
     seq_length: int,
     overlong: str = "skip",
     source: str = "rollouts",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[TokenSample]:
     """Samples of at most `seq_length` tokens that have something to learn, in order.
 
@@ -136,26 +179,75 @@ def tokenize_rollouts(
         seq_length: S, the length of a packed row.
         overlong: longer samples are left out (`skip`), cut at S (`truncate`), or stop the run (`error`).
         source: name of the file, for messages.
+        say: gets a line for every reason why samples were left out.
 
     Raises:
         UserError: naming `source` and the sample's number (from 1).
     """
     if overlong not in OVERLONG:
         raise UserError(f"--overlong {overlong!r} is unknown; choose one of {', '.join(OVERLONG)}")
-    for number, rollout in enumerate(rollouts, 1):
+    count, long, thinking = 0, 0, 0
+    for count, rollout in enumerate(rollouts, 1):
+        here = f"{source} sample {count}"
+        huge = overlong != "truncate" and _surely_longer(rollout, tokenizer, seq_length)
         try:
-            sample = tokenize_rollout(rollout, tokenizer)
+            sample = TokenSample([], []) if huge else tokenize_rollout(rollout, tokenizer)
+        except CutOffThinking:
+            thinking += 1
+            continue
         except UserError as error:
-            raise UserError(f"{source} sample {number}: {error}") from error
+            raise UserError(f"{here}: {error}") from error
         length = len(sample.tokens)
-        if length > seq_length and overlong == "error":
+        if (huge or length > seq_length) and overlong == "error":
             raise UserError(
-                f"{source} sample {number} has {length} tokens, more than --seq-length {seq_length}: "
-                "raise it, or choose --overlong skip or truncate"
+                f"{here} has {'far too many' if huge else length} tokens, more than --seq-length {seq_length}: raise "
+                "it, or choose --overlong skip or truncate"
             )
-        if length > seq_length and overlong == "skip":
+        if (huge or length > seq_length) and overlong == "skip":
+            long += 1
             continue
         sample = TokenSample(sample.tokens[:seq_length], sample.is_response[:seq_length], sample.kind)
         # The first token has no position that predicts it.
         if any(sample.is_response[1:]):
             yield sample
+    if long:
+        say(f"{source}: {long} of {count} conversations left out, longer than --seq-length {seq_length}")
+    if thinking:
+        say(
+            f"{source}: {thinking} of {count} answers left out: cut off while thinking, without token ids, and the "
+            "chat template would close the thought"
+        )
+
+
+def _surely_longer(rollout: Rollout, tokenizer: ChatTokenizer, limit: int) -> bool:
+    """Whether a text need not be encoded to know that it is too long."""
+    return rollout.response_ids is None and any(
+        tokenizer.surely_longer(text, limit)
+        for message in rollout.messages
+        for name, text in message.items()
+        if name != "role"
+    )
+
+
+def pieces_differ(rollouts: Iterable[Rollout], tokenizer: ChatTokenizer) -> str | None:
+    """A line to say if some conversations, encoded in pieces, are not the text that the template wrote."""
+    for rollout in (Rollout(PROBE), *rollouts):
+        if rollout.response_ids is not None:
+            continue
+        try:
+            sample = tokenize_conversation(rollout.messages, tokenizer)
+            turns = [i for i, message in enumerate(rollout.messages) if message["role"] == "assistant"]
+            whole = tokenizer.chat_ids(rollout.messages[: turns[-1] + 1], False)
+        except UserError:
+            continue  # whoever reads it for good says why
+        if sample.tokens == whole[: len(sample.tokens)]:
+            continue
+        # A token that spans prompt and answer is no fault: sampling never gives it. The text must be the same.
+        pieces, all_text = tokenizer.written_out(sample.tokens), tokenizer.written_out(whole)
+        if not (all_text.startswith(pieces) or pieces.startswith(all_text.rstrip())):
+            return (
+                f"tokenizer {tokenizer.name}: a conversation encoded in pieces (prompt, answer) reads "
+                f"{cut_short(pieces, 200)!r}, encoded as a whole {cut_short(all_text, 200)!r}: answers without token "
+                "ids are learned as the former"
+            )
+    return None

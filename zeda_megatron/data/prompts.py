@@ -1,8 +1,9 @@
 """Prompt and rollout files (JSON lines), read through HF `datasets`.
 
-The authors' released files are read unchanged: `{"prompt", "label"}` and `{"messages"}`. Every line is
-checked while it is read, so that a bad one is named by its number; the checked lines then live in an Arrow
-file of the `datasets` cache (memory-mapped, shared by the ranks of a node, reused until a file changes).
+The authors' released files are read unchanged, `{"prompt", "label"}` and `{"messages"}`; so are OpenAI's
+`{"messages"}` as prompts and ShareGPT's `{"conversations"}`. Every line is checked while it is read, so that a
+bad one is named by its number; the checked lines then live in an Arrow file of the `datasets` cache
+(memory-mapped, shared by the ranks of a node, reused until a file changes).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import UserError
+from .jsonl import open_lines, read_lines
 from .records import Prompt, Rollout, parse_prompt, parse_rollout
 
 T = TypeVar("T", Prompt, Rollout)
 Paths = str | Path | Sequence[str | Path]
 
+_RULES = 2
+"""Counts the changes of what is accepted: what an older version checked is checked again."""
 _TEXT = datasets.Value("string")
 _MESSAGES = [{"role": _TEXT, "content": _TEXT, "reasoning_content": _TEXT}]
 _IDS = [datasets.Value("int32")]
@@ -75,7 +79,7 @@ def load_prompts(paths: Paths, cache_dir: str | Path | None = None) -> Records[P
     """Read prompt files.
 
     Args:
-        paths: one JSON-lines file, or several that are read one after the other.
+        paths: one JSON-lines file (plain or gzipped), or several that are read one after the other.
         cache_dir: folder of the Arrow copy; default: that of HF `datasets` (`HF_DATASETS_CACHE`).
 
     Raises:
@@ -91,13 +95,12 @@ def load_rollouts(paths: Paths, cache_dir: str | Path | None = None) -> Records[
 
 def _load(paths: Paths, record_type: type[T], cache_dir: str | Path | None) -> Records[T]:
     files = [paths] if isinstance(paths, str | Path) else list(paths)
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
-        if Path(file).stat().st_size == 0:
-            raise UserError(f"{file}: the file is empty")
     # Size and time are part of what `datasets` hashes: a changed file is read anew, not taken from the cache.
-    stamps = [(str(Path(f).resolve()), Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files]
+    stamps = [_RULES]
+    for file in files:
+        with open_lines(file):
+            status = Path(file).stat()
+            stamps.append((str(Path(file).resolve()), status.st_size, status.st_mtime_ns))
     try:
         with _quiet():
             dataset = datasets.Dataset.from_generator(
@@ -110,10 +113,17 @@ def _load(paths: Paths, record_type: type[T], cache_dir: str | Path | None) -> R
                     "record_type": record_type,
                 },
             )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    except (DatasetGenerationError, OSError) as error:
+        # `datasets` wraps what the generator raises, and what goes wrong while it writes.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"{cache_dir or datasets.config.HF_DATASETS_CACHE}: the checked lines cannot be kept there "
+            f"({cause.strerror or cause}); set HF_DATASETS_CACHE to a folder that can be written"
+        ) from error
     return Records(dataset, record_type)
 
 
@@ -121,28 +131,12 @@ def _rows(names: tuple[str, ...], stamps: tuple, record_type: type) -> Iterator[
     """Checked lines in the columns of `_FEATURES`; `stamps` only serves the cache key."""
     parse = _PARSERS[record_type]
     for name in names:
-        empty = True
-        with open(name, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.strip():
-                    continue
-                empty = False
-                record = parse(_decode(raw, f"{name} line {number}"), f"{name} line {number}")
-                row = {field: getattr(record, field) for field in _FEATURES[record_type]}
-                row["messages"] = [{"reasoning_content": None} | m for m in record.messages]
-                row["label"] = json.dumps(record.label, ensure_ascii=False)
-                yield row
-        if empty:
-            raise UserError(f"{name}: no lines with content")
-
-
-def _decode(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+        for where, value in read_lines(name):
+            record = parse(value, where)
+            row = {field: getattr(record, field) for field in _FEATURES[record_type]}
+            row["messages"] = [{"reasoning_content": None} | m for m in record.messages]
+            row["label"] = json.dumps(record.label, ensure_ascii=False)
+            yield row
 
 
 @contextmanager

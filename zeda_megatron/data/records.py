@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, cut_short
 
 Message = dict[str, str]
 _MESSAGE_KEYS = ("role", "content", "reasoning_content")
+_SHAREGPT_KEYS = ("from", "value")
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names and the roles they mean."""
+_CONVERSATIONS = ("messages", "conversations")
+_ROLE = re.compile(r"[^\W\d][\w.-]{0,31}")
+CUT_OFF = ("length", "max_tokens", "abort", "error", "content_filter")
+"""Finish reasons of answers that did not come to their end, as servers name them."""
+MAX_DEPTH = 100
+"""Deepest nesting of a label."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,11 @@ class Rollout:
     finish_reason: str | None = None
     """`stop`, or `length` when the response was cut off."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether the response came to its end."""
+        return self.finish_reason not in CUT_OFF
+
     def to_line(self) -> dict[str, Any]:
         """The JSON object of a rollout file; fields without a value are left out."""
         line: dict[str, Any] = {"messages": self.messages}
@@ -51,33 +76,40 @@ class Rollout:
 
 
 def parse_prompt(line: Any, where: str) -> Prompt:
-    """A `{"prompt": text or messages, "label", "kind"}` object; `where` opens the error message."""
+    """A line that asks: `{"prompt": text or messages, "label", "kind"}`, or a conversation (`parse_rollout`) without
+    its answer. `where` opens the error message."""
     _expect_object(line, where)
-    if "prompt" not in line:
-        raise UserError(f'{where}: no key "prompt" (found {_keys(line)})')
-    prompt = line["prompt"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    messages = _messages(prompt, where, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise UserError(f'{where}: "prompt" ends with an assistant message; it must end before the answer')
-    return Prompt(messages, line.get("label"), _optional_text(line, "kind", where) or "")
+    if isinstance(line.get("prompt"), str):
+        line = line | {"prompt": [{"role": "user", "content": line["prompt"]}]}
+    messages, key = _conversation(line, where, ("prompt", *_CONVERSATIONS))
+    last = messages[-1]
+    if last["role"] == "assistant":
+        raise UserError(f'{where}: "{key}" ends with an assistant message; it must end before the answer')
+    if not last["content"].strip():
+        raise UserError(f"{where}: the prompt is empty")
+    _refuse_tools(line, where)
+    return Prompt(messages, _label(line, where), _optional_text(line, "kind", where) or "")
 
 
 def parse_rollout(line: Any, where: str) -> Rollout:
-    """A `{"messages": [...]}` object, optionally with token ids; `where` opens the error message."""
+    """A conversation: `{"messages": [{"role", "content"}, ...]}` or ShareGPT's `{"conversations": [{"from", "value"},
+    ...]}`, optionally with token ids; `where` opens the error message."""
     _expect_object(line, where)
-    if "messages" not in line:
-        raise UserError(f'{where}: no key "messages" (found {_keys(line)})')
-    messages = _messages(line["messages"], where, "messages")
+    messages, key = _conversation(line, where, _CONVERSATIONS)
     prompt_ids, response_ids = _ids(line, "prompt_ids", where), _ids(line, "response_ids", where)
     if (prompt_ids is None) != (response_ids is None):
         raise UserError(f'{where}: "prompt_ids" and "response_ids" must come together')
-    if response_ids is None and all(m["role"] != "assistant" for m in messages):
-        raise UserError(f'{where}: "messages" has no assistant message to learn from')
+    if response_ids is None:
+        _refuse_tools(line, where)
+        if all(m["role"] != "assistant" for m in messages):
+            raise UserError(f'{where}: "{key}" has no assistant message to learn from')
+        for number, message in enumerate(messages, 1):
+            said = message["content"] + message.get("reasoning_content", "")
+            if message["role"] == "assistant" and not said.strip():
+                raise UserError(f'{where}: message {number} of "{key}" is an answer without text')
     return Rollout(
         messages,
-        line.get("label"),
+        _label(line, where),
         _optional_text(line, "kind", where) or "",
         prompt_ids,
         response_ids,
@@ -90,38 +122,84 @@ def _expect_object(line: Any, where: str) -> None:
         raise UserError(f"{where}: expected a JSON object, found {type(line).__name__}")
 
 
-def _keys(line: dict) -> str:
-    return ", ".join(sorted(line)) or "none"
+def _conversation(line: dict, where: str, keys: tuple[str, ...]) -> tuple[list[Message], str]:
+    """The conversation under the first of the keys that is there, and that key."""
+    key = next((key for key in keys if line.get(key) is not None), None)
+    if key is None:
+        others = f'; "{keys[-2]}" and "{keys[-1]}" are read too' if len(keys) > 2 else ""
+        found = cut_short(", ".join(sorted(line)) or "none")
+        raise UserError(f'{where}: no key "{keys[0]}" (found {found}){others}')
+    messages = _messages(line[key], where, key)
+    system = line.get("system") if key == "conversations" else None
+    if system is not None and not isinstance(system, str):
+        raise UserError(f'{where}: "system" must be text')
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages, key
 
 
 def _messages(value: Any, where: str, key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise UserError(f'{where}: "{key}" must be a non-empty list of messages')
-    messages = []
-    for number, message in enumerate(value, 1):
-        here = f'{where}: message {number} of "{key}"'
-        if not isinstance(message, dict):
-            raise UserError(f'{here} must be an object with "role" and "content"')
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                raise UserError(f'{here} needs a text "{name}"')
-        given = {name: text for name, text in message.items() if text is not None}
-        for name in given:
-            # Silently losing, say, tool calls would train on another conversation than the file shows.
-            if name not in _MESSAGE_KEYS:
-                raise UserError(f'{here} has the key "{name}"; only {", ".join(_MESSAGE_KEYS)} are read')
-        if not isinstance(given.get("reasoning_content", ""), str):
-            raise UserError(f'{here}: "reasoning_content" must be text')
-        messages.append(given)
-    return messages
+    return [_message(one, f'{where}: message {number} of "{key}"') for number, one in enumerate(value, 1)]
+
+
+def _message(message: Any, here: str) -> Message:
+    if not isinstance(message, dict):
+        raise UserError(f'{here} must be an object with "role" and "content"')
+    names = _SHAREGPT_KEYS if "from" in message and "role" not in message else _MESSAGE_KEYS
+    for name in names[:2]:
+        if not isinstance(message.get(name), str):
+            raise UserError(f'{here} needs a text "{name}"')
+    given = {name: text for name, text in message.items() if text is not None}
+    for name in given:
+        # Silently losing, say, tool calls would train on another conversation than the file shows.
+        if name not in names:
+            raise UserError(f'{here} has the key "{cut_short(name)}"; only {", ".join(names)} are read')
+    if names is _SHAREGPT_KEYS:
+        speaker = given["from"]
+        if speaker not in _SPEAKERS:
+            raise UserError(f'{here} is from "{cut_short(speaker)}"; known are {", ".join(_SPEAKERS)}')
+        given = {"role": _SPEAKERS[speaker], "content": given["value"]}
+    # Templates write the role beside their markers, so a marker in it would be one.
+    if not _ROLE.fullmatch(given["role"]):
+        raise UserError(
+            f'{here}: "{cut_short(given["role"])}" is no role; one is a word such as user or assistant'
+        )
+    if not isinstance(given.get("reasoning_content", ""), str):
+        raise UserError(f'{here}: "reasoning_content" must be text')
+    return given
+
+
+def _refuse_tools(line: dict, where: str) -> None:
+    for name in ("tools", "functions"):
+        if line.get(name):
+            raise UserError(
+                f'{where}: has "{name}", which are not shown to the model here; leave such lines out'
+            )
+
+
+def _label(line: dict, where: str) -> Any:
+    """The label, whose nesting is bounded: it is written as JSON and read again."""
+    level, depth = [line.get("label")], 0
+    while level := [
+        item
+        for value in level
+        if isinstance(value, dict | list)
+        for item in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise UserError(f'{where}: "label" is nested too deeply')
+    return line.get("label")
 
 
 def _ids(line: dict, key: str, where: str) -> list[int] | None:
     value = line.get(key)
     if value is None:
         return None
-    if not isinstance(value, list) or any(type(i) is not int or i < 0 for i in value):
-        raise UserError(f'{where}: "{key}" must be a list of token ids (integers from 0)')
+    if not isinstance(value, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in value):
+        raise UserError(f'{where}: "{key}" must be a list of token ids (integers from 0 to 2**31 - 1)')
     return value
 
 

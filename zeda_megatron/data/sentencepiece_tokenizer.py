@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import sentencepiece
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import UserError
+from .chat_tokenizer import ChatTokenizer
 from .records import Message
 
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -30,11 +31,17 @@ Turns are parted by spaces, since many sentencepiece models have no newline.
 """
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(ChatTokenizer):
     """A sentencepiece model with a chat template: the given one, the folder's own, or `PLAIN_TEMPLATE`."""
 
-    def __init__(self, path: Path, template: str | None, template_args: dict[str, Any]):
-        self.file = path / "tokenizer.model" if path.is_dir() else path
+    def __init__(
+        self,
+        path: Path,
+        template: str | None,
+        template_args: dict[str, Any],
+        day: datetime.date | None = None,
+    ):
+        self.file = self.name = path / "tokenizer.model" if path.is_dir() else path
         if not self.file.is_file():
             raise UserError(f"tokenizer {path}: the folder has no tokenizer.model")
         try:
@@ -47,24 +54,18 @@ class SentencePieceTokenizer:
         if template is None and path.is_dir() and own.is_file():
             template = own.read_text("utf-8")
         self.template = template or PLAIN_TEMPLATE
-        try:
-            # The settings that chat templates are written for (those of transformers).
-            sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            sandbox.globals["raise_exception"] = _raise_exception
-            self._compiled = sandbox.from_string(self.template)
-        except jinja2.TemplateError as error:
-            raise UserError(f"chat template of {self.file}: {error}") from error
         self.template_args = template_args
-        self.eos_id: int = self.model.eos_id()
-        self.eos_ids = frozenset([self.eos_id])
-        self.pad_id: int = self.model.pad_id() if self.model.pad_id() >= 0 else self.eos_id
+        eos, bos = self.model.eos_id(), self.model.bos_id()
+        self.pad_id: int = self.model.pad_id() if self.model.pad_id() >= 0 else eos
+        self.bos_id = bos if bos >= 0 else None
         self.vocab_size: int = self.model.vocab_size()
+        pieces = [self.model.id_to_piece(i) for i in range(self.vocab_size)]
+        self.longest_token = max(map(len, pieces))
         # Control pieces (<s>, </s>, chat markers) are never produced from text by the model itself.
-        self._control = {
-            self.model.id_to_piece(i): i for i in range(self.vocab_size) if self.model.is_control(i)
-        }
+        self._control = {piece: i for i, piece in enumerate(pieces) if self.model.is_control(i)}
         longest_first = sorted(self._control, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._settle([eos], day)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -75,10 +76,7 @@ class SentencePieceTokenizer:
                 ids += self.model.encode(part)
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; with `skip_special_tokens=False` control pieces are written out."""
-        if skip_special_tokens:
-            return self.model.decode([i for i in ids if not self.model.is_control(i)])
+    def written_out(self, ids: Sequence[int]) -> str:
         text, run = "", []
         for i in [*ids, None]:
             if i is not None and not self.model.is_control(i):
@@ -89,21 +87,26 @@ class SentencePieceTokenizer:
             run = []
         return text
 
-    def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        bos = self.model.bos_id()
-        names = {
-            "bos_token": self.model.id_to_piece(bos) if bos >= 0 else "",
-            "eos_token": self.model.id_to_piece(self.eos_id),
-        }
-        try:
-            return self._compiled.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **(names | self.template_args)
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"chat template of {self.file} refuses a conversation: {error}") from error
+    def is_marker(self, token: int) -> bool:
+        piece = self.model.id_to_piece(token)
+        # Symbols that a user defined are like any piece to the model.
+        return self.model.is_control(token) or (
+            re.fullmatch(r"<[^<>]+>", piece) is not None and not self.model.is_byte(token)
+        )
 
-    def chat_ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        return self.encode(self.render_chat(messages, add_generation_prompt))
+    def _rendered(self, template: str, messages: list[Message], add_generation_prompt: bool) -> str:
+        names = {
+            "bos_token": "" if self.bos_id is None else self.model.id_to_piece(self.bos_id),
+            "eos_token": self.model.id_to_piece(self.model.eos_id()),
+        }
+        # The environment that chat templates are written for, strftime_now and all.
+        texts, _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **(names | self.template_args),
+        )
+        return texts[0]
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -111,8 +114,3 @@ class SentencePieceTokenizer:
         if (folder / "tokenizer.model").resolve() != self.file.resolve():
             shutil.copyfile(self.file, folder / "tokenizer.model")
         (folder / _TEMPLATE_FILE).write_text(self.template, "utf-8")
-
-
-def _raise_exception(message: str) -> None:
-    """What templates call to refuse a conversation."""
-    raise jinja2.TemplateError(message)

@@ -1,6 +1,6 @@
 """How many packed rows make a step of 128 conversations, and how many steps make an epoch: tools/plan.py.
 
-Prints the flags for launch/pretrain_zeda.sh. Packs exactly as the training does (same --seq-length, same --seed).
+Prints the flags for launch/pretrain_zeda.sh. Packs exactly as the training does, given the flags that training gets.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import argparse
 import math
 import sys
 
-from .conversation import tokenize_rollouts
-from .packing import PackedDataset
-from .prompts import load_rollouts
-from .tokenizers import load_tokenizer
+from ..errors import UserError
+from .chat_tokenizer import RUN_DAY
+from .conversation import OVERLONG
+from .packing import sequence_multiple
+from .rows import rows_for
+from .tokenizers import KINDS, load_tokenizer
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,33 +27,59 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data-path", required=True, nargs="+", metavar="FILE", help="rollout files (jsonl)")
     parser.add_argument("--tokenizer-model", required=True, metavar="DIR", help="HF folder of the model")
+    parser.add_argument("--tokenizer-type", default="auto", choices=KINDS, help="as for the training")
+    parser.add_argument("--chat-template-file", metavar="FILE", help="as for the training")
     parser.add_argument("--seq-length", type=int, default=65536, help="tokens of a row")
+    parser.add_argument("--overlong", default="error", choices=OVERLONG, help="longer conversations")
     parser.add_argument("--conversations", type=int, default=128, help="conversations a step")
     parser.add_argument(
-        "--data-parallel-size", type=int, default=2, help="GPUs / tensor / pipeline / context size"
+        "--data-parallel-size", type=int, default=1, help="GPUs / tensor / pipeline / context size"
     )
+    parser.add_argument("--context-parallel-size", type=int, default=1, help="as for the training")
+    parser.add_argument("--pad-seq-to-mult", type=int, default=0, help="as for the training")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the data order")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for name in ("conversations", "data_parallel_size", "context_parallel_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    return args
 
 
 def main() -> int:
     """Entry point of tools/plan.py."""
     args = parse()
-    tokenizer = load_tokenizer(args.tokenizer_model)
-    name = ", ".join(args.data_path)
-    samples = list(
-        tokenize_rollouts(load_rollouts(args.data_path), tokenizer, args.seq_length, "error", name)
+    tokenizer = load_tokenizer(
+        args.tokenizer_model, args.tokenizer_type, args.chat_template_file, day=RUN_DAY
     )
-    rows = PackedDataset(samples, args.seq_length, tokenizer.pad_id, args.seed).rows_in_epoch(0)
-    tokens = sum(len(sample.tokens) for sample in samples)
-    wanted = args.conversations * rows / len(samples) / args.data_parallel_size
-    batch = max(1, round(wanted)) * args.data_parallel_size
+    for line in tokenizer.notes:
+        _say(line)
+    packed = rows_for(
+        args.data_path,
+        tokenizer,
+        args.seq_length,
+        overlong=args.overlong,
+        seed=args.seed,
+        align=sequence_multiple(args.context_parallel_size, args.pad_seq_to_mult),
+        say=_say,
+    )
+    rows, count, ranks = packed.rows_in_epoch(0), packed.num_samples, args.data_parallel_size
+    lengths = packed.lengths()
+    batch = max(1, round(args.conversations * rows / count / ranks)) * ranks
     print(
-        f"{len(samples)} conversations, {tokens / len(samples):.0f} tokens on average, longest "
-        f"{max(len(sample.tokens) for sample in samples)}; {rows} rows of {args.seq_length}, "
-        f"{tokens / rows / args.seq_length:.1%} full",
+        f"{count} conversations, {sum(lengths) / count:.0f} tokens on average, longest {max(lengths)}; {rows} rows of "
+        f"{args.seq_length}, {sum(lengths) / rows / args.seq_length:.1%} full; for {ranks} data-parallel rank"
+        f"{'s' * (ranks > 1)} (--data-parallel-size)",
         file=sys.stderr,
     )
+    if batch > rows:
+        _say(
+            f"one step takes {batch} rows and the files give {rows}: it meets conversations more than once; lower "
+            "--conversations, or give more"
+        )
     print(f"--global-batch-size {batch} --train-iters {math.ceil(rows / batch)}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

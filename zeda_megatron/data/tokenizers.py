@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import datetime
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer
 
-from ..errors import UserError
+from ..errors import UserError, cut_short
+from ..regular_file import is_regular, read_regular
+from ..strict_json import is_int, read_json
+from .chat_tokenizer import ChatTokenizer
 from .records import Message
 
+__all__ = ["KINDS", "ChatTokenizer", "HfTokenizer", "load_tokenizer"]
 KINDS = ("auto", "hf", "sentencepiece")
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.model.v*", "vocab.*", "*.tiktoken", "tekken.json")
-
-
-class ChatTokenizer(Protocol):
-    """What the rest of the package needs from a tokenizer."""
-
-    eos_id: int
-    """The token that ends a response."""
-    eos_ids: frozenset[int]
-    """Every token that ends a response; holds `eos_id`."""
-    pad_id: int
-    """Filler; equals `eos_id` where the tokenizer has no padding token."""
-    vocab_size: int
-    """Number of token ids, added tokens included. A model's embedding may have more rows."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens written out in it count as such, none are added."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`."""
-
-    def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """The conversation as text, markers written out; raises `UserError` if the template refuses it."""
-
-    def chat_ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        """`encode(render_chat(...))`."""
-
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_tokenizer` reads back."""
 
 
 def load_tokenizer(
@@ -51,6 +26,7 @@ def load_tokenizer(
     kind: str = "auto",
     chat_template_file: str | Path | None = None,
     template_args: dict[str, Any] | None = None,
+    day: datetime.date | None = None,
 ) -> ChatTokenizer:
     """Load a tokenizer.
 
@@ -60,6 +36,7 @@ def load_tokenizer(
             one but no `tokenizer.json` or `tokenizer_config.json`.
         chat_template_file: jinja2 chat template to use in place of the tokenizer's own.
         template_args: extra template variables, such as `{"enable_thinking": False}` for Qwen3.
+        day: what a template that writes today's date shall write; None: today's.
 
     Raises:
         UserError: missing files, unknown kind, unreadable tokenizer, no end token.
@@ -71,16 +48,23 @@ def load_tokenizer(
         raise UserError(f"tokenizer {path}: no such file or folder")
     template = None
     if chat_template_file is not None:
-        if not Path(chat_template_file).is_file():
-            raise UserError(f"--chat-template-file {chat_template_file}: no such file")
-        template = Path(chat_template_file).read_text("utf-8")
+        template = _template_in(chat_template_file)
     if kind == "auto":
         kind = "sentencepiece" if _looks_like_sentencepiece(path) else "hf"
     if kind == "hf":
-        return HfTokenizer(path, template, template_args or {})
+        return HfTokenizer(path, template, template_args or {}, day)
     from .sentencepiece_tokenizer import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(path, template, template_args or {})
+    return SentencePieceTokenizer(path, template, template_args or {}, day)
+
+
+def _template_in(file: str | Path) -> str:
+    try:
+        return read_regular(file).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"--chat-template-file {file}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat-template-file {file}: not UTF-8 (byte {error.start + 1})") from None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -95,10 +79,16 @@ def _looks_like_sentencepiece(path: Path) -> bool:
     return (path / "tokenizer.model").is_file() and not any((path / f).is_file() for f in hf_files)
 
 
-class HfTokenizer:
+class HfTokenizer(ChatTokenizer):
     """A tokenizer folder in the Hugging Face format."""
 
-    def __init__(self, path: Path, template: str | None, template_args: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        template: str | None,
+        template_args: dict[str, Any],
+        day: datetime.date | None = None,
+    ):
         if not path.is_dir():
             raise UserError(f"tokenizer {path}: a file; the kind hf needs a folder (or use sentencepiece)")
         if not has_tokenizer(path):
@@ -108,36 +98,47 @@ class HfTokenizer:
         except Exception as error:  # transformers raises many types for a bad folder
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"tokenizer {path}: cannot be loaded ({reason})") from error
+        vocabulary = self.hf.get_vocab()
+        if not vocabulary:
+            raise UserError(f"tokenizer {path}: the folder has none; give one with --tokenizer-model")
         if template is not None:
             self.hf.chat_template = template
-        self.path = path
+        self.path = self.name = path
         self.template_args = template_args
+        try:
+            self.template = self.hf.get_chat_template() if self.hf.chat_template else None
+        except ValueError as error:  # several by name, none of them the default
+            raise UserError(f"tokenizer {path}: {cut_short(str(error), 300)}") from error
         named = [i for f in ("generation_config.json", "config.json") for i in _named_eos(path / f)]
-        if self.hf.eos_token_id is None and not named:
+        named = [i for i in [self.hf.eos_token_id, *named] if i is not None]
+        if not named:
             raise UserError(f'tokenizer {path}: no end token; set "eos_token" in tokenizer_config.json')
-        self.eos_id: int = named[0] if self.hf.eos_token_id is None else self.hf.eos_token_id
-        self.eos_ids = frozenset([self.eos_id, *named])
-        self.pad_id: int = self.eos_id if self.hf.pad_token_id is None else self.hf.pad_token_id
-        self.vocab_size = len(self.hf)
+        self.pad_id: int = named[0] if self.hf.pad_token_id is None else self.hf.pad_token_id
+        self.bos_id = self.hf.bos_token_id
+        # Ids may have gaps, so their number says nothing.
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.longest_token = max(map(len, vocabulary))
+        self._added = self.hf.added_tokens_decoder
+        self._settle(named, day)
 
     def encode(self, text: str) -> list[int]:
-        return self.hf.encode(text, add_special_tokens=False)
+        return self.hf.encode(text, add_special_tokens=False, verbose=False)
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    def written_out(self, ids: Sequence[int]) -> str:
+        return self.hf.decode(list(ids), skip_special_tokens=False)
 
-    def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        if not self.hf.chat_template:
-            raise UserError(f"tokenizer {self.path}: no chat template; give one with --chat-template-file")
-        try:
-            return self.hf.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=False, **self.template_args
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"chat template of {self.path} refuses a conversation: {error}") from error
+    def is_marker(self, token: int) -> bool:
+        added = self._added.get(token)
+        return added is not None and (added.special or not added.content[:1].isalnum())
 
-    def chat_ids(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        return self.encode(self.render_chat(messages, add_generation_prompt))
+    def _rendered(self, template: str, messages: list[Message], add_generation_prompt: bool) -> str:
+        return self.hf.apply_chat_template(
+            messages,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **self.template_args,
+        )
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -151,12 +152,10 @@ class HfTokenizer:
 
 def _named_eos(file: Path) -> list[int]:
     """End tokens named by a model's (generation) config next to the tokenizer, if there is one."""
-    if not file.is_file():
+    if not is_regular(file):
         return []
-    try:
-        ids = json.loads(file.read_text("utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, list) else [ids]
+    ids = read_json(file).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(is_int(i) and i >= 0 for i in ids):
+        raise UserError(f'{file}: "eos_token_id" must be a token id or a list of them')
+    return ids

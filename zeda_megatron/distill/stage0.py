@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from tqdm import tqdm
 from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
-from ..errors import UserError
+from ..errors import UserError, cut_short
+from ..regular_file import is_regular
+from ..strict_json import read_json, strict_loads
 from .rollout import RolloutEngine
 from .sampling import SamplingConfig
 
@@ -26,7 +30,7 @@ class Question:
     """One prompt that wants one answer."""
 
     key: str
-    """Identity over restarts: hash of the prompt, its occurrence and the sample number."""
+    """Identity over restarts: hash of the messages, their occurrence and the sample number."""
     prompt: Prompt
     """As read."""
     ids: list[int]
@@ -39,26 +43,68 @@ def make_questions(
     max_length: int,
     samples_per_prompt: int = 1,
     shard: tuple[int, int] = (0, 1),
+    overlong: str = "error",
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Question]:
     """All questions of the prompt files, or those of shard (i, n): of prompts i, i + n, i + 2n, ...
 
-    A question has the same key, and so the same seed, however many shards there are. Raises `UserError` for a prompt
-    that leaves no room for an answer.
+    A question has the same key, and so the same seed, however many shards there are, whatever is left out and whatever
+    day the chat template writes: the key is made of the messages alone.
+
+    Args:
+        max_length: of the context; a prompt that leaves no room for an answer in it is overlong.
+        overlong: `skip` leaves such prompts out and tells `say` how many.
+
+    Raises:
+        UserError: overlong prompts, all of them named; no prompt is left.
     """
     index, shards = shard
-    questions, seen = [], {}
+    questions, seen, long = [], {}, []
+    number = 0
     for number, prompt in enumerate(load_prompts(files), 1):
+        digest = hashlib.sha256(json.dumps(prompt.messages, sort_keys=True).encode()).hexdigest()[:16]
+        occurrence = seen[digest] = seen.get(digest, -1) + 1
+        if any(tokenizer.surely_longer(message["content"], max_length) for message in prompt.messages):
+            long.append(f"{number} has far too many tokens")
+            continue
         ids = tokenizer.chat_ids(prompt.messages, add_generation_prompt=True)
         if len(ids) >= max_length:
-            raise UserError(
-                f"{', '.join(files)} prompt {number} has {len(ids)} tokens; the context of {max_length} leaves no "
-                "room for an answer: shorten or remove it"
-            )
-        digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
-        occurrence = seen[digest] = seen.get(digest, -1) + 1
+            long.append(f"{number} has {len(ids)} tokens")
+            continue
         for sample in range(samples_per_prompt if (number - 1) % shards == index else 0):
             questions.append(Question(f"{digest}-{occurrence}-{sample}", prompt, ids))
+    name = ", ".join(map(str, files))
+    if long and overlong != "skip":
+        others = (
+            f" (so do {len(long) - 1} more: {cut_short(', '.join(long[1:]), 400)})" if len(long) > 1 else ""
+        )
+        raise UserError(
+            f"{name} prompt {long[0]}; the context of {max_length} leaves no room for an answer{others}: shorten or "
+            "remove it, or choose --overlong skip"
+        )
+    if long:
+        say(
+            f"{name}: {len(long)} of {number} prompts left out, as long as the context of {max_length} or longer"
+        )
+    if len(long) == number:
+        raise UserError(f"{name}: no prompt is left, all are too long for a context of {max_length}")
     return questions
+
+
+def begun_on(path: str | Path) -> datetime.date:
+    """The day that a rollout file was begun on, which its other answers shall know too; today for a new one."""
+    meta = _meta_of(path)
+    if not is_regular(meta):
+        return datetime.date.today()
+    day = read_json(meta).get("day")
+    try:
+        return datetime.date.today() if day is None else datetime.date.fromisoformat(day)
+    except (TypeError, ValueError):
+        raise UserError(f'{meta}: "day" is no date; repair it, or give another --rollout-path') from None
+
+
+def _meta_of(path: str | Path) -> Path:
+    return Path(f"{path}.meta.json")
 
 
 class RolloutFile:
@@ -70,37 +116,30 @@ class RolloutFile:
 
     def __init__(self, path: str | Path, settings: dict):
         self.path = Path(path)
-        self.meta = self.path.with_name(self.path.name + ".meta.json")
+        self.meta = _meta_of(path)
         self.settings = settings
         self.answered: set[str] = set()
 
     def open(self) -> None:
         """Check settings, drop a torn last line, remember which questions are answered."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and self.path.stat().st_size:
-            if not self.meta.is_file():
+        if is_regular(self.path) and self.path.stat().st_size:
+            if not is_regular(self.meta):
                 raise UserError(
                     f"{self.path} exists but {self.meta.name} does not: give another --rollout-path"
                 )
-            before = self._settings_before()
+            before = read_json(self.meta)
             for name, value in self.settings.items():
                 if before.get(name) != value:
+                    was = cut_short(repr(before.get(name)))
                     raise UserError(
-                        f"{self.path} was sampled with {name} = {before.get(name)!r}, now it is {value!r}: "
+                        f"{self.path} was sampled with {name} = {was}, now it is {value!r}: "
                         "use the same, or give another --rollout-path"
                     )
             self._read()
         else:
+            is_regular(self.meta)
             self.meta.write_text(json.dumps(self.settings, indent=2) + "\n")
-
-    def _settings_before(self) -> dict:
-        try:
-            before = json.loads(self.meta.read_text())
-        except ValueError:
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(f"{self.meta}: not readable; repair it, or give another --rollout-path")
-        return before
 
     def _read(self) -> None:
         with open(self.path, "rb+") as file:
@@ -109,7 +148,7 @@ class RolloutFile:
                 if not line.endswith(b"\n"):
                     break  # the process died while writing this line
                 try:
-                    self.answered.add(json.loads(line)["key"])
+                    self.answered.add(strict_loads(line, finite=False)["key"])
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
                         f"{self.path} line {number}: not a line of stage 0; repair or move it"
@@ -160,9 +199,7 @@ def answer_questions(
     bar = tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress))
     for start in range(0, len(pending), batch_size * ranks):
         batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
-        made = engine.generate(
-            [q.ids for q in batch], sampling, [int(q.key[:12], 16) + _sample(q) for q in batch]
-        )
+        made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
         lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
         gathered = [None] * torch.distributed.get_world_size() if rank0 else None
         torch.distributed.gather_object(lines, gathered, dst=0)
@@ -177,9 +214,11 @@ def answer_questions(
     return answered
 
 
-def _sample(question: Question) -> int:
+def _stream(question: Question) -> int:
+    """The random stream of its answer."""
     occurrence, sample = question.key.split("-")[1:]
-    return int(occurrence) * 1_000_003 + int(sample)
+    prompt = hashlib.sha256(json.dumps(question.ids).encode()).hexdigest()[:12]
+    return int(prompt, 16) + int(occurrence) * 1_000_003 + int(sample)
 
 
 def _line(question: Question, made, tokenizer: ChatTokenizer) -> dict:
@@ -198,3 +237,9 @@ def _line(question: Question, made, tokenizer: ChatTokenizer) -> dict:
 def sampling_settings(sampling: SamplingConfig, teacher: str) -> dict:
     """What must be equal for answers to stand in one file."""
     return {"teacher": teacher, **asdict(sampling)}
+
+
+def prompt_settings(tokenizer: ChatTokenizer) -> dict:
+    """The same of how prompts are written: tokenizer and template, and the day if the template writes it."""
+    day = {"day": str(tokenizer.day)} if tokenizer.tells_the_day else {}
+    return {"prompts_by": tokenizer.fingerprint()} | day

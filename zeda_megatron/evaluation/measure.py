@@ -85,7 +85,7 @@ def measure(
     from .token_skips import token_skips
 
     by_kind, layers, picks_2LN, tokens = {}, None, 0, {}
-    total, classes = defaultdict(float), TokenClasses(tokenizer)
+    total, classes = defaultdict(float), TokenClasses(tokenizer, tokenizer.is_marker)
     record_experts(student)
     record_tokens(student)
     for kind, rows in held_out.rows_by_kind.items():

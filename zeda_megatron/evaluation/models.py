@@ -10,9 +10,8 @@ import torch
 from ..checkpoint.folders import require_folder
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
-from ..data.conversation import tokenize_rollouts
-from ..data.packing import PackedBatch, PackedDataset
-from ..data.prompts import load_rollouts
+from ..data.packing import PackedBatch
+from ..data.rows import rows_for
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
@@ -56,6 +55,5 @@ def load_model(folder: str) -> LoadedModel:
 
 def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:
     """The first packed rows of a rollout file."""
-    samples = tokenize_rollouts(load_rollouts(file), tokenizer, seq_length, "skip", file)
-    packed = PackedDataset(samples, seq_length, tokenizer.pad_id, seed=0)
+    packed = rows_for([file], tokenizer, seq_length, overlong="skip")
     return [packed[i] for i in range(min(count, packed.rows_in_epoch(0)))]

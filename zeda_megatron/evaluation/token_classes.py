@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ class TokenClasses:
 
     tokenizer: ChatTokenizer
     """Decodes the tokens."""
+    is_marker: Callable[[int], bool] = lambda token: False
+    """Whether a token marks something, and is no text."""
     known: dict[int, TokenText] = field(default_factory=dict, repr=False)
     """Tokens seen so far."""
 
@@ -64,6 +67,8 @@ class TokenClasses:
                 text = text[len(self._prefix) :]
             else:
                 text = self.tokenizer.decode([token])
+            if self.is_marker(token):
+                text = ""
             self.known[token] = TokenText(
                 _kind(text), text[:1].isspace(), bool(text) and unicodedata.category(text[-1])[0] in "LM"
             )

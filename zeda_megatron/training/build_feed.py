@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 from megatron.core import parallel_state
 
-from ..data.conversation import tokenize_rollouts
+from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedDataset
-from ..data.prompts import load_rollouts
+from ..data.rows import rows_for
 from ..data.tokenizers import ChatTokenizer
 from ..distill.stage0 import make_questions
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from .feed import Feed, StoredFeed
+from .log import warn
 from .options import Options
 from .rollout_feed import RolloutFeed
 from .setup import Student, hf_folder, run_tokenizer
@@ -29,14 +30,18 @@ def prepare_feed(options: Options) -> Callable[[Student], Feed]:
     tokenizer = _tokenizer(options, arch)
     if options.model.stage == "2":
         longest = min(arch.max_position_embeddings, options.data.seq_length)
-        questions = make_questions(options.data.data_path, tokenizer, longest)
+        questions = make_questions(
+            options.data.data_path, tokenizer, longest, overlong=options.data.overlong, say=warn
+        )
         return lambda student: RolloutFeed(options, questions, student, tokenizer)
     feed = StoredFeed(_dataset(options, tokenizer), options.optimizer.global_batch_size)
     return lambda student: feed
 
 
 def _tokenizer(options: Options, arch: Architecture) -> ChatTokenizer:
-    tokenizer = run_tokenizer(options)
+    tokenizer = run_tokenizer(options, RUN_DAY)
+    for line in tokenizer.notes:
+        warn(line)
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {arch.vocab_size} rows: "
@@ -48,9 +53,6 @@ def _tokenizer(options: Options, arch: Architecture) -> ChatTokenizer:
 def _dataset(options: Options, tokenizer: ChatTokenizer) -> PackedDataset:
     """Tokenise the rollouts and plan their packing."""
     data = options.data
-    samples = tokenize_rollouts(
-        load_rollouts(data.data_path), tokenizer, data.seq_length, data.overlong, ", ".join(data.data_path)
-    )
     data_ranks = parallel_state.get_data_parallel_world_size()
     if options.optimizer.global_batch_size % data_ranks:
         raise UserError(
@@ -63,6 +65,12 @@ def _dataset(options: Options, tokenizer: ChatTokenizer) -> PackedDataset:
             f"--global-batch-size {options.optimizer.global_batch_size}: the interleaved schedule wants a multiple of "
             f"--pipeline-model-parallel-size {stages} rows on each of the {data_ranks} data-parallel ranks"
         )
-    return PackedDataset(
-        samples, data.seq_length, tokenizer.pad_id, options.optimizer.seed, options.sequence_multiple
+    return rows_for(
+        data.data_path,
+        tokenizer,
+        data.seq_length,
+        overlong=data.overlong,
+        seed=options.optimizer.seed,
+        align=options.sequence_multiple,
+        say=warn,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..data.conversation import tokenize_rollouts
-from ..data.packing import PackedBatch, PackedDataset, blank_row
-from ..data.prompts import load_rollouts
-from ..errors import UserError
+from ..data.chat_tokenizer import RUN_DAY
+from ..data.packing import PackedBatch, blank_row
+from ..data.rows import rows_for
 from .dealing import filled_up, rank_part, split_over_context
+from .log import warn
 from .options import Options
 from .setup import run_tokenizer
 
@@ -31,20 +31,15 @@ def read_eval_rows(options: Options) -> EvalRows:
     Raises `UserError` naming the flag for files without a conversation that can be used.
     """
     data, wanted = options.data, options.evaluation
-    files = ", ".join(wanted.eval_data_path)
-    tokenizer = run_tokenizer(options)
-    samples = list(
-        tokenize_rollouts(
-            load_rollouts(wanted.eval_data_path), tokenizer, data.seq_length, data.overlong, files
-        )
-    )
-    if not samples:
-        raise UserError(
-            f"--eval-data-path {files}: no conversation is left to evaluate on (the files are empty, or --overlong "
-            "left all of them out)"
-        )
-    packed = PackedDataset(
-        samples, data.seq_length, tokenizer.pad_id, seed=0, align=options.sequence_multiple
+    tokenizer = run_tokenizer(options, RUN_DAY)
+    packed = rows_for(
+        wanted.eval_data_path,
+        tokenizer,
+        data.seq_length,
+        overlong=data.overlong,
+        align=options.sequence_multiple,
+        flag="--eval-data-path",
+        say=warn,
     )
     count = min(wanted.eval_rows, packed.rows_in_epoch(0))
     mine = [packed[row] for row in rank_part(range(count))]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedBatch, PackedDataset, blank_row
-from ..data.prompts import load_rollouts
+from ..data.rows import rows_for
 from ..data.tokenizers import load_tokenizer
 from ..errors import UserError
 from .dealing import filled_up, rank_part
 from .fit_options import FitOptions
+from .log import warn
 
 CALIBRATION_ROWS = 16
 """Rows that the threshold is set on: at 2048 tokens and 8 picks, a quarter of a million picks per layer."""
@@ -39,15 +39,12 @@ def read_fit_rows(options: FitOptions, hf: Path) -> FitRows:
     Raises `UserError` for files that give fewer than two rows.
     """
     tokenizer = load_tokenizer(hf)
-    files = ", ".join(options.data_path)
-    samples = tokenize_rollouts(
-        load_rollouts(options.data_path), tokenizer, options.seq_length, "truncate", files
-    )
-    data = PackedDataset(samples, options.seq_length, tokenizer.pad_id, seed=0)
+    data = rows_for(options.data_path, tokenizer, options.seq_length, overlong="truncate", say=warn)
     there = data.rows_in_epoch(0)
     if there < 2:
         raise UserError(
-            f"--data-path {files}: {there} packed row, at least two are needed (more text, or a smaller --seq-length)"
+            f"--data-path {', '.join(options.data_path)}: {there} packed row, at least two are needed (more text, or a "
+            "smaller --seq-length)"
         )
     held_out = min(options.held_out_rows, max(there // 4, 1))
     fit = min(options.fit_rows, there - held_out)

@@ -12,6 +12,7 @@ from ..config import (
     ZERO_EXPERT_ROUTINGS,
     ZERO_EXPERT_TYPES,
 )
+from ..data.packing import sequence_multiple
 from ..distill.losses import LossConfig
 from ..errors import UserError
 from ..moe.dispatch import check_dispatcher
@@ -186,8 +187,7 @@ class Options:
     @property
     def sequence_multiple(self) -> int:
         """What the length of every packed sequence is a multiple of."""
-        ranks = self.parallel.context_parallel_size
-        return self.data.pad_seq_to_mult or (2 * ranks if ranks > 1 else 1)
+        return sequence_multiple(self.parallel.context_parallel_size, self.data.pad_seq_to_mult)
 
     def _validate_rows(self) -> None:
         """Rows and sequences can be cut as the layout needs it."""

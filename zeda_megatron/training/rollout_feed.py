@@ -42,6 +42,7 @@ class RolloutFeed:
     ):
         self.options, self.questions = options, questions
         generate, length = options.generate, options.data.seq_length
+        self.tokenizer_fingerprint = tokenizer.fingerprint()
         longest = min(student.arch.max_position_embeddings, length)
         self.order = EpochOrder(len(questions), options.optimizer.seed)
         self.sampling = generate.sampling(options.optimizer.seed)
@@ -104,6 +105,7 @@ class RolloutFeed:
             "seq_length": self.options.data.seq_length,
             "round": [self._prompts_per_round, generate.samples_per_prompt],
             "truncated": generate.truncated_answers,
+            "tokenizer": self.tokenizer_fingerprint,
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for question in self.questions:

@@ -10,7 +10,7 @@ class DataOptions:
     """Text and tokens."""
 
     data_path: list[str] | None = None
-    """Rollout files (jsonl with `messages`), or prompt files for the stages 0 and 2."""
+    """Rollout files, or prompt files for the stages 0 and 2: JSON lines, plain or gzipped (docs/data.md)."""
 
     tokenizer_model: str | None = None
     """HF folder or sentencepiece .model. Default: the folder of --hf-config."""
@@ -28,7 +28,8 @@ class DataOptions:
     """Every sequence in a row is padded to a multiple of this. 0: of what context parallelism needs, 2 x its size."""
 
     overlong: str = "error"
-    """What to do with a conversation longer than a row: error, skip or truncate."""
+    """What to do with a conversation longer than a row: error, skip or truncate. Prompts that leave no room for an
+    answer (stages 0 and 2) are left out by skip, and refused else."""
 
 
 @dataclass(frozen=True)

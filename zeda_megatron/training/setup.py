@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +63,14 @@ def hf_folder(options: ModelOptions) -> Path:
     raise UserError("--hf-config is missing: give the folder of the HF model")
 
 
-def run_tokenizer(options: Options) -> ChatTokenizer:
-    """The tokenizer of the run: --tokenizer-model, else that of the HF folder."""
+def run_tokenizer(options: Options, day: datetime.date) -> ChatTokenizer:
+    """The tokenizer of the run: --tokenizer-model, else that of the HF folder. `day`: of the run, for its template."""
     data = options.data
     return load_tokenizer(
-        data.tokenizer_model or hf_folder(options.model), data.tokenizer_type, data.chat_template_file
+        data.tokenizer_model or hf_folder(options.model),
+        data.tokenizer_type,
+        data.chat_template_file,
+        day=day,
     )
 
 

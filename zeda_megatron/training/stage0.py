@@ -7,11 +7,20 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint.state import load_weights, require_checkpoint
-from ..distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
+from ..distill.stage0 import (
+    RolloutFile,
+    answer_questions,
+    begun_on,
+    make_questions,
+    prompt_settings,
+    sampling_settings,
+)
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.switches import set_zero_mask
+from ..runtime.agreement import from_rank0
 from .build_teacher import teacher_id
+from .log import warn
 from .options import Options
 from .rollout_engine import rollout_engine
 from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
@@ -29,19 +38,23 @@ def run_stage0(options: Options) -> int:
     if source is None:
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
     arch = read_architecture(hf_folder(options.model))
-    tokenizer = run_tokenizer(options)
+    rank0 = torch.distributed.get_rank() == 0
+    tokenizer = run_tokenizer(options, from_rank0(begun_on(generate.rollout_path)))
+    for line in tokenizer.notes:
+        warn(line)
     questions = make_questions(
         options.data.data_path,
         tokenizer,
         arch.max_position_embeddings,
         generate.samples_per_prompt,
         (generate.shard_index, generate.num_shards),
+        options.data.overlong,
+        warn,
     )
     folder = require_checkpoint(source, "--pretrained-checkpoint")
     shard = f"{generate.shard_index} of {generate.num_shards}" if generate.num_shards > 1 else None
-    settings = sampling_settings(sampling, teacher_id(options)) | {"shard": shard}
-    file = RolloutFile(generate.rollout_path, settings)
-    rank0 = torch.distributed.get_rank() == 0
+    settings = sampling_settings(sampling, teacher_id(options)) | prompt_settings(tokenizer)
+    file = RolloutFile(generate.rollout_path, settings | {"shard": shard})
     if rank0:
         file.open()
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
