@@ -46,7 +46,7 @@ def task_questions(rows: list[Row]) -> list[Question]:
     return made
 
 
-def verify_task(question: Question, answer: str) -> Verdict:
+def verify_task(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """The exact string, after the thinking if there is any."""
     text = after_thinking(answer)
     right = exactly(text, question.reference["label"])
@@ -81,7 +81,7 @@ def gym_benchmark(name: str, settings: dict[str, dict] | None = None) -> Benchma
             )
         return made
 
-    def verify(question: Question, answer: str) -> Verdict:
+    def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
         from reasoning_gym.utils import extract_answer
 
         where, text = question.reference, after_thinking(answer)

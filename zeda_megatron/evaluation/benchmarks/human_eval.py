@@ -94,7 +94,7 @@ def _defines(code: str, name: str | None) -> bool:
     return any(isinstance(node, functions) and node.name == name for node in ast.walk(tree))
 
 
-def verify(question: Question, answer: str) -> Verdict:
+def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """Run the program with its tests in the sandbox."""
     program, reference = program_of(question, answer), question.reference
     if not program.strip():

@@ -59,7 +59,7 @@ def _json(value, where: str) -> dict:
     return value
 
 
-def verify(question: Question, answer: str) -> Verdict:
+def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """All tests passed; the first that fails ends the run."""
     code = last_code_block(answer)
     if not code or not code.strip():
