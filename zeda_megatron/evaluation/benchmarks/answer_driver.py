@@ -144,14 +144,14 @@ def main():
             with time_limit(request["seconds"]):
                 if running is None:
                     running = KINDS[request["kind"]](request)
-                    reply = {"ready": True}
+                    reply = plain_data.dumps({"ready": True})
                 else:
-                    reply = running.reply(request)
+                    reply = plain_data.dumps(running.reply(request))
         except OutOfTime:
-            reply = {"error": ["OutOfTime", "OutOfTime", "out of time"]}
+            reply = plain_data.dumps({"error": ["OutOfTime", "OutOfTime", "out of time"]})
         except BaseException as error:
-            reply = said(error)
-        plain_data.write_frame(replies, plain_data.dumps(reply))
+            reply = plain_data.dumps(said(error))
+        plain_data.write_frame(replies, reply)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import decimal
 import fractions
 import json
 import os
+import re
 import struct
 
 _HEADER = struct.Struct(">Q")
@@ -146,7 +147,7 @@ def _short(text):
 
 
 def _array(kind, items):
-    if not isinstance(kind, str) or kind[1:2] not in ("b", "i", "u", "f", "c", "U") or len(kind) > 8:
+    if re.fullmatch("[<>|=]?[biufc][0-9]{1,2}", kind) is None:
         return Opaque()
     import numpy
 
