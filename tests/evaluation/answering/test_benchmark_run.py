@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.arguments import parse
+from zeda_megatron.checkpoint.lock import NAME as LOCK
+from zeda_megatron.checkpoint.lock import locked
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.__main__ import main
 from zeda_megatron.evaluation.answering import run as run_module
@@ -26,9 +28,9 @@ from zeda_megatron.evaluation.reap import PruneOptions
 class Stub:
     """Answers with its random stream; may stop in the middle."""
 
-    def __init__(self, group=1, parallel=1, fails_after=None, fingerprint="f"):
+    def __init__(self, group=1, parallel=1, fails_after=None, fingerprint="f", prompts="p"):
         self.group, self.parallel, self.left = group, parallel, fails_after
-        self.about = About("stub", None, fingerprint)
+        self.about = About("stub", None, fingerprint, prompts=lambda conversations: prompts)
         self.asked = []
 
     def answer(self, requests, sampling):
@@ -141,6 +143,7 @@ def test_each_answer_has_its_own_stream_and_each_seed_its_own(go):
         ({"arm": "other"}, "arm was stub, now other"),
         ({"stub": Stub(fingerprint="g")}, "fingerprint was f, now g"),
         ({"stub": Stub(group=2)}, "group was 1, now 2"),
+        ({"stub": Stub(prompts="q")}, "prompts was p, now q .*chat template"),
     ],
 )
 def test_answers_of_another_run_are_not_mixed_in(go, change, message):
@@ -166,6 +169,34 @@ def test_answers_can_be_judged_again(go, tmp_path):
     assert "true" not in file.read_text()
     go("a", Stub(), verify_again=True)
     assert sorted(file.read_text().splitlines()) == sorted(lines)
+
+
+def test_two_runs_do_not_work_in_one_folder(go, tmp_path):
+    go("a", Stub(fails_after=None))
+    with (
+        locked(tmp_path / "a" / LOCK, "--output"),
+        pytest.raises(UserError, match=r"--output .*works here"),
+    ):
+        go("a", Stub())
+    go("a", Stub())
+    assert not (tmp_path / "a" / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "engine"),
+    [
+        (["--mask"], "transformers"),
+        (["--moe-pick-rule", "topk=2"], "transformers"),
+        (["--calibration", "x"], "transformers"),
+        (["--zero-dial", "1"], "openai"),
+        (["--dtype", "float16"], "openai"),
+        (["--served-model", "m"], "megatron"),
+    ],
+)
+def test_a_setting_of_another_engine_is_refused(flags, engine):
+    asked = ["--benchmarks", "tasks", "--model", "x", "--output", "y", "--engine", engine]
+    with pytest.raises(UserError, match=f"{flags[0]} .* means nothing to --engine {engine}"):
+        main(["run", *asked, *flags])
 
 
 def test_the_papers_sampling_is_the_default(go, tmp_path):

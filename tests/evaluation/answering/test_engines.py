@@ -1,6 +1,7 @@
 """Engines: the same answers from transformers, Megatron and a server; batches and order change nothing."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -96,6 +97,118 @@ def test_heads_of_paired_experts_are_counted(paired_export, one_process):
     assert megatron(paired_export[0]).about.head_flops == pytest.approx(8 / 144)
 
 
+def test_a_dial_the_model_refuses_is_told(dynamic_hf, paired_export):
+    """Which dial turns is a matter of the config; what it refuses is an error, not the other dial's business."""
+    with pytest.raises(UserError, match=r"--zero-dial nan: .*zce_logit_bias"):
+        TransformersEngine(str(dynamic_hf), dial=float("nan"))
+    with pytest.raises(UserError, match=r"--zero-dial nan: .*zce_threshold"):
+        TransformersEngine(str(paired_export[1]), dial=float("nan"))
+
+
+LEAKS = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 1,
+    "num_beams": 2,
+    "num_return_sequences": 2,
+    "min_new_tokens": 11,
+    "max_time": 1e-9,
+    "suppress_tokens": list(range(3, 20)),
+    "begin_suppress_tokens": list(range(3, 20)),
+    "bad_words_ids": [[i] for i in range(3, 20)],
+    "sequence_bias": [[[5], 100.0]],
+    "forced_bos_token_id": 5,
+    "exponential_decay_length_penalty": [1, 5.0],
+    "guidance_scale": 3.0,
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 3,
+    "stop_strings": ["a", "e"],
+    "encoder_repetition_penalty": 2.0,
+    "cache_implementation": "static",
+    "use_cache": False,
+    "return_dict_in_generate": True,
+    "output_scores": True,
+}
+
+
+def test_nothing_of_the_models_generation_config_reaches_the_answers(dynamic_hf, tmp_path):
+    changed = shutil.copytree(dynamic_hf, tmp_path / "changed")
+    file = changed / "generation_config.json"
+    named = json.loads(file.read_text()) if file.is_file() else {}
+    stops = {key: value for key, value in named.items() if key.endswith("token_id")}
+    first = TransformersEngine(str(dynamic_hf), batch=2)
+    file.write_text(json.dumps({**stops, "repetition_penalty": 1.5, "use_cache": False}))
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, "use_cache": False}))
+    second = TransformersEngine(str(changed), batch=2)
+    for temperature in (0.0, 0.6):
+        sampling = SamplingConfig(max_new_tokens=12, temperature=temperature)
+        wanted = first.answer(REQUESTS[:2], sampling)
+        same(wanted, second.answer(REQUESTS[:2], sampling))
+        for name, value in LEAKS.items():
+            setattr(second.model.generation_config, name, value)
+            same(wanted, second.answer(REQUESTS[:2], sampling))
+
+
+def test_a_long_neighbour_takes_no_room(world):
+    """Each row of a batch has its own limit: the model's context without its own prompt."""
+    engine = TransformersEngine(str(world.hf), batch=3)
+    long = Request([{"role": "user", "content": "the " * 45}], 7, "b 9")
+    sampling = SamplingConfig(max_new_tokens=250, temperature=0.6)
+    batch = [REQUESTS[0], long, REQUESTS[1]]
+    together = engine.answer(batch, sampling)
+    same(together, [engine.answer([one], sampling)[0] for one in batch])
+    assert all(a.prompt_tokens + a.tokens <= 256 for a in together)
+    assert len({a.prompt_tokens + a.tokens for a in together if a.finish == "length"}) <= 1
+
+
+def test_an_answer_shows_the_thinking_that_its_prompt_opened(
+    dynamic_hf, world, one_process, server, tmp_path
+):
+    opened = shutil.copytree(dynamic_hf, tmp_path / "opened")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<think>"
+    (opened / "chat_template.jinja").write_text(template)
+    sampling = SamplingConfig(max_new_tokens=4, temperature=0.0)
+    engine = TransformersEngine(str(opened))
+    (answer,) = engine.answer(REQUESTS[:1], sampling)
+    assert answer.text.startswith("<think>") and answer.finish == "length"
+    ours = megatron(world.dynamic)
+    ours.tokenizer.hf.chat_template = template
+    assert ours.answer(REQUESTS[:1], sampling)[0].text == answer.text
+    ours.tokenizer.hf.chat_template = template.replace("<think>", "<think></think>")
+    assert "<think>" not in ours.answer(REQUESTS[:1], sampling)[0].text
+
+    def said(finish, config=None, **message):
+        server.reply = (200, {"choices": [{"message": message, "finish_reason": finish}]})
+        (got,) = OpenAIEngine(server.url, config_folder=config).answer(REQUESTS[:1], sampling)
+        return got.text, got.finish
+
+    assert said("length", content="hm") == ("<think>hm", "length")  # nobody knows the prompt: no answer
+    assert said("length", str(dynamic_hf), content="hm") == ("hm", "length")
+    assert said("length", str(opened), content="hm") == ("<think>hm", "length")
+    assert said("stop", str(opened), content="hm</think>4") == ("hm</think>4", "stop")
+    assert said("length", reasoning_content="hm", content=None) == ("<think>hm", "length")
+    assert said("stop", reasoning="hm", content="4") == ("<think>hm</think>4", "stop")
+    for cut in ("abort", "content_filter", "error"):
+        assert said(cut, content="<think>hm</think>4")[1] == "length"
+
+
+def test_who_changes_what_the_model_is_given_makes_another_run(dynamic_hf, tmp_path):
+    conversations = [request.messages for request in REQUESTS]
+    copy = shutil.copytree(dynamic_hf, tmp_path / "copy")
+
+    def known():
+        return TransformersEngine(str(copy)).about.prompts(conversations)
+
+    first = TransformersEngine(str(dynamic_hf)).about.prompts(conversations)
+    assert known() == first
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").write_text("x" + template)
+    assert known() != first
+    (copy / "chat_template.jinja").write_text(template)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    assert known() != first
+
+
 def test_a_prompt_that_is_too_long_is_named(world):
     engine = TransformersEngine(str(world.hf))
     long = Request([{"role": "user", "content": "x" * 400}], 1, "gsm8k q7")
@@ -104,8 +217,6 @@ def test_a_prompt_that_is_too_long_is_named(world):
 
 
 def test_other_weights_have_another_fingerprint(world, tmp_path):
-    import shutil
-
     copy = shutil.copytree(world.hf, tmp_path / "copy")
     assert fingerprint(copy) == fingerprint(world.hf)
     file = next(copy.glob("*.safetensors"))
@@ -129,7 +240,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, engine=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.engine, self.lock, self.seen, self.busy = engine, threading.Lock(), [], 0
-        self.models, self.metrics, self.reply = ["tiny"], "", None
+        self.models, self.metrics, self.reply, self.redirect = ["tiny"], "", None, None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -142,13 +253,25 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def say(self, code: int, value) -> None:
-        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        data = value.encode() if isinstance(value, str) else value
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
+    def redirected(self) -> bool:
+        if self.server.redirect is None:
+            return False
+        self.send_response(self.server.redirect[0])
+        self.send_header("Location", self.server.redirect[1])
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
     def do_GET(self):
+        if self.redirected():
+            return
         if self.path == "/metrics":
             self.say(200, self.server.metrics)
         else:
@@ -156,6 +279,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         order = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.redirected():
+            return None
         with self.server.lock:
             self.server.seen.append((order, dict(self.headers)))
             if self.server.busy:
@@ -216,6 +341,76 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_told(server, quick, monke
     server.reply = (200, {"choices": []})
     with pytest.raises(UserError, match="its answer to b 0 has no message"):
         engine.answer(REQUESTS[:1], SAMPLING)
+
+
+MESSAGE = {"message": {"content": "4"}, "finish_reason": "stop"}
+ODD = {
+    "a list": [],
+    "a number": 5,
+    "nothing": None,
+    "no choices": {"choices": None},
+    "choices of numbers": {"choices": [5]},
+    "message of text": {"choices": [{"message": "4"}]},
+    "content a number": {"choices": [{"message": {"content": 5}}]},
+    "content an object": {"choices": [{"message": {"content": {"text": "4"}}}]},
+    "thinking a list": {"choices": [{"message": {"content": "4", "reasoning": ["hm"]}}]},
+    "finish a list": {"choices": [{**MESSAGE, "finish_reason": ["stop"]}]},
+    "usage a list": {"choices": [MESSAGE], "usage": [1]},
+    "tokens as text": {"choices": [MESSAGE], "usage": {"completion_tokens": "5"}},
+    "tokens below zero": {"choices": [MESSAGE], "usage": {"prompt_tokens": -1}},
+    "tokens without end": {"choices": [MESSAGE], "usage": {"prompt_tokens": float("inf")}},
+    "share of text": {"choices": [MESSAGE], "usage": {"zero_share": "half"}},
+    "share above one": {"choices": [MESSAGE], "usage": {"zero_share": 1.5}},
+    "share that is none": {"choices": [MESSAGE], "usage": {"zero_share": float("nan")}},
+    "nested": "[" * 100_000,
+    "long number": '{"choices": %s}' % ("9" * 5000),
+    "no text": b"\xff\xfe\xfa",
+    "too long": " " * (5 << 20),
+}
+
+
+@pytest.mark.parametrize("reply", ODD.values(), ids=ODD)
+def test_a_server_that_says_odd_things_is_told_in_one_line(server, quick, reply):
+    engine = OpenAIEngine(server.url, "tiny")
+    server.reply = (200, reply)
+    with pytest.raises(UserError, match=server.url) as error:
+        engine.answer(REQUESTS[:1], SAMPLING)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_half_a_surrogate_pair_of_a_server_is_replaced(server):
+    server.reply = (200, '{"choices": [{"message": {"content": "a\\ud800b\\ud83d\\ude00"}}]}')
+    assert OpenAIEngine(server.url, "tiny").answer(REQUESTS[:1], SAMPLING)[0].text == "a\ufffdb\U0001f600"
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect(server, quick, code, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    other = Server()
+    try:
+        server.redirect = code, f"{other.url}/chat/completions"
+        with pytest.raises(UserError, match=rf"redirects \({code}\) to {other.url}"):
+            OpenAIEngine(server.url, "tiny").answer(REQUESTS[:1], SAMPLING)
+        with pytest.raises(UserError, match="redirects"):
+            OpenAIEngine(server.url)
+        assert OpenAIEngine(server.url, "tiny").slots() is None
+        assert other.seen == []
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_a_key_is_never_repeated(server, quick, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server.reply = (400, "your key secret is wrong\nindeed")
+    with pytest.raises(UserError, match=r"your key \*\*\* is wrong indeed"):
+        OpenAIEngine(server.url, "tiny").answer(REQUESTS[:1], SAMPLING)
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(UserError) as error:
+        OpenAIEngine(server.url, "tiny")
+    assert "sec" not in str(error.value)
+    with pytest.raises(UserError, match="begins with http"):
+        OpenAIEngine("file:///etc/passwd", "tiny")
 
 
 def test_a_server_with_several_models_or_none_there_is_named(server, quick):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -51,12 +52,33 @@ needs_data = pytest.mark.skipif(
 def test_all_instructions_must_be_followed(row):
     (question,) = ifeval_questions([row])
     assert question.messages == AUTHORS["prompt"]
-    assert verify_ifeval(question, "la la END").right
-    assert not verify_ifeval(question, "la, la END").right
-    assert "startend:end_checker" in verify_ifeval(question, "la la").note
-    assert not verify_ifeval(question, "").right
-    assert verify_ifeval(question, "<think>a, b, c</think>la END").right
-    assert not verify_ifeval(question, "<think>la END").right
+    assert verify_ifeval(question, "la la END", "stop").right
+    assert not verify_ifeval(question, "la, la END", "stop").right
+    assert "startend:end_checker" in verify_ifeval(question, "la la", "stop").note
+    assert not verify_ifeval(question, "", "stop").right
+    assert verify_ifeval(question, "<think>a, b, c</think>la END", "stop").right
+    assert not verify_ifeval(question, "<think>la END", "stop").right
+
+
+@pytest.mark.parametrize("finish", ["length", None])
+def test_an_answer_that_is_not_known_to_be_whole_follows_nothing(finish):
+    """Thinking that the prompt opened and that was cut off looks like any text."""
+    (question,) = ifeval_questions([ROW])
+    assert verify_ifeval(question, "la la END", finish).note == "cut off"
+    assert not verify_ifbench(question, "la la END", finish).right
+
+
+def test_one_answer_has_one_verdict():
+    row = {
+        "key": 1,
+        "prompt": "p",
+        "instruction_id_list": ["language:response_language"],
+        "kwargs": [{"language": "en"}],
+    }
+    (question,) = ifeval_questions([row])
+    state = random.getstate()
+    assert len({verify_ifeval(question, "Hello world", "stop").right for _ in range(40)}) == 1
+    assert random.getstate() == state
 
 
 @needs_data
@@ -72,7 +94,7 @@ def test_loose_forgives_what_stands_around_an_answer():
 def test_an_unknown_instruction_is_an_error_not_a_pass():
     (question,) = ifeval_questions([{**ROW, "instruction_id_list": ["made:up", "punctuation:no_comma"]}])
     with pytest.raises(UserError, match="no checker for made:up"):
-        verify_ifeval(question, "la")
+        verify_ifeval(question, "la", "stop")
 
 
 _REFERENCE = """
@@ -121,7 +143,7 @@ def test_verdicts_are_those_of_the_ifbench_package_on_its_sample_outputs(tmp_pat
     for question in questions:
         answer = answers[question.reference["prompt"]]
         assert [*map(list, followed("ifbench", question, answer))] == theirs[question.uid], question.uid
-        right += verify_ifbench(question, answer).right
+        right += verify_ifbench(question, answer, "stop").right
     assert len(questions) == len(theirs) >= 288
     assert right == sum(all(loose) for _, loose in theirs.values()) > 50
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.benchmarks.code_driver import same_output
+from zeda_megatron.evaluation.benchmarks.code_tests import same_output
 from zeda_megatron.evaluation.benchmarks.livecodebench import LIVECODEBENCH, questions, verify
 
 PRIVATE = [{"input": "2 5\n", "output": "7\n", "testtype": "stdin"}]

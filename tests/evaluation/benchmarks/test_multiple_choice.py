@@ -6,6 +6,7 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.benchmarks.multiple_choice import (
     MULTIPLE_CHOICE,
     gpqa_questions,
+    letter_of,
     redux_questions,
     verify,
 )
@@ -60,11 +61,79 @@ def test_a_choice_that_is_not_there_is_named():
         ("B", "The answer is B", False),
         ("yes, it is", "\\boxed{\\text{Yes,  it is}}", True),
         ("\\boxed{C}", "\\boxed{C}", True),
+        ("B", "<think>\\boxed{B} or", False),
+        ("B", "<think>hm</think>\\boxed{B}", True),
     ],
 )
 def test_letters_are_read_however_they_are_boxed(label, answer, right):
     (question,) = gpqa_questions([authors(label)])
     assert verify(question, answer).right is right
+
+
+BOXES = {
+    "B": (
+        "B",
+        " b ",
+        "(B)",
+        "[B]",
+        "B.",
+        "B)",
+        "B:",
+        "(B).",
+        "B) yes",
+        "(B) yes, and no",
+        "B. 42",
+        "B: A decrease in pressure",
+        "B. C",
+        "B - yes",
+        "\\textrm{B}",
+        "{\\bf B}",
+        "\\mathbf{(B)}",
+        "\\mbox{B}",
+        "\\text{ B }",
+        "\\text{Option B}",
+        "\\text{(B)}\\ yes",
+        "Answer: B",
+        "The answer is B",
+        "the correct answer is (B) yes",
+        "Answer: option B",
+        "choice B.",
+        "**B**",
+        "$B$",
+    ),
+    "A": ("A) A decrease in pressure", "A. I", "(A) And so on"),
+    "I": ("I",),
+    None: (
+        "A decrease in pressure",
+        "A and C",
+        "A, C",
+        "A or B",
+        "(A) and (C)",
+        "A) B)",
+        "A. and B.",
+        "A) or C",
+        "A/B",
+        "A & B",
+        "I think it is B",
+        "AB",
+        "Banana",
+        "B12",
+        "B-cell",
+        "not B",
+        "\\frac{A}{B}",
+        "\\neg B",
+        "",
+        "42",
+        "K",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("letter", "box"), [(letter, box) for letter, boxes in BOXES.items() for box in boxes]
+)
+def test_a_box_chooses_one_letter_or_none(letter, box):
+    assert letter_of(box) == letter
 
 
 def test_settings_are_the_papers():

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.sandbox import landlock, seccomp
+from zeda_megatron.evaluation.sandbox.folder import SandboxFolder, sweep
 from zeda_megatron.evaluation.sandbox.limits import MIB, Limits
-from zeda_megatron.evaluation.sandbox.run import Ways, run_program
+from zeda_megatron.evaluation.sandbox.run import Program, Ways, run_program
 from zeda_megatron.evaluation.sandbox.walls import find_walls, require_walls
 
 WAYS = {
@@ -55,6 +57,18 @@ def test_all_walls_stand_where_the_kernel_has_what_they_need(standing):
         pytest.skip("this kernel has no Landlock, or its system calls are not known")
     assert standing["no namespaces"].missing == []
     assert standing["all"].missing == [], standing["all"].line()
+
+
+def test_a_file_that_can_be_read_is_a_wall_that_is_missing():
+    """Namespaces make files read-only; without Landlock a program still reads them."""
+    for ways in (Ways(landlock=False), Ways(landlock=False, namespaces=False)):
+        walls = find_walls(ways)
+        if not walls.stand:
+            pytest.skip(walls.line())
+        assert "files" in walls.missing
+        assert "files MISSING" in walls.line() and "reading files outside is possible" in walls.line()
+        with pytest.raises(UserError, match="reading files outside is possible"):
+            require_walls(False, ways)
 
 
 def test_a_harmless_program_runs(ways):
@@ -253,6 +267,113 @@ print(done)
     # With namespaces alone it may signal its own namespace: itself and the process 1 above it.
     assert run(source, ways).stdout in ("[]\n", "[-1]\n", "[1, -1]\n", "[1, -1, 1]\n")
     assert psutil.pid_exists(os.getpid())
+
+
+REACHES = {
+    "a datagram to a socket outside": """
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+a.sendto(b"x", target)""",
+    "a sequence of packets": "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)",
+    "descriptors to a socket outside": """
+a, b = socket.socketpair()
+a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", 0))])""",
+    "an address behind a pair": "a, b = socket.socketpair(); a.sendto(b'x', target)",
+    "connecting a pair": "a, b = socket.socketpair(); a.connect(target)",
+    "another's priority": "os.setpriority(os.PRIO_PROCESS, victim, 19)",
+    "another's processors": "os.sched_setaffinity(victim, {0})",
+    "another's scheduler": "os.sched_setscheduler(victim, os.SCHED_IDLE, os.sched_param(0))",
+    "its own niceness": "os.nice(1)",
+    "a signal by the owner of a pair": "a, b = socket.socketpair(); fcntl.fcntl(a, fcntl.F_SETOWN, victim)",
+    "a signal of choice": "fcntl.fcntl(os.pipe()[0], fcntl.F_SETSIG, 9)",
+    "a signal by ioctl": "a, b = socket.socketpair(); fcntl.ioctl(a, 0x8901, struct.pack('i', victim))",
+    "news of a folder": "fcntl.fcntl(os.open('.', os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
+    "a lease": "fcntl.fcntl(os.open('f', os.O_RDWR | os.O_CREAT), fcntl.F_SETLEASE, fcntl.F_WRLCK)",
+    "inotify": "call('inotify_init1', 0)",
+    "fanotify": "call('fanotify_init', 0, 0)",
+    "the priority of input and output": "call('ioprio_set', 1, victim, 0)",
+    "asynchronous input": "call('io_setup', 100, ctypes.byref(ctypes.c_ulong(0)))",
+    "the kernel's log": "call('syslog', 10, 0, 0)",
+    "a session of its own": "os.setsid()",
+    "a group of its own": "os.setpgid(0, 0)",
+    "outliving its parent": "if libc.prctl(1, 0, 0, 0, 0): raise OSError",
+}
+
+
+def test_nothing_outside_is_reached_without_namespaces_either(standing, tmp_path):
+    """The filter alone: what namespaces would hide is refused, and ordinary use of the same calls is not."""
+    if standing["no namespaces"].missing:
+        pytest.skip(standing["no namespaces"].line())
+    numbers = {**seccomp._DENIED[os.uname().machine]}
+    bodies = [textwrap.indent(code.strip(), "    ") for code in REACHES.values()]
+    attempts = "".join(f"def _{i}():\n{body}\n" for i, body in enumerate(bodies))
+    source = f"""
+import asyncio, ctypes, fcntl, os, socket, struct
+victim, target, numbers = {os.getpid()}, {str(tmp_path / "socket")!r}, {numbers!r}
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    if libc.syscall(numbers[name], *arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+{attempts}
+reached = []
+for i in range({len(REACHES)}):
+    try:
+        globals()[f"_{{i}}"]()
+        reached.append(i)
+    except OSError:
+        pass
+async def later():
+    await asyncio.sleep(0)
+    return "ran"
+fcntl.fcntl(0, fcntl.F_GETFL)
+print(reached, asyncio.run(later()))
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(tmp_path / "socket"))
+        os.chmod(tmp_path / "socket", 0o777)
+        outcome = run(source, WAYS["no namespaces"])
+    assert outcome.stdout == "[] ran\n", (outcome.stdout, outcome.stderr)
+
+
+def test_a_folder_is_cleared_away_whatever_lies_in_it(ways):
+    """Three thousand levels, folders that may not be listed, names that try to be in the way."""
+    source = """
+import os
+os.mkdir("closed"); open("closed/f", "w").close()
+os.mkdir("closed/below"); os.mkdir("none")
+os.symlink("/", "link"); os.mkfifo("pipe"); open("a\\nb", "w").close()
+at = os.open(".", os.O_RDONLY)
+for _ in range(1500):
+    os.mkdir("d", dir_fd=at)
+    below = os.open("d", os.O_RDONLY, dir_fd=at)
+    os.close(at)
+    at = below
+os.umask(0)
+os.mkdir("a", 0o300); os.mkdir("a/b", 0o300); os.mkdir("a/b/c", 0)
+"""
+    with Program({"program.py": source}, ["program.py"], SHORT, ways) as program:
+        folder = program._folder.path
+        outcome = program.rest()
+    assert outcome.code == 0, outcome.stderr
+    assert not os.path.exists(folder)
+
+
+def test_folders_of_dead_runs_are_cleared_and_others_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os, tempfile\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "from zeda_megatron.evaluation.sandbox.folder import SandboxFolder\n"
+        "folder = SandboxFolder()\nos.makedirs(folder.path + '/a/b')\nprint(folder.path, flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    dead, mine = done.stdout.strip(), SandboxFolder()
+    assert os.path.isdir(dead)
+    assert sweep() == 1
+    assert not os.path.exists(dead) and os.path.isdir(mine.path)
+    mine.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_our_environment_does_not_reach_it(ways, monkeypatch):

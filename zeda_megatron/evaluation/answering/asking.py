@@ -92,7 +92,7 @@ def judge_all(
         pending = [line for line in answers.lines if (line["uid"], line["sample"]) not in done]
 
         def judge(line: dict) -> dict:
-            verdict: Verdict = benchmark.verify(by_uid[line["uid"]], line["text"])
+            verdict: Verdict = benchmark.verify(by_uid[line["uid"]], line["text"], line["finish"])
             return {"uid": line["uid"], "sample": line["sample"], **asdict(verdict)}
 
         if not pending:

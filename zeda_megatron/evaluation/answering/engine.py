@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,7 +27,8 @@ class Answer:
     """One answer."""
 
     text: str
-    """Decoded, thinking included, without the end token."""
+    """Decoded, thinking included, without the end token. It begins with `<think>` where the prompt opened the
+    thinking."""
     tokens: int
     """Generated tokens, the end token included."""
     prompt_tokens: int
@@ -50,6 +52,9 @@ class About:
     """Heads of paired zero experts, as a share of the static model's expert FLOPs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What else decides its answers: pick rule, dial, type of numbers."""
+    prompts: Callable[[list[list[Message]]], str] = field(default=lambda conversations: "", repr=False)
+    """A hash over conversations as the model gets them: who changes the chat template, the tokenizer or the end tokens
+    makes another run. Empty where a server keeps them to itself."""
 
 
 class Engine(Protocol):

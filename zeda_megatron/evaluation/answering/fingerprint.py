@@ -8,16 +8,18 @@ from pathlib import Path
 from ...checkpoint.folders import TRACKER, tracked
 
 _CHUNK, _CHUNKS = 1 << 16, 16
-_WEIGHTS = (".safetensors", ".distcp", ".pt")
+_WEIGHTS = (".safetensors", ".distcp", ".pt", ".bin")
+_DESCRIBE = ("config.json", "zeda.json", "hf_config/config.json")
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Hash over config.json, names and sizes of the weight files, and parts of each (start, end, 16 places between).
+    """Hash over the config, names and sizes of the weight files, and parts of each (start, end, 16 places between).
 
-    Weights that were trained further differ nearly everywhere, so samples of 64 KiB tell.
+    Weights that were trained further differ nearly everywhere, so samples of 64 KiB tell. Tokenizer and chat template
+    are not in it: the hash over the prompts (`prompts.ChatPrompts.digest`) has them.
     """
     root, whole = Path(folder), hashlib.sha256()
-    for name in ("config.json", "zeda.json"):
+    for name in _DESCRIBE:
         if (root / name).is_file():
             whole.update((root / name).read_bytes())
     if (root / TRACKER).is_file():

@@ -9,6 +9,7 @@ from ...errors import UserError
 from ...runtime import process_groups
 from .engine import About, Answer, Request
 from .fingerprint import fingerprint
+from .prompts import ChatPrompts
 
 
 class MegatronEngine:
@@ -29,18 +30,21 @@ class MegatronEngine:
         self.chunk, self.arch, self.tokenizer = loaded.chunk, loaded.arch, loaded.tokenizer
         if options.chat_variables:
             self.tokenizer.template_args = options.chat_variables
+        self.prompts = ChatPrompts(self.tokenizer)
         set_zero_mask(self.chunk, options.mask)
         rule = apply_rule(self.chunk, options, self.tokenizer)
         dial = turn_dial(self.chunk, options, self.tokenizer) if options.zero_dial else {}
         heads = 0.0 if options.mask else head_cost(self.chunk)
         settings = {"mask": options.mask, "rule": rule, **dial, "template_args": options.chat_variables}
-        self.about = About(options.model, self.arch.hf, fingerprint(options.model), heads, settings)
+        settings["device"] = process_groups.device().type
+        known = fingerprint(options.model), heads, settings, self.prompts.digest
+        self.about = About(options.model, self.arch.hf, *known)
         self.skips = rule is not None or not options.mask
 
     def answer(self, requests: list[Request], sampling: SamplingConfig) -> list[Answer]:
         from ...distill.builtin_engine import BuiltinEngine
 
-        prompts = [self.tokenizer.chat_ids(r.messages, add_generation_prompt=True) for r in requests]
+        prompts = [self.prompts.ids(r.messages) for r in requests]
         longest, context = max(map(len, prompts)), self.arch.hf.get("max_position_embeddings")
         length = longest + sampling.max_new_tokens
         length = length if context is None else min(length, context)
@@ -54,13 +58,13 @@ class MegatronEngine:
         made = engine.generate(prompts, sampling, [r.stream for r in requests])
         return [
             Answer(
-                self.tokenizer.decode(one.response_ids),
+                self.prompts.text(request.messages, one.response_ids),
                 len(one.response_ids),
                 len(prompt),
                 one.finish_reason,
                 self._share(prompt + one.response_ids[:-1]),
             )
-            for prompt, one in zip(prompts, made, strict=True)
+            for request, prompt, one in zip(requests, prompts, made, strict=True)
         ]
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import time
 import urllib.error
@@ -11,13 +12,20 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ...data.tokenizers import load_tokenizer
 from ...distill.sampling import SamplingConfig
 from ...errors import UserError
-from ...strict_json import read_json
+from ...strict_json import is_int, is_number, read_json
 from .engine import About, Answer, Request
+from .prompts import END, THINK, ChatPrompts
 from .transformers_engine import head_flops
 
 _PASSING = (408, 409, 429, 500, 502, 503, 504)
+_ENDED = (None, "stop", "tool_calls", "function_call")
+"""Reasons to finish that leave an answer whole; `length`, `abort`, `content_filter` and the like cut it off."""
+_THOUGHTS = ("reasoning_content", "reasoning")
+_MOST, _MOST_PER_TOKEN = 4 << 20, 256
+"""Bytes that a server's reply may have: so many, and so many for each token asked for."""
 _ZERO, _ROUTED = "zeda:zero_slots_total", "zeda:routed_slots_total"
 """Counters of this project's vLLM plugin."""
 
@@ -26,13 +34,15 @@ class OpenAIEngine:
     """Asks a server, several questions at a time. Each answer's seed goes with it; whether it counts is the server's.
 
     Args:
-        url: address up to and including `/v1`.
+        url: address up to and including `/v1`. Redirects are refused: the key goes to this address only.
         model: the name that the server knows; None: the only one it has.
         parallel: questions under way at a time.
-        config_folder: folder with the model's config.json, for FLOP counts.
+        config_folder: folder with the model's config.json, for FLOP counts; with its tokenizer and chat template, if it
+            has them, prompts are known, and with them whether an answer begins inside the thinking.
         timeout: seconds to wait for one answer.
         key_variable: environment variable that holds the server's key, if it wants one.
         tries: attempts at one answer while the server is busy or gone; the pauses grow to 30 seconds.
+        template_args: variables for the server's chat template (`chat_template_kwargs`).
     """
 
     def __init__(
@@ -44,20 +54,31 @@ class OpenAIEngine:
         timeout: float = 3600.0,
         key_variable: str = "OPENAI_API_KEY",
         tries: int = 6,
+        template_args: dict[str, Any] | None = None,
     ):
         self.url, self.timeout, self.tries = url.rstrip("/"), timeout, tries
         self.group, self.parallel = 1, parallel
-        self._key = os.environ.get(key_variable)
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--model {url}: an address begins with http:// or https://")
+        self._key = (os.environ.get(key_variable) or "").strip()
+        if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
+            raise UserError(f"{key_variable} holds characters that no key has")
+        self._open = urllib.request.build_opener(_NoRedirects).open
         self.model = model or self._only_model()
+        self.template_args = template_args or {}
+        self.prompts = _prompts(config_folder, self.template_args) if config_folder else None
         config = read_json(Path(config_folder) / "config.json") if config_folder else None
         heads = head_flops(config) if config else 0.0
-        self.about = About(self.url, config, f"served as {self.model}", heads)
+        settings = {"template_args": self.template_args} if self.template_args else {}
+        known = {"prompts": self.prompts.digest} if self.prompts else {}
+        self.about = About(self.url, config, f"served as {self.model}", heads, settings, **known)
 
     def _only_model(self) -> str:
-        names = [one.get("id") for one in self._call("/models", None).get("data", [])]
-        if len(names) != 1:
+        listed = self._call("/models", None).get("data")
+        names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        if len(names) != 1 or not isinstance(names[0], str):
             raise UserError(
-                f"--model {self.url}: serves {len(names)} models ({', '.join(map(str, names))}); give one with "
+                f"--model {self.url}: serves {len(names)} models ({_brief(', '.join(map(str, names)))}); give one with "
                 "--served-model"
             )
         return names[0]
@@ -76,39 +97,59 @@ class OpenAIEngine:
         }
         if sampling.top_k:
             order["top_k"] = sampling.top_k  # not OpenAI's, but every open server's
-        got = self._call("/chat/completions", order)
-        try:
-            choice, usage = got["choices"][0], got.get("usage") or {}
-            message = choice["message"]
-            thought = message.get("reasoning_content") or message.get("reasoning")
-            text = message.get("content") or ""
-            text = f"<think>{thought}</think>{text}" if thought else text
-            finish = "length" if choice.get("finish_reason") == "length" else "stop"
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(f"{self.url}: its answer to {request.name} has no message") from None
+        if self.template_args:
+            order["chat_template_kwargs"] = self.template_args
+        got = self._call("/chat/completions", order, _MOST + _MOST_PER_TOKEN * sampling.max_new_tokens)
+        choices, where = got.get("choices"), f"{self.url}: its answer to {request.name}"
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(message, dict):
+            raise UserError(f"{where} has no message")
+        content, thought = (_text(message, names, where) for names in (("content",), _THOUGHTS))
+        reason = choice.get("finish_reason")
+        if reason is not None and not isinstance(reason, str):
+            raise UserError(f"{where}: finish_reason is no text but {type(reason).__name__}")
+        finish = "stop" if reason in _ENDED else "length"
+        usage = got.get("usage") or {}
+        if not isinstance(usage, dict):
+            raise UserError(f"{where}: usage is no object")
         share = usage.get("zero_share")
-        return Answer(
-            text,
-            int(usage.get("completion_tokens") or 0),
-            int(usage.get("prompt_tokens") or 0),
-            finish,
-            share,
-        )
+        if share is not None and not (is_number(share) and 0 <= share <= 1):
+            raise UserError(f"{where}: usage.zero_share is no share: {_brief(share)}")
+        made, fed = (_count(usage, name, where) for name in ("completion_tokens", "prompt_tokens"))
+        return Answer(self._whole(request, content, thought, finish), made, fed, finish, share)
+
+    def _whole(self, request: Request, content: str, thought: str, finish: str) -> str:
+        """Thinking and answer as the model wrote them.
+
+        A cut-off text without marks may be thinking that the prompt opened. Where the prompt is not known (no
+        --config-folder with a chat template), it is taken for that: no answer is better than half a thought.
+        """
+        if thought:
+            return f"{THINK}{thought}{END if content or finish == 'stop' else ''}{content}"
+        if END in content:
+            opened = False
+        elif self.prompts is not None:
+            opened = self.prompts.opened(request.messages)
+        else:
+            opened = finish == "length"
+        return f"{THINK}{content}" if opened and not content.lstrip().startswith(THINK) else content
 
     def slots(self) -> tuple[int, int] | None:
         """Counters of the vLLM plugin, from the server's /metrics; all of its traffic counts. (0, 0) while there are
         none: a fresh server has none before its first answer."""
         try:
-            with urllib.request.urlopen(f"{self.url.removesuffix('/v1')}/metrics", timeout=30) as response:
-                lines = response.read().decode("utf-8", "replace").splitlines()
-        except (OSError, ValueError, http.client.HTTPException):
+            with self._open(f"{self.url.removesuffix('/v1')}/metrics", timeout=30) as response:
+                lines = _read(response, 4 * _MOST, 30).decode("utf-8", "replace").splitlines()
+            sums = [
+                math.fsum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+                for name in (_ZERO, _ROUTED)
+            ]
+            return int(sums[0]), int(sums[1])
+        except (UserError, OSError, ValueError, IndexError, OverflowError, http.client.HTTPException):
             return None
-        zero, routed = (
-            [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(n)] for n in (_ZERO, _ROUTED)
-        )
-        return int(sum(zero)), int(sum(routed))
 
-    def _call(self, path: str, order: dict | None) -> dict:
+    def _call(self, path: str, order: dict | None, most: int = _MOST) -> dict:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -116,18 +157,86 @@ class OpenAIEngine:
         for attempt in range(1, self.tries + 1):
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.load(response)
+                with self._open(request, timeout=self.timeout) as response:
+                    said = json.loads(_read(response, most, self.timeout))
+                if isinstance(said, dict):
+                    return said
+                raise UserError(f"{self.url}{path}: its answer is no JSON object")
             except urllib.error.HTTPError as error:
-                said = error.read(500).decode("utf-8", "replace").strip()
                 if error.code not in _PASSING or attempt == self.tries:
-                    raise UserError(f"{self.url}{path}: {error.code} {error.reason}: {said}") from None
-            except ValueError as error:
-                raise UserError(f"{self.url}{path}: no address, or its answer is no JSON ({error})") from None
+                    reason = f"{error.code} {_brief(error.reason)}: {self._said(error)}"
+                    raise UserError(f"{self.url}{path}: {reason}") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{self.url}{path}: no address, or its answer is no JSON ({_brief(error)})"
+                ) from None
             except (OSError, http.client.HTTPException) as error:
                 if attempt == self.tries:
-                    raise UserError(
-                        f"{self.url}{path}: no answer ({getattr(error, 'reason', error)})"
-                    ) from None
+                    reason = _brief(getattr(error, "reason", error)) or type(error).__name__
+                    raise UserError(f"{self.url}{path}: no answer ({reason})") from None
             time.sleep(min(30.0, 1.5**attempt))
         raise AssertionError("unreachable")
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """What a refusal says, without our key, should the server repeat it."""
+        try:
+            text = error.read(2000).decode("utf-8", "replace")
+        except (OSError, ValueError, http.client.HTTPException):
+            return ""
+        return _brief(text.replace(self._key, "***") if self._key else text, 300)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirected question would be asked elsewhere, key and all, or as a GET."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        raise UserError(
+            f"{req.full_url}: redirects ({code}) to {_brief(newurl)}; if that is right, give that address"
+        )
+
+
+def _prompts(folder: str, template_args: dict[str, Any]) -> ChatPrompts | None:
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    tokenizer = load_tokenizer(folder, "hf", template_args=template_args)
+    return ChatPrompts(tokenizer) if getattr(tokenizer.hf, "chat_template", None) else None
+
+
+def _read(response, most: int, seconds: float) -> bytes:
+    """The body, at most `most` bytes, within `seconds`. Raises `ValueError` and `TimeoutError`."""
+    deadline, parts, held = time.monotonic() + seconds, [], 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        held += len(part)
+        if held > most:
+            raise ValueError(f"longer than {most} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not complete after {seconds:.0f} s")
+    return b"".join(parts)
+
+
+def _text(message: dict, names: tuple[str, ...], where: str) -> str:
+    """The first of these that is there, as text that every file can hold."""
+    value = next((message[name] for name in names if message.get(name)), "")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {names[0]} is no text but {type(value).__name__}")
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(usage: dict, name: str, where: str) -> int:
+    value = usage.get(name)
+    if value is None:
+        return 0
+    if not is_int(value) or not 0 <= value < 1 << 40:
+        raise UserError(f"{where}: usage.{name} is no count: {_brief(value)}")
+    return value
+
+
+def _brief(value: Any, most: int = 120) -> str:
+    """On one line, cut."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # a number of thousands of digits
+        text = type(value).__name__
+    text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -12,6 +12,17 @@ from ...errors import UserError
 from .engine import Engine
 
 ENGINES = ("transformers", "openai", "megatron")
+_OF_ENGINES = {
+    "dtype": ("transformers",),
+    "served_model": ("openai",),
+    "config_folder": ("openai",),
+    "mask": ("megatron",),
+    "moe_pick_rule": ("megatron",),
+    "zero_dial": ("transformers", "megatron"),
+    "paired_budget": ("megatron",),
+    "calibration": ("megatron",),
+}
+"""Settings that not every engine has: given to another, they would change nothing without a word."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,14 @@ class RunOptions:
                 raise UserError(f"{flag} {number} must be at least 1")
         if self.engine not in (None, *ENGINES):
             raise UserError(f"--engine {self.engine} is unknown; choose one of {', '.join(ENGINES)}")
+        name = engine_name(self)
+        for field, engines in _OF_ENGINES.items():
+            value, default = getattr(self, field), type(self).__dataclass_fields__[field].default
+            if value != default and name not in engines:
+                flag = "--" + field.replace("_", "-")
+                raise UserError(
+                    f"{flag} {value}: means nothing to --engine {name}, but to {', '.join(engines)}"
+                )
 
 
 def engine_name(options: RunOptions) -> str:
@@ -157,7 +176,13 @@ def open_engine(options: RunOptions) -> Iterator[Engine]:
     if name == "openai":
         from .openai_engine import OpenAIEngine
 
-        yield OpenAIEngine(options.model, options.served_model, options.concurrency, options.config_folder)
+        yield OpenAIEngine(
+            options.model,
+            options.served_model,
+            options.concurrency,
+            options.config_folder,
+            template_args=options.chat_variables,
+        )
     elif name == "megatron":
         from ...runtime import cpu, process_groups
         from .megatron_engine import MegatronEngine

@@ -6,6 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ...checkpoint.lock import NAME as LOCK
+from ...checkpoint.lock import locked
 from ...distill.sampling import SamplingConfig
 from ..benchmarks.benchmark import TEMPERATURE, TOP_K, TOP_P, Benchmark
 from ..benchmarks.checkable import read_settings
@@ -32,7 +34,7 @@ def run(options: RunOptions) -> Path:
     What is missing (data, packages, walls) is found before the model is loaded. Answers that are there stay.
 
     Raises:
-        UserError: something missing or wrong, or a folder that holds another run.
+        UserError: something missing or wrong, or a folder that holds another run, or that another process works in.
     """
     options.check()
     benchmarks = find(
@@ -44,17 +46,19 @@ def run(options: RunOptions) -> Path:
         print(require_walls(options.allow_weak_sandbox).line(), flush=True)
     output = Path(options.output)
     arm = options.arm or Path(options.model.rstrip("/")).name
-    with open_engine(options) as engine:
-        claim_run(output, engine, engine_name(options), arm, options.seed, _environment())
+    with locked(output / LOCK, "--output"):
+        with open_engine(options) as engine:
+            claim_run(output, engine, engine_name(options), arm, options.seed, _environment())
+            for benchmark in benchmarks:
+                samples, sampling = options.samples or benchmark.samples, sampling_of(options, benchmark)
+                folder = output / folder_name(benchmark.name)
+                asked = questions[benchmark.name]
+                prompts = engine.about.prompts([question.messages for question in asked])
+                claim_benchmark(folder, benchmark, asked, sampling, samples, engine.group, prompts)
+                ask_all(folder, benchmark, asked, engine, sampling, samples)
         for benchmark in benchmarks:
-            samples, sampling = options.samples or benchmark.samples, sampling_of(options, benchmark)
-            folder = output / folder_name(benchmark.name)
-            asked = questions[benchmark.name]
-            claim_benchmark(folder, benchmark, asked, sampling, samples, engine.group)
-            ask_all(folder, benchmark, asked, engine, sampling, samples)
-    for benchmark in benchmarks:
-        folder = output / folder_name(benchmark.name)
-        judge_all(folder, benchmark, questions[benchmark.name], options.verify_workers, options.verify_again)
+            folder, asked = output / folder_name(benchmark.name), questions[benchmark.name]
+            judge_all(folder, benchmark, asked, options.verify_workers, options.verify_again)
     return output
 
 

@@ -24,6 +24,14 @@ RUN, BENCHMARK, ANSWERS, VERDICTS, SLOTS = (
 )
 
 
+_MEANS = {
+    "fingerprint": " (a hash over config and weights)",
+    "prompts": " (a hash over what the model is given: chat template, tokenizer, end tokens)",
+    "questions": " (a hash over questions and what counts as right)",
+}
+"""Hashes of an identity in words."""
+
+
 def folder_name(benchmark: str) -> str:
     """A benchmark's name as a folder: `reasoning_gym:chain_sum` becomes `reasoning_gym-chain_sum`."""
     return benchmark.replace(":", "-")
@@ -59,8 +67,9 @@ def claim_benchmark(
     sampling: SamplingConfig,
     samples: int,
     group: int,
+    prompts: str,
 ) -> None:
-    """The same for one benchmark's folder."""
+    """The same for one benchmark's folder; `prompts` is the engine's hash over what it is asked."""
     identity = {
         "benchmark": benchmark.name,
         "questions": digest(questions),
@@ -68,6 +77,7 @@ def claim_benchmark(
         "samples": samples,
         "sampling": asdict(sampling),
         "group": group,
+        "prompts": prompts,
     }
     facts = {
         "identity": identity,
@@ -84,12 +94,13 @@ def _claim(file: Path, facts: dict) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(facts, indent=1) + "\n")
         return
-    before, now = read_json(file).get("identity", {}), facts["identity"]
+    before, now = read_json(file).get("identity"), facts["identity"]
+    before = before if isinstance(before, dict) else {}
     for key in now:
         if before.get(key) != now[key]:
             raise UserError(
                 f"--output {file.parent}: holds answers of another run: {key} was {_brief(before.get(key))}, now "
-                f"{_brief(now[key])}; take another folder, or the same settings"
+                f"{_brief(now[key])}{_MEANS.get(key, '')}; take another folder, or the same settings"
             )
 
 

@@ -14,7 +14,11 @@ from ...strict_json import read_json
 from ..left_padding import left_padded, until_stop
 from .engine import About, Answer, Request
 from .fingerprint import fingerprint
+from .prompts import ChatPrompts
 from .row_shares import RowShares
+
+_GROWING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the longest row of the batch."""
 
 
 class TransformersEngine:
@@ -36,54 +40,83 @@ class TransformersEngine:
         dial: float | None = None,
         template_args: dict[str, Any] | None = None,
     ):
-        self.group, self.parallel = batch, 1
         config = read_json(Path(folder) / "config.json")
+        self.group, self.parallel = 1 if _rope_grows(config) else batch, 1
         self.tokenizer = load_tokenizer(folder, "hf", template_args=template_args)
         self.model = _load(folder, config, _dtype(dtype)).eval()
         self.device = self.model.device
         if dial is not None:
-            _turn(self.model, dial, folder)
+            _turn(self.model, config, dial, folder)
         self.context = getattr(self.model.config, "max_position_embeddings", None)
         settings = {"dtype": str(self.model.dtype).removeprefix("torch."), "dial": dial}
-        settings["template_args"] = template_args or {}
-        self.about = About(folder, config, fingerprint(folder), head_flops(config), settings)
+        settings |= {"template_args": template_args or {}, "device": self.device.type}
+        self.prompts = ChatPrompts(self.tokenizer)
+        known = fingerprint(folder), head_flops(config), settings, self.prompts.digest
+        self.about = About(folder, config, *known)
 
     @torch.no_grad()
     def answer(self, requests: list[Request], sampling: SamplingConfig) -> list[Answer]:
-        from transformers import GenerationConfig
-
-        prompts = [self.tokenizer.chat_ids(r.messages, add_generation_prompt=True) for r in requests]
-        longest = max(map(len, prompts))
-        new = (
+        prompts = [self.prompts.ids(r.messages) for r in requests]
+        limits = [
             sampling.max_new_tokens
             if self.context is None
-            else min(sampling.max_new_tokens, self.context - longest)
-        )
-        if new < 1:
-            worst = requests[max(range(len(prompts)), key=lambda i: len(prompts[i]))].name
-            raise UserError(f"{worst}: its prompt has {longest} tokens, the model's context {self.context}")
-        pad = self.tokenizer.pad_id
+            else min(sampling.max_new_tokens, self.context - len(p))
+            for p in prompts
+        ]
+        for request, prompt, limit in zip(requests, prompts, limits, strict=True):
+            if limit < 1:
+                raise UserError(
+                    f"{request.name}: its prompt has {len(prompt)} tokens, the model's context {self.context}"
+                )
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_id
         ids_BS, mask_BS = (part.to(self.device) for part in left_padded(prompts, pad))
         draw = _Draw(Sampler(sampling, [r.stream for r in requests], self.device), self.tokenizer.vocab_size)
-        how = GenerationConfig(
-            max_new_tokens=new,
-            do_sample=False,  # the draw is made in `_Draw`
-            eos_token_id=sorted(self.tokenizer.eos_ids),
-            pad_token_id=pad,
-        )
+        # What our settings leave open is filled from the model's: those become the same.
+        self.model.generation_config = how = _settings(max(limits), self.tokenizer)
         with RowShares(self.model, len(requests)) as counted:
             made = self.model.generate(
-                ids_BS, attention_mask=mask_BS, generation_config=how, logits_processor=[draw]
+                ids_BS,
+                attention_mask=mask_BS,
+                generation_config=how,
+                logits_processor=[draw],
+                stopping_criteria=[_RowLimits(longest, limits)],
             )
-        answers = [until_stop(row[longest:].tolist(), self.tokenizer.eos_ids) for row in made]
+        answers = [
+            until_stop(row[longest : longest + limit].tolist(), self.tokenizer.eos_ids)
+            for row, limit in zip(made, limits, strict=True)
+        ]
         shares = counted.shares([len(p) for p in prompts], [len(ids) for ids, _ in answers])
         return [
-            Answer(self.tokenizer.decode(ids), len(ids), len(prompt), finish, share)
-            for (ids, finish), prompt, share in zip(answers, prompts, shares, strict=True)
+            Answer(self.prompts.text(r.messages, ids), len(ids), len(prompt), finish, share)
+            for r, (ids, finish), prompt, share in zip(requests, answers, prompts, shares, strict=True)
         ]
 
     def slots(self) -> None:
         return None
+
+
+def _settings(longest: int, tokenizer):
+    """A generation config of ours: greedy, with a cache; nothing of the model's."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=longest,
+        do_sample=False,  # the draw is made in `_Draw`
+        use_cache=True,  # the shares are counted pass by pass
+        eos_token_id=sorted(tokenizer.eos_ids),
+        pad_token_id=tokenizer.pad_id,
+    )
+
+
+class _RowLimits:
+    """A stopping criterion: each row ends at a limit of its own, whatever its neighbours' are."""
+
+    def __init__(self, prompt: int, limits: list[int]):
+        self.prompt, self.limits = prompt, limits
+
+    def __call__(self, ids_BS: torch.Tensor, _, **__) -> torch.Tensor:
+        made = ids_BS.shape[1] - self.prompt
+        return torch.tensor([made >= limit for limit in self.limits], device=ids_BS.device)
 
 
 class _Draw:
@@ -123,13 +156,19 @@ def _load(folder: str, config: dict, dtype):
     return model if where else model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _turn(model, dial: float, folder: str) -> None:
-    if not hasattr(model, "set_zero_threshold"):
+def _rope_grows(config: dict) -> bool:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return isinstance(rope, dict) and (rope.get("rope_type") or rope.get("type")) in _GROWING_ROPE
+
+
+def _turn(model, config: dict, dial: float, folder: str) -> None:
+    if not config.get("zce_nums"):
         raise UserError(f"--zero-dial {dial}: {folder} has no zero experts")
+    paired = config.get("zce_routing") == "paired"
     try:
-        model.set_zero_threshold(dial)
-    except ValueError:
-        model.set_zero_logit_bias(dial)
+        (model.set_zero_threshold if paired else model.set_zero_logit_bias)(dial)
+    except ValueError as error:
+        raise UserError(f"--zero-dial {dial}: {error}") from None
 
 
 def head_flops(config: dict) -> float:

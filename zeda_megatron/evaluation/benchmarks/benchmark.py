@@ -58,8 +58,9 @@ class Benchmark:
     questions: Callable[[list[Row]], list[Question]]
     """Rows of the authors' file or of the original data set to questions. Raises `UserError` for a row that it cannot
     read, which it names."""
-    verify: Callable[[Question, str], Verdict]
-    """Judge one answer (decoded text, thinking included). Never raises for what the answer holds."""
+    verify: Callable[[Question, str, str | None], Verdict]
+    """Judge one answer: decoded text, thinking included, and how it ended (`stop`, or cut off at a `length`; None if
+    nobody knows). Never raises for what the answer holds."""
     samples: int = 1
     """Answers per question in the paper."""
     max_new_tokens: int = 38_912

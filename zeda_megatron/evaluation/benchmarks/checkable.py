@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UserError
 from .answer_text import after_thinking
 from .benchmark import Benchmark, Question, Row, Source, Verdict
-from .code_tests import judge
+from .code_tests import judge_evaluated
 from .rows import ask, take
 
 GYM = "reasoning_gym"
@@ -46,7 +46,7 @@ def task_questions(rows: list[Row]) -> list[Question]:
     return made
 
 
-def verify_task(question: Question, answer: str) -> Verdict:
+def verify_task(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """The exact string, after the thinking if there is any."""
     text = after_thinking(answer)
     right = exactly(text, question.reference["label"])
@@ -81,7 +81,7 @@ def gym_benchmark(name: str, settings: dict[str, dict] | None = None) -> Benchma
             )
         return made
 
-    def verify(question: Question, answer: str) -> Verdict:
+    def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
         from reasoning_gym.utils import extract_answer
 
         where, text = question.reference, after_thinking(answer)
@@ -89,7 +89,7 @@ def gym_benchmark(name: str, settings: dict[str, dict] | None = None) -> Benchma
         text = text if tagged is None else tagged
         if sandboxed:
             order = {"kind": "gym", "family": family, "arguments": arguments, "answer": text, **where}
-            return judge(order, tests=1, seconds=_SECONDS)
+            return judge_evaluated(order, _SECONDS)
         data = dataset(where["size"], where["seed"])
         score = data.score_answer(text, data[where["index"]])
         return Verdict(score >= 1.0, "" if score >= 1.0 else f"score {score:.2f}")

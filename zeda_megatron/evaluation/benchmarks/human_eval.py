@@ -7,7 +7,7 @@ import ast
 from ...errors import UserError
 from .answer_text import after_thinking, last_code_block
 from .benchmark import Benchmark, Question, Row, Source, Verdict
-from .code_tests import judge
+from .code_tests import judge_checked
 from .rows import ask, is_authors, take
 
 INSTRUCTION = "Write a Python program that solves this problem. Give it, complete, in one fenced code block."
@@ -94,17 +94,31 @@ def _defines(code: str, name: str | None) -> bool:
     return any(isinstance(node, functions) and node.name == name for node in ast.walk(tree))
 
 
-def verify(question: Question, answer: str) -> Verdict:
+def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """Run the program with its tests in the sandbox."""
     program, reference = program_of(question, answer), question.reference
     if not program.strip():
         return Verdict(False, "no code block")
     if reference["kind"] == "program":
-        whole = f"{program}\n{reference['test']}"
-        return judge({"kind": "program", "program": whole}, tests=1, seconds=5 * SECONDS)
+        entry = reference.get("entry_point")
+        order = {"kind": "program", "tests": reference["test"], "answers": [entry] if entry else []}
+        order["setup"] = helpers_of(reference.get("prompt", ""), entry)
+        return judge_checked(program, order, tests=1, seconds=5 * SECONDS)
     order = {key: value for key, value in reference.items() if key != "prompt"}
     tests = len(reference["base_input"]) + len(reference["plus_input"])
-    return judge({**order, "solution": program}, tests, SECONDS, most=60.0)
+    return judge_checked(program, order, tests, SECONDS, most=60.0)
+
+
+def helpers_of(prompt: str, entry: str | None) -> str:
+    """What a prompt defines besides the function that is asked for: its tests may use that, too."""
+    for tail in ("", "\n    pass\n"):
+        try:
+            tree = ast.parse(prompt + tail)
+        except (SyntaxError, ValueError):
+            continue
+        tree.body = [part for part in tree.body if getattr(part, "name", None) != entry]
+        return ast.unparse(tree)
+    return ""
 
 
 def check_evalplus(questions: list[Question]) -> None:

@@ -6,12 +6,15 @@ The checkers are the benchmarks' own, as the package if-verifiable ships them.
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from ...errors import UserError
-from .answer_text import after_thinking
+from .answer_text import as_written
 from .benchmark import Benchmark, Question, Row, Source, Verdict
 from .rows import ask, is_authors, take
 
@@ -80,15 +83,29 @@ def followed(name: str, question: Question, answer: str) -> tuple[list[bool], li
     from if_verifiable.common import get_loose_transformations
 
     reference = question.reference
-    # Without thinking the answer counts as it is: space at its ends may break a format.
-    text = after_thinking(answer) if "think>" in answer else answer
+    text = as_written(answer)
     variants = [one for one in get_loose_transformations(text) if one.strip()]
     strict, loose = [], []
-    for one, arguments in zip(reference["ids"], reference["kwargs"]):
-        checker = _checker(name, question, one, arguments)
-        strict.append(bool(text.strip() and checker.check_following(text)))
-        loose.append(any(checker.check_following(variant) for variant in variants))
+    with _without_chance():
+        for one, arguments in zip(reference["ids"], reference["kwargs"]):
+            checker = _checker(name, question, one, arguments)
+            strict.append(bool(text.strip() and checker.check_following(text)))
+            loose.append(any(checker.check_following(variant) for variant in variants))
     return strict, loose
+
+
+@contextmanager
+def _without_chance() -> Iterator[None]:
+    """Checkers that draw (a language guesser, arguments that a row leaves open) draw the same every time."""
+    from langdetect import DetectorFactory
+
+    DetectorFactory.seed = 0
+    before = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _checker(name: str, question: Question, one: str, arguments: dict):
@@ -102,17 +119,21 @@ def _checker(name: str, question: Question, one: str, arguments: dict):
     return checker
 
 
-def verify_ifeval(question: Question, answer: str) -> Verdict:
-    """The paper's score: all instructions followed, strictly."""
-    return _verdict("ifeval", question, answer, loose=False)
+def verify_ifeval(question: Question, answer: str, finish: str | None = None) -> Verdict:
+    """The paper's score: all instructions followed, strictly. All of the answer is judged, so it must be known to be
+    whole: `finish` is `stop`."""
+    return _verdict("ifeval", question, answer, finish, loose=False)
 
 
-def verify_ifbench(question: Question, answer: str) -> Verdict:
-    """The paper's score: all instructions followed, loosely (first or last line, or asterisks, may be left out)."""
-    return _verdict("ifbench", question, answer, loose=True)
+def verify_ifbench(question: Question, answer: str, finish: str | None = None) -> Verdict:
+    """The paper's score: all instructions followed, loosely (first or last line, or asterisks, may be left out). As
+    for IFEval, an answer that is not known to be whole follows none."""
+    return _verdict("ifbench", question, answer, finish, loose=True)
 
 
-def _verdict(name: str, question: Question, answer: str, loose: bool) -> Verdict:
+def _verdict(name: str, question: Question, answer: str, finish: str | None, loose: bool) -> Verdict:
+    if finish != "stop":  # a fragment would keep to "no commas", and may be thinking
+        return Verdict(False, "cut off")
     try:
         passed = followed(name, question, answer)[loose]
     except UserError:

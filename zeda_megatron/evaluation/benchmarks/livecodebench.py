@@ -7,7 +7,7 @@ import json
 from ...errors import UserError
 from .answer_text import last_code_block
 from .benchmark import Benchmark, Question, Row, Source, Verdict
-from .code_tests import judge
+from .code_tests import judge_called, judge_printed
 from .private_tests import decode_tests
 from .rows import ask, is_authors, take
 
@@ -59,14 +59,23 @@ def _json(value, where: str) -> dict:
     return value
 
 
-def verify(question: Question, answer: str) -> Verdict:
+def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """All tests passed; the first that fails ends the run."""
     code = last_code_block(answer)
     if not code or not code.strip():
         return Verdict(False, "no code block")
-    reference = question.reference
-    kind = "functional" if "function" in reference else "stdin"
-    return judge({"kind": kind, "solution": code, **reference}, len(reference["tests"]), SECONDS)
+    tests, function = question.reference["tests"], question.reference.get("function")
+    if function is None:
+        return judge_printed(code, tests, SECONDS)
+    called = [
+        (
+            [json.loads(line) for line in test["input"].split("\n")],
+            json.loads(test["output"]),
+            len(test["output"]),
+        )
+        for test in tests
+    ]
+    return judge_called(code, function, called, SECONDS)
 
 
 def _version(name: str, title: str, file: str) -> Benchmark:

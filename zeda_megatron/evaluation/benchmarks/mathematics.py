@@ -30,7 +30,7 @@ def questions(rows: list[Row]) -> list[Question]:
     return made
 
 
-def verify(question: Question, answer: str) -> Verdict:
+def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """Equal to the reference as numbers, expressions, sets or intervals. To be called from the main thread."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from math_verify import verify as equal

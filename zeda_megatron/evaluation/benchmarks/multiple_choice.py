@@ -15,8 +15,20 @@ from .rows import ask, is_authors, take
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step and put the letter of the right choice in \\boxed{}."
 """Ours; the authors' files bring their own prompts."""
-_LETTER = re.compile(r"^\W*([A-Ja-j])\b")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_FONT = re.compile(
+    r"\\(?:(?:text|math)(?:rm|bf|it|sf|tt|normal|up|md)?|mbox|operatorname|boldsymbol|bm|bf|rm|it|sf|tt|left|right|bfseries)"
+    r"(?![A-Za-z])|[{}$*`]"
+)
+"""LaTeX and Markdown that change how a letter looks."""
+_SPACE = re.compile(r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~")
+_LETTER = re.compile(
+    r"(?:(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*)*"
+    r"[(\[]?([A-J])(?:[)\].:]*$|[)\]][.:]?(?=\s|$)|[.:](?=\s)|\s+[-\u2013\u2014](?=\s))",
+    re.IGNORECASE,
+)
+"""A letter alone, or with a delimiter and the text of its choice behind it."""
+_SECOND = re.compile(r"\s*(?:[,;&/+]|and\b|or\b|[(\[]?[A-Ja-j][)\].:,;&])")
+"""Behind the delimiter: one more letter is chosen."""
 
 
 def gpqa_questions(rows: list[Row]) -> list[Question]:
@@ -29,18 +41,30 @@ def redux_questions(rows: list[Row]) -> list[Question]:
     return _questions(rows, _redux)
 
 
-def verify(question: Question, answer: str) -> Verdict:
+def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:
     """The boxed letter, or the boxed text of the right choice where the reference is no letter."""
     found = last_box(answer)
     if found is None:
         return Verdict(False, "no \\boxed{}")
-    found, label = _TEXT.sub(r"\1", found).strip(), question.reference["label"]
-    letter = _LETTER.match(found)
+    label = question.reference["label"]
     if len(label) == 1 and label.upper() in LETTERS:
-        right = letter is not None and letter[1].upper() == label.upper()
+        right = letter_of(found) == label.upper()
     else:
-        right = " ".join(found.split()).casefold() == " ".join(label.split()).casefold()
+        right = _plain(found).casefold() == _plain(label).casefold()
     return Verdict(right, "" if right else f"answered {found[:60]}")
+
+
+def letter_of(box: str) -> str | None:
+    """The one letter that a box chooses; None for a sentence that begins with one, and for two letters."""
+    text = _plain(box)
+    match = _LETTER.match(text)
+    if match is None or _SECOND.match(text, match.end()):
+        return None
+    return match[1].upper()
+
+
+def _plain(text: str) -> str:
+    return " ".join(_SPACE.sub(" ", _FONT.sub("", text)).split())
 
 
 def _questions(rows: list[Row], original: Callable[[Row, int], Question | None]) -> list[Question]:

@@ -73,11 +73,15 @@ def _become(order, walls, user, group, report_fd) -> None:
     """Take the limits, lose the rights, report, and run the program. Does not return."""
     try:
         os.chdir(order["folder"])
-        privileges.drop(user, group)
+        confined = order["landlock"] and landlock.abi() > 0
+        keep_reading = confined or not _open_to_all(order["argv"][0])
+        privileges.drop(user, group, keep_reading)
+        if keep_reading and not confined:
+            _add(walls, "note", f"{order['argv'][0]} lies where others may not look: no file mode holds")
         _end_with_parent()  # the change of user has undone it
         for name, value in order["limits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
-        if order["landlock"] and landlock.abi():
+        if confined:
             landlock.restrict(order["read"], [*order["devices"], order["folder"]])
             _add(walls, "files", f"Landlock {landlock.abi()}")
         if order["seccomp"] and seccomp.supported():
@@ -90,6 +94,12 @@ def _become(order, walls, user, group, report_fd) -> None:
     except BaseException as error:
         print(f"sandbox: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(_NOT_FOUND)
+
+
+def _open_to_all(file: str) -> bool:
+    """Whether anybody may read a file: its own mode, and those of the folders above it."""
+    path = Path(os.path.realpath(file))
+    return bool(path.stat().st_mode & 0o004) and all(part.stat().st_mode & 0o001 for part in path.parents)
 
 
 def _end_with_parent() -> None:

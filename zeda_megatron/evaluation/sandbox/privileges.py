@@ -11,7 +11,8 @@ _FIRST_USER, _NOBODY = 2_000_000_000, 65_534
 Containers that know fewer ids have the other."""
 _BECOME = 1 << 0 | 1 << 6 | 1 << 7
 """CAP_CHOWN, CAP_SETGID, CAP_SETUID."""
-_KEEP_CAPABILITIES, _AMBIENT, _RAISE, _READ_SEARCH = 8, 47, 2, 2
+_KEEP_CAPABILITIES, _DROP_FROM_BOUNDS, _AMBIENT, _RAISE, _CLEAR, _READ_SEARCH = 8, 24, 47, 2, 4, 2
+_HEADER = struct.pack("<Ii", 0x20080522, 0)
 
 
 def sandbox_user() -> tuple[int, int]:
@@ -38,20 +39,34 @@ def _known(number: int, kind: str) -> bool:
     return any(first <= number < first + count for first, _, count in ranges)
 
 
-def drop(user: int, group: int) -> None:
-    """Give up root for good; no effect for others. Raises `OSError` if the system refuses.
+def drop(user: int, group: int, keep_reading: bool) -> None:
+    """Give up root, and all capabilities, for good. Raises `OSError` if the system refuses.
 
-    One right is kept: to reach files whatever the modes of their folders, for the interpreter may lie in root's home.
-    Landlock says which files those are.
+    With `keep_reading` one right is kept for who was root: to reach files whatever the modes of their folders, for the
+    interpreter may lie in root's home. Only for where Landlock says which files those are.
     """
-    if user == os.geteuid():
-        return
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_KEEP_CAPABILITIES, 1, 0, 0, 0)
+    if user == os.geteuid():
+        _no_capabilities(libc)
+        return
+    libc.prctl(_KEEP_CAPABILITIES, int(keep_reading), 0, 0, 0)
     os.setgroups([])
     os.setresgid(group, group, group)
     os.setresuid(user, user, user)
+    if not keep_reading:
+        _no_capabilities(libc)
+        return
     bit = 1 << _READ_SEARCH
-    header, data = struct.pack("<Ii", 0x20080522, 0), struct.pack("<IIIIII", bit, bit, bit, 0, 0, 0)
-    if libc.capset(header, data) or libc.prctl(_AMBIENT, _RAISE, _READ_SEARCH, 0, 0):
+    data = struct.pack("<IIIIII", bit, bit, bit, 0, 0, 0)
+    if libc.capset(_HEADER, data) or libc.prctl(_AMBIENT, _RAISE, _READ_SEARCH, 0, 0):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _no_capabilities(libc) -> None:
+    """Who made a user namespace has all of them in it, and root without other ids keeps its own; the bounding set
+    and no_new_privs see to it that they do not come back."""
+    for capability in range(64):
+        libc.prctl(_DROP_FROM_BOUNDS, capability, 0, 0, 0)
+    libc.prctl(_AMBIENT, _CLEAR, 0, 0, 0)
+    if libc.capset(_HEADER, struct.pack("<IIIIII", 0, 0, 0, 0, 0, 0)):
         raise OSError(ctypes.get_errno(), "capset")

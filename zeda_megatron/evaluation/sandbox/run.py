@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import signal
+import site
+import struct
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
+from .folder import SandboxFolder
 from .limits import Limits
 
+_HEADER = struct.Struct(">Q")
 _ROOT = Path(__file__).resolve().parents[3]
 _LAUNCH = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -66,6 +70,18 @@ class Outcome:
     """`files`, `network`, `processes`, `disk`: how each is enforced; a missing key is a missing wall."""
 
 
+class Ended(Exception):
+    """A program that gave no reply.
+
+    Args:
+        reason: as in `Outcome`. code: its exit code, if it has one. said: its standard error.
+    """
+
+    def __init__(self, reason: str, code: int | None, said: str):
+        super().__init__(reason)
+        self.reason, self.code, self.said = reason, code, said
+
+
 def run_program(
     files: dict[str, str],
     arguments: list[str],
@@ -77,55 +93,168 @@ def run_program(
     The program sees no environment of ours, no input, and only what this interpreter needs of the file system. Never
     raises for what the program does.
     """
-    folder = tempfile.mkdtemp(prefix="zeda-sandbox-")
-    try:
-        return _run(folder, files, arguments, limits, ways)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with Program(files, arguments, limits, ways) as program:
+        return program.rest()
 
 
-def _run(folder: str, files, arguments, limits: Limits, ways: Ways) -> Outcome:
-    order_read, order_write = os.pipe()
-    report_read, report_write = os.pipe()
-    started = time.monotonic()
-    command = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(_ROOT), str(order_read), str(report_write)]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        pass_fds=(order_read, report_write),
-        start_new_session=True,
-        env={},
-        cwd="/",
-    )
-    os.close(order_read)
-    os.close(report_write)
-    try:
-        order = _order(folder, files, arguments, limits, ways)
+class Program:
+    """The same as a context manager, for a program that replies: frames of bytes, a length of eight bytes before each,
+    come on its standard input and go to its standard output.
+
+    Args: as for `run_program`. `limits.seconds` bounds its whole life.
+    """
+
+    def __init__(
+        self,
+        files: dict[str, str],
+        arguments: list[str],
+        limits: Limits = Limits(),  # noqa: B008  frozen
+        ways: Ways = Ways(),  # noqa: B008  frozen
+    ):
+        self.files, self.arguments, self.limits, self.ways = files, arguments, limits, ways
+
+    def __enter__(self) -> Program:
+        self.started, self._folder = time.monotonic(), SandboxFolder()
+        self._process, self.walls = None, None
         try:
-            with os.fdopen(order_write, "wb") as stream:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        (order_read, order_write), (report_read, report_write) = os.pipe(), os.pipe()
+        try:
+            command = [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                _LAUNCH,
+                str(_ROOT),
+                str(order_read),
+                str(report_write),
+            ]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=(order_read, report_write),
+                start_new_session=True,
+                env={},
+                cwd="/",
+            )
+            os.close(order_read)
+            os.close(report_write)
+            order_read = report_write = None
+            order = _order(self._folder.path, self.files, self.arguments, self.limits, self.ways)
+            with os.fdopen(order_write, "wb") as stream, suppress(BrokenPipeError):
+                order_write = None
                 stream.write(json.dumps(order).encode())
-        except BrokenPipeError:
-            pass
-        walls = _walls(report_read, started + _STARTING)
-        deadline = time.monotonic() + (1.0 if walls is None else limits.seconds)
-        reason, streams = _read(process, deadline, limits.output)
-        if reason == "exit":
-            try:
-                code = process.wait(max(deadline - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:  # it closed its streams and went on
-                reason = "time"
-        _kill(process, bool(walls) and "namespace" in walls.get("processes", ""))
-        out, err = (bytes(part).decode("utf-8", "replace") for part in streams)
-        if walls is None:
-            reason = "sandbox"
-        took = time.monotonic() - started
-        return Outcome(reason, code if reason == "exit" else None, out, err, took, walls or {})
-    finally:
-        os.close(report_read)
-        _kill(process)
+            self.walls = _walls(report_read, self.started + _STARTING)
+        finally:
+            for descriptor in (order_read, order_write, report_read, report_write):
+                if descriptor is not None:
+                    os.close(descriptor)
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._deadline = time.monotonic() + (1.0 if self.walls is None else self.limits.seconds)
+        self._out, self._err = bytearray(), bytearray()
+
+    def __exit__(self, *_) -> None:
+        if self._process is not None:
+            _kill(self._process, self._own_processes())
+        self._folder.remove()
+
+    def ask(self, message: bytes, deadline: float, most: int) -> bytes:
+        """Send a frame and wait for one. Raises `Ended` if none comes.
+
+        Args:
+            deadline: on the clock of `time.monotonic`; the end of its whole life may come sooner.
+            most: bytes that the reply may have.
+        """
+
+        def reply() -> bool:
+            if len(self._out) >= _HEADER.size and _HEADER.unpack_from(self._out)[0] > most:
+                raise Ended("output", None, self._said())
+            return len(self._out) >= _HEADER.size and len(self._out) - _HEADER.size >= self._length()
+
+        reason = self._pump(_HEADER.pack(len(message)) + message, min(deadline, self._deadline), most, reply)
+        if reason is not None:
+            code = self._code(_ENDING) if reason == "exit" else None
+            raise Ended("sandbox" if self.walls is None else reason, code, self._said())
+        end = _HEADER.size + self._length()
+        made = bytes(self._out[_HEADER.size : end])
+        del self._out[:end]
+        return made
+
+    def rest(self) -> Outcome:
+        """End its input, and read all that it says until it ends."""
+        self._process.stdin.close()
+        reason = self._pump(b"", self._deadline, self.limits.output, lambda: False)
+        code = self._code(self._deadline - time.monotonic()) if reason == "exit" else None
+        if reason == "exit" and code is None:  # it closed its streams and went on
+            reason = "time"
+        if self.walls is None:
+            reason, code = "sandbox", None
+        _kill(self._process, self._own_processes())
+        took, most = time.monotonic() - self.started, self.limits.output
+        out = bytes(self._out[:most]).decode("utf-8", "replace")
+        err = bytes(self._err[: most - min(len(self._out), most)]).decode("utf-8", "replace")
+        return Outcome(reason, code, out, err, took, self.walls or {})
+
+    def _pump(self, pending: bytes, deadline: float, most: int, done: Callable[[], bool]) -> str | None:
+        """Write what is pending and read both streams until `done` (None), or the reason why that cannot be: they
+        end, the time is over, or together they hold more than `most` bytes beyond a reply's header."""
+        stdin, rest = self._process.stdin, memoryview(pending)
+        buffers = {self._process.stdout: self._out, self._process.stderr: self._err}
+        with selectors.DefaultSelector() as ready:
+            for stream in buffers:
+                ready.register(stream, selectors.EVENT_READ)
+            if rest:
+                ready.register(stdin, selectors.EVENT_WRITE)
+            while not done():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return "time"
+                if not any(stream in buffers for stream in (key.fileobj for key in ready.get_map().values())):
+                    return "exit"
+                for key, _ in ready.select(left):
+                    if key.fileobj is stdin:
+                        try:
+                            rest = rest[os.write(key.fd, rest[: 1 << 20]) :]
+                        except BlockingIOError:
+                            continue
+                        except BrokenPipeError:
+                            rest = memoryview(b"")
+                        if not rest:
+                            ready.unregister(stdin)
+                        continue
+                    part = os.read(key.fd, 1 << 16)
+                    if not part:
+                        ready.unregister(key.fileobj)
+                    buffers[key.fileobj] += part
+                if len(self._out) + len(self._err) > most + _HEADER.size and not done():
+                    return "output"
+        return None
+
+    def _length(self) -> int:
+        return _HEADER.unpack_from(self._out)[0]
+
+    def _code(self, seconds: float) -> int | None:
+        """Exit code, if it ends within `seconds`."""
+        try:
+            return self._process.wait(max(seconds, 0.0))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _said(self) -> str:
+        return bytes(self._err[: self.limits.output]).decode("utf-8", "replace").strip()
+
+    def _own_processes(self) -> bool:
+        return bool(self.walls) and "namespace" in self.walls.get("processes", "")
 
 
 def _order(folder: str, files, arguments, limits: Limits, ways: Ways) -> dict:
@@ -141,7 +270,12 @@ def _order(folder: str, files, arguments, limits: Limits, ways: Ways) -> dict:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         },
-        "read": [*_SYSTEM, *sorted(prefixes), os.path.dirname(os.path.realpath(sys.executable))],
+        "read": [
+            *_SYSTEM,
+            *sorted(prefixes),
+            *_package_folders(),
+            os.path.dirname(os.path.realpath(sys.executable)),
+        ],
         "devices": list(_DEVICES),
         "limits": limits.resources(),
         "disk": limits.disk,
@@ -149,6 +283,20 @@ def _order(folder: str, files, arguments, limits: Limits, ways: Ways) -> dict:
         "landlock": ways.landlock,
         "seccomp": ways.seccomp,
     }
+
+
+@cache
+def _package_folders() -> list[str]:
+    """Folders that .pth files add to the interpreter's packages: an environment on top of another has its packages
+    there. This project's own (an editable installation) is none of the program's business."""
+    found = []
+    for folder in map(Path, site.getsitepackages()):
+        for file in sorted(folder.glob("*.pth")):
+            with suppress(OSError, UnicodeDecodeError):
+                lines = (line.strip() for line in file.read_text().splitlines())
+                paths = (folder / line for line in lines if line and not line.startswith(("#", "import")))
+                found += [str(path) for path in paths if path.is_dir() and not _ROOT.is_relative_to(path)]
+    return found
 
 
 def _walls(descriptor: int, deadline: float) -> dict[str, str] | None:
@@ -159,28 +307,6 @@ def _walls(descriptor: int, deadline: float) -> dict[str, str] | None:
             return None
     text = os.read(descriptor, 65536)
     return json.loads(text) if text else None
-
-
-def _read(process, deadline: float, most: int) -> tuple[str, list[bytearray]]:
-    """Read both streams until they end, the time is over, or together they hold more than `most` bytes."""
-    streams = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
-    reason, held = "exit", 0
-    with selectors.DefaultSelector() as ready:
-        for stream in streams:
-            ready.register(stream, selectors.EVENT_READ)
-        while ready.get_map() and reason == "exit":
-            left = deadline - time.monotonic()
-            for key, _ in ready.select(left) if left > 0 else ():
-                part = os.read(key.fd, 65536)
-                if not part:
-                    ready.unregister(key.fd)
-                streams[key.fd] += part[: max(most - held, 0)]
-                held += len(part)
-            if held > most:
-                reason = "output"
-            elif left <= 0:
-                reason = "time"
-    return reason, list(streams.values())
 
 
 def _kill(process, own_processes: bool = False) -> None:
@@ -195,5 +321,5 @@ def _kill(process, own_processes: bool = False) -> None:
         with suppress(ProcessLookupError):
             end()
     process.wait(_ENDING)
-    process.stdout.close()
-    process.stderr.close()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        stream.close()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import UserError
+from .folder import sweep
 from .limits import MIB, Limits
 from .run import Ways, run_program
 
@@ -33,6 +37,14 @@ def write():
         except OSError:
             pass
     raise OSError
+def read():
+    for path in %(secrets)r:
+        try:
+            if open(path).read():
+                return
+        except OSError:
+            pass
+    raise OSError
 def connect(kind):
     with socket.socket(socket.AF_INET, kind) as s:
         s.settimeout(1)
@@ -48,7 +60,8 @@ def fork():
 def multiply():
     for _ in range(%(many)d):
         fork()
-stands("files", write)
+stands("writing", write)
+stands("reading", read)
 stands("tcp", lambda: connect(socket.SOCK_STREAM))
 stands("udp", lambda: connect(socket.SOCK_DGRAM))
 stands("memory", lambda: bytearray(2 << 30))
@@ -87,10 +100,17 @@ class Walls:
 
 
 def find_walls(ways: Ways = Ways()) -> Walls:  # noqa: B008  frozen
-    """Try them out. Takes a tenth of a second."""
+    """Try them out. Takes a tenth of a second. Clears away the folders of sandboxes whose process is dead."""
+    sweep()
     limits = Limits(seconds=10, memory=1024 * MIB, threads=16)
-    probe = _PROBE % {"outside": "/", "many": 2 * limits.threads}
-    outcome = run_program({"probe.py": probe}, ["probe.py"], limits, ways)
+    with tempfile.TemporaryDirectory(prefix="zeda-probe-") as folder:
+        os.chmod(folder, 0o755)
+        secrets = [os.path.join(folder, name) for name in ("open", "closed")]
+        for path, mode in zip(secrets, (0o644, 0o600)):
+            Path(path).write_text("secret")
+            os.chmod(path, mode)
+        probe = _PROBE % {"outside": "/", "many": 2 * limits.threads, "secrets": secrets}
+        outcome = run_program({"probe.py": probe}, ["probe.py"], limits, ways)
     try:
         met = json.loads(outcome.stdout)
     except json.JSONDecodeError:
@@ -98,13 +118,15 @@ def find_walls(ways: Ways = Ways()) -> Walls:  # noqa: B008  frozen
         return Walls(outcome.walls, {}, f"it does not start here: {last}")
     # Processes that can be started must be few, and end with the namespace.
     ended_together = met["few"] and "namespace" in outcome.walls.get("processes", "")
+    notes = [outcome.walls.get("note", "")]
+    notes += [f"{what} files outside is possible" for what in ("reading", "writing") if not met[what]]
     stand = {
-        "files": met["files"],
+        "files": met["reading"] and met["writing"],
         "network": met["tcp"] and met["udp"],
         "processes": met["alone"] or ended_together,
         "memory": met["memory"],
     }
-    return Walls(outcome.walls, stand, outcome.walls.get("note", ""))
+    return Walls(outcome.walls, stand, "; ".join(filter(None, notes)))
 
 
 def require_walls(allow_weak: bool, ways: Ways = Ways()) -> Walls:  # noqa: B008  frozen
@@ -112,8 +134,7 @@ def require_walls(allow_weak: bool, ways: Ways = Ways()) -> Walls:  # noqa: B008
     walls = find_walls(ways)
     if walls.missing and not (allow_weak and walls.stand):
         raise UserError(
-            f"code that a model wrote is not run here: {walls.line()}; a kernel with seccomp and Landlock (5.13) or "
-            "user namespaces has all walls"
-            + ("; --allow-weak-sandbox runs it all the same" if walls.stand else "")
+            f"code that a model wrote is not run here: {walls.line()}; a kernel with seccomp and Landlock (5.13) "
+            "has all walls" + ("; --allow-weak-sandbox runs it all the same" if walls.stand else "")
         )
     return walls
