@@ -570,7 +570,8 @@ def test_other_kinds_of_zero_experts_train_and_resume(world, tmp_path, kind):
     resumed.run()
     assert_same(tiny_world.snapshot(resumed), tiny_world.snapshot(whole))
     about = json.loads((tmp_path / "a" / "zeda.json").read_text())
-    assert about == {"num_zero_experts": 4, "zero_experts_type": kind, "adapted_steps": 3}
+    begun = json.loads((source / "zeda.json").read_text())
+    assert about == begun | {"adapted_steps": 3} and about["zero_experts_type"] == kind
     if kind == "learned":
         assert whole.student.chunks[0].decoder.layers[0].mlp.router.zero_output.bias.abs().sum() > 0
         with pytest.raises(UserError, match=r"--zero-experts-type zero: .* learned"):

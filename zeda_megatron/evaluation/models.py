@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
-from ..config import ZeroExpertConfig
 from ..data.conversation import tokenize_rollouts
 from ..data.packing import PackedBatch, PackedDataset
 from ..data.prompts import load_rollouts
@@ -17,6 +14,7 @@ from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
+from ..models.on_disk import HF_CONFIG_NAME, ModelFacts, beside, read_facts
 
 
 @dataclass(frozen=True)
@@ -32,23 +30,17 @@ class LoadedModel:
 
 
 def load_model(folder: str) -> LoadedModel:
-    """Load a checkpoint folder written by the converter or by training (needs its hf_config/ and zeda.json)."""
-    root = Path(folder)
-    if not (root / "hf_config").is_dir():
-        raise UserError(f"{root / 'hf_config'} is missing: is {root} a checkpoint of this project?")
-    arch = read_architecture(root / "hf_config")
-    about = read_json(root / "zeda.json") if (root / "zeda.json").is_file() else {}
-    keys = (
-        "num_zero_experts",
-        "zero_experts_type",
-        "zero_expert_routing",
-        "paired_score",
-        "renormalize_after_drop",
-    )
-    zero = ZeroExpertConfig(**{key: about[key] for key in keys if key in about})
-    chunk = build_gpt_model(arch, transformer_config(arch), zero)
-    load_weights([chunk], require_checkpoint(root, "checkpoint"), "checkpoint")
-    return LoadedModel(chunk.eval(), arch, load_tokenizer(root / "hf_config"))
+    """Load a checkpoint folder written by the converter or by training, or one of its `iter_*` or `release`.
+
+    Raises `UserError` if its hf_config/ is missing or its weights cannot be read.
+    """
+    hf_config = beside(folder, HF_CONFIG_NAME)
+    if hf_config is None:
+        raise UserError(f"{folder}/{HF_CONFIG_NAME} is missing: is {folder} a checkpoint of this project?")
+    arch, facts = read_architecture(hf_config), read_facts(folder) or ModelFacts()
+    chunk = build_gpt_model(arch, transformer_config(arch), facts.zero())
+    load_weights([chunk], require_checkpoint(folder, "checkpoint"), "checkpoint")
+    return LoadedModel(chunk.eval(), arch, load_tokenizer(hf_config))
 
 
 def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import ZeroExpertConfig
 from ..errors import UserError
+from ..models.on_disk import ZEDA_NAME
 from ..runtime.process_groups import ParallelConfig
 from .share_options import BUDGETS
 
@@ -112,7 +113,7 @@ class FitOptions:
             return
         if not self.overwrite:
             raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
-        if not (folder / "zeda.json").is_file():
+        if not (folder / ZEDA_NAME).is_file():
             raise UserError(
-                f"--overwrite replaces checkpoints only: --save {folder} has no zeda.json; choose another folder"
+                f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
             )

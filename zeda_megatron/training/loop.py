@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..checkpoint.lock import RunLock
+from ..checkpoint.origin import adapted_steps
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..distill.teacher import forward_only
 from ..errors import UserError
+from ..models.on_disk import ModelFacts, read_facts
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.process_groups import device, peak_memory_gib
@@ -48,6 +51,7 @@ class TrainingRun:
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
         self.teacher_id = teacher_id(options) if has_teacher else None
+        self.facts = self._first_facts()
         self.optimizer, self.schedule = build_optimizer(
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
@@ -184,6 +188,7 @@ class TrainingRun:
                 "optimizer_step": optimizer_step(self.optimizer),
                 "distributed_optimizer": self.options.optimizer.use_distributed_optimizer,
                 "teacher": self.teacher_id,
+                "adapted_steps": self.adapted_steps(),
             },
             "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
@@ -199,8 +204,21 @@ class TrainingRun:
         self.guards.newest = self.saver.folder(self.iteration)
         with self.saver.told():
             if torch.distributed.get_rank() == 0:
-                adapted = self.iteration if self.teacher else 0
-                write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero, adapted)
+                facts = replace(self.facts, adapted_steps=self.adapted_steps())
+                write_side_files(self.saver.root, hf_folder(self.options.model), facts)
+
+    def _first_facts(self) -> ModelFacts:
+        """What is known of the weights that this run starts from."""
+        start, flag = self.options.model.pretrained_checkpoint, "--pretrained-checkpoint"
+        if not start:
+            return ModelFacts().with_zero(self.student.zero)
+        facts = (read_facts(start) or ModelFacts()).with_zero(self.student.zero)
+        return replace(facts, adapted_steps=adapted_steps(start, flag))
+
+    def adapted_steps(self) -> int | None:
+        """Steps that the weights have been distilled for, by this run and by those before it; None: nobody knows."""
+        before = self.facts.adapted_steps
+        return None if before is None else before + (self.iteration if self.teacher else 0)
 
     def _resume(self) -> None:
         run = self.options.run
@@ -239,6 +257,11 @@ class TrainingRun:
         self.guards.load_state_dict(loaded.get("guards", {}))
         self.guards.newest = folder
         self.iteration = progress["iteration"]
+        adapted, here = (
+            progress.get("adapted_steps", self.adapted_steps()),
+            self.iteration if self.teacher else 0,
+        )
+        self.facts = replace(self.facts, adapted_steps=None if adapted is None else adapted - here)
         self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]
 

@@ -11,7 +11,7 @@ from ..distill.stage0 import RolloutFile, answer_questions, make_questions, samp
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.switches import set_zero_mask
-from .build_teacher import teacher_id
+from .build_teacher import teacher_id, teacher_source
 from .options import Options
 from .rollout_engine import rollout_engine
 from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
@@ -25,9 +25,9 @@ def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
     generate = options.generate
     sampling = generate.sampling(options.optimizer.seed)
-    source = options.distill.teacher_load or options.model.pretrained_checkpoint
-    if source is None:
+    if not (options.distill.teacher_load or options.model.pretrained_checkpoint):
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
+    source = teacher_source(options)
     arch = read_architecture(hf_folder(options.model))
     tokenizer = run_tokenizer(options)
     questions = make_questions(
