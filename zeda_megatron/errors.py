@@ -1,17 +1,50 @@
-"""Errors that a user can cause: one clear line, no traceback."""
+"""Errors that a user can cause: one clear line, no traceback. What a message shows is cut to size here."""
 
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 import sys
 from collections.abc import Callable
+from typing import Any
+
+VALUE_WIDTH, LINE_WIDTH = 60, 1000
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 2, 3, 4, 4
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = VALUE_WIDTH
 
 
 class UserError(Exception):
-    """A mistake in input, flags or files. The message names the thing at fault and what to do."""
+    """A mistake in input, flags or files. The message names the thing at fault and what to do.
+
+    It becomes one printable line, at most `LINE_WIDTH` characters long, whatever was put into it.
+    """
 
     exit_code = 2
     """Exit code of a program that ends with it."""
+
+    def __init__(self, message: object):
+        super().__init__(one_line(str(message)))
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its repr, cut to `VALUE_WIDTH` characters; large collections are never walked."""
+    try:
+        return _middle_out(_SHORT.repr(value), VALUE_WIDTH)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"{type(value).__name__} that is too large to show"
+
+
+def one_line(text: str) -> str:
+    """Text as one line: line ends become spaces, what a terminal would obey or cannot show becomes an escape."""
+    text = re.sub(r"\s*[\r\n]\s*", " ", _middle_out(text.strip(), LINE_WIDTH))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _middle_out(text: str, width: int) -> str:
+    """The text without its middle if it is too long: messages end with what to do."""
+    return text if len(text) <= width else f"{text[: width - width // 3 - 5]} ... {text[-(width // 3) :]}"
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -81,6 +81,10 @@ def adapted(world, tmp_path_factory):
     pretrain = {"pretrained_checkpoint": net, "stage": "pretrain", **PLAIN}
     shutil.copytree(run / "iter_0000002", root / "taken out")
     shutil.copytree(reimport(root / "hf", root / "back") / "release", root / "back taken out")
+    for name, kept in (("lost", run), ("lost_net", net)):
+        shutil.copytree(kept / "iter_0000002", root / name)
+        shutil.copytree(kept / "hf_config", root / f"{name}_config")
+        megatron_to_hf(root / name, root / f"{name}_config", root / f"{name}_hf")
     shutil.copytree(run, root / "without facts")
     (root / "without facts" / "zeda.json").unlink()
     return {
@@ -93,6 +97,8 @@ def adapted(world, tmp_path_factory):
         "one step, exported and imported": (reimport(root / "hf_1", root / "back_1"), 2),
         "saved by transformers": (reimport(root / "resaved", root / "back_resaved"), 2),
         "published by its authors": (reimport(authors, root / "back_authors"), None),
+        "a step outside of its run, imported": (reimport(root / "lost_hf", root / "back_lost"), None),
+        "the same without zero experts": (reimport(root / "lost_net_hf", root / "back_lost_net"), None),
         "paired": (paired, 2),
         "paired and fitted anew": (fit(world, paired, root / "anew"), 2),
         "without zero experts": (net, 2),

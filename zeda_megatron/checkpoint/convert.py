@@ -32,7 +32,6 @@ from .import_checks import check_added, check_float_types, check_source, wanted_
 from .import_plan import ImportPlan
 from .layout import model_layout
 from .megatron_model import MegatronModel
-from .origin import adapted_steps
 from .own_files import own_file
 from .paired_config import settings_of
 from .partial import files_of, partial_folder
@@ -170,8 +169,7 @@ def megatron_to_hf(
     carried = carried_source(template, arch)
     plan = ExportPlan(model, weight_map_of(arch), dims_of(arch), cast, carried)
     shards = plan_shards(plan.tensors(arch), plan.make, max_shard_bytes)
-    adapted = adapted_steps(megatron, "--megatron")
-    result = dynamic_config(config, model.zero, plan.settings(), adapted)
+    result = dynamic_config(config, model.zero, plan.settings(), model.adapted_steps)
     result = with_dtype(with_stored_dtype(result, bytes_by_type(shards)), dtype)
     request = _request(
         "megatron-to-hf",
@@ -179,7 +177,7 @@ def megatron_to_hf(
         template=files_of([config_file, *(carried.files if carried else [])]),
         max_shard_bytes=max_shard_bytes,
         dtype=dtype,
-        adapted=adapted,
+        adapted=model.adapted_steps,
     )
     with partial_folder(out, request, overwrite, restart) as partial:
         writer = PartWriter(partial, shards, workers, "export")

@@ -38,7 +38,9 @@ class MegatronModel:
         self._arch = arch
         self._reader = TorchDistReader(folder, verify)
         self.folder = self._reader.folder
-        self.zero = self._zero_experts(folder, config)
+        about = read_facts(folder) or read_facts(self.folder)
+        self.zero = self._zero_experts(folder, about, config)
+        self.adapted_steps = self._adapted_steps(about)
         self.layout: Layout = model_layout(arch, self.zero)
         self._check_keys()
 
@@ -75,7 +77,7 @@ class MegatronModel:
                 "give the config.json that belongs to this checkpoint"
             )
 
-    def _zero_experts(self, root: Path, config: dict[str, Any]) -> ZeroExpertConfig:
+    def _zero_experts(self, root: Path, about: ModelFacts | None, config: dict[str, Any]) -> ZeroExpertConfig:
         keys = self._reader.keys()
         routers = [key for key in keys if _ROUTER_KEY.fullmatch(key)]
         if not routers:
@@ -84,7 +86,6 @@ class MegatronModel:
         rows = self._reader.shape(routers[0])[-2]
         if rows < real:
             raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")
-        about = read_facts(root) or read_facts(self.folder)
         facts = about or ModelFacts()
         if facts.renormalize_after_drop:
             raise UserError(
@@ -103,6 +104,16 @@ class MegatronModel:
             return ZeroExpertConfig(rows - real, "learned")
         kind = (about or zero_experts_of(config)).zero_experts_type
         return ZeroExpertConfig(rows - real, kind)
+
+    def _adapted_steps(self, about: ModelFacts | None) -> int | None:
+        """Steps of distillation; without zeda.json, of a model with zero experts or from training, nobody knows.
+
+        The number that the checkpoint itself holds is in a pickle, which a conversion never opens.
+        """
+        if about is not None:
+            return about.adapted_steps
+        trained = not all(map(_MODEL_KEY.match, self._reader.keys()))  # an optimizer's state
+        return None if trained or self.zero.num_zero_experts else 0
 
     @staticmethod
     def _paired(real: int, facts: ModelFacts, config: dict[str, Any]) -> ZeroExpertConfig:
