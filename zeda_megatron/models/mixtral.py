@@ -21,7 +21,9 @@ config, which its authors took back."""
 
 
 def refusal(hf: dict[str, Any]) -> str | None:
-    """Nothing else would keep Megatron from following a config."""
+    """What else would keep Megatron from following this config."""
+    if hf.get("num_experts_per_tok") == 1:
+        return "num_experts_per_tok 1 is not supported: Megatron normalises 2 or more scores"
     return None
 
 

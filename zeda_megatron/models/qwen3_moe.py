@@ -21,7 +21,11 @@ REQUIRED = {"attention_bias": False, "use_sliding_window": False, "hidden_act": 
 
 
 def refusal(hf: dict[str, Any]) -> str | None:
-    """Nothing else would keep Megatron from following a config."""
+    """What else would keep Megatron from following this config."""
+    if hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob", False):
+        return (
+            "num_experts_per_tok 1 with norm_topk_prob is not supported: Megatron normalises 2 or more scores"
+        )
     return None
 
 

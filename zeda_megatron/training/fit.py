@@ -17,6 +17,7 @@ from ..arguments import parse
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..runtime import cpu, process_groups
+from ..runtime.agreement import on_rank0
 from ..runtime.process_groups import ParallelConfig
 from .fit_options import SCORES, FitOptions
 from .fit_table import format_fit
@@ -104,14 +105,17 @@ class HeadFit:
 
         with new_folder(self.options.save, "--save") as staging, self.bar:
             report = self._fit_and_calibrate()
-            if self.first:
-                write_side_files(staging, self.hf, self.facts)
-                write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n")
+            on_rank0(lambda: write_side_files(staging, self.hf, self.facts))
+            on_rank0(lambda: write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n"))
             save_checkpoint(
                 staging, 0, model_state([self.model]) | {"adapted_steps": self.facts.adapted_steps}
             )
         if self.first:
+            save, start = self.options.save, self.options.pretrained_checkpoint
             print(format_fit(report))
+            print(
+                f"saved {save}; next: train it (--pretrained-checkpoint {save} --teacher-load {start}) or export it"
+            )
         return 0
 
     def _fit_and_calibrate(self) -> dict:

@@ -171,6 +171,11 @@ class Options:
                 "--teacher-schedule alongside does not work with the interleaved schedule "
                 "(--virtual-pipeline-model-parallel-size): use ahead"
             )
+        if self.distill.teacher_schedule == "alongside" and self.distill.teacher_memory == "offload":
+            raise UserError(
+                "--teacher-schedule alongside does not work with --teacher-memory offload: the whole teacher would "
+                "move for every micro-batch; use ahead, or another --teacher-memory"
+            )
         if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
             raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..checkpoint.integrity import LEVELS
 from ..ops.vocab_kl import KINDS
@@ -112,6 +112,11 @@ class OptimizerOptions:
 
     seed: int = 1234
     """Seed of initial weights and data order."""
+
+    def schedule(self) -> dict[str, Any]:
+        """What decides the learning rate of every step, by flag."""
+        names = ("train_iters", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
+        return {"--" + name.replace("_", "-"): getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ..distill.stage0 import RolloutFile, answer_questions, make_questions, samp
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.switches import set_zero_mask
+from ..runtime.agreement import on_rank0
 from .build_teacher import teacher_id, teacher_source
 from .options import Options
 from .rollout_engine import rollout_engine
@@ -42,8 +43,10 @@ def run_stage0(options: Options) -> int:
     settings = sampling_settings(sampling, teacher_id(options)) | {"shard": shard}
     file = RolloutFile(generate.rollout_path, settings)
     rank0 = torch.distributed.get_rank() == 0
-    if rank0:
-        file.open()
+    try:
+        on_rank0(file.open)
+    except OSError as error:
+        raise UserError(f"--rollout-path {file.path}: cannot be written ({error.strerror})") from error
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
