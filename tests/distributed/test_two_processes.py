@@ -75,6 +75,18 @@ def test_a_guard_rail_ends_all_ranks_at_the_same_step_and_leaves_the_checkpoint_
     assert [path.name for path in folder.glob("*iter_*")] == ["iter_0000002"]
 
 
+def test_what_rank_0_alone_cannot_write_ends_all_ranks_with_one_message(results):
+    first, second = results("unwritable dp2")
+    assert first == second and not first["waited"]
+    assert sorted(first["told"]) == ["figures", "new folder", "stage 0"]
+    for name, flag in {
+        "figures": "--metrics-path",
+        "new folder": "--save",
+        "stage 0": "--rollout-path",
+    }.items():
+        assert first["told"][name].startswith(flag) and "cannot be written" in first["told"][name]
+
+
 def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
     first, second = results("damaged ep2")
     assert first == second and first["resumed"] == 2

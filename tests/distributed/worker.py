@@ -34,6 +34,8 @@ from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
 from zeda_megatron.moe.switches import zero_mask  # noqa: E402
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
+from zeda_megatron.training.new_folder import new_folder  # noqa: E402
+from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
 
 SIZES = {
@@ -163,6 +165,33 @@ def damaged(world, out: Path, layout: dict, flags: dict) -> dict:
     except UserError as error:
         return {"resumed": again.iteration, "told": str(error)}
     return {"resumed": again.iteration, "told": None}
+
+
+def unwritable(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Rank 0 alone writes, and cannot: what each rank is told, and how soon."""
+    blocked = out.with_suffix(".file")
+    if torch.distributed.get_rank() == 0:
+        blocked.write_text("in the way")
+    torch.distributed.barrier()
+    answers = {"stage": "0", "pretrained_checkpoint": world.static, "data_path": world.prompts}
+    answers |= {"rollout_path": blocked / "answers.jsonl", "max_new_tokens": 5}
+
+    def new() -> None:
+        with new_folder(blocked / "new", "--save"):
+            pass
+
+    attempts = {
+        "new folder": new,
+        "figures": lambda: tiny_world.start(world, metrics_path=blocked / "m.jsonl", **flags).run(),
+        "stage 0": lambda: run_stage0(tiny_world.options(world, **answers)),
+    }
+    told, started = {}, time.monotonic()
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except UserError as error:
+            told[name] = str(error)
+    return {"told": told, "waited": time.monotonic() - started > 60}
 
 
 def masked(world, out: Path, layout: dict, flags: dict) -> dict:

@@ -97,6 +97,7 @@ def test_logits_equal_transformers(variant, backend):
         {"use_sliding_window": True, "sliding_window": 4},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         {"num_experts_per_tok": 9},
+        {"num_experts_per_tok": 1},
     ],
 )
 def test_configs_that_the_megatron_model_would_not_follow_are_refused(changes):

@@ -249,6 +249,10 @@ def test_help_of_a_field_that_makes_its_default_shows_no_machinery(capsys):
             ["--decoder-first-pipeline-num-layers 0", "at least 1"],
         ),
         (["--teacher-schedule", "behind"], ["--teacher-schedule"]),
+        (
+            ["--teacher-schedule", "alongside", "--teacher-memory", "offload"],
+            ["--teacher-schedule alongside", "--teacher-memory offload", "use ahead"],
+        ),
         (["--tensor-model-parallel-size", "2", "--seq-length", "33"], ["--seq-length 33", "2"]),
         (["--save-interval", "-1"], ["--save-interval -1"]),
         (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0", "at least 1"]),

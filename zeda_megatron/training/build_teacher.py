@@ -37,8 +37,9 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint
     load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
-    if options.model.bf16:
-        for chunk in chunks:
+    for chunk in chunks:
+        chunk.return_hidden = True
+        if options.model.bf16:
             chunk.bfloat16()
     return Teacher(chunks, mode)
 
