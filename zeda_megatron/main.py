@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 
 from .runtime import cpu
-from .runtime.quiet import quiet
 from .runtime.worker import leave_with_parent, run_worker
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse options, start the process groups, run the stage. Returns the exit code."""
     cpu.install()
-    quiet()
     from .runtime import process_groups
     from .training.options import read_options
 
