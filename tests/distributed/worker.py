@@ -251,7 +251,7 @@ def starved(world, out: Path, layout: dict, flags: dict) -> dict:
             dense_TH = tiny.dense_experts(flat_TH, routed.real_TN, weights)
             total = total + (dense_TH * c.reshape(-1, 32)).sum()
             if x is inputs[rank]:
-                worst[f"{case} output"] = float((output.reshape(-1, 32) - dense_TH).abs().max())
+                worst[f"{case} output"] = tiny.gap(output.reshape(-1, 32), dense_TH)
         total.backward()
         # Rows from each rank to the experts of each rank.
         some = picks[0][0] > 0 and picks[0][1] > 0
@@ -261,12 +261,12 @@ def starved(world, out: Path, layout: dict, flags: dict) -> dict:
             "idle": picks == [[39, 0]] * 2,
         }
         assert expected[case], picks
-        worst[f"{case} input"] = float((mine.grad - inputs[rank].grad).abs().max())
+        worst[f"{case} input"] = tiny.gap(mine.grad, inputs[rank].grad)
         for e, pair in enumerate(tiny.expert_weights(layer)):
             for parameter, reference in zip(pair, weights[first + e]):
                 assert parameter.grad is not None, f"{case}: expert {e} has no gradient"
                 wanted = torch.zeros_like(parameter) if reference.grad is None else reference.grad
-                difference = float((parameter.grad - wanted).abs().max())
+                difference = tiny.gap(parameter.grad, wanted)
                 worst[f"{case} expert"] = max(difference, worst.get(f"{case} expert", 0.0))
     return {"worst": worst}
 

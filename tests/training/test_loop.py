@@ -8,6 +8,7 @@ import signal
 from functools import partial
 
 import pytest
+import tiny
 import tiny_world
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -335,7 +336,7 @@ def test_loss_and_gradients_equal_plain_autograd_on_full_logits(world, memory):
     mine = gradients(run)
     assert mine.keys() == expected.keys()
     for name in mine:
-        torch.testing.assert_close(mine[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
+        tiny.close(mine[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
@@ -359,7 +360,7 @@ def test_gradient_accumulation_does_not_change_the_result(world, loss):
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-6)
         assert metrics["grad_norm"] == pytest.approx(results[0][0]["grad_norm"], rel=1e-5)
         for name in grads:
-            torch.testing.assert_close(grads[name], results[0][1][name], rtol=1e-4, atol=1e-7)
+            tiny.close(grads[name], results[0][1][name], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", ["ce", "forward_kl", "reverse_kl", "jsd"])
@@ -409,7 +410,7 @@ def test_routers_alone_learn_the_same_with_recomputation(world, granularity, mem
         )
         assert run.stepper.step(run.feed.rows_of_rank(range(4)))["grad_norm"] > 1e-4
     for name, weight in ends[0].items():
-        torch.testing.assert_close(ends[1][name], weight, rtol=1e-6, atol=1e-7, msg=name)
+        tiny.close(ends[1][name], weight, rtol=1e-6, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("trainable", ["all", "router"])

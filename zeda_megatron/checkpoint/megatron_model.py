@@ -106,14 +106,12 @@ class MegatronModel:
         return ZeroExpertConfig(rows - real, kind)
 
     def _adapted_steps(self, about: ModelFacts | None) -> int | None:
-        """Steps of distillation; without zeda.json, of a model with zero experts or from training, nobody knows.
-
-        The number that the checkpoint itself holds is in a pickle, which a conversion never opens.
-        """
+        """Steps of distillation. Without zeda.json nobody knows what training has made: the number that the checkpoint
+        itself holds is in a pickle, which a conversion never opens."""
         if about is not None:
             return about.adapted_steps
         trained = not all(map(_MODEL_KEY.match, self._reader.keys()))  # an optimizer's state
-        return None if trained or self.zero.num_zero_experts else 0
+        return None if trained else 0
 
     @staticmethod
     def _paired(real: int, facts: ModelFacts, config: dict[str, Any]) -> ZeroExpertConfig:
