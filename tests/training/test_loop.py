@@ -642,6 +642,7 @@ def test_a_schedule_that_has_changed_since_the_save_is_told_with_both_learning_r
     run.run()
     rates = {entry["step"]: entry["lr"] for entry in tiny_world.read_metrics(folder)}
     assert [float(text) for text in found.groups()] == pytest.approx([rates[3], rates[4]], rel=1e-2)
+    capsys.readouterr()
     tiny_world.start(world, load=halfway)
     assert said(capsys) == []  # nothing has changed
 
