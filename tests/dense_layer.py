@@ -116,7 +116,7 @@ def compare(layer, routing: str, situation: str, rank: int = 0, ranks: int = 1, 
     Ranks share the experts among them, or, `sliced`, every rank has a slice of each.
 
     Returns:
-        Largest differences of the output and all gradients, and rows: [seen by my experts, what they should be].
+        `worst`: `tiny.gap` of the output and all gradients; `rows`: [seen by my experts, what they should be].
     """
     weights, inputs = whole_weights(routing, situation), inputs_of(routing, situation, ranks)
     thresholds = [threshold_of(situation, r, ranks) for r in range(ranks)]
@@ -146,20 +146,20 @@ def compare(layer, routing: str, situation: str, rank: int = 0, ranks: int = 1, 
         named |= {"U": layer.router.paired.weight, "c": layer.router.paired.bias}
     wanted = [inputs[rank], *(dense.leaves[name] for name in named)]
     grads = torch.autograd.grad(losses[rank], wanted, retain_graph=True, materialize_grads=True)
-    worst = {"output": output - made[rank][0], "input": mine.grad - grads[0]}
+    worst = {"output": tiny.gap(output, made[rank][0]), "input": tiny.gap(mine.grad, grads[0])}
     for (name, parameter), grad in zip(named.items(), grads[1:]):
-        worst[name] = (torch.zeros_like(grad) if parameter.grad is None else parameter.grad) - grad
+        worst[name] = tiny.gap(torch.zeros_like(grad) if parameter.grad is None else parameter.grad, grad)
     experts = dense.experts[local]
     grads = torch.autograd.grad(sum(losses), [w for pair in experts for w in pair], materialize_grads=True)
-    worst["experts"] = torch.zeros(1)
+    worst["experts"] = 0.0
     for pair, *wanted in zip(tiny.expert_weights(layer), grads[::2], grads[1::2]):
         for parameter, grad in zip(pair, slice_of(wanted, place, parts)):
             assert parameter.grad is not None, "Megatron's DDP waits for every gradient"
-            worst["experts"] = torch.maximum(worst["experts"], (parameter.grad - grad).abs().max())
+            worst["experts"] = max(worst["experts"], tiny.gap(parameter.grad, grad))
     rows_N = sum(dispatched.sum(0) for _, dispatched, _ in made)[local]
     kept = [int(kept.sum()) for _, _, kept in made]
     return {
-        "worst": {name: float(x.detach().abs().max()) for name, x in worst.items()},
+        "worst": worst,
         "rows": [seen[0][0], int(rows_N.sum())],
         "counts": [seen[0][1], rows_N.tolist()],
         "kept": kept,

@@ -63,6 +63,28 @@ GLM = dict(
 """The tiny GLM-4.7-Flash: latent attention, first layer dense, 8 experts, top-3; no two sizes are equal by chance."""
 
 
+def gap(mine: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest wanted value where that is above 1.
+
+    Rounding grows with the values and differs between processors, so an absolute bound fits bounded values alone.
+    """
+    if not wanted.numel():
+        return 0.0
+    mine, wanted = mine.detach().double(), wanted.detach().double()
+    return float((mine - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+
+
+def close(mine, wanted, rtol: float, atol: float, msg=None) -> None:
+    """`torch.testing.assert_close`, with `atol` a part of the largest wanted value (see `gap`)."""
+    if not torch.is_tensor(wanted):
+        for number, (a, b) in enumerate(zip(mine, wanted, strict=True)):
+            close(a, b, rtol, atol, f"{msg or 'part'} {number}")
+        return
+    largest = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    told = None if msg is None else lambda text: f"{msg}: {text}"
+    torch.testing.assert_close(mine, wanted, rtol=rtol, atol=atol * max(largest, 1.0), msg=told)
+
+
 def _drawn(model_class, config, seed: int, std: float):
     torch.manual_seed(seed)
     model = model_class(config)

@@ -8,13 +8,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from zeda_megatron.errors import run_main
 from zeda_megatron.runtime import cpu
-from zeda_megatron.runtime.quiet import quiet
 
 
 def start() -> int:
     """The options of training bring Megatron with them."""
     cpu.install()
-    quiet()
     from zeda_megatron.evaluation.memory_sheet import main
 
     return main()

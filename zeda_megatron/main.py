@@ -5,20 +5,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .arguments import parse
 from .runtime import cpu
-from .runtime.quiet import quiet
 from .runtime.worker import leave_with_parent, run_worker
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse options, start the process groups, run the stage. Returns the exit code."""
     cpu.install()
-    quiet()
     from .runtime import process_groups
-    from .training.options import GROUPS, Options
+    from .training.options import read_options
 
-    options = Options(**parse(sys.argv[1:] if argv is None else argv, GROUPS, prog="pretrain_zeda"))
+    options = read_options(sys.argv[1:] if argv is None else argv, "pretrain_zeda")
     options.validate()
     process_groups.initialize(options.parallel, options.optimizer.seed)
     try:

@@ -165,7 +165,7 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
     reopen = [sys.executable, "-m", "zeda_megatron.evaluation.export_check", "--megatron", str(trained)]
     walk.run(
         "reopen with transformers",
-        [*reopen, "--hf", str(hf), "--heldout", str(heldout), "--out", str(check)],
+        [*reopen, "--hf", str(hf), "--trust-remote-code", "--heldout", str(heldout), "--out", str(check)],
         check,
     )
     return json.loads(check.read_text())

@@ -70,6 +70,7 @@ def add_heads(hf, folder):
     tensors = {key: reader.read(key) for key in list(reader.keys())}
     for layer in range(4):
         gate = f"model.layers.{layer}.mlp.gate."
+        tensors[gate + "weight"] = torch.nn.functional.pad(tensors[gate + "weight"], (0, 0, 0, 1))
         tensors[gate + "zero_weight"] = torch.randn(N, TINY["hidden_size"], generator=draw)
         tensors[gate + "zero_bias"] = torch.randn(N, generator=draw)
     folder.mkdir()

@@ -193,3 +193,14 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
         locked(tmp_path / "a" / NAME, "--save"),
     ):
         pass
+
+
+def test_the_folders_that_a_failed_run_made_go_with_its_lock_and_others_stay(tmp_path):
+    (tmp_path / "was there").mkdir()
+    for place in ("new/deeper", "was there"):
+        with pytest.raises(UserError, match="no such data"), locked(tmp_path / place / NAME, "--save"):
+            raise UserError("no such data")
+    with pytest.raises(UserError), locked(tmp_path / "used" / NAME, "--save"):
+        (tmp_path / "used" / "metrics.jsonl").write_text("1")
+        raise UserError("later")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["used", "was there"]

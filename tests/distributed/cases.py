@@ -274,6 +274,7 @@ OTHERS = [
     case("stock flex", "stock_flex", ep=2),
     case("flex zero outputs", "zero_outputs", ep=2),
     case("bf16 ep2 flex", "train_on_stand_ins", ep=2, flags=FLEX_FLAGS),
+    case("unwritable dp2", "unwritable", flags={"train_iters": 1}),
     case("wide scope dp2", "wide_scope"),
     case("wide scope adamoe dp2", "wide_scope", flags={"group_loss_variant": "adamoe"}, slow=True),
     case("initial dp2", "initial"),

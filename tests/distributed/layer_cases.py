@@ -75,7 +75,7 @@ def stock_flex(world, out: Path, layout: dict, flags: dict) -> dict:
 
 
 def zero_outputs(world, out: Path, layout: dict, flags: dict) -> dict:
-    """`copy` and `learned` zero experts through the flex dispatcher: worst differences from all-to-all."""
+    """`copy` and `learned` zero experts through the flex dispatcher: worst `tiny.gap` to all-to-all."""
     worst = {}
     for kind in ("copy", "learned"):
         ends = []
@@ -91,7 +91,7 @@ def zero_outputs(world, out: Path, layout: dict, flags: dict) -> dict:
                 output, _ = layer(hidden)
                 output.square().sum().backward()
             ends.append([output, hidden.grad, *(p.grad for p in layer.parameters())])
-        worst[kind] = max(float((a - b).detach().abs().max()) for a, b in zip(*ends, strict=True))
+        worst[kind] = max(tiny.gap(b, a) for a, b in zip(*ends, strict=True))
         without = tiny.moe_layer(ZeroExpertConfig(4), sizes)
         worst[f"{kind} adds"] = float((output - without(hidden)[0]).detach().abs().max())
     return worst

@@ -115,7 +115,7 @@ class Runs:
 def differences(
     case: dict, folder: Path, worlds: dict, alone: Alone, first_step: int = 1
 ) -> dict[str, float]:
-    """Largest differences between a case and one process: relative for what is logged, absolute for tensors.
+    """Largest differences between a case and one process: relative for what is logged, `tiny.gap` for tensors.
 
     `logged` is over all metrics and steps; `loss` and `grad_norm` are parts of it. `gradients` compares Adam's first
     moment, the decayed sum of the steps' gradients; `moments` also the second; `weights` all parameters and buffers.
@@ -141,7 +141,7 @@ def differences(
         wanted = {key: tensor for key, tensor in wanted.items() if key.startswith("/model")}
     assert mine.keys() >= wanted.keys() and (sharded or mine.keys() == wanted.keys())
     for key in wanted:
-        gap = float((mine[key].float() - wanted[key].float()).abs().max()) if wanted[key].numel() else 0.0
+        gap = tiny.gap(mine[key], wanted[key])
         kind = "weights" if key.startswith("/model") else "moments"
         found[kind] = max(found[kind], gap)
         if key.endswith("exp_avg"):

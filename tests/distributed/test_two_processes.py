@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import tiny
 import tiny_world
 import torch
 from cases import (
@@ -75,6 +76,18 @@ def test_a_guard_rail_ends_all_ranks_at_the_same_step_and_leaves_the_checkpoint_
     assert [path.name for path in folder.glob("*iter_*")] == ["iter_0000002"]
 
 
+def test_what_rank_0_alone_cannot_write_ends_all_ranks_with_one_message(results):
+    first, second = results("unwritable dp2")
+    assert first == second and not first["waited"]
+    assert sorted(first["told"]) == ["figures", "new folder", "stage 0"]
+    for name, flag in {
+        "figures": "--metrics-path",
+        "new folder": "--save",
+        "stage 0": "--rollout-path",
+    }.items():
+        assert first["told"][name].startswith(flag) and "cannot be written" in first["told"][name]
+
+
 def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
     first, second = results("damaged ep2")
     assert first == second and first["resumed"] == 2
@@ -113,7 +126,7 @@ def test_masked_student_is_the_teacher_on_every_layout(results, worlds, case):
         if "cp2" in case["name"]:
             expected = expected[torch.cat([local_places(row.cu_seqlens, rank, 2) for rank in range(2)])]
         mine = torch.cat(parts) if case["name"][-3:] in ("tp2", "cp2") else parts[-1]
-        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+        tiny.close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 @each(STARVED)
@@ -229,7 +242,7 @@ def test_wide_scope_counts_the_slots_of_all_data_parallel_ranks(results, world, 
         assert rank["wide norm"] == pytest.approx(norm, rel=1e-5)
         assert rank["narrow norm"] != pytest.approx(norm, rel=1e-4)
         for name, gradient in rank["gradients"].items():
-            torch.testing.assert_close(torch.tensor(gradient), wanted[name], rtol=1e-3, atol=1e-6)
+            tiny.close(torch.tensor(gradient), wanted[name], rtol=1e-3, atol=1e-6)
 
 
 def test_generation_refuses_a_dispatcher_that_wants_equal_numbers_of_tokens(runs):

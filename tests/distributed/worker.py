@@ -34,6 +34,8 @@ from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
 from zeda_megatron.moe.switches import zero_mask  # noqa: E402
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
+from zeda_megatron.training.new_folder import new_folder  # noqa: E402
+from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
 
 SIZES = {
@@ -165,6 +167,33 @@ def damaged(world, out: Path, layout: dict, flags: dict) -> dict:
     return {"resumed": again.iteration, "told": None}
 
 
+def unwritable(world, out: Path, layout: dict, flags: dict) -> dict:
+    """Rank 0 alone writes, and cannot: what each rank is told, and how soon."""
+    blocked = out.with_suffix(".file")
+    if torch.distributed.get_rank() == 0:
+        blocked.write_text("in the way")
+    torch.distributed.barrier()
+    answers = {"stage": "0", "pretrained_checkpoint": world.static, "data_path": world.prompts}
+    answers |= {"rollout_path": blocked / "answers.jsonl", "max_new_tokens": 5}
+
+    def new() -> None:
+        with new_folder(blocked / "new", "--save"):
+            pass
+
+    attempts = {
+        "new folder": new,
+        "figures": lambda: tiny_world.start(world, metrics_path=blocked / "m.jsonl", **flags).run(),
+        "stage 0": lambda: run_stage0(tiny_world.options(world, **answers)),
+    }
+    told, started = {}, time.monotonic()
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except UserError as error:
+            told[name] = str(error)
+    return {"told": told, "waited": time.monotonic() - started > 60}
+
+
 def masked(world, out: Path, layout: dict, flags: dict) -> dict:
     """Hidden states of the masked student and of the static model on this layout."""
     hidden = {}
@@ -222,7 +251,7 @@ def starved(world, out: Path, layout: dict, flags: dict) -> dict:
             dense_TH = tiny.dense_experts(flat_TH, routed.real_TN, weights)
             total = total + (dense_TH * c.reshape(-1, 32)).sum()
             if x is inputs[rank]:
-                worst[f"{case} output"] = float((output.reshape(-1, 32) - dense_TH).abs().max())
+                worst[f"{case} output"] = tiny.gap(output.reshape(-1, 32), dense_TH)
         total.backward()
         # Rows from each rank to the experts of each rank.
         some = picks[0][0] > 0 and picks[0][1] > 0
@@ -232,12 +261,12 @@ def starved(world, out: Path, layout: dict, flags: dict) -> dict:
             "idle": picks == [[39, 0]] * 2,
         }
         assert expected[case], picks
-        worst[f"{case} input"] = float((mine.grad - inputs[rank].grad).abs().max())
+        worst[f"{case} input"] = tiny.gap(mine.grad, inputs[rank].grad)
         for e, pair in enumerate(tiny.expert_weights(layer)):
             for parameter, reference in zip(pair, weights[first + e]):
                 assert parameter.grad is not None, f"{case}: expert {e} has no gradient"
                 wanted = torch.zeros_like(parameter) if reference.grad is None else reference.grad
-                difference = float((parameter.grad - wanted).abs().max())
+                difference = tiny.gap(parameter.grad, wanted)
                 worst[f"{case} expert"] = max(difference, worst.get(f"{case} expert", 0.0))
     return {"worst": worst}
 

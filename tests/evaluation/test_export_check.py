@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation import export_check
 from zeda_megatron.evaluation.export_check import CheckOptions, check, main
 
 
@@ -16,7 +17,7 @@ def options(world, megatron, hf, **more):
 def test_paired_export_gives_equal_answers_and_logits(world, paired_export):
     result = check(options(world, *paired_export))
     assert result["equal_answers"] == result["prompts"] >= 4
-    assert result["max_logit_difference"] < 1e-4
+    assert result["equal_logits"] and result["max_logit_difference"] < 1e-4 * result["max_logit"]
     assert 0.1 < result["zero_share_transformers"] < 0.9
 
 
@@ -25,9 +26,23 @@ def test_an_export_with_another_threshold_is_noticed(world, paired_export):
     text = (hf / "config.json").read_text()
     try:
         (hf / "config.json").write_text(json.dumps(json.loads(text) | {"zce_threshold": -1.0}))
-        assert check(options(world, megatron, hf))["max_logit_difference"] > 1e-3
+        result = check(options(world, megatron, hf))
+        assert result["max_logit_difference"] > 1e-3 * result["max_logit"] and not result["equal_logits"]
     finally:
         (hf / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("answers", "logits", "code"),
+    [(2, True, 0), (1, True, 1), (2, False, 1)],
+    ids=["equal", "answers", "logits"],
+)
+def test_the_exit_code_fails_for_other_answers_and_for_other_logits(monkeypatch, answers, logits, code):
+    found = {"prompts": 2, "equal_answers": answers, "equal_logits": logits}
+    monkeypatch.setattr(export_check, "check", lambda options: found)
+    for name in ("initialize", "destroy"):
+        monkeypatch.setattr(export_check.process_groups, name, lambda *given: None)
+    assert main(["--megatron", "m", "--hf", "h", "--heldout", "f"]) == code
 
 
 def test_missing_flags_are_named(world):

@@ -185,7 +185,17 @@ def test_cost_sheet_prints_valid_json_and_a_table_with_the_same_speedup(tmp_path
     assert sheet["expert_flops"] == pytest.approx(0.75)
     assert [line["phase"] for line in sheet["roofline"]] == ["decode", "prefill"]
     assert main(flags) == 0
-    assert f"{sheet['roofline'][0]['speedup']:.2f}x" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert f"{sheet['roofline'][0]['speedup']:.2f}x" in table
+    # Units fit a small model too.
+    assert f"{sheet['parameters']['total'] / 1e6:.2f} M" in table and "[MFLOP]" in table
+    assert f"{sheet['weight_bytes']['total'] / 1e6:.1f} MB bf16" in table and " 0.00 " not in table
+
+
+def test_a_large_model_is_told_in_large_units(capsys):
+    assert main(["--hf", str(EXAMPLES / "qwen3_30b_a3b")]) == 0
+    table = capsys.readouterr().out
+    assert "parameters 30.53 B" in table and "61.1 GB bf16" in table and "[GFLOP]" in table
 
 
 @pytest.mark.parametrize(

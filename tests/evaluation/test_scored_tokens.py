@@ -1,6 +1,7 @@
 """What is read off every scored token, against the plain way."""
 
 import pytest
+import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,6 +96,6 @@ def test_only_scored_tokens_are_read_and_padding_of_the_heads_plays_no_part():
     index = (torch.arange(len(labels_T)), labels_T)
     assert len(found) == int(scored_S.sum()) == 8
     assert torch.equal(found.skipped_T, skipped_S[scored_S])
-    torch.testing.assert_close(found.gap_T, (log_p_TV[index] - log_q_TV[index]).abs(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.entropy_T, -(log_q_TV.exp() * log_q_TV).sum(1), rtol=1e-4, atol=1e-5)
+    tiny.close(found.gap_T, (log_p_TV[index] - log_q_TV[index]).abs(), rtol=1e-4, atol=1e-5)
+    tiny.close(found.entropy_T, -(log_q_TV.exp() * log_q_TV).sum(1), rtol=1e-4, atol=1e-5)
     assert torch.equal(ScoredTokens.join([found, found]).gap_T, torch.cat([found.gap_T] * 2))

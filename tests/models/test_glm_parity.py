@@ -79,7 +79,7 @@ def test_logits_equal_transformers(variant, backend):
     with torch.no_grad():
         expected = hf(tokens()).logits
     model = tiny.megatron_model(hf, backend=backend)
-    torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-4)
+    tiny.close(logits(model, tokens()), expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5  # the bound means something
 
 
@@ -92,7 +92,7 @@ def test_norms_of_the_latents_have_their_own_epsilon():
             layer.self_attn.kv_a_proj_with_mqa.weight.mul_(1e-3)
         expected = hf(tokens()).logits
     model = tiny.megatron_model(hf)
-    torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-4)
+    tiny.close(logits(model, tokens()), expected, rtol=0, atol=1e-4)
     for layer in model.decoder.layers:
         layer.self_attention.kv_layernorm.eps = 1e-2
     assert (logits(model, tokens()) - expected).abs().max() > 1e-2
@@ -102,11 +102,11 @@ def test_norms_of_the_latents_have_their_own_epsilon():
 def test_packed_rows_equal_separate_sequences(hf, which):
     model = tiny.megatron_model(hf, ZeroExpertConfig(4) if which == "dynamic" else None)
     separate = torch.cat([logits(model, torch.tensor([s]))[0] for s in SEQUENCES])
-    torch.testing.assert_close(packed_logits(model, SEQUENCES), separate, rtol=0, atol=1e-5)
+    tiny.close(packed_logits(model, SEQUENCES), separate, rtol=0, atol=1e-5)
     if which == "static":
         with torch.no_grad():
             expected = torch.cat([hf(torch.tensor([s])).logits[0] for s in SEQUENCES])
-        torch.testing.assert_close(separate, expected, rtol=0, atol=1e-4)
+        tiny.close(separate, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -171,8 +171,8 @@ def test_far_positions_keep_their_differences(dynamic):
 
     near, far = turn(0), turn(3_000_000)
     expected = near[5] - near[2]
-    torch.testing.assert_close((far[5] - far[2]).cos(), expected.cos(), rtol=0, atol=1e-5)
-    torch.testing.assert_close((far[5] - far[2]).sin(), expected.sin(), rtol=0, atol=1e-5)
+    tiny.close((far[5] - far[2]).cos(), expected.cos(), rtol=0, atol=1e-5)
+    tiny.close((far[5] - far[2]).sin(), expected.sin(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def test_output_and_all_gradients_equal_a_dense_loop_over_experts(dispatcher, ba
     layer, hidden = make(dispatcher, backend), tiny.hidden_states()
     output, _ = layer(hidden)
     expected, _ = dense_output(layer, hidden)
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    tiny.close(output, expected, rtol=1e-4, atol=1e-5)
     mine, reference = all_gradients(output, layer, hidden), all_gradients(expected, layer, hidden)
-    torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+    tiny.close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,8 +88,8 @@ def test_experts_without_tokens_get_zero_gradients(dispatcher, backend):
     output, _ = layer(hidden)
     expected, routed = dense_output(layer, hidden)
     assert routed.map_TE.any(0).nonzero().flatten().tolist() == [1, 6, N]
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
+    tiny.close(output, expected, rtol=1e-4, atol=1e-4)
+    tiny.close(
         all_gradients(output, layer, hidden), all_gradients(expected, layer, hidden), rtol=1e-3, atol=1e-3
     )
 
@@ -137,7 +137,7 @@ def test_shared_experts_are_added_as_usual():
     shared = layer.shared_experts
     gate, up = (hidden @ shared.linear_fc1.weight.t()).chunk(2, -1)
     expected = expected + (torch.nn.functional.silu(gate) * up) @ shared.linear_fc2.weight.t()
-    torch.testing.assert_close(layer(hidden)[0], expected, rtol=1e-4, atol=1e-5)
+    tiny.close(layer(hidden)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dispatcher_with_a_fixed_number_of_rows_is_refused():

@@ -38,13 +38,13 @@ def test_outputs_and_gradients_equal_a_dense_loop(backend, counts):
     wanted = [rows_RH, probs_R, *fc1, *fc2]
     mine = grouped_mlp(rows_RH, probs_R, counts, fc1, fc2, backend)
     expected = dense(rows_RH, probs_R, counts, fc1, fc2)
-    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    tiny.close(mine, expected, rtol=1e-5, atol=1e-6)
     coefficients = torch.randn(mine.shape, generator=torch.Generator().manual_seed(9))
     grads = [
         torch.autograd.grad((out * coefficients).sum(), wanted, materialize_grads=True)
         for out in (mine, expected)
     ]
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    tiny.close(*grads, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,7 +56,7 @@ def test_an_expanded_gradient_is_fine(backend):
     expected = torch.autograd.grad(
         dense(rows_RH, probs_R, counts, fc1, fc2).sum(), wanted, materialize_grads=True
     )
-    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+    tiny.close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,7 +69,7 @@ def test_bfloat16_stays_near_the_float32_result(backend):
     exact = dense(
         rows_RH.float(), probs_R.float(), counts, [w.float() for w in fc1], [w.float() for w in fc2]
     )
-    torch.testing.assert_close(mine.float(), exact, rtol=0.05, atol=0.05)
+    tiny.close(mine.float(), exact, rtol=0.05, atol=0.05)
     for a, b in zip(
         torch.autograd.grad(mine.float().square().sum(), wanted),
         torch.autograd.grad(exact.square().sum(), wanted, materialize_grads=True),
@@ -129,6 +129,4 @@ def test_weight_gradients_added_to_main_grad_are_those_of_the_loop():
     ]
     torch.testing.assert_close(grads[0][:2], grads[1][:2])
     assert all(weight.grad_added_to_main_grad for weight in (*fc1, *fc2))
-    torch.testing.assert_close(
-        [w.main_grad - 1 for w in (*fc1, *fc2)], list(grads[0][2:]), rtol=1e-4, atol=1e-5
-    )
+    tiny.close([w.main_grad - 1 for w in (*fc1, *fc2)], list(grads[0][2:]), rtol=1e-4, atol=1e-5)

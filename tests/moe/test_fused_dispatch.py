@@ -2,7 +2,6 @@
 
 import pytest
 import tiny
-import torch
 from dense_layer import ROUTINGS, SITUATIONS, compare, fill, inputs_of, whole_weights, zero_config
 from fused_kernels import FusedKernels
 
@@ -66,7 +65,7 @@ def test_megatrons_own_static_layer_runs_on_the_stand_ins(kernels):
         output.square().sum().backward()
         outputs.append((output, hidden.grad, layer.router.weight.grad))
     assert kernels.allocated == [39]
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    tiny.close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
@@ -79,7 +78,7 @@ def test_a_router_trains_on_frozen_rows(kernels, dispatcher):
         layer.experts.requires_grad_(False)
         layer(tiny.hidden_states().detach())[0].square().sum().backward()
         gradients.append(layer.router.weight.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    tiny.close(*gradients, rtol=1e-4, atol=1e-5)
     assert gradients[0].abs().sum() > 0
 
 

@@ -109,7 +109,7 @@ def test_reaches_the_router_as_its_formula_says(kind, padded):
     logits_TE = exact.flatten(0, 1) @ weight.t()
     loss = ALPHA * dense_loss(tiny.dense_routing(logits_TE, K, N, kind), logits_TE, valid_T, kind)
     expected = torch.autograd.grad(loss, (weight, exact))
-    torch.testing.assert_close([g.double() for g in mine], list(expected), rtol=1e-4, atol=1e-7)
+    tiny.close([g.double() for g in mine], list(expected), rtol=1e-4, atol=1e-7)
     assert float(router.routing_stats.group_loss) * ALPHA == pytest.approx(float(loss.detach()), rel=1e-5)
     assert expected[0].abs().max() > 1e-4
 
@@ -135,9 +135,9 @@ def test_with_renormalised_weights_it_makes_adamoes_layer():
     masked_TN = logits_TE[:, :N].masked_fill(~real_TN, -torch.inf)
     weights_TN = masked_TN.softmax(1).where(real_TN, 0.0)  # without a real pick: nothing
     made = tiny.dense_experts(flat_TH, weights_TN, list(zip(flat[::2], flat[1::2]))).view_as(exact)
-    torch.testing.assert_close(output.double(), made, rtol=1e-4, atol=1e-5)
+    tiny.close(output.double(), made, rtol=1e-4, atol=1e-5)
     loss = ALPHA * dense_loss(routed, logits_TE, torch.ones(13, dtype=torch.bool))
     expected = torch.autograd.grad((made * draw).sum() + loss, [exact, router, *flat])
-    torch.testing.assert_close([g.double() for g in mine], list(expected), rtol=1e-4, atol=1e-5)
+    tiny.close([g.double() for g in mine], list(expected), rtol=1e-4, atol=1e-5)
     alone = torch.autograd.grad(0 * layer(hidden)[0].sum(), layer.router.weight)[0]
     assert alone.abs().max() > 1e-4  # the loss is not lost in the rest

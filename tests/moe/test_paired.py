@@ -70,7 +70,7 @@ def test_picks_below_the_threshold_go_to_their_zero_expert_and_the_others_keep_t
     expected = (~scores.isnan()) & (scores >= theta)
     assert torch.equal(kept, expected)
     assert 0 < expected.sum() < len(weights) * K
-    torch.testing.assert_close(probs, weights * expected, atol=1e-6, rtol=1e-5)
+    tiny.close(probs, weights * expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["weight", "head", "weight+head"])
@@ -147,7 +147,7 @@ def test_recomputation_changes_no_gradient_with_micro_batches_in_flight(granular
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-5, msg=name)
+        tiny.close(gradients[1][name], expected, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_a_head_that_trains_computes_all_picks_and_gets_the_straight_through_gradient():
@@ -159,11 +159,11 @@ def test_a_head_that_trains_computes_all_picks_and_gets_the_straight_through_gra
     assert torch.equal(dispatched, ~scores.isnan())
     weights, _ = definition(router, hidden, residual)
     hard = (scores >= router.paired.threshold).float()
-    torch.testing.assert_close(probs, weights * hard, atol=1e-6, rtol=1e-5)
+    tiny.close(probs, weights * hard, atol=1e-6, rtol=1e-5)
     factor = torch.randn(probs.shape, generator=torch.Generator().manual_seed(8))
     got = torch.autograd.grad((probs * factor).sum(), router.paired.bias)[0]
     gate = (scores - router.paired.threshold).sigmoid().nan_to_num()
-    torch.testing.assert_close(got, (factor * weights * gate * (1 - gate)).sum(0), atol=1e-5, rtol=1e-4)
+    tiny.close(got, (factor * weights * gate * (1 - gate)).sum(0), atol=1e-5, rtol=1e-4)
     assert collect(router, 1, torch.device("cpu")).zero_share == pytest.approx(
         float(1 - hard.sum() / (len(hard) * K))
     )
@@ -194,7 +194,7 @@ def test_sparsity_loss_is_the_mean_gate_over_picks_that_are_no_padding():
     head = (x_TH @ router.paired.weight.t() + router.paired.bias).detach().requires_grad_()
     rows = picked & ~padding.reshape(-1, 1)
     expected = torch.autograd.grad(0.7 * head.sigmoid()[rows].mean(), head)[0]
-    torch.testing.assert_close(router.paired.bias.grad, expected.sum(0), atol=1e-6, rtol=1e-5)
+    tiny.close(router.paired.bias.grad, expected.sum(0), atol=1e-6, rtol=1e-5)
 
 
 def test_scores_are_counted_without_padding():

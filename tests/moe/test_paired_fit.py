@@ -38,7 +38,7 @@ def test_rows_are_the_inputs_and_log_norms_of_the_routed_experts_without_padding
         assert len(y) == len(expected) == tokens * 3
         assert expert.tolist() == [e for e, _, _ in expected]
         torch.testing.assert_close(x, x_TH[[t for _, t, _ in expected]])
-        torch.testing.assert_close(y, torch.tensor([v for _, _, v in expected]), atol=1e-4, rtol=1e-4)
+        tiny.close(y, torch.tensor([v for _, _, v in expected]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.7])
@@ -61,7 +61,7 @@ def test_effects_are_the_change_of_the_loss_along_each_output_with_a_floor(floor
                 expected.append(math.log(math.hypot(z, floor * size)))
                 effects += (weight * z) ** 2
                 sizes += (weight * size) ** 2
-    torch.testing.assert_close(rows[1], torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    tiny.close(rows[1], torch.tensor(expected), atol=1e-4, rtol=1e-4)
     assert found[1].ratio() == pytest.approx((effects / sizes) ** 0.5, rel=1e-4)
 
 

@@ -64,7 +64,7 @@ def test_top_k_runs_over_all_experts_and_zero_slots_are_dropped_without_renormal
     expected = reference(router, hidden, kind)
     assert probs_TN.shape == map_TN.shape == (13, N) and map_TN.dtype == torch.bool
     assert torch.equal(map_TN, expected.map_TE[:, :N])
-    torch.testing.assert_close(probs_TN, expected.real_TN, rtol=1e-5, atol=1e-6)
+    tiny.close(probs_TN, expected.real_TN, rtol=1e-5, atol=1e-6)
     dropped_T = expected.map_TE[:, N:].sum(1)
     assert set(dropped_T.tolist()) >= {0, 1}  # the check would be empty otherwise
     assert (map_TN.sum(1) == K - dropped_T).all()
@@ -77,7 +77,7 @@ def test_gradients_of_the_kept_weights_equal_plain_autograd(kind):
     router, hidden = make(kind), tiny.hidden_states()
     mine = gradients((router(hidden)[0] * coefficients()).sum(), router, hidden)
     expected = gradients((reference(router, hidden, kind).real_TN * coefficients()).sum(), router, hidden)
-    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    tiny.close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +88,7 @@ def test_renormalize_option_gives_the_weight_of_dropped_slots_to_the_others(kind
     total_T = expected.weights_TE.sum(1)
     torch.testing.assert_close(probs_TN.sum(1)[map_TN.any(1)], total_T[map_TN.any(1)])
     scaled_TN = expected.real_TN * (total_T / expected.real_TN.sum(1).clamp(min=1e-20))[:, None]
-    torch.testing.assert_close(probs_TN, scaled_TN, rtol=1e-5, atol=1e-6)
+    tiny.close(probs_TN, scaled_TN, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,7 @@ def test_group_loss_reaches_the_router_as_its_formula_says(kind, padded):
     dense = reference(router, hidden, kind)
     loss = authors_loss(full_scores(logits_of(router, hidden), kind), dense.map_TE, valid_T)
     expected = gradients((dense.real_TN * coefficients()).sum() + loss, router, hidden)
-    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    tiny.close(mine, expected, rtol=1e-4, atol=1e-6)
     assert float(router.routing_stats.group_loss) * ALPHA == pytest.approx(float(loss.detach()), rel=1e-5)
     alone = reference(router, hidden, kind).real_TN
     without = gradients((alone * coefficients()).sum(), router, hidden)
@@ -199,7 +199,7 @@ def test_mask_is_a_visit_and_not_a_change():
 def test_no_zero_experts_route_like_the_stock_router():
     router, hidden = make(num_zero_experts=0), tiny.hidden_states()
     probs_TN, map_TN = router(hidden)
-    torch.testing.assert_close(probs_TN, reference(router, hidden, "softmax").real_TN, rtol=1e-5, atol=1e-6)
+    tiny.close(probs_TN, reference(router, hidden, "softmax").real_TN, rtol=1e-5, atol=1e-6)
     assert (map_TN.sum(1) == K).all() and int(router.routing_stats.zero_slots) == 0
 
 

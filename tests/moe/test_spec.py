@@ -22,6 +22,18 @@ from zeda_megatron.moe.spec import apply_grouped_experts, apply_zero_experts
 from zeda_megatron.runtime.megatron_api import moe_submodules
 
 ZERO = ZeroExpertConfig(4)
+MEGATRONS = {
+    "aux loss": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.7},
+    "per sequence": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.7},
+    "both": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.3, 0.2],
+    },
+    "capacity": {"moe_expert_capacity_factor": 0.5},
+    "padded capacity": {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": True},
+    "z loss": {"moe_z_loss_coeff": 0.3},
+    "plain": {},
+}
 STOCK = dict(num_experts=8, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=True)
 
 
@@ -103,7 +115,19 @@ def test_expert_backend_replaces_the_experts_only_when_asked():
     )
     assert type(grouped.decoder.layers[0].mlp.experts) is GroupedExperts
     assert type(plain.decoder.layers[0].mlp.experts) is SequentialMLP
-    torch.testing.assert_close(logits(grouped), logits(plain), rtol=1e-4, atol=1e-5)
+    tiny.close(logits(grouped), logits(plain), rtol=1e-4, atol=1e-5)
     static = build(config, apply_grouped_experts(block, "grouped_mm"))
     assert type(static.decoder.layers[0].mlp.experts) is GroupedExperts
     assert type(static.decoder.layers[0].mlp.router) is TopKRouter
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", MEGATRONS)
+def test_without_zero_experts_a_layer_is_megatrons_own_losses_and_capacity_too(kind):
+    made = []
+    for zero in (None, ZeroExpertConfig(0)):
+        layer, hidden = tiny.moe_layer(zero, MEGATRONS[kind]).train(), tiny.hidden_states()
+        output, _ = layer(hidden)
+        output.square().sum().backward()
+        made.append((output.detach(), hidden.grad, layer.router.weight.grad))
+    assert all(torch.equal(ours, stock) for ours, stock in zip(*made, strict=True))

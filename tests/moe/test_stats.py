@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.moe import stats
@@ -137,3 +138,27 @@ def test_picks_are_counted_per_expert_on_request_padding_left_out():
     assert not picks_LN[0].any() and not picks_LN[2].any()
     stats.reset(routers)
     assert not stats.collect_experts(routers, 4, N, CPU)[0].any()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_collecting_waits_for_the_device_once_however_many_layers_there_are():
+    class Scalars(TorchDispatchMode):
+        """Counts numbers that are read out of tensors one by one: on a GPU each of them waits."""
+
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (1, 6):
+        chunk = model(*range(1, layers + 1))
+        for router in stats.routers(chunk):
+            count(router, tiny.hidden_states())
+        with Scalars() as seen:
+            stats.collect(chunk, layers, torch.device("cpu"))
+        counts.append(seen.count)
+    assert counts[0] == counts[1] < 8

@@ -1,10 +1,13 @@
 """The threshold is the quantile of recent scores."""
 
 import pytest
+import tiny
 import torch
 
-from zeda_megatron.moe.stats import SCORE_BINS, RoutingStats
-from zeda_megatron.moe.threshold import ScoreQuantiles, quantile, thresholds
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.moe.stats import SCORE_BINS, RoutingStats, routers
+from zeda_megatron.moe.switches import evaluating, zero_mask
+from zeda_megatron.moe.threshold import ScoreQuantiles, calibrate_threshold, quantile, thresholds
 
 
 def histogram(scores):
@@ -48,3 +51,34 @@ def test_layers_may_have_thresholds_of_their_own_and_layers_without_experts_have
         ]
     )
     assert thresholds(counts, 0.5) == [pytest.approx(-2, abs=0.01), None, pytest.approx(3, abs=0.01)]
+
+
+@pytest.mark.parametrize("fault", ["raises", "masked"])
+@pytest.mark.usefixtures("one_process")
+def test_a_calibration_that_fails_leaves_mode_and_statistics_as_they_were(fault):
+    """In the middle of a pass, or since nothing was counted."""
+    paired = ZeroExpertConfig(8, zero_expert_routing="paired", paired_score="weight+head")
+    model = tiny.megatron_model(tiny.hf_model(), paired).train()
+    before = [router.routing_stats for router in routers(model)]
+
+    def forward(chunk, row):
+        assert not chunk.training
+        if fault == "raises":
+            raise RuntimeError("no scores, no memory")
+        with zero_mask(chunk):
+            return chunk(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], None)
+
+    with pytest.raises(RuntimeError, match="no scores"):
+        calibrate_threshold(model, [0], 0.5, forward)
+    assert model.training and all(
+        router.routing_stats is kept for router, kept in zip(routers(model), before)
+    )
+
+
+def test_evaluation_mode_and_attributes_come_back_after_an_error():
+    chunks = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval()]
+    chunks[0].return_hidden, chunks[1].return_hidden = True, False
+    with pytest.raises(ValueError, match="x"), evaluating(chunks, return_hidden=True):
+        assert not chunks[0].training and chunks[1].return_hidden
+        raise ValueError("x")
+    assert [(c.training, c.return_hidden) for c in chunks] == [(True, True), (False, False)]

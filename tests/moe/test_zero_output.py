@@ -52,9 +52,7 @@ def test_learned_starts_bit_equal_to_zero_and_gets_gradients(dispatcher):
     bias = learned.router.zero_output.bias
     grad_bias = torch.autograd.grad((output * coefficients).sum(), bias)[0]
     # d/db_j of sum_t c_t * w_tj * b_j
-    torch.testing.assert_close(
-        grad_bias, zero_weights(learned, hidden).t() @ coefficients.view(13, 32), rtol=1e-4, atol=1e-5
-    )
+    tiny.close(grad_bias, zero_weights(learned, hidden).t() @ coefficients.view(13, 32), rtol=1e-4, atol=1e-5)
     assert grad_bias.abs().sum() > 0
 
 
@@ -65,7 +63,7 @@ def test_learned_adds_weight_times_bias(dispatcher):
     bias = learned.router.zero_output.bias
     torch.nn.init.normal_(bias)
     expected = zero(hidden)[0] + (zero_weights(learned, hidden) @ bias).view_as(hidden)
-    torch.testing.assert_close(learned(hidden)[0], expected, rtol=1e-4, atol=1e-5)
+    tiny.close(learned(hidden)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -75,7 +73,7 @@ def test_copy_adds_weight_times_input(dispatcher):
     weight_T = zero_weights(copy, hidden).sum(1)
     expected = zero(hidden)[0] + weight_T[:, None, None] * hidden
     output = copy(hidden)[0]
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    tiny.close(output, expected, rtol=1e-4, atol=1e-5)
     coefficients = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     grads = [
         torch.autograd.grad((out * coefficients).sum(), [hidden, copy_or_zero.router.weight])
@@ -84,7 +82,7 @@ def test_copy_adds_weight_times_input(dispatcher):
             (zero(hidden)[0] + zero_weights(zero, hidden).sum(1)[:, None, None] * hidden, zero),
         )
     ]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    tiny.close(*grads, rtol=1e-4, atol=1e-5)
 
 
 def model(kind, overrides):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -145,3 +146,11 @@ def test_sizes_that_do_not_divide_the_processes_are_user_errors(monkeypatch, siz
     with pytest.raises(UserError) as caught:
         process_groups.initialize(ParallelConfig(**sizes))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_warnings_that_a_user_can_do_nothing_about_are_silenced_wherever_megatron_runs(recwarn):
+    cpu.install()
+    for module in ("megatron.core.optimizer", "torch.distributed.c10d_logger", "zeda_megatron.training.loop"):
+        category = FutureWarning if "torch" in module else UserWarning
+        warnings.warn_explicit(f"from {module}", category, "file.py", 1, module=module)
+    assert [str(one.message) for one in recwarn] == ["from zeda_megatron.training.loop"]

@@ -237,7 +237,7 @@ def test_the_logit_bias_is_added_to_the_zero_logits_alone():
     best = logits.topk(K)
     _, weights, ids, _ = gate(hidden)
     assert torch.equal(ids, best.indices)
-    torch.testing.assert_close(weights, best.values.softmax(-1), atol=1e-6, rtol=1e-5)
+    tiny.close(weights, best.values.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -305,7 +305,7 @@ def test_scores_are_float32_in_bf16(autocast):
     assert {x.dtype for x in (weights, norm, scores)} == {torch.float32}
     head = hidden.float() @ gate.zero_weight.float().T + gate.zero_bias.float()
     expected = weights.log() + head.gather(1, ids) - row["residual"].float().norm(dim=-1).log()[:, None]
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    tiny.close(scores, expected, atol=1e-5, rtol=1e-5)
     assert all(0 < share < 1 for share in model.zero_share())
 
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import test_modeling_families as families
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -53,7 +54,7 @@ def test_int8_is_the_definition_and_nothing_else_moves(modelopt, tmp_path, name,
             assert torch.equal(weight, after[key]), key
             continue
         moved += weight.numel()
-        torch.testing.assert_close(after[key], int8_rows(weight), rtol=0, atol=1e-6)
+        tiny.close(after[key], int8_rows(weight), rtol=0, atol=1e-6)
         assert not torch.equal(weight, after[key])
     assert done["parameters"] == moved > 0
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
@@ -88,7 +89,7 @@ def test_fp8_is_the_definition(modelopt, tmp_path, name):
         if any(word in key for word in KEPT):
             assert torch.equal(weight, after[key]), key
         elif not any(word in key for word in ("gate_proj", "up_proj", ".w1.", ".w3.")):
-            torch.testing.assert_close(after[key], fp8_matrix(weight), rtol=1e-6, atol=1e-6)
+            tiny.close(after[key], fp8_matrix(weight), rtol=1e-6, atol=1e-6)
         else:
             assert not torch.equal(weight, after[key])  # gate and up share a scale
 
@@ -109,7 +110,7 @@ def test_a_packed_folder_gives_the_numbers_of_the_rounded_one(modelopt, tmp_path
     assert small < 0.7 * large
     tokens = torch.randint(1, 96, (2, 9))
     rounded, opened = load_model(tmp_path / "rounded"), load_model(tmp_path / "packed")
-    torch.testing.assert_close(opened(tokens).logits, rounded(tokens).logits, rtol=1e-4, atol=1e-4)
+    tiny.close(opened(tokens).logits, rounded(tokens).logits, rtol=1e-4, atol=1e-4)
     # transformers alone would take the integers for weights: the file that travels refuses.
     with pytest.raises(ValueError, match="quantization_config of modelopt"):
         from transformers import AutoModelForCausalLM
@@ -128,7 +129,7 @@ def test_until_the_weights_are_folded_experts_run_unquantised(modelopt, tmp_path
     block.shared_experts = None
     before = block(hidden)
     mtq.quantize(model, mtq.INT8_WEIGHT_ONLY_CFG)
-    torch.testing.assert_close(block(hidden), before, rtol=1e-5, atol=1e-5)
+    tiny.close(block(hidden), before, rtol=1e-5, atol=1e-5)
     mtq.fold_weight(model)
     assert (block(hidden) - before).abs().max() > 1e-4
 

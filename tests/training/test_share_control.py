@@ -260,3 +260,12 @@ def test_the_routing_of_a_checkpoint_cannot_be_changed_by_a_flag(world, paired_w
         tiny_world.start(world, zero_expert_routing="shared", **paired_world)
     with pytest.raises(UserError, match="has shared zero experts"):
         tiny_world.start(world, zero_expert_routing="paired")
+
+
+def test_a_run_is_not_resumed_under_the_other_budget(world, paired_world, tmp_path):
+    for budget, other in (("model", "layer"), ("layer", "model")):
+        flags = {"save": tmp_path / budget, "train_iters": 2, "calibration_rows": 0, **paired_world}
+        tiny_world.start(world, exit_interval=1, paired_budget=budget, **flags).run()
+        with pytest.raises(UserError, match=f"--paired-budget: .* was trained with {budget}"):
+            tiny_world.start(world, paired_budget=other, **flags)
+        assert tiny_world.start(world, paired_budget=budget, **flags).iteration == 1

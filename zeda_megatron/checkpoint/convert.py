@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import torch
 
 from ..config import ZeroExpertConfig
 from ..models.architecture import read_architecture
+from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from ..models.weight_maps import dims_of, weight_map_of
 from .bits import caster, source_digest
 from .carried import carried_plans, carried_source, own_keys, read_carried
 from .export_plan import ExportPlan
 from .hf_config import (
+    adapted_steps_of,
     copy_side_files,
     dynamic_config,
     side_files,
@@ -36,7 +37,7 @@ from .import_checks import (
 )
 from .import_plan import ImportPlan
 from .layout import model_layout
-from .megatron_model import ZEDA_NAME, MegatronModel
+from .megatron_model import MegatronModel
 from .own_files import own_file
 from .paired_config import settings_of
 from .partial import files_of, partial_folder
@@ -48,7 +49,6 @@ from .torch_dist_writer import finish
 from .verify import verify
 
 __all__ = ["DEFAULT_SHARD_BYTES", "Summary", "hf_to_megatron", "megatron_to_hf", "verify"]
-HF_CONFIG_NAME = "hf_config"
 RELEASE_NAME = "release"
 _CARRIED_BELOW = f"{HF_CONFIG_NAME}/carried/"
 
@@ -117,22 +117,17 @@ def hf_to_megatron(
     files = plan.data_files(layout, f"{RELEASE_NAME}/", max_shard_bytes)
     carried = list(carried_plans(reader, arch, cast))
     shards = plan_shards(carried, read_carried(reader, cast), below=_CARRIED_BELOW) if carried else []
-    facts = {
-        "num_zero_experts": zero.num_zero_experts,
-        "zero_experts_type": zero.zero_experts_type,
-        "zero_expert_routing": zero.zero_expert_routing,
-        **({"paired_score": zero.paired_score} if zero.paired else {}),
-        "seed": seed,
-        "dtype": dtype,
-        "source_architecture": arch.name,
-    }
+    facts = ModelFacts(
+        adapted_steps=adapted_steps_of(reader.config), seed=seed, dtype=dtype, source_architecture=arch.name
+    ).with_zero(zero)
     source = files_of([reader.folder / "config.json", *reader.files])
-    request = _request("hf-to-megatron", source=source, max_shard_bytes=max_shard_bytes, **facts)
+    request = _request("hf-to-megatron", source=source, max_shard_bytes=max_shard_bytes, **facts.entries())
     with partial_folder(out, request, overwrite, restart) as partial:
         writer = PartWriter(partial, [*files, *shards], workers, "import")
         check_space(Path(out), writer.missing_bytes())
         done = writer.run()[: len(files)]
-        finish(partial.work / RELEASE_NAME, files, done, {"iteration": 0, "checkpoint_version": 3.0})
+        common = {"iteration": 0, "checkpoint_version": 3.0, "adapted_steps": facts.adapted_steps}
+        finish(partial.work / RELEASE_NAME, files, done, common)
         hf_config = partial.work / HF_CONFIG_NAME
         copy_side_files(reader.folder, hf_config)
         config = with_dtype(static_config(reader.config), dtype)
@@ -140,8 +135,8 @@ def hf_to_megatron(
         if shards:
             write_index(partial.work / _CARRIED_BELOW, shards)
             write_config(partial.work / _CARRIED_BELOW, config)
-        facts["source_sha256"] = source_digest(line for part in done for line in part.facts["sources"])
-        (partial.work / ZEDA_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        digest = source_digest(line for part in done for line in part.facts["sources"])
+        (partial.work / ZEDA_NAME).write_text(replace(facts, source_sha256=digest).text())
         (partial.work / TRACKER).write_text(RELEASE_NAME + "\n")
     return Summary(len(layout.parameters), sum(item.nbytes for file in files for item in file.items), zero)
 
@@ -182,7 +177,7 @@ def megatron_to_hf(
     dims = dims_of(arch, paired=model.zero.paired)
     plan = ExportPlan(model, weight_map_of(arch), dims, cast, carried)
     shards = plan_shards(plan.tensors(arch), plan.make, max_shard_bytes)
-    result = dynamic_config(config, model.zero, plan.settings())
+    result = dynamic_config(config, model.zero, plan.settings(), model.adapted_steps)
     result = with_dtype(with_stored_dtype(result, bytes_by_type(shards)), dtype)
     request = _request(
         "megatron-to-hf",
@@ -190,6 +185,7 @@ def megatron_to_hf(
         template=files_of([config_file, *(carried.files if carried else [])]),
         max_shard_bytes=max_shard_bytes,
         dtype=dtype,
+        adapted=model.adapted_steps,
     )
     with partial_folder(out, request, overwrite, restart) as partial:
         writer = PartWriter(partial, shards, workers, "export")

@@ -30,7 +30,9 @@ _SHARED_FILES = ("zero_expert_model.py", "zero_expert_routing.py")
 """What all modeling files import."""
 _TYPE_KEYS = ("dtype", "torch_dtype")
 _DIAL = "zce_logit_bias"
-_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", _DIAL, *PAIRED_KEYS)
+_ADAPTED = "zce_adapted_steps"
+"""Steps that the weights have been distilled for, in an export of ours."""
+_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", _DIAL, _ADAPTED, *PAIRED_KEYS)
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -80,6 +82,19 @@ def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
     return ZeroExpertConfig(num_zero_experts=sum(nums), zero_experts_type=kinds[0])
 
 
+def adapted_steps_of(config: dict[str, Any]) -> int | None:
+    """Steps that a folder's weights have been distilled for; 0: an original. None: adapted, for an unknown time.
+
+    A folder with zero experts that does not say is no original: its authors have trained it.
+    """
+    steps = config.get(_ADAPTED, None if zero_experts_of(config).num_zero_experts else 0)
+    if steps is not None and not (is_int(steps) and steps >= 0):
+        raise UserError(
+            f"config.json: {_ADAPTED} {str(steps)[:60]!r} must be a whole number from 0, or be left out"
+        )
+    return steps
+
+
 def static_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config without zero experts and without code, with the native model type and architecture."""
     dropped = {*_ZERO_KEYS, *_OF_OTHER_WEIGHTS}
@@ -105,18 +120,23 @@ def code_of(name: str) -> dict[str, str]:
 
 
 def dynamic_config(
-    config: dict[str, Any], zero: ZeroExpertConfig, settings: dict[str, Any] | None = None
+    config: dict[str, Any],
+    zero: ZeroExpertConfig,
+    settings: dict[str, Any] | None = None,
+    adapted_steps: int | None = 0,
 ) -> dict[str, Any]:
     """The config of a model with these zero experts; `static_config` if there are none.
 
-    `settings` are further keys: thresholds of paired zero experts.
+    `settings` are further keys: thresholds of paired zero experts. `adapted_steps`: how long the weights have been
+    distilled (`adapted_steps_of`), which goes along so that an import knows.
 
     `model_type` stays native: transformers knows how to merge that type's per-expert keys, and engines key
     their fast paths on it.
     """
     result = static_config(config)
+    adapted = {_ADAPTED: adapted_steps}
     if not zero.num_zero_experts:
-        return result
+        return result if adapted_steps == 0 else {**result, **adapted}
     static_name = (result.get("architectures") or [""])[0]
     name = _DYNAMIC.get(static_name)
     if name is None:
@@ -133,6 +153,7 @@ def dynamic_config(
         "zce_types": [zero.zero_experts_type],
         "use_zce_mask": False,
         **more,
+        **({} if adapted_steps is None else adapted),
     }
 
 

@@ -59,6 +59,7 @@ class LockFile:
         self.token = secrets.token_hex(8)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._made: list[Path] = []
 
     def take(self) -> str | None:
         """Take the lock, over from a dead owner if need be. Returns what to tell about that.
@@ -67,7 +68,9 @@ class LockFile:
             UserError: somebody else holds it; says who, for how long silent, and what to do.
             OSError: the folder cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        self._made = [part for part in (folder, *folder.parents) if not part.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         told = None
         if not self._create():
             found = self.look()
@@ -134,13 +137,15 @@ class LockFile:
             )
 
     def release(self) -> None:
-        """Give the lock back; nothing if it is not ours any more."""
+        """Give the lock back (nothing if it is not ours any more), and the folders made for it that stayed empty."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         with contextlib.suppress(OSError):
             if self.path.exists() and self.is_mine():
                 self.path.unlink()
+                for folder in self._made:
+                    folder.rmdir()
 
     def _text(self) -> str:
         return json.dumps(asdict(this_process()) | {"token": self.token}) + "\n"

@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 
-from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
+from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
-from ..regular_file import is_regular
-from ..strict_json import is_int, read_json
+from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts
 from .hf_config import zero_experts_of
 from .layout import Layout, Parameter, model_layout, stacked
 from .torch_dist_reader import TorchDistReader
 
-ZEDA_NAME = "zeda.json"
 _MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
 _ROUTER_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.weight")
 _HEAD_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.paired\.\w+")
@@ -40,7 +38,9 @@ class MegatronModel:
         self._arch = arch
         self._reader = TorchDistReader(folder, verify)
         self.folder = self._reader.folder
-        self.zero = self._zero_experts(folder, config)
+        about = read_facts(folder) or read_facts(self.folder)
+        self.zero = self._zero_experts(folder, about, config)
+        self.adapted_steps = self._adapted_steps(about)
         self.layout: Layout = model_layout(arch, self.zero)
         self._check_keys()
 
@@ -77,7 +77,7 @@ class MegatronModel:
                 "give the config.json that belongs to this checkpoint"
             )
 
-    def _zero_experts(self, root: Path, config: dict[str, Any]) -> ZeroExpertConfig:
+    def _zero_experts(self, root: Path, about: ModelFacts | None, config: dict[str, Any]) -> ZeroExpertConfig:
         keys = self._reader.keys()
         routers = [key for key in keys if _ROUTER_KEY.fullmatch(key)]
         if not routers:
@@ -86,14 +86,14 @@ class MegatronModel:
         rows = self._reader.shape(routers[0])[-2]
         if rows < real:
             raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")
-        about = self._about(root)
-        if about.get("renormalize_after_drop"):
+        facts = about or ModelFacts()
+        if facts.renormalize_after_drop:
             raise UserError(
                 f"{root}: was trained with --renormalize-after-drop (for study), which the exported model does not do"
             )
         if any(map(_HEAD_KEY.fullmatch, keys)):
-            return self._paired(real, about, config)
-        if about.get("zero_expert_routing") == "paired":
+            return self._paired(real, facts, config)
+        if facts.zero_expert_routing == "paired":
             raise UserError(
                 f"{self.folder}: {ZEDA_NAME} says paired zero experts, but the checkpoint has no heads "
                 "(mlp.router.paired); convert or train it again"
@@ -102,37 +102,22 @@ class MegatronModel:
             return ZeroExpertConfig()
         if any(key.endswith("mlp.router.zero_output.bias") for key in keys):
             return ZeroExpertConfig(rows - real, "learned")
-        kind = about.get("zero_experts_type", "zero") if about else zero_experts_of(config).zero_experts_type
+        kind = (about or zero_experts_of(config)).zero_experts_type
         return ZeroExpertConfig(rows - real, kind)
 
+    def _adapted_steps(self, about: ModelFacts | None) -> int | None:
+        """Steps of distillation. Without zeda.json nobody knows what training has made: the number that the checkpoint
+        itself holds is in a pickle, which a conversion never opens."""
+        if about is not None:
+            return about.adapted_steps
+        trained = not all(map(_MODEL_KEY.match, self._reader.keys()))  # an optimizer's state
+        return None if trained else 0
+
     @staticmethod
-    def _paired(real: int, about: dict[str, Any], config: dict[str, Any]) -> ZeroExpertConfig:
+    def _paired(real: int, facts: ModelFacts, config: dict[str, Any]) -> ZeroExpertConfig:
         """Heads in the checkpoint tell that it is paired; the score's terms are in zeda.json, else in the template."""
-        score = about.get("paired_score")
+        score = facts.paired_score
         if score is None:
             template = zero_experts_of(config)
             score = template.paired_score if template.paired else ZeroExpertConfig.paired_score
         return ZeroExpertConfig(real, "zero", "paired", score)
-
-    def _about(self, root: Path) -> dict[str, Any]:
-        """zeda.json of the checkpoint, or nothing."""
-        for folder in (root, self.folder, self.folder.parent):
-            if is_regular(folder / ZEDA_NAME):
-                return _checked(read_json(folder / ZEDA_NAME), folder / ZEDA_NAME)
-        return {}
-
-
-def _checked(about: dict[str, Any], file: Path) -> dict[str, Any]:
-    score = about.get("paired_score", ZeroExpertConfig.paired_score)
-    terms = score.split("+") if isinstance(score, str) else [None]
-    right = {
-        "num_zero_experts": is_int(about.get("num_zero_experts", 0)),
-        "zero_experts_type": about.get("zero_experts_type", "zero") in ("zero", "copy", "learned"),
-        "zero_expert_routing": about.get("zero_expert_routing", "shared") in ZERO_EXPERT_ROUTINGS,
-        "paired_score": all(term in SCORE_TERMS for term in terms),
-        "renormalize_after_drop": isinstance(about.get("renormalize_after_drop", False), bool),
-    }
-    for key, is_right in right.items():
-        if not is_right:
-            raise UserError(f"{file}: {key} {str(about[key])[:60]!r} makes no sense; restore the file")
-    return about

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import UserError
-from ..runtime.agreement import from_rank0, rank
+from ..runtime.agreement import on_rank0, rank
 from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
 from ..runtime.megatron_api import accepted
@@ -100,7 +100,7 @@ class CheckpointSaver:
             folder.mkdir(parents=True)
             return folder
 
-        return _on_rank0(make)
+        return on_rank0(make)
 
     def _publish(self, written: Path, final: Path) -> None:
         """Give a complete checkpoint its name, then delete what is not to be kept."""
@@ -114,7 +114,7 @@ class CheckpointSaver:
                 if old is not None:
                     shutil.rmtree(old, ignore_errors=True)
 
-        _on_rank0(publish)
+        on_rank0(publish)
         self._partial = None
 
     def _surplus(self, final: Path) -> list[Path]:
@@ -155,20 +155,6 @@ def first_line(error: object, text: str | None = None) -> str:
     """What an exception says, at most one line of it."""
     text = str(error).strip() if text is None else text
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _on_rank0(do: Callable[[], Any]) -> Any:
-    """Do something on rank 0; all ranks get its result, or its failure."""
-    result = failure = None
-    if rank() == 0:
-        try:
-            result = do()
-        except OSError as error:
-            failure = error
-    result, failure = from_rank0((result, failure))
-    if failure is not None:
-        raise failure
-    return result
 
 
 def _noting_files(request: AsyncRequest, folder: Path) -> AsyncRequest:

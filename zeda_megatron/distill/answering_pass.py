@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from ..models.local_layers import SDPAttention
+from ..moe.switches import evaluating
 from ..runtime.process_groups import device
 
 _SPLIT = {
@@ -108,18 +109,14 @@ def answering(chunks: list[torch.nn.Module]) -> Iterator[None]:
     ]
     # Their packed passes find the group again; RoPE keeps split and whole tables apart (`packed_seq`).
     changes += [(m, "cp_group", None) for m in modules if isinstance(m, (SDPAttention, RotaryEmbedding))]
-    changes += [(chunk, "return_hidden", False) for chunk in chunks]
     before = [getattr(holder, name) for holder, name, _ in changes]
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    for holder, name, value in changes:
-        setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        for (holder, name, _), value in zip(changes, before, strict=True):
-            setattr(holder, name, value)
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.set_input_tensor(None)
-            chunk.train(was_training)
+    with evaluating(chunks, return_hidden=False):
+        try:
+            for holder, name, value in changes:
+                setattr(holder, name, value)
+            yield
+        finally:
+            for (holder, name, _), value in zip(changes, before, strict=True):
+                setattr(holder, name, value)
+            for chunk in chunks:
+                chunk.set_input_tensor(None)

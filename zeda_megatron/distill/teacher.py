@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..data.packing import PackedBatch
 from ..moe.stats import routers, stats_aside
-from ..moe.switches import zero_mask
+from ..moe.switches import evaluating, zero_mask
 
 
 def forward_only(
@@ -112,10 +112,6 @@ class Teacher:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Teacher's weights in place, zero experts masked, evaluation mode; restored afterwards."""
-        training = [chunk.training for chunk in self.model_chunks]
-        for chunk in self.model_chunks:
-            chunk.eval()
-            chunk.return_hidden = True
         mine = routers(self.model_chunks)
         student = [router.weight.data for router in mine] if self.mode == "shared" else []
         for router, weight in zip(mine, self._router_weights):
@@ -123,15 +119,17 @@ class Teacher:
         if self.mode == "offload":
             self._move("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with zero_mask(self.model_chunks), stats_aside(self.model_chunks):
+            with (
+                evaluating(self.model_chunks, return_hidden=True),
+                zero_mask(self.model_chunks),
+                stats_aside(self.model_chunks),
+            ):
                 yield
         finally:
             if self.mode == "offload":
                 self._move("cpu")
             for router, weight in zip(mine, student):
                 router.weight.data = weight
-            for chunk, was_training in zip(self.model_chunks, training):
-                chunk.train(was_training)
 
     def _move(self, device: str) -> None:
         for chunk in self.model_chunks:

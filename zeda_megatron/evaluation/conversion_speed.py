@@ -20,7 +20,6 @@ from typing import Any
 
 from ..errors import UserError
 from ..runtime import cpu
-from ..runtime.quiet import quiet
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
@@ -52,7 +51,6 @@ def main() -> int:
     work = Path(args.work)
     if work.exists():
         raise UserError(f"--work {work}: exists already; give a new folder")
-    quiet()
     cpu.install()
     try:
         from ..checkpoint.random_model import QWEN3_30B_A3B

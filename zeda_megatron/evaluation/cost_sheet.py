@@ -77,23 +77,25 @@ def cost_sheet(
 def format_cost_sheet(sheet: dict) -> str:
     """The dict of `cost_sheet` as a table for the terminal."""
     model, params, weights, device = (sheet[k] for k in ("model", "parameters", "weight_bytes", "gpu"))
+    large = sheet["flops_per_token"]["static"]["total"] >= 1e9
+    unit, one = ("GFLOP", 1e9) if large else ("MFLOP", 1e6)
     out = [
         f"{model['model_type']}: {model['layers']} layers ({model['moe_layers']} with experts), "
         f"{model['experts']} experts, top-{model['topk']}, {model['zero_experts']} zero experts, "
         f"zero share {sheet['zero_share']:.3g}",
-        f"  parameters {params['total'] / 1e9:.2f} B, active {params['active_static'] / 1e9:.2f} B static, "
-        f"{params['active_dynamic'] / 1e9:.2f} B dynamic",
-        f"  weights    {weights['total'] / 1e9:.1f} GB bf16, {weights['routed_experts'] / 1e9:.1f} GB of it "
+        f"  parameters {_count(params['total'])}, active {_count(params['active_static'])} static, "
+        f"{_count(params['active_dynamic'])} dynamic",
+        f"  weights    {_bytes(weights['total'])} bf16, {_bytes(weights['routed_experts'])} of it "
         "routed experts (zero experts do not shrink them)",
         "",
-        f"FLOPs per token, attending to {sheet['context']:,} positions   [GFLOP]",
+        f"FLOPs per token, attending to {sheet['context']:,} positions   [{unit}]",
         f"  {'':24}{'static':>10}{'':8}{'dynamic':>10}",
     ]
     static, dynamic = sheet["flops_per_token"]["static"], sheet["flops_per_token"]["dynamic"]
     for part, value in static.items():
         if value or part == "total":
             name, of_all = part.replace("_", " "), value / static["total"]
-            out.append(f"  {name:24}{value / 1e9:10.3f}{of_all:8.1%}{dynamic[part] / 1e9:10.3f}")
+            out.append(f"  {name:24}{value / one:10.3f}{of_all:8.1%}{dynamic[part] / one:10.3f}")
     out += [
         f"  expert FLOPs left {sheet['expert_flops']:.1%} of the static model's; "
         f"static/dynamic in all {sheet['flop_ratio']:.2f}x",
@@ -105,7 +107,7 @@ def format_cost_sheet(sheet: dict) -> str:
     ]
     for line in sheet["roofline"]:
         out.append(
-            f"  {line['phase']:10}{line['tokens']:8,}{line['static_ms']:12.2f}{line['dynamic_ms']:12.2f}"
+            f"  {line['phase']:10}{line['tokens']:8,}{_ms(line['static_ms']):>12}{_ms(line['dynamic_ms']):>12}"
             f"{line['speedup']:9.2f}x   {line['static_experts']:.0f} -> {line['dynamic_experts']:.0f}"
         )
     out += [
@@ -114,6 +116,21 @@ def format_cost_sheet(sheet: dict) -> str:
         "  A bound under uniform routing (no launches, no communication): predicted, not measured.",
     ]
     return "\n".join(out)
+
+
+def _count(number: float) -> str:
+    """`30.53 B`, `4.71 M`."""
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
+
+
+def _bytes(number: float) -> str:
+    """`61.1 GB`, `9.4 MB`."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _ms(milliseconds: float) -> str:
+    """Two digits behind the point, four where these would say nothing."""
+    return f"{milliseconds:.2f}" if milliseconds >= 0.1 else f"{milliseconds:.4f}"
 
 
 def _parser() -> argparse.ArgumentParser:

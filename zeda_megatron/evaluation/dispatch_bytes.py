@@ -15,8 +15,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ..arguments import parse
+from ..arguments import check_choices, parse
 from ..errors import UserError
 from ..runtime.worker import run_worker
 
@@ -49,7 +50,7 @@ class ByteOptions:
     zero_shares: list[str] = ("0", "0.5", "0.75")
     """Shares of the picks that go to zero experts; every ratio is against the first."""
 
-    routing: str = "paired"
+    routing: Literal[ROUTINGS] = "paired"
     """paired: a threshold, calibrated on the step's own tokens. topk: every token keeps its heaviest picks."""
 
     hf_config: str | None = None
@@ -72,8 +73,7 @@ class ByteOptions:
 
     def validate(self) -> None:
         """Raise `UserError` naming the flag."""
-        if self.routing not in ROUTINGS:
-            raise UserError(f"--routing {self.routing!r} is unknown; choose one of {', '.join(ROUTINGS)}")
+        check_choices(self)
         for flag, value in (("--seq-length", self.seq_length), ("--micro-batches", self.micro_batches)):
             if value < 1:
                 raise UserError(f"{flag} {value} must be at least 1")

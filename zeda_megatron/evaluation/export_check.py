@@ -39,6 +39,9 @@ class CheckOptions:
     max_new_tokens: int = 32
     """Longest answer."""
 
+    tolerance: float = 1e-3
+    """Largest difference of two logits, as a part of the largest logit, that counts as rounding."""
+
     trust_remote_code: bool = False
     """Run the Python files of the folder even though they are not those of this project: only after reading them."""
 
@@ -51,7 +54,8 @@ def check(options: CheckOptions) -> dict:
     """Greedy answers of both, and the largest difference of their logits on the same conversations.
 
     Returns:
-        `prompts`, `equal_answers`, `max_logit_difference`, `zero_share_transformers`, `tokens_compared`.
+        `prompts`, `equal_answers`, `max_logit_difference` and `max_logit` (absolute values), `equal_logits` (the
+        difference is within the tolerance), `zero_share_transformers`, `tokens_compared`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,15 +63,16 @@ def check(options: CheckOptions) -> dict:
     from ..data.prompts import load_rollouts
     from ..distill.builtin_engine import BuiltinEngine
     from ..distill.sampling import SamplingConfig
+    from ..moe.switches import evaluating
     from .models import load_model
 
     _refuse_foreign_code(Path(options.hf), options.trust_remote_code)
     ours = load_model(options.megatron)
     tokenizer = ours.tokenizer
+    where = process_groups.device()
     # Our own files, or those that the user trusts.
-    theirs = AutoModelForCausalLM.from_pretrained(
-        options.hf, trust_remote_code=True, dtype=torch.float32
-    ).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(options.hf, trust_remote_code=True, dtype=torch.float32)
+    theirs = theirs.eval().to(where)
     rollouts = list(load_rollouts(options.heldout))
     rollouts = rollouts[:: max(1, len(rollouts) // options.prompts)][: options.prompts]
     prompts = [tokenizer.chat_ids(r.messages[:-1], add_generation_prompt=True) for r in rollouts]
@@ -75,27 +80,32 @@ def check(options: CheckOptions) -> dict:
         ours.chunk, tokenizer.eos_ids, tokenizer.pad_id, max(map(len, prompts)) + options.max_new_tokens
     )
     greedy = SamplingConfig(max_new_tokens=options.max_new_tokens, temperature=0.0)
-    mine = [g.response_ids for g in engine.generate(prompts, greedy, [0] * len(prompts))]
-    equal, largest, compared = 0, 0.0, 0
-    for prompt, answer, rollout in zip(prompts, mine, rollouts):
+    answers = [g.response_ids for g in engine.generate(prompts, greedy, [0] * len(prompts))]
+    equal, largest, scale, compared = 0, 0.0, 0.0, 0
+    for prompt, answer, rollout in zip(prompts, answers, rollouts):
         made = theirs.generate(
-            torch.tensor([prompt]),
+            torch.tensor([prompt], device=where),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=where),
             max_new_tokens=options.max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(tokenizer.eos_ids),
             pad_token_id=tokenizer.pad_id,
         )
         equal += made[0, len(prompt) :].tolist() == answer
-        tokens = torch.tensor([tokenize_rollout(rollout, tokenizer).tokens])
-        positions = torch.arange(tokens.shape[1])[None]
-        ours.chunk.return_hidden = False
-        difference = ours.chunk(tokens, positions, None)[..., : ours.arch.vocab_size] - theirs(tokens).logits
-        largest = max(largest, difference.abs().max().item())
+        tokens = torch.tensor([tokenize_rollout(rollout, tokenizer).tokens], device=where)
+        positions = torch.arange(tokens.shape[1], device=where)[None]
+        with evaluating(ours.chunk, return_hidden=False):
+            mine = ours.chunk(tokens, positions, None)[..., : ours.arch.vocab_size]
+        others = theirs(tokens).logits
+        largest = max(largest, (mine - others).abs().max().item())
+        scale = max(scale, others.abs().max().item())
         compared += tokens.numel()
     result = {
         "prompts": len(prompts),
         "equal_answers": equal,
         "max_logit_difference": largest,
+        "max_logit": scale,
+        "equal_logits": largest <= options.tolerance * scale,
         "tokens_compared": compared,
     }
     if hasattr(theirs, "zero_share"):
@@ -124,7 +134,7 @@ def _refuse_foreign_code(folder: Path, trusted: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: 0 if all answers are equal, 1 otherwise."""
+    """Entry point: 0 if all answers are equal and all logits within the tolerance, 1 otherwise."""
     options = parse(sys.argv[1:] if argv is None else argv, {"check": CheckOptions}, prog="export_check")[
         "check"
     ]
@@ -145,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         Path(options.out).write_text(text + "\n")
     print(text)
-    return 0 if result["equal_answers"] == result["prompts"] else 1
+    return 0 if result["equal_answers"] == result["prompts"] and result["equal_logits"] else 1
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-from ..arguments import parse
+from ..arguments import check_choices, parse
 from ..data.conversation import TokenSample
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError, run_main
@@ -55,7 +56,7 @@ class QualityOptions:
     batch_size: int = 32
     """Conversations at a time."""
 
-    dtype: str = "fp32"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     """Type that all models compute in: fp32 or bf16."""
 
     out: str | None = None
@@ -211,10 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     for flag in ("teacher", "models", "heldout"):
         if not getattr(options, flag):
             raise UserError(f"--{flag} is missing")
+    check_choices(options)
     tokenizer = load_tokenizer(options.teacher)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype!r} is unknown; known: {', '.join(DTYPES)}")
     models = {folder: _load(folder, options.dtype) for folder in options.models}
     result = quality(
         _load(options.teacher, options.dtype),

@@ -11,10 +11,11 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from ..arguments import parse
+from ..arguments import check_choices, parse
 from ..errors import UserError, run_main
 from ..runtime import cpu, process_groups
 
@@ -39,7 +40,7 @@ class MeasureOptions:
     """The compute dial: the threshold of paired zero experts, or a number added to the logits of shared ones.
     `auto` tunes it to --target-share. Default: as the checkpoint has it."""
 
-    paired_budget: str = "model"
+    paired_budget: Literal["model", "layer"] = "model"
     """For `--zero-dial auto` with paired zero experts: one threshold (model), or one per layer (layer)."""
 
     target_share: float = 0.5
@@ -207,13 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
         if value is None:
             raise UserError(f"{flag} is missing")
+    check_choices(options)
     cpu.install()
-    from ..training.share_options import BUDGETS
-
-    if options.paired_budget not in BUDGETS:
-        raise UserError(
-            f"--paired-budget {options.paired_budget!r} is unknown; choose one of {', '.join(BUDGETS)}"
-        )
     process_groups.initialize(process_groups.ParallelConfig())
     try:
         result = measure_arm(options)

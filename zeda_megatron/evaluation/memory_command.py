@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from ..arguments import parse
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import check_layout
-from ..training.options import GROUPS, Options
+from ..training.options import Options, read_options
 from .memory import Assumptions
 
 
@@ -62,7 +61,7 @@ def read_command(argv: list[str]) -> Command:
             raise UserError(f"{flag} {value} must be at least 0 and below 1")
     if not mine.gpu_memory > 0 or not mine.context >= 0:
         raise UserError("--gpu-memory must be above 0 and --context not negative")
-    options = Options(**parse(rest, GROUPS, prog="memory.py"))
+    options = read_options(rest, "memory.py")
     # Files come later, and this machine may lack the GPUs' libraries.
     replace(
         options,

@@ -9,15 +9,13 @@ import torch
 
 from ..checkpoint.folders import require_folder
 from ..checkpoint.state import load_weights, require_checkpoint
-from ..config import ZeroExpertConfig
 from ..data.packing import PackedBatch
 from ..data.rows import rows_for
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
-from ..regular_file import is_regular
-from ..strict_json import read_json
+from ..models.on_disk import HF_CONFIG_NAME, ModelFacts, beside, read_facts
 
 
 @dataclass(frozen=True)
@@ -33,24 +31,18 @@ class LoadedModel:
 
 
 def load_model(folder: str) -> LoadedModel:
-    """Load a checkpoint folder written by the converter or by training (needs its hf_config/ and zeda.json)."""
-    root = Path(folder)
-    require_folder(root, "checkpoint")
-    if not (root / "hf_config").is_dir():
-        raise UserError(f"{root / 'hf_config'} is missing: is {root} a checkpoint of this project?")
-    arch = read_architecture(root / "hf_config")
-    about = read_json(root / "zeda.json") if is_regular(root / "zeda.json") else {}
-    keys = (
-        "num_zero_experts",
-        "zero_experts_type",
-        "zero_expert_routing",
-        "paired_score",
-        "renormalize_after_drop",
-    )
-    zero = ZeroExpertConfig(**{key: about[key] for key in keys if key in about})
-    chunk = build_gpt_model(arch, transformer_config(arch), zero)
-    load_weights([chunk], require_checkpoint(root, "checkpoint"), "checkpoint")
-    return LoadedModel(chunk.eval(), arch, load_tokenizer(root / "hf_config"))
+    """Load a checkpoint folder written by the converter or by training, or one of its `iter_*` or `release`.
+
+    Raises `UserError` if its hf_config/ is missing or its weights cannot be read.
+    """
+    require_folder(Path(folder), "checkpoint")
+    hf_config = beside(folder, HF_CONFIG_NAME)
+    if hf_config is None:
+        raise UserError(f"{folder}/{HF_CONFIG_NAME} is missing: is {folder} a checkpoint of this project?")
+    arch, facts = read_architecture(hf_config), read_facts(folder) or ModelFacts()
+    chunk = build_gpt_model(arch, transformer_config(arch), facts.zero())
+    load_weights([chunk], require_checkpoint(folder, "checkpoint"), "checkpoint")
+    return LoadedModel(chunk.eval(), arch, load_tokenizer(hf_config))
 
 
 def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:

@@ -130,10 +130,8 @@ def main() -> int:
     """Entry point: prints a table, writes --json."""
     options = parse()
     from ..runtime import cpu, process_groups
-    from ..runtime.quiet import quiet
 
     cpu.install()
-    quiet()
     process_groups.initialize(process_groups.ParallelConfig())
     try:
         if options.measure:

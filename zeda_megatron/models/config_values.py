@@ -66,7 +66,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _are_labels(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) <= MAX_COUNT and all(key.isdecimal() for key in value)
+    return isinstance(value, dict) and len(value) <= MAX_COUNT and all(str(key).isdecimal() for key in value)
 
 
 def _is_no_kernel(value: Any) -> bool:

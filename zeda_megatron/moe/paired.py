@@ -66,6 +66,10 @@ class PairedZeroExperts(torch.nn.Module):
         if "residual" in self.terms:
             self._seen = args[0].detach().float().norm(dim=-1).reshape(-1)
 
+    def pass_masked(self) -> None:
+        """This pass is the static model's: the norm that was seen is of no use."""
+        self._seen = None
+
     def scores(self, hidden_TH: torch.Tensor, probs_TN: torch.Tensor) -> torch.Tensor:
         """Log of the predicted relative contribution of every expert, [T, N] float32; only picks mean something.
 
@@ -129,6 +133,19 @@ def install_residual_norms(model: torch.nn.Module) -> None:
         paired = getattr(mlp.router, "paired", None) if isinstance(mlp, MoELayer) else None
         if paired is not None:
             layer.pre_mlp_layernorm.register_forward_pre_hook(paired.see_residual)
+
+
+def forget_residuals(model_chunks) -> None:
+    """After a step nothing of it may be left: norms that wait for a recomputation would meet another step's tokens.
+
+    Raises `RuntimeError` if some do.
+    """
+    for paired in paired_modules(model_chunks):
+        waiting = len(paired._recompute)
+        paired._seen = None
+        paired._recompute.clear()
+        if waiting:
+            raise RuntimeError(f"{waiting} passes of paired zero experts were never recomputed")
 
 
 def paired_modules(model_chunks) -> list[PairedZeroExperts]:

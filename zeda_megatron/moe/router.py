@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from ..config import ZeroExpertConfig
-from .conflicts import refuse_conflicts
+from .conflicts import only_megatron_does, refuse_conflicts
 from .group_loss import group_loss
 from .null_expert_loss import null_expert_loss
 from .paired import PairedZeroExperts
@@ -49,8 +49,10 @@ class ZeroExpertRouter(TopKRouter):
         refuse_conflicts(config, zero)
         wide = copy.copy(config)
         wide.num_moe_experts = config.num_moe_experts + zero.num_zero_rows
-        # Megatron must not run its per-expert losses over zero experts; ours is attached below.
-        wide.moe_router_load_balancing_type, wide.moe_aux_loss_coeff = "none", 0.0
+        # Without zero experts what Megatron alone does stays; it must not run its per-expert losses over zero experts.
+        self._stock = not zero.num_zero_experts and only_megatron_does(config)
+        if not self._stock:
+            wide.moe_router_load_balancing_type, wide.moe_aux_loss_coeff = "none", 0.0
         super().__init__(config=wide, pg_collection=pg_collection, **kwargs)
         self.zero = zero
         self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
@@ -93,8 +95,11 @@ class ZeroExpertRouter(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """[S, B, H] -> logits [S, B, N+Nz]; [S, B, N] with the mask on, where zero rows are not multiplied at
         all: a wider GEMM may round differently."""
-        if self.paired is not None and not self.zero_mask:
-            self._hidden_TH = input.reshape(-1, input.shape[-1])
+        if self.paired is not None:
+            if self.zero_mask:
+                self.paired.pass_masked()
+            else:
+                self._hidden_TH = input.reshape(-1, input.shape[-1])
         if not self.zero_mask or self.num_zero == 0:
             logits = super().gating(input)
             if self.zero_logit_bias and self.num_zero:
@@ -112,22 +117,10 @@ class ZeroExpertRouter(TopKRouter):
         """
         logits_TE = logits.reshape(-1, logits.shape[-1])
         padding_T = self._local_padding(padding_mask, logits_TE.shape[0])
-        logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
-        bias, replay = self.expert_bias, None if self.zero_mask else self.router_replay
-        if isinstance(replay, RoutingReplay):
-            replay.begin(self.training)
-        probs_TE, map_TE = topk_routing_with_score_function(
-            logits_TE,
-            self.topk,
-            use_pre_softmax=self.config.moe_router_pre_softmax,
-            num_groups=self.config.moe_router_num_groups,
-            group_topk=self.config.moe_router_group_topk,
-            scaling_factor=self.config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
-            expert_bias=None if bias is None else bias[: logits_TE.shape[1]],
-            fused=self.config.moe_router_fusion,
-            router_replay=replay,
-        )
+        if self._stock:
+            probs_TE, map_TE = super().routing(logits, padding_T)
+        else:
+            probs_TE, map_TE = self._pick(self.apply_z_loss(logits_TE, padding_mask=padding_T))
         probs_TN, map_TN = probs_TE[:, : self.num_real].contiguous(), map_TE[:, : self.num_real].contiguous()
         if self.zero.renormalize_after_drop:
             total = probs_TE.sum(1, keepdim=True)
@@ -148,6 +141,24 @@ class ZeroExpertRouter(TopKRouter):
         if learning and self.zero.group_loss_coeff and not self.zero_mask:
             probs_TN = self._attach_group_loss(probs_TN, logits_TE, map_TE, padding_T)
         return probs_TN, map_TN
+
+    def _pick(self, logits_TE: torch.Tensor):
+        """Probabilities and map [T, E] of the K picks over real and zero experts."""
+        bias, replay = self.expert_bias, None if self.zero_mask else self.router_replay
+        if isinstance(replay, RoutingReplay):
+            replay.begin(self.training)
+        return topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=None if bias is None else bias[: logits_TE.shape[1]],
+            fused=self.config.moe_router_fusion,
+            router_replay=replay,
+        )
 
     def _hand_to_pairs(self, probs_TN, map_TN, valid_T, counting: bool):
         """Paired routing: (probs, map) for the dispatcher and the map of picks that real experts keep."""

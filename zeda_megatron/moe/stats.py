@@ -121,25 +121,26 @@ def collect(
     shifts the layer numbers. Ranks that hold copies of the same tokens (tensor parallelism without sequence
     parallelism) scale zero slots and slots alike, so shares are exact.
     """
-    table = torch.zeros(num_layers, 4, dtype=torch.float64)
-    scores = torch.zeros(num_layers if scores_by_layer else 1, SCORE_BINS, dtype=torch.float64)
+    # Nothing goes to the host before all is added up: every copy waits for the device.
+    table = torch.zeros(num_layers, 4, dtype=torch.float64, device=device)
+    scores = torch.zeros(num_layers if scores_by_layer else 1, SCORE_BINS, dtype=torch.float64, device=device)
     for router in routers(model_chunks):
         s, layer = router.routing_stats, layer_of(router)
-        row = table[layer]
         if s.slots is not None:
-            row[0], row[1] = float(s.zero_slots), float(s.slots)
+            table[layer, :2] = torch.stack([s.zero_slots, s.slots])
         if s.group_loss is not None:
             # Parts add up over the ranks that share a loss; micro-batches are averaged.
-            row[2], row[3] = float(s.group_loss), float(s.group_loss_calls) / router.group_loss_ranks
+            table[layer, 2:] = torch.stack([s.group_loss, s.group_loss_calls / router.group_loss_ranks])
         if s.score_counts is not None:
-            scores[layer if scores_by_layer else 0] += s.score_counts.cpu()
+            scores[layer if scores_by_layer else 0] += s.score_counts.to(device)
         if reset_after:
             s.reset()
     table, scores = _sum_over_ranks(device, table, scores)
     zero, slots, loss, calls = table.unbind(1)
+    shares = torch.stack([zero, slots, zero / slots], dim=1).tolist()
     return StatsReport(
         zero_share=float(zero.sum() / slots.sum()) if slots.sum() > 0 else 0.0,
-        zero_share_by_layer=[float(z / n) if n > 0 else None for z, n in zip(zero, slots)],
+        zero_share_by_layer=[share if n > 0 else None for _, n, share in shares],
         group_loss=float(torch.where(calls > 0, loss / calls.clamp(min=1e-12), loss * 0).sum()),
         score_counts=scores if scores.any() else None,
     )
@@ -168,10 +169,10 @@ def collect_experts(
     model_chunks, num_layers: int, num_experts: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Picks of every real expert and those it kept, [num_layers, N] float64 each, over all processes."""
-    picks = torch.zeros(num_layers, 2, num_experts, dtype=torch.float64)
+    picks = torch.zeros(num_layers, 2, num_experts, dtype=torch.float64, device=device)
     for router in routers(model_chunks):
         if router.routing_stats.picks_2N is not None:
-            picks[layer_of(router)] += router.routing_stats.picks_2N.cpu()
+            picks[layer_of(router)] += router.routing_stats.picks_2N.to(device)
     (picks,) = _sum_over_ranks(device, picks)
     return picks[:, 0], picks[:, 1]
 
@@ -203,10 +204,9 @@ def layer_of(router) -> int:
 
 
 def _sum_over_ranks(device: torch.device, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """All tables summed over all processes, in one message."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return tables
+    """All tables summed over all processes, in one message; on the host, in one copy."""
     flat = torch.cat([table.flatten() for table in tables]).to(device)
-    torch.distributed.all_reduce(flat)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(flat)
     parts = flat.cpu().split([table.numel() for table in tables])
     return tuple(part.view_as(table) for part, table in zip(parts, tables))

@@ -57,3 +57,24 @@ def zero_mask(model_chunks, on: bool = True) -> Iterator[None]:
     finally:
         for router, mask, rule in before:
             router.zero_mask, router.pick_rule = mask, rule
+
+
+@contextmanager
+def evaluating(model_chunks, **attributes) -> Iterator[None]:
+    """`with evaluating(chunks, return_hidden=True): ...` runs in evaluation mode, with these attributes on each chunk.
+
+    All is as before afterwards, whatever happens inside.
+    """
+    chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
+    before = [(chunk, chunk.training, {n: getattr(chunk, n) for n in attributes}) for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+            for name, value in attributes.items():
+                setattr(chunk, name, value)
+        yield
+    finally:
+        for chunk, training, values in before:
+            chunk.train(training)
+            for name, value in values.items():
+                setattr(chunk, name, value)

@@ -10,6 +10,7 @@ import torch
 from ..runtime.process_groups import device
 from . import stats
 from .stats import SCORE_BINS, SCORE_RANGE
+from .switches import evaluating
 
 
 def quantile(counts: torch.Tensor, share: float) -> float:
@@ -42,12 +43,12 @@ class ScoreQuantiles:
 
     Scores drift slowly while a model adapts, so a quantile of the last ten steps or so is as good a controller as
     a tuned feedback loop, follows a target that changes at every step, and leaves no offset. One histogram for the
-    whole model or one per layer, as the observed counts are.
+    whole model (`rows` 1) or one per layer.
     """
 
-    def __init__(self, fade: float = 0.9):
+    def __init__(self, rows: int = 1, fade: float = 0.9):
         self.fade = fade
-        self.counts = torch.zeros(1, SCORE_BINS, dtype=torch.float64)
+        self.counts = torch.zeros(rows, SCORE_BINS, dtype=torch.float64)
 
     def observe(self, counts: torch.Tensor | None) -> None:
         """Add one step's histograms [rows, SCORE_BINS] (over all ranks)."""
@@ -77,29 +78,18 @@ def calibrate_threshold(
         forward: `forward(model_chunks, row)` runs the model; called in evaluation mode, without gradients.
     """
     chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    layers = chunks[0].config.num_layers
-    values, kept = [], [(router, router.routing_stats) for router in stats.routers(chunks)]
-    for router, _ in kept:
-        router.routing_stats = stats.RoutingStats()
-    for _ in range(passes):
-        stats.reset(chunks)
-        with torch.no_grad():
+    layers, values = chunks[0].config.num_layers, []
+    with evaluating(chunks), stats.stats_aside(chunks), torch.no_grad():
+        for _ in range(passes):
             for row in rows:
                 forward(model_chunks, row)
-        counts = stats.collect(chunks, layers, device(), scores_by_layer=by_layer).score_counts
-        if counts is None:
-            raise RuntimeError(
-                "no scores were counted: the model has no paired zero experts, or they are masked"
-            )
-        values = thresholds(counts, share)
-        set_thresholds(chunks, values)
-    for router, before in kept:
-        router.routing_stats = before
-    for chunk, was_training in zip(chunks, training):
-        chunk.train(was_training)
+            counts = stats.collect(chunks, layers, device(), scores_by_layer=by_layer).score_counts
+            if counts is None:
+                raise RuntimeError(
+                    "no scores were counted: the model has no paired zero experts, or they are masked"
+                )
+            values = thresholds(counts, share)
+            set_thresholds(chunks, values)
     return values
 
 

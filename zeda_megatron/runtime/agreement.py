@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+
+from ..errors import UserError
 
 T = TypeVar("T")
 
@@ -41,3 +44,21 @@ def from_rank0(value: T) -> T:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank0(do: Callable[[], T]) -> T:
+    """Do something on rank 0 alone. All processes call it, and get its result or raise what it raised: whoever went on
+    would wait for rank 0 for ever."""
+    result = failure = None
+    if rank() == 0:
+        try:
+            result = do()
+        except Exception as error:  # whatever it is, nobody may be left waiting
+            failure = error
+            if world_size() > 1 and not isinstance(error, UserError | OSError):
+                from_rank0((None, RuntimeError(f"rank 0: {type(error).__name__}: {error}")))
+                raise
+    result, failure = from_rank0((result, failure))
+    if failure is not None:
+        raise failure
+    return result

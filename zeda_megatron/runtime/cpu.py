@@ -21,6 +21,7 @@ from importlib.util import find_spec
 import torch
 
 from ..errors import UserError
+from .quiet import quiet
 
 SUPPORTED = ("0.16", "0.19")
 _PREFIX = "megatron.core"
@@ -32,7 +33,11 @@ def needed() -> bool:
 
 
 def install() -> bool:
-    """Make Megatron-Core run on the CPU. Idempotent; returns False (and does nothing) where CUDA is present."""
+    """Make Megatron-Core run on the CPU. Idempotent; returns False (and changes nothing) where CUDA is present.
+
+    Here or there, warnings of libraries that a user can do nothing about are silenced (`quiet`).
+    """
+    quiet()
     if not needed():
         return False
     if any(isinstance(finder, _CoreFinder) for finder in sys.meta_path):

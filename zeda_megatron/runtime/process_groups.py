@@ -46,6 +46,15 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """A collective that takes longer than this ends the run."""
 
+    def validate(self) -> None:
+        """Raise `UserError` for a size below 1 or a timeout that is none."""
+        minutes = self.distributed_timeout_minutes
+        if not 0 < minutes <= 60 * 24 * 366:
+            raise UserError(f"--distributed-timeout-minutes {minutes:g} must be above 0, and at most a year")
+        for name, size in vars(self).items():
+            if name.endswith("_size") and size < 1:
+                raise UserError(f"--{name.replace('_', '-')} {size} must be at least 1")
+
     @property
     def virtual_stages(self) -> int | None:
         """Virtual stages per rank as Megatron wants them: None where the schedule is not interleaved."""
@@ -73,12 +82,8 @@ def initialize(parallel: ParallelConfig, seed: int = 1234) -> None:
     cpu.install()
     from megatron.core import parallel_state, rerun_state_machine, tensor_parallel
 
+    parallel.validate()
     minutes = parallel.distributed_timeout_minutes
-    if not minutes > 0:
-        raise UserError(f"--distributed-timeout-minutes {minutes:g} must be above 0")
-    for name, size in vars(parallel).items():
-        if name.endswith("_size") and size < 1:
-            raise UserError(f"--{name.replace('_', '-')} {size} must be at least 1")
     rank, world, local = _place()
     expert_size = (
         parallel.expert_model_parallel_size

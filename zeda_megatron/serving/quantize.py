@@ -14,12 +14,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..arguments import parse
+from ..arguments import check_choices, parse
 from ..checkpoint.folders import write_atomically
 from ..checkpoint.hf_config import copy_side_files, with_own_code, write_config
 from ..checkpoint.hf_files import HFReader
@@ -50,7 +50,7 @@ class QuantizeOptions:
     out: str | None = None
     """Folder that is written."""
 
-    number_format: str = "int8"
+    number_format: Literal["int8", "fp8"] = "int8"
     """int8 or fp8; weights alone, activations keep their type."""
 
     packed: bool = False
@@ -73,8 +73,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
         UserError: no ModelOpt, an unknown format, a folder that cannot be read or written, or a packed one.
     """
     mtq = _modelopt()
-    if options.number_format not in FORMATS:
-        raise UserError(f"--number-format {options.number_format!r} is unknown; known: {', '.join(FORMATS)}")
+    check_choices(options)
     if options.packed and options.quantize_router:
         raise UserError("--packed has no place for quantised routers: leave --quantize-router out")
     if options.packed and options.number_format == "fp8":

@@ -72,4 +72,7 @@ def _control(options: Options, student: Student) -> ShareControl:
     if wanted.paired_control == "sparsity":
         ramp = round(wanted.sparsity_ramp_fraction * options.optimizer.train_iters)
         return SparsityControl(chunks, wanted.paired_target, ramp, wanted.sparsity_gain)
-    return ThresholdControl(chunks, wanted.paired_target, wanted.share_bounds(), options.optimizer.seed)
+    by_layer = wanted.paired_budget == "layer"
+    return ThresholdControl(
+        chunks, wanted.paired_target, wanted.share_bounds(), options.optimizer.seed, by_layer
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from megatron.core import parallel_state
 
@@ -36,6 +37,32 @@ def prepare_feed(options: Options) -> Callable[[Student], Feed]:
         return lambda student: RolloutFeed(options, questions, student, tokenizer)
     feed = StoredFeed(_dataset(options, tokenizer), options.optimizer.global_batch_size)
     return lambda student: feed
+
+
+def data_facts(options: Options, feed: Feed) -> dict[str, Any]:
+    """What decides what a run is fed, by flag: to say what differs where `Feed.fingerprint` does."""
+    data, generate = options.data, options.generate
+    facts = {
+        "--data-path conversations": feed.size,
+        "--seq-length": data.seq_length,
+        "--pad-seq-to-mult": options.sequence_multiple,
+        "--overlong": data.overlong,
+        "--seed": options.optimizer.seed,
+    }
+    if options.model.stage == "2":
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "truncated_answers")
+        facts |= {"--" + name.replace("_", "-"): getattr(generate, name) for name in names}
+        facts["--rollout-batch-size"] = generate.prompts_per_round(options.optimizer.global_batch_size)
+    return facts
+
+
+def what_differs(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`--lr was 1, is 2, --seed was ...`; empty if nothing that both know differs."""
+    return ", ".join(
+        f"{flag} was {before[flag]}, is {value}"
+        for flag, value in now.items()
+        if flag in before and before[flag] != value
+    )
 
 
 def _tokenizer(options: Options, arch: Architecture) -> ChatTokenizer:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from ..checkpoint.hf_files import read_json
+from ..checkpoint.origin import adapted_steps, weights_id
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..distill.teacher import Teacher
 from ..errors import UserError
+from ..models.on_disk import ZEDA_NAME, beside
 from .options import Options
-from .setup import Student, beside, build_chunks, zero_experts
+from .setup import Student, build_chunks, zero_experts
 
 
 def build_teacher(options: Options, student: Student) -> Teacher:
@@ -17,13 +19,14 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     mode = options.distill.teacher_memory
     source = teacher_source(options)
     if mode == "shared":
-        if options.distill.teacher_load not in (None, options.model.pretrained_checkpoint):
+        if Path(source).resolve() != Path(options.model.pretrained_checkpoint or "").resolve():
             raise UserError(
-                "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal it"
+                "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal "
+                "--pretrained-checkpoint"
             )
         return Teacher(student.chunks, mode)
     zero = student.zero
-    if options.distill.teacher_load and beside(source, "zeda.json"):
+    if options.distill.teacher_load and beside(source, ZEDA_NAME):
         # The teacher may be the static checkpoint: its zero experts are masked anyway.
         plain = replace(
             options.model, num_zero_experts=None, zero_experts_type=None, zero_expert_routing=None
@@ -34,14 +37,15 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint
     load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
-    if options.model.bf16:
-        for chunk in chunks:
+    for chunk in chunks:
+        chunk.return_hidden = True
+        if options.model.bf16:
             chunk.bfloat16()
     return Teacher(chunks, mode)
 
 
 def teacher_source(options: Options) -> str:
-    """Checkpoint of the teacher: --teacher-load, else where the student starts.
+    """Checkpoint of the teacher: --teacher-load, else where the student starts. Every default teacher is chosen here.
 
     Raises `UserError` if there is none, or if the student starts from weights that have been adapted already.
     """
@@ -50,8 +54,7 @@ def teacher_source(options: Options) -> str:
     source = options.model.pretrained_checkpoint
     if source is None:
         raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
-    about = beside(source, "zeda.json")
-    if about is not None and read_json(about).get("adapted_steps"):
+    if adapted_steps(source, "--pretrained-checkpoint") != 0:
         raise UserError(
             f"--teacher-load is missing: --pretrained-checkpoint {source} has been adapted already, so it is not the "
             "original; give the checkpoint of the original as teacher"
@@ -60,9 +63,5 @@ def teacher_source(options: Options) -> str:
 
 
 def teacher_id(options: Options) -> str:
-    """What tells one teacher from another: hash of the converted model, else the names of its folders."""
-    source = teacher_source(options)
-    about = beside(source, "zeda.json")
-    facts = read_json(about) if about is not None else {}
-    folder = require_checkpoint(source, "--teacher-load")
-    return facts.get("source_sha256") or f"{folder.resolve().parent.name}/{folder.name}"
+    """What tells one teacher from another, whatever its folder is called (`origin.weights_id`)."""
+    return weights_id(teacher_source(options), "--teacher-load")

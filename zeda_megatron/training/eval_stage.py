@@ -49,5 +49,8 @@ def run_evaluation(options: Options) -> int:
                 "rows": rows.count,
                 "rows_fingerprint": rows.fingerprint,
             }
-            write_atomically(Path(output), json.dumps(report, indent=2) + "\n")
+            try:
+                write_atomically(Path(output), json.dumps(report, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"--eval-output {output}: cannot be written ({error.strerror})") from error
     return 0

@@ -7,8 +7,6 @@ of training steps stay as they are.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +14,7 @@ from megatron.core import parallel_state
 from ..distill.losses import LossConfig
 from ..distill.teacher import Teacher, forward_only
 from ..moe import stats
+from ..moe.switches import evaluating
 from ..runtime.process_groups import device
 from .eval_rows import EvalRows, read_eval_rows
 from .log import RunLog
@@ -62,7 +61,8 @@ class Evaluator:
         """`measure`, and the zero share of every layer (None: no MoE layer)."""
         sums = torch.zeros(len(_SUMS), dtype=torch.float64)
         chunks = self.student.chunks
-        with _unnoticed(chunks), torch.no_grad():
+        # Routing statistics of training steps stay as they are.
+        with evaluating(chunks), stats.stats_aside(chunks), torch.no_grad():
             for group in self.groups:
                 sums += self._group_sums(group)
             report = stats.collect(chunks, chunks[0].config.num_layers, device())
@@ -135,20 +135,6 @@ def line_of(found: dict[str, float]) -> str:
         + (f"{value:.4f}" if name in ("eval_ce", "eval_kl") else f"{value:.2%}")
         for name, value in found.items()
     )
-
-
-@contextmanager
-def _unnoticed(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode and fresh routing statistics; both as before afterwards."""
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        with stats.stats_aside(chunks):
-            yield
-    finally:
-        for chunk, was_training in zip(chunks, training):
-            chunk.train(was_training)
 
 
 def build_evaluation(options: Options, student: Student, teacher: Teacher | None) -> Evaluation:

@@ -29,9 +29,11 @@ class Feed(Protocol):
 
     Attributes:
         vocab_size: ids whose probabilities the loss compares; None is all that the model has.
+        size: conversations or prompts that an epoch goes through.
     """
 
     vocab_size: int | None
+    size: int
 
     def next_rows(self, step: int) -> StepRows:
         """Rows of the next step; `step` counts from 0."""
@@ -61,6 +63,7 @@ class StoredFeed:
 
     def __init__(self, dataset: PackedDataset, global_batch_size: int):
         self.dataset, self.global_batch_size = dataset, global_batch_size
+        self.size = dataset.num_samples
         self.consumed_rows = 0
 
     def next_rows(self, step: int) -> StepRows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from ..arguments import parse
 from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..runtime import cpu, process_groups
+from ..runtime.agreement import on_rank0
 from ..runtime.process_groups import ParallelConfig
 from .fit_options import SCORES, FitOptions
 from .fit_table import format_fit
@@ -46,9 +48,11 @@ class HeadFit:
     def __init__(self, options: FitOptions, parallel: ParallelConfig):
         from megatron.core import parallel_state
 
+        from ..checkpoint.origin import adapted_steps, weights_id
         from ..checkpoint.state import load_weights, require_checkpoint
         from ..models.architecture import read_architecture
         from ..models.build import build_gpt_model, transformer_config
+        from ..models.on_disk import ModelFacts, read_facts
         from ..moe.paired_fit import moe_layers
         from .fit_passes import WatchedPasses
         from .fit_rows import read_fit_rows
@@ -72,6 +76,13 @@ class HeadFit:
             zero_expert_routing="paired",
             paired_score=options.paired_score or SCORES[options.fit_target],
         )
+        # The weights stay what they are: an original's, or adapted ones.
+        start = options.pretrained_checkpoint
+        self.facts = replace(
+            (read_facts(start) or ModelFacts()).with_zero(self.zero),
+            adapted_steps=adapted_steps(start, "--pretrained-checkpoint"),
+            source_sha256=weights_id(start, "--pretrained-checkpoint"),
+        )
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
         self.rows = read_fit_rows(options, self.hf)
@@ -94,12 +105,17 @@ class HeadFit:
 
         with new_folder(self.options.save, "--save") as staging, self.bar:
             report = self._fit_and_calibrate()
-            if self.first:
-                write_side_files(staging, self.hf, self.zero)
-                write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n")
-            save_checkpoint(staging, 0, model_state([self.model]))
+            on_rank0(lambda: write_side_files(staging, self.hf, self.facts))
+            on_rank0(lambda: write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n"))
+            save_checkpoint(
+                staging, 0, model_state([self.model]) | {"adapted_steps": self.facts.adapted_steps}
+            )
         if self.first:
+            save, start = self.options.save, self.options.pretrained_checkpoint
             print(format_fit(report))
+            print(
+                f"saved {save}; next: train it (--pretrained-checkpoint {save} --teacher-load {start}) or export it"
+            )
         return 0
 
     def _fit_and_calibrate(self) -> dict:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from ..arguments import check_choices
 from ..config import ZeroExpertConfig
 from ..errors import UserError
+from ..models.on_disk import ZEDA_NAME
 from ..runtime.process_groups import ParallelConfig
 from .share_options import BUDGETS
 
@@ -30,7 +33,7 @@ class FitOptions:
     overwrite: bool = False
     """Replace the checkpoint in --save if there is one."""
 
-    fit_target: str = "norm"
+    fit_target: Literal["norm", "effect"] = "norm"
     """norm: a head predicts the size of its expert's output. effect: the effect of the pick on the answer's
     log-probability; takes a backward pass."""
 
@@ -51,7 +54,7 @@ class FitOptions:
     target_zero_share: float = 0.5
     """Zero share that the threshold is set for."""
 
-    paired_budget: str = "model"
+    paired_budget: Literal[BUDGETS] = "model"
     """model: one threshold, layers share the target among themselves. layer: each layer holds the target itself."""
 
     fit_rows: int = 64
@@ -71,6 +74,8 @@ class FitOptions:
 
     def validate(self, parallel: ParallelConfig) -> None:
         """Raise `UserError` naming the flag."""
+        check_choices(self)
+        parallel.validate()
         for flag, value in (
             ("--pretrained-checkpoint", self.pretrained_checkpoint),
             ("--data-path", self.data_path),
@@ -82,12 +87,6 @@ class FitOptions:
             raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
         if not self.effect_floor >= 0:
             raise UserError(f"--effect-floor {self.effect_floor} must not be negative")
-        if self.fit_target not in SCORES:
-            raise UserError(f"--fit-target {self.fit_target!r} is unknown; choose one of {', '.join(SCORES)}")
-        if self.paired_budget not in BUDGETS:
-            raise UserError(
-                f"--paired-budget {self.paired_budget!r} is unknown; choose one of {', '.join(BUDGETS)}"
-            )
         for flag, value in (
             ("--fit-rows", self.fit_rows),
             ("--held-out-rows", self.held_out_rows),
@@ -112,7 +111,7 @@ class FitOptions:
             return
         if not self.overwrite:
             raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
-        if not (folder / "zeda.json").is_file():
+        if not (folder / ZEDA_NAME).is_file():
             raise UserError(
-                f"--overwrite replaces checkpoints only: --save {folder} has no zeda.json; choose another folder"
+                f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
             )

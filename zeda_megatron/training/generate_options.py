@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from ..distill.rollout import check_engine
+from ..distill.rollout import ENGINES, check_engine
 from ..distill.sampling import SamplingConfig
 from ..errors import UserError
-
-TRUNCATED = ("train", "mask")
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,13 @@ class GenerateOptions:
     samples_per_prompt: int = 1
     """Answers per prompt."""
 
-    rollout_engine: str = "builtin"
+    rollout_engine: Literal[ENGINES] = "builtin"
     """What samples answers: builtin (the model itself), or vllm (in this process; weights are handed over)."""
 
     rollout_batch_size: int = 0
     """Stage 2: prompts per round of rollouts. 0: as many as one step trains on, so every step has fresh answers."""
 
-    truncated_answers: str = "train"
+    truncated_answers: Literal["train", "mask"] = "train"
     """Stage 2: learn from answers that were cut off at --max-new-tokens too (train), or leave them out (mask)."""
 
     routing_replay: bool = False
@@ -76,10 +75,6 @@ class GenerateOptions:
             )
         if self.num_shards > 1 and stage != "0":
             raise UserError("--num-shards is for stage 0; --data-path takes the files of all shards")
-        if self.truncated_answers not in TRUNCATED:
-            raise UserError(
-                f"--truncated-answers {self.truncated_answers!r} is unknown; choose one of {', '.join(TRUNCATED)}"
-            )
         check_engine(self.rollout_engine)
         if stage == "0" and not self.rollout_path:
             raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")

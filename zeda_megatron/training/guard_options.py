@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..errors import UserError
 
@@ -12,7 +13,7 @@ class GuardOptions:
     """Guard rails: each ends the run before that step is saved. A loss that is no number ends it without any of
     them (--check-for-nan-in-loss-and-grad)."""
 
-    zero_share_band: list[str] | None = None
+    zero_share_band: Annotated[list[str], "LOW HIGH"] | None = None
     """Two numbers, LOW HIGH: end the run when the mean zero share of the last --guard-window steps, or the zero share
     of an evaluation after the first step, is outside. None: off."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..checkpoint.state import truncate_metrics
 from ..errors import UserError
-from ..runtime.agreement import rank
+from ..runtime.agreement import on_rank0, rank
 from .run_options import RunOptions
 
 _TENSORBOARD = {
@@ -32,10 +32,15 @@ _TENSORBOARD = {
 }
 
 
+def told(text: str) -> None:
+    """A line for the person who watches, once."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
 def warn(text: str) -> None:
     """A line about something that is not as it should be; the run goes on."""
-    if rank() == 0:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+    told(f"warning: {text}")
 
 
 class RunLog:
@@ -44,11 +49,8 @@ class RunLog:
     def __init__(self, options: RunOptions, active: bool, first_step: int, last_step: int):
         self.options, self.active = options, active
         self.file = self.writer = self.bar = None
-        if not active:
-            return
-        with self._told():
-            self._open(first_step)
-        if options.progress:
+        self._told(lambda: self._open(first_step))
+        if options.progress and active:
             self.bar = tqdm(
                 total=last_step,
                 initial=first_step,
@@ -77,10 +79,8 @@ class RunLog:
             self.writer = SummaryWriter(target, purge_step=first_step + 1 if first_step else None)
 
     def step(self, step: int, metrics: dict, zero_share_by_layer: list[float | None]) -> None:
-        """Record one step. Raises `UserError` if that cannot be written."""
-        if self.active:
-            with self._told():
-                self._step(step, metrics, zero_share_by_layer)
+        """Record one step; all ranks call it. Raises `UserError` on all of them if that cannot be written."""
+        self._told(lambda: self._step(step, metrics, zero_share_by_layer))
 
     def _step(self, step: int, metrics: dict, zero_share_by_layer: list[float | None]) -> None:
         line = {"step": step, **metrics}
@@ -105,16 +105,17 @@ class RunLog:
             self.bar.update(step - self.bar.n)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers for TensorBoard alone, at any step, as `zeda/<name>`. Raises `UserError` if it cannot be written."""
-        if self.writer:
-            with self._told():
-                for name, value in values.items():
-                    self.writer.add_scalar(f"zeda/{name}", value, step)
+        """Numbers for TensorBoard alone, at any step, as `zeda/<name>`; as `step` otherwise."""
+
+        def write() -> None:
+            for name, value in values.items() if self.writer else ():
+                self.writer.add_scalar(f"zeda/{name}", value, step)
+
+        self._told(write)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        if self.active:
-            tqdm.write(text, file=sys.stderr)
+        told(text)
 
     def close(self) -> None:
         """End the bar, close the files. A disk without room has been told of already."""
@@ -123,10 +124,9 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     part.close()
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, write: Callable[[], None]) -> None:
         try:
-            yield
+            on_rank0(write)
         except OSError as error:
             flags = ("save", "metrics_path", "tensorboard_dir")
             places = {flag: getattr(self.options, flag) for flag in flags}

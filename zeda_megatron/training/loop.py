@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..checkpoint.lock import RunLock
+from ..checkpoint.origin import adapted_steps
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..distill.teacher import forward_only
 from ..errors import UserError
+from ..models.on_disk import ModelFacts, read_facts
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
+from ..runtime.agreement import on_rank0
 from ..runtime.process_groups import device, peak_memory_gib
 from .build_control import build_share_control
-from .build_feed import prepare_feed
+from .build_feed import data_facts, prepare_feed, what_differs
 from .build_optimizer import build_optimizer
 from .build_teacher import build_teacher, teacher_id
 from .evaluate import build_evaluation
 from .finite import FiniteCheck, NotFinite
 from .guards import Guards, GuardTripped
-from .log import RunLog, warn
+from .log import RunLog, told, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
 from .setup import build_student, hf_folder
@@ -48,6 +52,7 @@ class TrainingRun:
         has_teacher = options.model.stage != "pretrain"
         self.teacher = build_teacher(options, self.student) if has_teacher else None
         self.teacher_id = teacher_id(options) if has_teacher else None
+        self.facts = self._first_facts()
         self.optimizer, self.schedule = build_optimizer(
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
@@ -76,13 +81,19 @@ class TrainingRun:
         self.saver = CheckpointSaver(run.save, run.most_recent_k, run.async_save) if run.save else None
         self.iteration = 0
         self.consumed_tokens = 0
+        self.lr = 0.0
         self._resume()
 
     def run(self) -> int:
         """Train to --train-iters (or to a signal). Returns the exit code of this rank."""
         options, run = self.options.optimizer, self.options.run
+        if self.iteration >= options.train_iters:
+            told(f"nothing to do: all {self.iteration} steps of --train-iters are in {run.load or run.save}")
+        elif not run.save:
+            kept = f" but the figures in --metrics-path {run.metrics_path}" if run.metrics_path else ""
+            warn(f"no --save: nothing of this run will be kept{kept}")
         log = RunLog(run, torch.distributed.get_rank() == 0, self.iteration, options.train_iters)
-        stopping = False
+        stopping, begun = False, self.iteration
         try:
             with StopRequest() as stop:
                 if self.iteration == 0:
@@ -102,6 +113,11 @@ class TrainingRun:
                 log.say(f"stopped at step {self.iteration} on request; {where}")
                 if self.iteration < options.train_iters:
                     return exit_code_if_stopped(run.stopped_exit_code)
+            elif self.saver and self.iteration > begun:
+                log.say(
+                    f"saved {self.saver.folder(self.iteration)}; next: --stage eval measures it, "
+                    f"tools/checkpoint_convert.py megatron-to-hf --megatron {run.save} exports it"
+                )
         except (NotFinite, GuardTripped):
             self._finish_saving()  # a checkpoint of before, still on its way to the disk
             raise
@@ -126,7 +142,7 @@ class TrainingRun:
 
     def _one_step(self, log: RunLog) -> None:
         started = time.perf_counter()
-        lr = self.schedule.get_lr({})
+        self.lr = lr = self.schedule.get_lr({})
         self.control.before_step(self.iteration)
         self.finite.step = self.iteration + 1
         fed = self.feed.next_rows(self.iteration)
@@ -184,10 +200,14 @@ class TrainingRun:
                 "optimizer_step": optimizer_step(self.optimizer),
                 "distributed_optimizer": self.options.optimizer.use_distributed_optimizer,
                 "teacher": self.teacher_id,
+                "adapted_steps": self.adapted_steps(),
+                "schedule": self.options.optimizer.schedule(),
+                "lr": self.lr,
             },
             "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
             "data": self.feed.fingerprint(),
+            "data_facts": data_facts(self.options, self.feed),
             "guards": self.guards.state_dict(),
         }
 
@@ -198,9 +218,21 @@ class TrainingRun:
         self.saver.save(self.iteration, self.state())
         self.guards.newest = self.saver.folder(self.iteration)
         with self.saver.told():
-            if torch.distributed.get_rank() == 0:
-                adapted = self.iteration if self.teacher else 0
-                write_side_files(self.saver.root, hf_folder(self.options.model), self.student.zero, adapted)
+            facts = replace(self.facts, adapted_steps=self.adapted_steps())
+            on_rank0(lambda: write_side_files(self.saver.root, hf_folder(self.options.model), facts))
+
+    def _first_facts(self) -> ModelFacts:
+        """What is known of the weights that this run starts from."""
+        start, flag = self.options.model.pretrained_checkpoint, "--pretrained-checkpoint"
+        if not start:
+            return ModelFacts().with_zero(self.student.zero)
+        facts = (read_facts(start) or ModelFacts()).with_zero(self.student.zero)
+        return replace(facts, adapted_steps=adapted_steps(start, flag))
+
+    def adapted_steps(self) -> int | None:
+        """Steps that the weights have been distilled for, by this run and by those before it; None: nobody knows."""
+        before = self.facts.adapted_steps
+        return None if before is None else before + (self.iteration if self.teacher else 0)
 
     def _resume(self) -> None:
         run = self.options.run
@@ -222,9 +254,12 @@ class TrainingRun:
         loaded = load_checkpoint(folder, self.state(is_loading=True), flag)
         progress = loaded["progress"]
         if loaded.get("data") != self.feed.fingerprint():
+            differ = what_differs(loaded.get("data_facts", {}), data_facts(self.options, self.feed))
+            differ = differ or "the text of --data-path, its tokenizer or its chat template is another"
+            sampled = ", or how answers are sampled has changed" if self.options.model.stage == "2" else ""
             raise UserError(
-                f"{flag} {folder}: was trained on other data (--data-path, --seq-length, --seed or how answers are "
-                "sampled differ); resume with the same, or start in a new --save folder"
+                f"{flag} {folder}: was trained on other data{sampled} ({differ}); resume with the same, or start in a "
+                "new --save folder"
             )
         if progress.get("teacher", self.teacher_id) != self.teacher_id:
             raise UserError(
@@ -239,8 +274,19 @@ class TrainingRun:
         self.guards.load_state_dict(loaded.get("guards", {}))
         self.guards.newest = folder
         self.iteration = progress["iteration"]
+        adapted, here = (
+            progress.get("adapted_steps", self.adapted_steps()),
+            self.iteration if self.teacher else 0,
+        )
+        self.facts = replace(self.facts, adapted_steps=None if adapted is None else adapted - here)
         self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]
+        differ = what_differs(progress.get("schedule", {}), self.options.optimizer.schedule())
+        if differ and self.iteration < self.options.optimizer.train_iters:
+            warn(
+                f"the schedule of the learning rate has changed ({differ}): step {self.iteration} had "
+                f"{progress['lr']:.3g}, step {self.iteration + 1} gets {self.schedule.get_lr({}):.3g}"
+            )
 
 
 def on_policy_metrics(trained: dict[str, float], fed: dict[str, float]) -> dict[str, float]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from ..config import ZeroExpertConfig
+from ..config import (
+    GROUP_LOSS_BUDGETS,
+    GROUP_LOSS_SCOPES,
+    GROUP_LOSS_VARIANTS,
+    ZERO_EXPERT_ROUTINGS,
+    ZERO_EXPERT_TYPES,
+    ZeroExpertConfig,
+)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """The model and its zero experts."""
 
-    stage: str = "1"
+    stage: Literal["pretrain", "0", "1", "2", "eval"] = "1"
     """What to run. `pretrain`: no teacher, cross-entropy. `0`: the teacher answers prompts. `1`: distillation on
     its answers. `2`: distillation on the student's own answers, sampled as it trains. `eval`: nothing trains; the
     checkpoint is measured against its teacher on --eval-data-path."""
@@ -25,10 +33,10 @@ class ModelOptions:
     num_zero_experts: int | None = None
     """Nz. Default: as many as the checkpoint has."""
 
-    zero_experts_type: str | None = None
+    zero_experts_type: Literal[ZERO_EXPERT_TYPES] | None = None
     """zero, copy or learned. Default: as the checkpoint was converted."""
 
-    zero_expert_routing: str | None = None
+    zero_expert_routing: Literal[ZERO_EXPERT_ROUTINGS] | None = None
     """shared (the paper's zero experts) or paired (one per real expert). Default: as the checkpoint."""
 
     paired_score: str | None = None
@@ -41,7 +49,9 @@ class ModelOptions:
     moe_zero_expert_weight: float = 2.0
     """w: the group loss is least at a zero share of w*Nz/(N+w*Nz). The variant adamoe has no w."""
 
-    moe_router_load_balancing_type: str = "grouped_aux_loss"
+    moe_router_load_balancing_type: Literal["grouped_aux_loss", "aux_loss", "seq_aux_loss", "none"] = (
+        "grouped_aux_loss"
+    )
     """grouped_aux_loss (shared zero experts; paired ones have no such loss), aux_loss or seq_aux_loss (static
     models), none."""
 
@@ -52,14 +62,14 @@ class ModelOptions:
     """Step of the score bias towards experts that get fewer tokens (stage pretrain of a static model with such a bias,
     beside aux_loss or seq_aux_loss). 0 freezes it."""
 
-    group_loss_variant: str = "routed"
+    group_loss_variant: Literal[GROUP_LOSS_VARIANTS] = "routed"
     """routed: count real slots. authors: count as the paper's code does. adamoe: AdaMoE's loss, which balances every
     real expert too (use it with --renormalize-after-drop); it pulls the share to Nz/(N+Nz)."""
 
-    group_loss_scope: str = "tp_cp"
+    group_loss_scope: Literal[GROUP_LOSS_SCOPES] = "tp_cp"
     """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""
 
-    group_loss_budget: str = "layer"
+    group_loss_budget: Literal[GROUP_LOSS_BUDGETS] = "layer"
     """layer: the group loss steers the zero share of every layer. model: of all layers together, which may differ then
     (by the share of the step before)."""
 
@@ -69,25 +79,25 @@ class ModelOptions:
     moe_pick_rule: str | None = None
     """Thin out the student's picks: topk=2 (NET), skip=0.4, top_p=0.7, each with optional ',renormalize'."""
 
-    expert_backend: str = "auto"
+    expert_backend: Literal["auto", "kernels", "grouped_mm", "loop"] = "auto"
     """Product of the local experts: auto, kernels (kernels/README.md), grouped_mm, loop."""
 
-    moe_token_dispatcher_type: str = "alltoall"
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """alltoall, allgather, or flex (DeepEP's kernels; GPUs)."""
 
-    moe_flex_dispatcher_backend: str = "deepep"
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"
     """deepep or hybridep."""
 
     moe_permute_fusion: bool = False
     """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
 
-    trainable: str = "all"
+    trainable: Literal["all", "router"] = "all"
     """all, or router (only the routers train)."""
 
     bf16: bool = False
     """bfloat16 weights and activations with fp32 master weights; otherwise fp32."""
 
-    recompute_granularity: str | None = None
+    recompute_granularity: Literal["full", "selective"] | None = None
     """None, full or selective activation recomputation."""
 
     def zero(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from ..checkpoint.state import barrier
 from ..errors import UserError
+from ..runtime.agreement import barrier, on_rank0, rank
 
 
 @contextmanager
@@ -19,28 +17,36 @@ def new_folder(path: str | Path, flag: str) -> Iterator[Path]:
     """`with new_folder(path, "--save") as staging: ...` fills a folder beside `path`, then puts it in its place.
 
     All processes enter; rank 0 makes and moves folders. What stood at `path` goes when its successor is whole;
-    after an exception the staging folder goes instead. Raises `UserError` at once if it cannot be made.
+    after an exception the staging folder goes instead. Raises `UserError` on all ranks if a folder cannot be made or
+    moved.
     """
     path = Path(os.path.abspath(path))
     staging, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced"))
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if first:
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+
+    def make() -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(staging, path)
+        shutil.rmtree(old, ignore_errors=True)
+
     try:
-        barrier()
+        _told(make, flag, path)
         yield staging
         barrier()
-        if first:
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(staging, path)
-            shutil.rmtree(old, ignore_errors=True)
+        _told(put_in_place, flag, path)
     except BaseException:
-        if first:
+        if rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _told(do: Callable[[], None], flag: str, path: Path) -> None:
+    try:
+        on_rank0(do)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from error

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.integrity import LEVELS
-from ..config import (
-    GROUP_LOSS_BUDGETS,
-    GROUP_LOSS_SCOPES,
-    GROUP_LOSS_VARIANTS,
-    ZERO_EXPERT_ROUTINGS,
-    ZERO_EXPERT_TYPES,
-)
+from ..arguments import Habit, check_choices, parse
 from ..data.packing import sequence_multiple
 from ..distill.losses import LossConfig
 from ..errors import UserError
@@ -38,6 +32,41 @@ GROUPS = {
     "generate": GenerateOptions,
     "parallel": ParallelConfig,
 }
+
+_SO_ANYWAY = {
+    "sequence_parallel": "it comes with --tensor-model-parallel-size, there is no tensor parallelism without it",
+    "moe_grouped_gemm": "--expert-backend chooses how experts are multiplied",
+    "use_mcore_models": "there are no others",
+    "use_dist_ckpt": "there is no other format",
+    "exit_signal_handler": "SIGTERM and SIGUSR1 always save and end the run",
+    "accumulate_allreduce_grads_in_fp32": "gradients are always summed in fp32",
+}
+_OF_THE_MODEL = (
+    "num_layers hidden_size ffn_hidden_size moe_ffn_hidden_size num_attention_heads num_query_groups num_experts "
+    "moe_router_topk max_position_embeddings kv_channels rotary_base swiglu normalization"
+)
+HABITS = {
+    **{name: Habit(must=True, why=why) for name, why in _SO_ANYWAY.items()},
+    **{
+        name: Habit(why="is read from the model's config.json; leave it out")
+        for name in _OF_THE_MODEL.split()
+    },
+    "micro_batch_size": Habit(must=1, why="a micro-batch is one packed row, of --seq-length tokens"),
+    "hidden_dropout": Habit(must=0.0, why="there is no dropout; leave it out"),
+    "attention_dropout": Habit(must=0.0, why="there is no dropout; leave it out"),
+    "ckpt_format": Habit(must="torch_dist", why="checkpoints are torch_dist; leave it out"),
+    "fp16": Habit(why="half precision is --bf16 here"),
+    "num_virtual_stages_per_pipeline_rank": Habit("virtual_pipeline_model_parallel_size"),
+    "export_kd_teacher_load": Habit("teacher_load"),
+    "train_data_path": Habit("data_path"),
+    "valid_data_path": Habit("eval_data_path"),
+}
+"""Flags that users of Megatron-LM type."""
+
+
+def read_options(argv: Sequence[str], prog: str) -> Options:
+    """The options of a command line, not yet checked against one another. Raises `UserError` naming flag or key."""
+    return Options(**parse(argv, GROUPS, prog=prog, habits=HABITS))
 
 
 @dataclass(frozen=True)
@@ -78,28 +107,9 @@ class Options:
 
     def validate(self) -> None:
         """Raise `UserError` for what cannot work, before anything is built."""
-        for flag, value, allowed in (
-            ("--stage", self.model.stage, ("pretrain", "0", "1", "2", "eval")),
-            ("--trainable", self.model.trainable, ("all", "router")),
-            ("--teacher-memory", self.distill.teacher_memory, ("own", "offload", "shared")),
-            ("--teacher-schedule", self.distill.teacher_schedule, ("ahead", "alongside")),
-            ("--overlong", self.data.overlong, ("error", "skip", "truncate")),
-            ("--lr-decay-style", self.optimizer.lr_decay_style, ("constant", "linear", "cosine")),
-            (
-                "--moe-router-load-balancing-type",
-                self.model.moe_router_load_balancing_type,
-                ("grouped_aux_loss", "aux_loss", "seq_aux_loss", "none"),
-            ),
-            ("--zero-experts-type", self.model.zero_experts_type or "zero", ZERO_EXPERT_TYPES),
-            ("--zero-expert-routing", self.model.zero_expert_routing or "shared", ZERO_EXPERT_ROUTINGS),
-            ("--group-loss-variant", self.model.group_loss_variant, GROUP_LOSS_VARIANTS),
-            ("--group-loss-scope", self.model.group_loss_scope, GROUP_LOSS_SCOPES),
-            ("--group-loss-budget", self.model.group_loss_budget, GROUP_LOSS_BUDGETS),
-            ("--recompute-granularity", self.model.recompute_granularity or "full", ("full", "selective")),
-            ("--verify-checkpoint", self.run.verify_checkpoint, LEVELS),
-        ):
-            if value not in allowed:
-                raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
+        for group in vars(self).values():
+            check_choices(group)
+        self.parallel.validate()
         for flag, value in (
             ("--train-iters", self.optimizer.train_iters),
             ("--global-batch-size", self.optimizer.global_batch_size),
@@ -111,6 +121,10 @@ class Options:
             ("--lr", self.optimizer.lr),
             ("--min-lr", self.optimizer.min_lr),
             ("--weight-decay", self.optimizer.weight_decay),
+            ("--adam-eps", self.optimizer.adam_eps),
+            ("--moe-aux-loss-coeff", self.model.moe_aux_loss_coeff),
+            ("--moe-router-bias-update-rate", self.model.moe_router_bias_update_rate),
+            ("--num-zero-experts", self.model.num_zero_experts or 0),
             ("--clip-grad", self.optimizer.clip_grad),
             ("--save-interval", self.run.save_interval),
             ("--exit-interval", self.run.exit_interval),
@@ -118,16 +132,19 @@ class Options:
         ):
             if not value >= 0:
                 raise UserError(f"{flag} {value} must not be negative")
+        for flag, value in (
+            ("--adam-beta1", self.optimizer.adam_beta1),
+            ("--adam-beta2", self.optimizer.adam_beta2),
+            ("--lr-warmup-fraction", self.optimizer.lr_warmup_fraction),
+        ):
+            if not 0 <= value < 1:
+                raise UserError(f"{flag} {value} must be at least 0 and below 1")
         if not 0 <= self.run.stopped_exit_code <= 255:
             raise UserError(f"--stopped-exit-code {self.run.stopped_exit_code} must be from 0 to 255")
         if self.run.log_interval < 1:
             raise UserError(f"--log-interval {self.run.log_interval} must be at least 1")
         if self.optimizer.min_lr > self.optimizer.lr:
             raise UserError(f"--min-lr {self.optimizer.min_lr} is larger than --lr {self.optimizer.lr}")
-        if not 0 <= self.optimizer.lr_warmup_fraction < 1:
-            raise UserError(
-                f"--lr-warmup-fraction {self.optimizer.lr_warmup_fraction} must be at least 0 and below 1"
-            )
         self._validate_rows()
         choose_backend(self.model.expert_backend)
         check_dispatcher(
@@ -154,6 +171,11 @@ class Options:
             raise UserError(
                 "--teacher-schedule alongside does not work with the interleaved schedule "
                 "(--virtual-pipeline-model-parallel-size): use ahead"
+            )
+        if self.distill.teacher_schedule == "alongside" and self.distill.teacher_memory == "offload":
+            raise UserError(
+                "--teacher-schedule alongside does not work with --teacher-memory offload: the whole teacher would "
+                "move for every micro-batch; use ahead, or another --teacher-memory"
             )
         if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
             raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..moe.paired import KEEP_ALL, paired_modules
 from ..moe.stats import SCORE_BINS, StatsReport
 from ..moe.threshold import ScoreQuantiles, set_thresholds
@@ -24,9 +25,16 @@ class ThresholdControl(ShareControl):
     the same): the model learns to serve at any share.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], target: float, bounds: tuple | None, seed: int):
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        target: float,
+        bounds: tuple | None,
+        seed: int,
+        by_layer: bool = False,
+    ):
         self.chunks, self.target, self.bounds, self.seed = chunks, target, bounds, seed
-        self.quantiles = ScoreQuantiles()
+        self.quantiles = ScoreQuantiles(chunks[0].config.num_layers if by_layer else 1)
 
     def before_step(self, step: int) -> None:
         target = self.target
@@ -44,7 +52,15 @@ class ThresholdControl(ShareControl):
         return {"score_counts": self.quantiles.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.quantiles.counts = state["score_counts"].view(-1, SCORE_BINS)
+        counts = state["score_counts"].view(-1, SCORE_BINS)
+        if len(counts) == len(self.quantiles.counts):
+            self.quantiles.counts = counts
+        elif counts.any():
+            was = "model" if len(counts) == 1 else "layer"
+            raise UserError(
+                f"--paired-budget: the checkpoint was trained with {was}; resume with that, or start in a new "
+                "--save folder"
+            )
 
 
 class SparsityControl(ShareControl):

@@ -40,7 +40,7 @@ class RolloutFeed:
     def __init__(
         self, options: Options, questions: list[Question], student: Student, tokenizer: ChatTokenizer
     ):
-        self.options, self.questions = options, questions
+        self.options, self.questions, self.size = options, questions, len(questions)
         generate, length = options.generate, options.data.seq_length
         self.tokenizer_fingerprint = tokenizer.fingerprint()
         longest = min(student.arch.max_position_embeddings, length)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..checkpoint.integrity import LEVELS
+from ..ops.vocab_kl import KINDS
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class DataOptions:
     tokenizer_model: str | None = None
     """HF folder or sentencepiece .model. Default: the folder of --hf-config."""
 
-    tokenizer_type: str = "auto"
+    tokenizer_type: Literal["auto", "hf", "sentencepiece"] = "auto"
     """auto, hf or sentencepiece."""
 
     chat_template_file: str | None = None
@@ -27,7 +31,7 @@ class DataOptions:
     pad_seq_to_mult: int = 0
     """Every sequence in a row is padded to a multiple of this. 0: of what context parallelism needs, 2 x its size."""
 
-    overlong: str = "error"
+    overlong: Literal["error", "skip", "truncate"] = "error"
     """What to do with a conversation longer than a row: error, skip or truncate. Prompts that leave no room for an
     answer (stages 0 and 2) are left out by skip, and refused else."""
 
@@ -36,7 +40,7 @@ class DataOptions:
 class DistillOptions:
     """Teacher and loss."""
 
-    distill_loss: str | None = None
+    distill_loss: Literal[KINDS] | None = None
     """ce (the paper's stage 1), forward_kl (default of stage 1), reverse_kl (default of stage 2), jsd, or
     sampled_reverse_kl (the paper's stage 2)."""
 
@@ -52,11 +56,11 @@ class DistillOptions:
     teacher_load: str | None = None
     """Checkpoint of the teacher. Default: --pretrained-checkpoint."""
 
-    teacher_memory: str = "own"
+    teacher_memory: Literal["own", "offload", "shared"] = "own"
     """own: a second copy of the weights. offload: that copy waits in host memory. shared: with --trainable
     router, the student's own weights with the zero experts masked."""
 
-    teacher_schedule: str = "ahead"
+    teacher_schedule: Literal["ahead", "alongside"] = "ahead"
     """ahead: the teacher runs all micro-batches of a step first; their hidden states wait on the last pipeline stage.
     alongside: each of its micro-batches runs just before the student's, in the same pipeline."""
 
@@ -80,7 +84,7 @@ class OptimizerOptions:
     min_lr: float = 0.0
     """Learning rate at the end."""
 
-    lr_decay_style: str = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     """constant, linear or cosine."""
 
     lr_warmup_fraction: float = 0.1
@@ -110,6 +114,11 @@ class OptimizerOptions:
     seed: int = 1234
     """Seed of initial weights and data order."""
 
+    def schedule(self) -> dict[str, Any]:
+        """What decides the learning rate of every step, by flag."""
+        names = ("train_iters", "lr", "min_lr", "lr_decay_style", "lr_warmup_fraction")
+        return {"--" + name.replace("_", "-"): getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -130,7 +139,7 @@ class RunOptions:
     async_save: bool = False
     """Write checkpoints in child processes while training goes on."""
 
-    verify_checkpoint: str = "hash"
+    verify_checkpoint: Literal[LEVELS] = "hash"
     """Before a checkpoint is loaded, compare its files with its integrity.json: hash (reads them all, split over the
     ranks), size, none."""
 

@@ -18,13 +18,13 @@ from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
 from ..checkpoint.hf_config import zero_experts_of
-from ..checkpoint.hf_files import read_json
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
+from ..models.on_disk import HF_CONFIG_NAME, beside, read_facts
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.switches import set_pick_rule
@@ -53,11 +53,11 @@ def hf_folder(options: ModelOptions) -> Path:
     if options.hf_config:
         return Path(options.hf_config)
     if options.pretrained_checkpoint:
-        folder = beside(options.pretrained_checkpoint, "hf_config")
+        folder = beside(options.pretrained_checkpoint, HF_CONFIG_NAME)
         if folder is not None:
             return folder
         raise UserError(
-            f"{Path(options.pretrained_checkpoint) / 'hf_config'} is missing: give --hf-config, the folder of the "
+            f"{Path(options.pretrained_checkpoint) / HF_CONFIG_NAME} is missing: give --hf-config, the folder of the "
             "HF model"
         )
     raise UserError("--hf-config is missing: give the folder of the HF model")
@@ -85,11 +85,10 @@ def zero_experts(
     have = zero_experts_of(arch.hf)
     number, kind = have.num_zero_experts, have.zero_experts_type
     routing, score = have.zero_expert_routing, have.paired_score if have.paired else None
-    about = beside(checkpoint, "zeda.json") if checkpoint else None
-    if about is not None:
-        facts = read_json(about)
-        number, kind = facts.get("num_zero_experts", 0), facts.get("zero_experts_type", "zero")
-        routing, score = facts.get("zero_expert_routing", "shared"), facts.get("paired_score")
+    facts = read_facts(checkpoint) if checkpoint else None
+    if facts is not None:
+        number, kind = facts.num_zero_experts, facts.zero_experts_type
+        routing, score = facts.zero_expert_routing, facts.paired_score
     if kind == "learned" and options.zero_experts_type not in (None, kind):
         raise UserError(
             f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has learned zero experts, which this "
@@ -106,14 +105,6 @@ def zero_experts(
     if wanted == "paired" and options.num_zero_experts is None:
         number = arch.megatron["num_moe_experts"]
     return options.zero(number, options.zero_experts_type or kind, wanted, options.paired_score or score)
-
-
-def beside(checkpoint: str, name: str) -> Path | None:
-    """A file or folder in a checkpoint folder, or one above a given `iter_*` or `release` folder."""
-    folder = Path(checkpoint)
-    if folder.name == "release" or folder.name.startswith("iter_"):
-        folder = folder.parent
-    return folder / name if (folder / name).exists() else None
 
 
 def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -> list[torch.nn.Module]:

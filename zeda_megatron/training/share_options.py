@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from ..errors import UserError
 
-CONTROLS = ("threshold", "sparsity", "none")
 BUDGETS = ("model", "layer")
 
 
@@ -19,11 +19,11 @@ class ShareOptions:
     by the weight w of the group loss, which a slow controller moves; default: w stays at
     --moe-zero-expert-weight."""
 
-    zero_share_range: list[str] | None = None
+    zero_share_range: Annotated[list[str], "LOW HIGH"] | None = None
     """Two numbers: every step draws its target share between them, so one model with paired zero experts serves at
     many shares."""
 
-    topk_range: list[str] | None = None
+    topk_range: Annotated[list[str], "LOW HIGH"] | None = None
     """Two whole numbers: every step draws k between them and keeps each token's k heaviest picks (NET for many
     shares)."""
 
@@ -33,11 +33,11 @@ class ShareOptions:
     zero_share_ramp_fraction: float = 0.5
     """Share of the steps over which that controller goes from the first step's share to the target."""
 
-    paired_control: str = "threshold"
+    paired_control: Literal["threshold", "sparsity", "none"] = "threshold"
     """threshold: follow the quantile of recent scores. sparsity: keep the threshold, train the head against a
     sparsity loss (a BEAM-like mask router). none: leave the threshold as it is."""
 
-    paired_budget: str = "model"
+    paired_budget: Literal[BUDGETS] = "model"
     """model: one threshold, layers share the target among themselves. layer: each layer holds the target itself."""
 
     paired_head_lr: float = 0.0
@@ -69,12 +69,6 @@ class ShareOptions:
         """Raise `UserError` naming the flag that cannot work."""
         self.share_bounds()
         self.topk_bounds()
-        for flag, value, allowed in (
-            ("--paired-control", self.paired_control, CONTROLS),
-            ("--paired-budget", self.paired_budget, BUDGETS),
-        ):
-            if value not in allowed:
-                raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
         if not 0 <= self.paired_target < 1:
             raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
         for flag, value in (

@@ -18,8 +18,8 @@ from ..distill.stage0 import (
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.switches import set_zero_mask
-from ..runtime.agreement import from_rank0
-from .build_teacher import teacher_id
+from ..runtime.agreement import from_rank0, on_rank0
+from .build_teacher import teacher_id, teacher_source
 from .log import warn
 from .options import Options
 from .rollout_engine import rollout_engine
@@ -34,9 +34,9 @@ def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
     generate = options.generate
     sampling = generate.sampling(options.optimizer.seed)
-    source = options.distill.teacher_load or options.model.pretrained_checkpoint
-    if source is None:
+    if not (options.distill.teacher_load or options.model.pretrained_checkpoint):
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
+    source = teacher_source(options)
     arch = read_architecture(hf_folder(options.model))
     rank0 = torch.distributed.get_rank() == 0
     tokenizer = run_tokenizer(options, from_rank0(begun_on(generate.rollout_path)))
@@ -55,8 +55,10 @@ def run_stage0(options: Options) -> int:
     shard = f"{generate.shard_index} of {generate.num_shards}" if generate.num_shards > 1 else None
     settings = sampling_settings(sampling, teacher_id(options)) | prompt_settings(tokenizer)
     file = RolloutFile(generate.rollout_path, settings | {"shard": shard})
-    if rank0:
-        file.open()
+    try:
+        on_rank0(file.open)
+    except OSError as error:
+        raise UserError(f"--rollout-path {file.path}: cannot be written ({error.strerror})") from error
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from ..data.packing import PackedBatch
 from ..distill.losses import LossConfig, distill_loss
 from ..distill.teacher import Teacher
+from ..moe.paired import forget_residuals
 from ..moe.replay import enable_replay, set_targets
 from ..moe.switches import set_loss_factor
 from ..runtime.process_groups import device, seconds_now
@@ -143,6 +144,7 @@ class Stepper:
             forward_only=False,
             adjust_tensor_shapes_fn=_twice_as_wide if self.alongside and self._stages() > 1 else None,
         )
+        forget_residuals(self.student.chunks)
         metrics = self._reduce(sums)
         if self.check is not None:
             self.check(metrics)

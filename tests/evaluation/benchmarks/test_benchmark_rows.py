@@ -90,7 +90,7 @@ def test_names_and_groups_are_found_and_others_refused():
 def test_a_missing_verifier_names_the_extra(monkeypatch, tmp_path):
     write(tmp_path / "gsm8k.jsonl", ROWS)
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install zeda-megatron\[evaluation\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[evaluation\]'"):
         load(GSM, str(tmp_path), None, 0)
 
 

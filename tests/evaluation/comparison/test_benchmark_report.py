@@ -131,3 +131,28 @@ def test_what_is_no_run_is_named(tmp_path):
         make_report([folders[0], folders[0]])
     with pytest.raises(UserError, match="--output is missing"):
         report(ReportOptions(folders[0]))
+
+
+def test_what_the_models_own_files_tell_stands_in_the_figures(tmp_path):
+    folders = runs(tmp_path)
+    file = tmp_path / "z" / "run.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "config": about["config"] | {"zce_adapted_steps": 7}}))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "zeda.json").write_text('{"num_zero_experts": 4, "adapted_steps": 9}')
+    for name, model in (("m", checkpoint), ("gone", tmp_path / "nowhere")):
+        folder = write_run(tmp_path / name, name, {"gsm8k": {"q0": [True]}}, share=0.5)
+        about = json.loads((folder / "run.json").read_text())
+        about["identity"]["engine"], about["model"] = "megatron", str(model)
+        (folder / "run.json").write_text(json.dumps(about))
+        folders.append(str(folder))
+    arms = make_report(folders)["arms"]
+    told = {name: (arm["zero_experts"], arm["adapted_steps"]) for name, arm in arms.items()}
+    assert told == {
+        "teacher": (False, 0),
+        "paired_kl": (True, 7),
+        "reap_50": (False, 0),
+        "m": (True, 9),
+        "gone": (None, None),
+    }

@@ -89,3 +89,15 @@ def test_the_margin_can_be_moved():
 def test_effort_goes_by_what_an_arm_needs():
     names = ("top_p", "paired_untrained", "paired_kl", "net_kl_seed2", "zeda_stage2", "paired_kl_4x")
     assert [effort(name) for name in names] == [0, 0, 1, 1, 2, 2]
+
+
+def test_what_the_models_files_tell_goes_before_names():
+    mine = {**arm(0.0, 0.01), "zero_experts": True, "adapted_steps": 900}
+    cheap = {**arm(-0.001, 0.01), "zero_experts": True, "adapted_steps": 0}
+    made = choose(figures(my_run=mine, fitted=cheap))
+    assert made.arm == "fitted" and "my_run saves as much and takes more work" in made.sentence
+    plain = {**arm(0.001, 0.01, 0.4), "zero_experts": False, "adapted_steps": 50}
+    made = choose(figures(my_cut=plain, my_run=mine))
+    assert (made.verdict, made.arm) == ("simpler", "my_cut") and "simpler than zero experts" in made.sentence
+    unknown = {**arm(0.002, 0.01, 0.4), "zero_experts": None, "adapted_steps": None}  # behind a server
+    assert choose(figures(paired_kl_4x=unknown, my_cut=plain)).arm == "my_cut"  # by names then: 2 and 1

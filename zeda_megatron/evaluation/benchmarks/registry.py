@@ -55,9 +55,7 @@ def load(benchmark: Benchmark, data: str | None, limit: int | None, seed: int) -
     """
     for module in benchmark.packages:
         if find_spec(module) is None:
-            raise UserError(
-                f"{benchmark.name}: the verifier needs {module}: pip install zeda-megatron[evaluation]"
-            )
+            raise UserError(f"{benchmark.name}: the verifier needs {module}: pip install -e '.[evaluation]'")
     if benchmark.generate is not None:
         questions = benchmark.generate(limit or 100, seed)
     else:

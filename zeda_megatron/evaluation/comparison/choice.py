@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..legend import legend
+from ..legend import ARMS, family, legend
 from .results import TEACHER
 
 MARGIN = 0.02
@@ -70,8 +70,9 @@ def choose(figures: dict, margin: float = MARGIN) -> Choice:
 def _pick(savers: dict, known: dict, margin: float) -> Choice:
     least = min(arm["expert_flops"] for arm in savers.values())
     alike = {name: arm for name, arm in savers.items() if arm["expert_flops"] <= least + ALIKE}
-    name = min(alike, key=lambda one: (effort(one), -alike[one]["difference"]["value"], one))
-    arm, baseline = alike[name], legend([name])[name].baseline
+    efforts = _efforts(alike)
+    name = min(alike, key=lambda one: (efforts[one], -alike[one]["difference"]["value"], one))
+    arm, baseline = alike[name], _is_baseline(name, alike[name])
     sentence = (
         f"I would choose {name}: {_gap(arm)}, at {arm['expert_flops']:.0%} of the expert FLOPs; a loss of more than "
         f"{_points(margin)} is ruled out."
@@ -79,9 +80,9 @@ def _pick(savers: dict, known: dict, margin: float) -> Choice:
     others = [other for other in alike if other != name]
     if others:
         first = max(others, key=lambda one: (alike[one]["difference"]["value"], one))
-        why = "takes more work" if effort(first) > effort(name) else "is no better"
+        why = "takes more work" if efforts[first] > efforts[name] else "is no better"
         sentence += f" {first} saves as much and {why} ({_gap(alike[first])})."
-    if baseline and any(not legend([other])[other].baseline for other in known):
+    if baseline and any(not _is_baseline(other, known[other]) for other in known):
         sentence += " Something simpler than zero experts does."
     return Choice("simpler" if baseline else "arm", name, sentence)
 
@@ -97,8 +98,20 @@ def _undecided(arms: dict, margin: float) -> Choice:
     return Choice("undecided", None, f"{text}.")
 
 
+def _efforts(arms: dict) -> dict[str, float]:
+    """Work that each arm took: its steps of distillation where all arms tell them, else what their names say."""
+    steps = {name: arm.get("adapted_steps") for name, arm in arms.items()}
+    return {name: effort(name) for name in arms} if None in steps.values() else steps
+
+
+def _is_baseline(name: str, arm: dict) -> bool:
+    """Not ours: an arm of the quickstart by its legend, another one if its model has no zero experts."""
+    has = arm.get("zero_experts")
+    return legend([name])[name].baseline if has is None or family(name) in ARMS else not has
+
+
 def effort(name: str) -> int:
-    """0: nothing to train; 1: stage 1; 2: more than that."""
+    """By an arm's name. 0: nothing to train; 1: stage 1; 2: more than that."""
     if not legend([name])[name].trained:
         return 0
     return 2 if _LONG.search(name) else 1

@@ -15,7 +15,8 @@ def compare(runs: list[RunResult]) -> dict:
 
     ARM has `benchmarks` (name to figures, see `_benchmark`), and over the benchmarks that all arms have answered:
     `accuracy`, `difference` to the teacher (value, low, high), `p_value`, `zero_share`, `answer_tokens`; then
-    `expert_flops`, `total_flops`, `expert_weights` (shares of the teacher's), `tokens_per_second`.
+    `expert_flops`, `total_flops`, `expert_weights` (shares of the teacher's), `tokens_per_second`. What the model's
+    own files tell: `zero_experts` (bool), `adapted_steps`.
     Shares and accuracies lie between 0 and 1; what cannot be told is None.
     """
     runs = sorted(runs, key=lambda run: run.arm != TEACHER)
@@ -43,6 +44,8 @@ def _arm(run: RunResult, teacher: RunResult | None, names: list[str], shared: li
         "engine": run.engine,
         "model": run.model,
         "settings": run.settings,
+        "zero_experts": run.zero_experts,
+        "adapted_steps": run.adapted_steps,
         "accuracy": _mean_accuracy(good.values()),
         "difference": None,
         "p_value": None,

@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.hf_config import adapted_steps_of, zero_experts_of
 from ...errors import UserError
+from ...models.on_disk import read_facts
 from ...strict_json import read_json
 from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS
 from ..answering.samples_file import parse_lines
@@ -69,6 +71,10 @@ class RunResult:
     environment: dict[str, str] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     benchmarks: dict[str, BenchmarkResult] = field(repr=False)
+    zero_experts: bool | None = None
+    """Whether the model has zero experts; None: nobody knows (a server's)."""
+    adapted_steps: int | None = None
+    """Steps that it has been distilled for; None: nobody knows."""
 
 
 def _fed(line: dict) -> int:
@@ -95,7 +101,23 @@ def read_run(folder: str | Path) -> RunResult:
         environment=about["environment"],
         settings=identity["settings"],
         benchmarks={one.name: one for one in found},
+        **_origin(identity["engine"], about["model"], about["config"]),
     )
+
+
+def _origin(engine: str, model: str, config: dict[str, Any] | None) -> dict[str, Any]:
+    """What the model's own files tell of it: zeda.json of a Megatron checkpoint, else its config.json."""
+    if engine == "megatron":
+        facts = read_facts(model)  # the checkpoint may be gone by now
+        return (
+            {"zero_experts": bool(facts.num_zero_experts), "adapted_steps": facts.adapted_steps}
+            if facts
+            else {}
+        )
+    if config is None:
+        return {}
+    dynamic = bool(zero_experts_of(config).num_zero_experts)
+    return {"zero_experts": dynamic, "adapted_steps": adapted_steps_of(config)}
 
 
 def _read_benchmark(folder: Path) -> BenchmarkResult:

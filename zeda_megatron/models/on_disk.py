@@ -1,0 +1,108 @@
+"""What describes a Megatron checkpoint and stands beside it: `zeda.json`, whose one reader and writer this is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES, ZeroExpertConfig
+from ..errors import UserError
+from ..strict_json import is_int, read_json
+
+ZEDA_NAME = "zeda.json"
+HF_CONFIG_NAME = "hf_config"
+_ALWAYS = ("num_zero_experts", "zero_experts_type", "zero_expert_routing")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The content of `zeda.json`. A key that is missing there has the default."""
+
+    num_zero_experts: int = 0
+    """Nz."""
+    zero_experts_type: str = "zero"
+    """zero, copy or learned."""
+    zero_expert_routing: str = "shared"
+    """shared or paired."""
+    paired_score: str | None = None
+    """Terms of a pick's score under paired routing; None: not said."""
+    renormalize_after_drop: bool = False
+    """Weights over the real picks add up to what all had."""
+    adapted_steps: int | None = 0
+    """Steps that the weights have been distilled for. 0: they are an original's. None: adapted, for an unknown time."""
+    source_sha256: str | None = None
+    """Hash of the Hugging Face tensors (or of the checkpoint) that the weights began with."""
+    seed: int | None = None
+    """Seed of the router's zero rows."""
+    dtype: str | None = None
+    """`--dtype` of the conversion."""
+    source_architecture: str | None = None
+    """Architecture of the folder that was converted."""
+
+    def with_zero(self, zero: ZeroExpertConfig) -> ModelFacts:
+        """The same facts with these zero experts."""
+        return replace(
+            self,
+            num_zero_experts=zero.num_zero_experts,
+            zero_experts_type=zero.zero_experts_type,
+            zero_expert_routing=zero.zero_expert_routing,
+            paired_score=zero.paired_score if zero.paired else None,
+            renormalize_after_drop=zero.renormalize_after_drop,
+        )
+
+    def zero(self) -> ZeroExpertConfig:
+        """The zero experts, without what steers them in training."""
+        return ZeroExpertConfig(
+            num_zero_experts=self.num_zero_experts,
+            zero_experts_type=self.zero_experts_type,
+            zero_expert_routing=self.zero_expert_routing,
+            paired_score=self.paired_score or ZeroExpertConfig.paired_score,
+            renormalize_after_drop=self.renormalize_after_drop,
+        )
+
+    def entries(self) -> dict[str, Any]:
+        """Keys of `zeda.json`: the zero experts, and what is not as it is by default."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in values.items() if k in _ALWAYS or v != defaults[k]}
+
+    def text(self) -> str:
+        """The text of `zeda.json`."""
+        return json.dumps(self.entries(), indent=2) + "\n"
+
+
+def beside(checkpoint: str | Path, name: str) -> Path | None:
+    """A file or folder in a checkpoint folder, or one above a given `iter_*` or `release` folder; None: not there."""
+    folder = Path(checkpoint)
+    places = [folder]
+    if folder.name == "release" or folder.name.startswith("iter_"):
+        places.append(folder.absolute().parent)
+    return next((place / name for place in places if (place / name).exists()), None)
+
+
+def read_facts(checkpoint: str | Path) -> ModelFacts | None:
+    """`zeda.json` of a checkpoint; None if it has none. Raises `UserError` naming file and key."""
+    file = beside(checkpoint, ZEDA_NAME)
+    return None if file is None else _checked(read_json(file), file)
+
+
+def _checked(about: dict[str, Any], file: Path) -> ModelFacts:
+    facts = ModelFacts(**{f.name: about[f.name] for f in fields(ModelFacts) if f.name in about})
+    score = facts.paired_score
+    terms = score.split("+") if isinstance(score, str) else [score]
+    right = {
+        "num_zero_experts": is_int(facts.num_zero_experts) and facts.num_zero_experts >= 0,
+        "zero_experts_type": facts.zero_experts_type in ZERO_EXPERT_TYPES,
+        "zero_expert_routing": facts.zero_expert_routing in ZERO_EXPERT_ROUTINGS,
+        "paired_score": score is None or all(term in SCORE_TERMS for term in terms),
+        "renormalize_after_drop": isinstance(facts.renormalize_after_drop, bool),
+        "adapted_steps": facts.adapted_steps is None
+        or (is_int(facts.adapted_steps) and facts.adapted_steps >= 0),
+        "source_sha256": facts.source_sha256 is None or isinstance(facts.source_sha256, str),
+    }
+    for key, is_right in right.items():
+        if not is_right:
+            raise UserError(f"{file}: {key} {str(about[key])[:60]!r} makes no sense; restore the file")
+    return facts
