@@ -210,7 +210,7 @@ def test_an_end_that_is_no_token_is_said_and_odd_templates_are_left_to_those_who
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}" + CHATML
     tokenizer = load(template=picky)
     conversation = Rollout([{"role": "system", "content": "s"}, *talk("yo")])
-    with pytest.raises(UserError, match=r"r.jsonl sample 2: chat template of .*: no\\nsystem") as told:
+    with pytest.raises(UserError, match=r"r.jsonl sample 2: chat template of .*: no system") as told:
         list(tokenize_rollouts([Rollout(talk("yo")), conversation], tokenizer, 99, source="r.jsonl"))
     assert str(told.value).isprintable()
 

@@ -49,7 +49,9 @@ def test_the_exit_code_is_the_workers_and_the_report_has_no_traceback(elastic):
 
 
 def test_a_user_error_stays_one_line(elastic):
-    run = elastic("sys.stderr.write('' if rank else 'error: this\\n'); sys.stderr.flush(); sys.exit(2)")
+    run = elastic(
+        "rank and time.sleep(600); sys.stderr.write('error: this\\n'); sys.stderr.flush(); sys.exit(2)"
+    )
     assert run.communicate(timeout=120)[1] == "error: this\n"
     assert run.returncode == 2
 
