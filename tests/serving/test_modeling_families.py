@@ -58,7 +58,7 @@ def test_no_family_of_the_package_is_left_out():
 def write(folder, name, kind, **changes):
     """A folder as an export writes it, without weights; returns the static config."""
     family = FAMILIES[name]
-    static = AutoConfig.for_model(name, **family.fields).to_dict() | {
+    static = AutoConfig.for_model(**family.fields | {"model_type": name}).to_dict() | {
         "architectures": family.fields["architectures"]
     }
     settings = {"zce_threshold": -1.0} if kind == "paired" else None

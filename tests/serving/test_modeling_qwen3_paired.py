@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import zeda_megatron.serving.modeling_qwen3_moe_zero as modeling
+from zeda_megatron.errors import UserError
 from zeda_megatron.serving.load import load_zero_expert_model
 from zeda_megatron.serving.zero_expert_model import ZeroExpertMoeBlock
 
@@ -358,7 +359,9 @@ def test_a_head_that_the_checkpoint_lacks_is_zero_not_garbage(tmp_path):
     model = make_model()
     state = {k: v for k, v in model.state_dict().items() if "gate.zero_" not in k}
     model.save_pretrained(tmp_path, state_dict=state)
-    again = load_zero_expert_model(tmp_path)
+    with pytest.raises(UserError, match=r"gate\.zero_bias is missing"):
+        load_zero_expert_model(tmp_path)
+    again = modeling.Qwen3MoePlusPlusForCausalLM.from_pretrained(tmp_path)
     for block in again.moe_blocks():
         assert not block.gate.zero_weight.any() and not block.gate.zero_bias.any()
 

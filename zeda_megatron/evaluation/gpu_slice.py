@@ -43,6 +43,7 @@ def write_slice(run, recipe: str) -> Path:
     sizes = {} if run.device == "cuda" else {key: value for key, value in _TINY.items() if key in about}
     if "num_key_value_heads" in about and sizes:
         sizes["num_key_value_heads"] = 4
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer is another one
     config = AutoConfig.for_model(**about | SLICES[recipe] | sizes)
     torch.manual_seed(0)
     with torch.device(run.device):

@@ -172,9 +172,9 @@ def test_an_answer_shows_the_thinking_that_its_prompt_opened(
     (answer,) = engine.answer(REQUESTS[:1], sampling)
     assert answer.text.startswith("<think>") and answer.finish == "length"
     ours = megatron(world.dynamic)
-    ours.tokenizer.hf.chat_template = template
+    ours.tokenizer.template = template
     assert ours.answer(REQUESTS[:1], sampling)[0].text == answer.text
-    ours.tokenizer.hf.chat_template = template.replace("<think>", "<think></think>")
+    ours.tokenizer.template = template.replace("<think>", "<think></think>")
     assert "<think>" not in ours.answer(REQUESTS[:1], sampling)[0].text
 
     def said(finish, config=None, **message):
