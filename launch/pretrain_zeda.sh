@@ -5,7 +5,8 @@
 #   torchrun --nproc-per-node 8 launch/pretrain_zeda.sh --config FILE.yaml [--flag value ...]
 #   bash launch/pretrain_zeda.sh --config FILE.yaml [--flag value ...]        one node: all GPUs, or one CPU process
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 bash launch/pretrain_zeda.sh ...   on each node with its own rank
-#   srun bash launch/pretrain_zeda.sh ...                                     several Slurm tasks: one process each
+#   srun bash launch/pretrain_zeda.sh ...                                     several Slurm tasks: one process each;
+#                                                                             one task a node: all GPUs of the node
 #
 # Environment: NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON; more in launch/env.sh.
 # SIGTERM and SIGUSR1 make the run save and exit 0. Exit code: that of the training, 2 for a wrong option or file.
@@ -36,13 +37,11 @@ one_of_many() { # a task of srun; the script given to sbatch sees the same varia
     [[ ${ENVIRONMENT:-} != BATCH || -n ${SLURM_STEP_ID:-} ]]
 }
 
-from_slurm() { # each task is one process: Slurm has started them all, torchrun is not needed
-  local tasks=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
-  export RANK=$SLURM_PROCID WORLD_SIZE=$tasks LOCAL_RANK=${SLURM_LOCALID:?is missing: start with srun}
+meet_in_slurm() { # where the tasks of a step meet: the first of its nodes
+  local nodes=$1 hosts
   if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=127.0.0.1
     if ((nodes > 1)); then
-      local hosts
       hosts=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:?is missing}}") || {
         echo "error: scontrol cannot list the hosts here; set MASTER_ADDR to the host of task 0" >&2
         exit 2
@@ -53,6 +52,23 @@ from_slurm() { # each task is one process: Slurm has started them all, torchrun 
   # Every task computes the same port; two jobs or steps on one host rarely share it.
   local job=${SLURM_JOB_ID:-0} step=${SLURM_STEP_ID:-0}
   export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((15000 + (job * 7 + step) % 15000))}
+}
+
+from_slurm() { # each task is one process, or, where there is one task a node, one node with a torchrun of its own
+  local tasks=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
+  local wanted=${NPROC_PER_NODE:-1}
+  if ((tasks == nodes)) && [[ -z ${NPROC_PER_NODE:-} ]]; then wanted=$(gpus); fi
+  if ((wanted > 1 && tasks == nodes)); then
+    meet_in_slurm "$nodes"
+    NNODES=$nodes NODE_RANK=$SLURM_PROCID
+    by_torchrun "$wanted" "$@"
+  elif ((wanted > 1 && wanted * nodes != tasks)); then
+    echo "error: NPROC_PER_NODE=$wanted, but srun starts $tasks tasks on $nodes nodes: start one task a node" \
+      "(--ntasks-per-node=1), or one a process (--ntasks-per-node=$wanted)" >&2
+    exit 2
+  fi
+  export RANK=$SLURM_PROCID WORLD_SIZE=$tasks LOCAL_RANK=${SLURM_LOCALID:?is missing: start with srun}
+  meet_in_slurm "$nodes"
   exec "$python" -u "$script" "$@"
 }
 
@@ -72,6 +88,12 @@ start() {
     exec "$python" -u "$script" "$@" # torchrun --no-python
   elif one_of_many; then
     from_slurm "$@"
+  fi
+  local nodes=${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}}
+  if ((nodes > 1)) && [[ -z ${NNODES:-} ]]; then
+    echo "error: this job has $nodes nodes, and nothing starts the others: srun --ntasks-per-node=1 bash $script ..." \
+      "(NNODES=1 uses this node alone)" >&2
+    exit 2
   fi
   [[ -n $processes ]] || processes=$(gpus)
   ((processes > 0)) || processes=1

@@ -19,6 +19,7 @@ say() { echo "$(date '+%F %T') $*"; }
 settings=${1:?is missing: sbatch launch/slurm/STEP.sbatch SETTINGS.sh}
 [[ -f $settings ]] || fail "$settings: no such file"
 source launch/env.sh
+[[ $settings == */* ]] || settings=./$settings # `source` would look on PATH first
 source "$settings"
 : "${HF:?is missing in the settings: the Hugging Face folder}"
 : "${WORK:?is missing in the settings: the folder of all results}"

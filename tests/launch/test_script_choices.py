@@ -137,6 +137,36 @@ def test_the_script_given_to_sbatch_is_no_task_of_srun(launch):
     assert arguments == ["-u", str(SCRIPT)] and variables["WORLD_SIZE"] == "8"
 
 
+def test_one_task_a_node_starts_all_processes_of_its_node(launch):
+    two = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    two |= {"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    for more in ({"NPROC_PER_NODE": "8"}, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}):
+        _, arguments, variables, errors = launch("--lr", "1", **two, **more)
+        told = dict(zip(arguments, arguments[1:]))
+        assert told["--nproc-per-node"] == "8", errors
+        assert [told[f"--{name}"] for name in ("nnodes", "node-rank", "master-addr")] == ["2", "1", "n1"]
+        assert 15000 <= int(told["--master-port"]) < 30000 and variables["RANK"] == "unset"
+    # one process a task was asked for, or nothing else is there
+    for more in ({"NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "0"}, {}):
+        _, arguments, variables, _ = launch(**two, **more)
+        assert arguments == ["-u", str(SCRIPT)] and variables["WORLD_SIZE"] == "2"
+
+
+def test_tasks_and_processes_that_do_not_fit_are_refused(launch):
+    tasks = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+    code, _, _, errors = launch(**tasks, NPROC_PER_NODE="8", MASTER_ADDR="n1")
+    assert code == 2 and "NPROC_PER_NODE=8" in errors and len(errors.splitlines()) == 1
+    assert launch(**tasks, NPROC_PER_NODE="2", MASTER_ADDR="n1")[2]["WORLD_SIZE"] == "4"
+
+
+def test_a_job_of_several_nodes_is_not_started_on_the_first_alone(launch):
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2", "ENVIRONMENT": "BATCH"}
+    code, _, _, errors = launch(**batch, SLURM_NNODES="2")
+    assert code == 2 and "srun" in errors and len(errors.splitlines()) == 1
+    assert launch(**batch, NNODES="1")[0] == 7
+    assert launch(**batch, SLURM_STEP_NUM_TASKS="1", SLURM_STEP_NUM_NODES="1", SLURM_STEP_ID="0")[0] == 7
+
+
 def test_a_single_task_is_a_node_like_any_other(launch):
     """`srun --pty bash` on a node with GPUs, and a step of one task in a job of several."""
     one = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
