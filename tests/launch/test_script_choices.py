@@ -138,7 +138,12 @@ def test_the_script_given_to_sbatch_is_no_task_of_srun(launch):
 
 
 def test_one_task_a_node_starts_all_processes_of_its_node(launch):
-    two = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    two = {
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "2",
+    }
     two |= {"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     for more in ({"NPROC_PER_NODE": "8"}, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}):
         _, arguments, variables, errors = launch("--lr", "1", **two, **more)
@@ -153,7 +158,12 @@ def test_one_task_a_node_starts_all_processes_of_its_node(launch):
 
 
 def test_tasks_and_processes_that_do_not_fit_are_refused(launch):
-    tasks = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+    tasks = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2",
+    }
     code, _, _, errors = launch(**tasks, NPROC_PER_NODE="8", MASTER_ADDR="n1")
     assert code == 2 and "NPROC_PER_NODE=8" in errors and len(errors.splitlines()) == 1
     assert launch(**tasks, NPROC_PER_NODE="2", MASTER_ADDR="n1")[2]["WORLD_SIZE"] == "4"

@@ -123,21 +123,22 @@ def hf_to_megatron(
     source = files_of([reader.folder / "config.json", *reader.files])
     request = _request("hf-to-megatron", source=source, max_shard_bytes=max_shard_bytes, **facts.entries())
     with partial_folder(out, request, overwrite, restart) as partial:
-        writer = PartWriter(partial, [*files, *shards], workers, "import")
-        check_space(Path(out), writer.missing_bytes())
-        done = writer.run()[: len(files)]
-        common = {"iteration": 0, "checkpoint_version": 3.0, "adapted_steps": facts.adapted_steps}
-        finish(partial.work / RELEASE_NAME, files, done, common)
-        hf_config = partial.work / HF_CONFIG_NAME
-        copy_side_files(reader.folder, hf_config)
-        config = with_dtype(static_config(reader.config), dtype)
-        write_config(hf_config, config)
-        if shards:
-            write_index(partial.work / _CARRIED_BELOW, shards)
-            write_config(partial.work / _CARRIED_BELOW, config)
-        digest = source_digest(line for part in done for line in part.facts["sources"])
-        (partial.work / ZEDA_NAME).write_text(replace(facts, source_sha256=digest).text())
-        (partial.work / TRACKER).write_text(RELEASE_NAME + "\n")
+        if partial is not None:
+            writer = PartWriter(partial, [*files, *shards], workers, "import")
+            check_space(Path(out), writer.missing_bytes())
+            done = writer.run()[: len(files)]
+            common = {"iteration": 0, "checkpoint_version": 3.0, "adapted_steps": facts.adapted_steps}
+            finish(partial.work / RELEASE_NAME, files, done, common)
+            hf_config = partial.work / HF_CONFIG_NAME
+            copy_side_files(reader.folder, hf_config)
+            config = with_dtype(static_config(reader.config), dtype)
+            write_config(hf_config, config)
+            if shards:
+                write_index(partial.work / _CARRIED_BELOW, shards)
+                write_config(partial.work / _CARRIED_BELOW, config)
+            digest = source_digest(line for part in done for line in part.facts["sources"])
+            (partial.work / ZEDA_NAME).write_text(replace(facts, source_sha256=digest).text())
+            (partial.work / TRACKER).write_text(RELEASE_NAME + "\n")
     return Summary(len(layout.parameters), sum(item.nbytes for file in files for item in file.items), zero)
 
 
@@ -188,12 +189,13 @@ def megatron_to_hf(
         adapted=model.adapted_steps,
     )
     with partial_folder(out, request, overwrite, restart) as partial:
-        writer = PartWriter(partial, shards, workers, "export")
-        check_space(Path(out), writer.missing_bytes())
-        writer.run()
-        write_index(partial.work, shards)
-        copy_side_files(template, partial.work)
-        write_config(partial.work, result)
+        if partial is not None:
+            writer = PartWriter(partial, shards, workers, "export")
+            check_space(Path(out), writer.missing_bytes())
+            writer.run()
+            write_index(partial.work, shards)
+            copy_side_files(template, partial.work)
+            write_config(partial.work, result)
     tensors = [planned for shard in shards for planned in shard.tensors]
     return Summary(len(tensors), sum(planned.nbytes for planned in tensors), model.zero)
 

@@ -11,16 +11,19 @@ import contextlib
 import json
 import os
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from ..errors import UserError
 from ..runtime.agreement import from_rank0, rank
 from ..runtime.owner import Owner, this_process
+from .folders import write_atomically
 
 NAME = ".zeda.lock"
 BEAT_SECONDS = 10.0
@@ -89,12 +92,8 @@ class LockFile:
 
     def look(self) -> Found | None:
         """The lock file as it stands; None if there is none."""
-        probe = self.path.with_name(f"{self.path.name}.{self.token}.probe")
-        try:
-            with open(probe, "wb"):
-                now = os.stat(probe).st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=self.path.parent) as probe:
+            now = os.fstat(probe.fileno()).st_mtime
         try:
             text, touched = self.path.read_text(), self.path.stat().st_mtime
         except (FileNotFoundError, UnicodeDecodeError):
@@ -112,6 +111,8 @@ class LockFile:
         """Why nobody can hold this lock any more; None if somebody may."""
         if found.age > self.stale:
             return f"no sign of life for {found.age:.0f} s"
+        if found.owner is None and found.age > BEAT_SECONDS:
+            return "it was never written whole"  # a heartbeat would have come by now
         return found.owner.why_gone() if found.owner else None
 
     def is_mine(self) -> bool:
@@ -151,20 +152,43 @@ class LockFile:
         return json.dumps(asdict(this_process()) | {"token": self.token}) + "\n"
 
     def _create(self) -> bool:
+        """Make the file, if possible with its content in one step: a kill leaves no lock or one whose owner is seen to
+        be dead."""
+        try:
+            handle = os.open(self.path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+        except (OSError, AttributeError):  # no file without a name here
+            return self._create_in_two_steps()
+        with open(handle, "w") as file:
+            self._write(file)
+            try:
+                os.link(f"/proc/self/fd/{handle}", self.path, follow_symlinks=True)
+            except FileExistsError:
+                return False
+            except OSError:
+                return self._create_in_two_steps()
+        return True
+
+    def _create_in_two_steps(self) -> bool:
         try:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with open(handle, "w") as file:
-            file.write(self._text())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(handle, "w") as file:
+                self._write(file)
+        except OSError:  # a full disk
+            self.path.unlink()
+            raise
         return True
 
+    def _write(self, file: TextIO) -> None:
+        file.write(self._text())
+        file.flush()
+        os.fsync(file.fileno())
+
     def _replace(self) -> None:
-        mine = self.path.with_name(f"{self.path.name}.{self.token}")
-        mine.write_text(self._text())
-        os.replace(mine, self.path)
+        with contextlib.suppress(FileNotFoundError):  # another run was faster with the same
+            write_atomically(self.path, self._text())
         time.sleep(SETTLE_SECONDS)
         if not self.is_mine():
             raise UserError(self._refusal(self.look()))

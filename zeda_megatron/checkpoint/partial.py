@@ -6,7 +6,7 @@ Beside the target lives TARGET.partial while it is made:
     request.json   what is being made out of what; only the same request goes on from here
     lock           held by the process at work (released by the system when it dies)
     notes/         size, hash and facts of each finished file (`parts`)
-    work/          takes the target's name in the end
+    work/          takes the target's name in the end (`target.Swap`)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from typing import Any
 
 from ..errors import UserError
 from .folders import write_atomically
-from .target import Kept, check_target, swap_in
+from .target import Kept, Swap, check_target
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Partial:
 @contextmanager
 def partial_folder(
     target: str | os.PathLike, request: dict[str, Any], overwrite: bool = False, restart: bool = False
-) -> Iterator[Partial]:
-    """Give the folder to work in; its `work` takes the target's name when the block ends without an error.
+) -> Iterator[Partial | None]:
+    """Give the folder to work in; its `work` takes the target's name when the block ends without an error. None: the
+    same call was stopped when all was made, and the target is there now.
 
     A `UserError` removes it (the input is to blame). Whatever else stops the work (a kill, Ctrl-C, a full disk) leaves
     finished files there, and the same call goes on from them.
@@ -72,24 +74,40 @@ def partial_folder(
     target = Path(target).absolute()
     check_target(target, overwrite)
     partial = Partial(target.parent / f"{target.name}.partial")
+    swap = Swap(target, hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12])
     try:
+        if not restart and swap.go_on():
+            _remove(partial.root)
+            yield None
+            return
         with _locked(partial.root):
             _prepare(partial, request, restart)
             try:
                 yield partial
                 check_target(target, overwrite, Kept)  # somebody else may have written there meanwhile
-                swap_in(partial.work, target)
+                swap.begin(partial.work)
             except BaseException as error:
                 if not partial.has_progress() or (
                     isinstance(error, UserError) and not isinstance(error, Kept)
                 ):
-                    shutil.rmtree(partial.root, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        _remove(partial.root)
                 raise
-            shutil.rmtree(partial.root, ignore_errors=True)
+            _remove(partial.root)
+        swap.finish()
     except OSError as error:
         kept = partial.has_progress()
         more = f"; what is done stays in {partial.root}, the same command goes on from there" if kept else ""
         raise UserError(f"{error.filename or target}: {error.strerror or error}{more}") from error
+
+
+def _remove(root: Path) -> None:
+    """Remove a `.partial` folder, the lock last: without it nobody could tell that it is one."""
+    if root.is_dir():
+        for child in root.iterdir():
+            if child.name != "lock":
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        shutil.rmtree(root)
 
 
 @contextmanager

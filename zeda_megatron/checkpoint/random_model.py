@@ -74,7 +74,8 @@ def write_random_model(
 
     shards = plan_shards(planned, make, max_shard_bytes)
     with partial_folder(Path(folder), {"random": config, "seed": seed, "shards": max_shard_bytes}) as partial:
-        PartWriter(partial, shards, workers, "random").run()
-        write_index(partial.work, shards)
-        (partial.work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if partial is not None:
+            PartWriter(partial, shards, workers, "random").run()
+            write_index(partial.work, shards)
+            (partial.work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return sum(plan.nbytes for plan in planned)

@@ -1,7 +1,7 @@
 """Writing checkpoints: in the foreground, or in a child process while training goes on.
 
 Whoever writes, a checkpoint gets its name only when all ranks have written, in this order: files, `metadata.json`,
-`integrity.json`, rename, tracker, deletion of old ones.
+`integrity.json`, what describes it, rename, tracker, deletion of old ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..runtime.agreement import on_rank0, rank
 from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
 from ..runtime.megatron_api import accepted
-from .folders import TRACKER, iteration_of, iterations, set_aside, write_atomically
+from .folders import TRACKER, iteration_of, iterations, set_aside, sync, sync_all, write_atomically
 from .integrity import note_own_files, seal
 
 
@@ -50,8 +50,11 @@ class CheckpointSaver:
         """Where the checkpoint of a step lives."""
         return self.root / f"iter_{iteration:07d}"
 
-    def save(self, iteration: int, state: dict[str, Any]) -> None:
+    def save(self, iteration: int, state: dict[str, Any], describe: Callable[[], None] | None = None) -> None:
         """Save a sharded state dict. An unfinished save is waited for first.
+
+        `describe` writes what stands beside the checkpoint. Rank 0 calls it before the checkpoint gets its name: one
+        that is there is there with all that describes it.
 
         Raises:
             UserError: it (or the one before) cannot be written; names --save.
@@ -64,7 +67,7 @@ class CheckpointSaver:
             own = accepted(dist_checkpointing.save, async_strategy="mcore")
             request = dist_checkpointing.save(state, str(self._partial), async_sharded_save=True, **own)
             request = _noting_files(request, self._partial)
-            request.add_finalize_fn(partial(self._publish, self._partial, final))
+            request.add_finalize_fn(partial(self._publish, self._partial, final, describe))
             if self.background:
                 self._queue.schedule_async_request(request)
             else:
@@ -102,13 +105,17 @@ class CheckpointSaver:
 
         return on_rank0(make)
 
-    def _publish(self, written: Path, final: Path) -> None:
+    def _publish(self, written: Path, final: Path, describe: Callable[[], None] | None) -> None:
         """Give a complete checkpoint its name, then delete what is not to be kept."""
 
         def publish() -> None:
             seal(written)
+            sync_all(written)
+            if describe is not None:
+                describe()
             replaced = set_aside(final) if final.exists() else None
             os.replace(written, final)
+            sync(self.root)
             write_atomically(self.root / TRACKER, str(iteration_of(final)))
             for old in (replaced, *map(set_aside, self._surplus(final))):
                 if old is not None:

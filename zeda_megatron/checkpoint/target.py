@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError
+from .folders import sync, sync_all
 
 # A folder is only ever replaced when it holds one of these: what our own commands write.
 OUR_MARKS = (
@@ -48,16 +49,46 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def swap_in(staging: Path, target: Path) -> None:
-    """Give a finished folder the target's name; what had it before is deleted afterwards."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = target.parent / f"{target.name}.old-{os.getpid()}"
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+class Swap:
+    """How a finished folder takes the target's name, whose former holder goes: in single steps, after each of which the
+    same call can go on.
+
+    TARGET.ready-KEY is the finished folder, TARGET.old-KEY what had the name before. That names carry the key tells
+    who may go on: another command with another key has made something else.
+
+    Args:
+        key: of what is made, the same when it is made again.
+    """
+
+    def __init__(self, target: Path, key: str):
+        self.target = target
+        self.ready = target.with_name(f"{target.name}.ready-{key}")
+        self.old = target.with_name(f"{target.name}.old-{key}")
+
+    def go_on(self) -> bool:
+        """Finish what an earlier call has begun. True if the target is there then."""
+        if self.ready.is_dir():
+            self.finish()
+            return True
+        if not self.old.is_dir():
+            return False
+        if self.target.exists():
+            shutil.rmtree(self.old)
+            return True
+        os.rename(self.old, self.target)  # somebody has removed the new one
+        return False
+
+    def begin(self, finished: Path) -> None:
+        """The folder is whole; from here on nothing has to be made again."""
+        sync_all(finished)
+        os.rename(finished, self.ready)
+        sync(self.target.parent)
+
+    def finish(self) -> None:
+        """Names, then what had the name before."""
+        if self.target.exists() and not self.old.exists():
+            os.rename(self.target, self.old)
+        os.rename(self.ready, self.target)
+        sync(self.target.parent)
+        if self.old.exists():
+            shutil.rmtree(self.old)

@@ -58,10 +58,11 @@ def write_pruned(hf: str | Path, kept: dict[int, list[int]], out: str | Path) ->
         "kept": {str(k): v for k, v in kept.items()},
     }
     with partial_folder(out, request, False, False) as partial:
-        PartWriter(partial, shards, 1, "prune").run()
-        write_index(partial.work, shards)
-        copy_side_files(Path(hf), partial.work)
-        write_config(partial.work, config)
+        if partial is not None:
+            PartWriter(partial, shards, 1, "prune").run()
+            write_index(partial.work, shards)
+            copy_side_files(Path(hf), partial.work)
+            write_config(partial.work, config)
 
 
 def _planned(reader: HFReader, kept: dict[int, list[int]]) -> Iterator[Planned]:

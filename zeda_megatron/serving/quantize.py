@@ -9,9 +9,7 @@ hold; every engine serves it, and its quality is that of the packed model. `--pa
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +22,8 @@ from ..checkpoint.folders import write_atomically
 from ..checkpoint.hf_config import copy_side_files, with_own_code, write_config
 from ..checkpoint.hf_files import HFReader
 from ..checkpoint.import_checks import check_not_quantised
-from ..checkpoint.target import check_space, check_target, swap_in
+from ..checkpoint.partial import files_of, partial_folder
+from ..checkpoint.target import check_space, check_target
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..strict_json import read_json
@@ -84,37 +83,40 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     arch = read_architecture(source)
     if packed_by(arch.hf) is not None:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
-    check_not_quantised(HFReader(source))
+    reader = HFReader(source)
+    check_not_quantised(reader)
     check_target(target, options.overwrite)
     check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
     plain = type(model)
     model = mtq.quantize(model, _config(mtq, FORMATS[options.number_format]))
     done = _count(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    work = staging / "out"
-    work.mkdir()
-    try:
-        if options.packed:
-            from modelopt.torch.export import export_hf_checkpoint
-
-            export_hf_checkpoint(model, export_dir=work)
-            _check_names(work, source)
-        else:
-            _save_rounded(mtq, model, plain, work, options)
-        copy_side_files(source, work)
-        config = read_json(work / "config.json")
-        if (
-            options.packed
-        ):  # without the modeling files: transformers would take the packed integers for weights
-            write_atomically(work / "config.json", json.dumps(with_own_code(config), indent=2) + "\n")
-        else:
-            write_config(work, config)
-        swap_in(work, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    request = {
+        "make": "quantised",
+        "source": files_of([source / "config.json", *reader.files]),
+        "number_format": options.number_format,
+        "packed": options.packed,
+    }
+    with partial_folder(target, request, options.overwrite) as partial:
+        if partial is not None:
+            _write(mtq, model, plain, source, partial.work, options)
     return done
+
+
+def _write(mtq, model, plain: type, source: Path, work: Path, options: QuantizeOptions) -> None:
+    if options.packed:
+        from modelopt.torch.export import export_hf_checkpoint
+
+        export_hf_checkpoint(model, export_dir=work)
+        _check_names(work, source)
+    else:
+        _save_rounded(mtq, model, plain, work, options)
+    copy_side_files(source, work)
+    config = read_json(work / "config.json")
+    if options.packed:  # without the modeling files: transformers would take the packed integers for weights
+        write_atomically(work / "config.json", json.dumps(with_own_code(config), indent=2) + "\n")
+    else:
+        write_config(work, config)
 
 
 def _modelopt():

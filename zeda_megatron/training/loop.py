@@ -19,7 +19,6 @@ from ..errors import UserError
 from ..models.on_disk import ModelFacts, read_facts
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
-from ..runtime.agreement import on_rank0
 from ..runtime.process_groups import device, peak_memory_gib
 from .build_control import build_share_control
 from .build_feed import data_facts, prepare_feed, what_differs
@@ -215,11 +214,10 @@ class TrainingRun:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
         self.finite.weights()
         self.lock.require()
-        self.saver.save(self.iteration, self.state())
+        facts = replace(self.facts, adapted_steps=self.adapted_steps())
+        describe = partial(write_side_files, self.saver.root, hf_folder(self.options.model), facts)
+        self.saver.save(self.iteration, self.state(), describe)
         self.guards.newest = self.saver.folder(self.iteration)
-        with self.saver.told():
-            facts = replace(self.facts, adapted_steps=self.adapted_steps())
-            on_rank0(lambda: write_side_files(self.saver.root, hf_folder(self.options.model), facts))
 
     def _first_facts(self) -> ModelFacts:
         """What is known of the weights that this run starts from."""

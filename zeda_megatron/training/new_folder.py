@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checkpoint.folders import sync, sync_all
 from ..errors import UserError
 from ..runtime.agreement import barrier, on_rank0, rank
 
@@ -24,15 +25,21 @@ def new_folder(path: str | Path, flag: str) -> Iterator[Path]:
     staging, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced"))
 
     def make() -> None:
-        shutil.rmtree(staging, ignore_errors=True)
+        if old.exists() and not path.exists():  # killed between the two renames below
+            os.replace(old, path)
+        for left_over in (old, staging):
+            if left_over.exists():
+                shutil.rmtree(left_over)
         staging.mkdir(parents=True)
 
     def put_in_place() -> None:
-        shutil.rmtree(old, ignore_errors=True)
+        sync_all(staging)
         if path.exists():
             os.replace(path, old)
         os.replace(staging, path)
-        shutil.rmtree(old, ignore_errors=True)
+        sync(path.parent)
+        if old.exists():
+            shutil.rmtree(old)
 
     try:
         _told(make, flag, path)
