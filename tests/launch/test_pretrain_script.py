@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,8 +125,9 @@ def test_two_tasks_of_srun_find_each_other(config, tmp_path, environment):
     assert steps(tmp_path / "run") == [1, 2, 3]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_the_bash_process_saves_and_exits_0(config, tmp_path, environment, processes):
+def test_a_signal_to_the_bash_process_saves_and_exits_0(config, tmp_path, environment, processes, number):
     save = tmp_path / "run"
     command = ["bash", SCRIPT, "--config", config, "--save", save, "--train-iters", "1000000"]
     with subprocess.Popen(
@@ -137,7 +139,7 @@ def test_sigterm_to_the_bash_process_saves_and_exits_0(config, tmp_path, environ
     ) as run:
         while not steps(save) and run.poll() is None:
             time.sleep(0.2)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         errors = run.communicate(timeout=120)[1]
     assert run.returncode == 0, errors
     last = steps(save)[-1]
@@ -145,7 +147,64 @@ def test_sigterm_to_the_bash_process_saves_and_exits_0(config, tmp_path, environ
     assert f"stopped at step {last} on request; saved step {last}" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_second_ctrl_c_ends_at_once(config, tmp_path, environment):
+    save = tmp_path / "run"
+    command = ["bash", SCRIPT, "--config", config, "--save", save, "--train-iters", "1000000"]
+    # The first step is held up: no end of a step comes.
+    hold = tmp_path / "sitecustomize.py"
+    hold.write_text(
+        "import threading, time, sys\n"
+        "def hold():\n"
+        "    while 'zeda_megatron.training.step' not in sys.modules: time.sleep(0.01)\n"
+        "    step = sys.modules['zeda_megatron.training.step']\n"
+        "    while not hasattr(step, 'Stepper'): time.sleep(0.01)\n"
+        "    step.Stepper.step = lambda *a: (print('held', file=sys.stderr, flush=True), time.sleep(600))\n"
+        "threading.Thread(target=hold, daemon=True).start()\n"
+    )
+    with subprocess.Popen(
+        [str(part) for part in command],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        said = ""
+        while "held" not in said:
+            line = run.stderr.readline()
+            assert line, said
+            said += line
+        for _ in range(2):
+            run.send_signal(signal.SIGINT)
+            time.sleep(1)
+        said += run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and "Traceback" not in said
+    assert said.count("Ctrl-C again: at once") == 1 and "interrupted: what was not saved is lost" in said
+
+
+def test_ranks_end_soon_after_their_launcher_was_killed(config, tmp_path, environment):
+    save = tmp_path / "run"
+    command = ["bash", SCRIPT, "--config", config, "--save", save, "--train-iters", "1000000"]
+    run = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=tmp_path,
+        env=environment | {"NPROC_PER_NODE": "2"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not steps(save) and run.poll() is None:
+            time.sleep(0.2)
+        ranks = [p for p in psutil.Process(run.pid).children() if "pretrain_zeda" in " ".join(p.cmdline())]
+        assert len(ranks) == 2
+    finally:
+        run.kill()
+        run.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=["SIGTERM", "SIGUSR1", "Ctrl-C"]
+)
 def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environment, number):
     """Slurm signals all processes of a task, Megatron's helpers of earlier saves among them."""
     save = tmp_path / "run"

@@ -3,8 +3,9 @@
 Three differences to plain torchrun, all for the one who waits for the command to end:
 - the exit code is that of the first worker that failed (torchrun: always 1);
 - a user's mistake (exit code 2) and a rank that hangs (3) stay the one line that the worker printed;
-- SIGTERM and SIGUSR1 go to the workers, which save and end in their own time (torchrun: SIGTERM, killed after 30
-  seconds, exit code 1 even if all went well; SIGUSR1 ends torchrun and leaves the workers behind).
+- SIGTERM, SIGUSR1 and Ctrl-C go to the workers, which save and end in their own time (torchrun: SIGTERM, killed after
+  30 seconds, exit code 1 even if all went well; SIGUSR1 ends torchrun and leaves the workers behind). A second Ctrl-C
+  ends them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NOISY = (
 class _Forward:
     """Hands the signals that ask for a save to the workers."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = 0
@@ -54,7 +55,7 @@ class _Forward:
 def main(arguments: list[str]) -> int:
     """Run torchrun's own main. Returns the exit code."""
     # torchrun would turn SIGTERM into its own exception; PyTorch without this switch does so, see below.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     forward = _Forward()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

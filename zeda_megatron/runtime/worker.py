@@ -15,6 +15,8 @@ from ..errors import UserError
 from .lost_peer import lost_peer
 
 _MAIN_PID = "ZEDA_MAIN_PID"
+LOST_LAUNCHER = 3
+"""As for a process that another one did not answer: to be started again."""
 PATIENCE_SECONDS = 20.0
 """How long ranks above 0 wait before they speak: nearly always rank 0 met the same mistake and ends the run."""
 
@@ -28,6 +30,8 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
     """
     rank = int(os.environ.get("RANK", 0))
     os.environ[_MAIN_PID] = str(os.getpid())
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
+        _end_without_launcher()
     try:
         code = main()
     except (UserError, RuntimeError) as error:
@@ -41,9 +45,24 @@ def run_worker(main: Callable[[], int | None], patience: float = PATIENCE_SECOND
         _leave(told.exit_code)
     except KeyboardInterrupt:
         if not rank:
-            print("interrupted: what was not saved is lost (SIGTERM would save)", file=sys.stderr, flush=True)
+            print("interrupted: what was not saved is lost", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     _leave(code or 0)
+
+
+def _end_without_launcher(seconds: float = 2.0) -> None:
+    """End this process soon after torchrun, should that be killed: nobody else would, and it would keep its GPU."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(seconds)
+        print("error: the launcher of this process is gone", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(LOST_LAUNCHER)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _leave(code: int) -> None:
@@ -63,7 +82,7 @@ def leave_with_parent(seconds: float = 1.0) -> None:
     """End this process soon after its parent, and not before. For the children that Megatron starts to write
     checkpoints: after a kill -9 they would wait for ever, with the run's terminal or pipe still open. Slurm signals all
     processes of a task; without these children the save that the signal asks for would fail."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     # The parent may be gone already; but in a container it may be process 1 itself.

@@ -1,8 +1,10 @@
-"""SIGTERM and SIGUSR1 ask a run to save and end; all ranks decide together at the end of a step."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask a run to save and end; all ranks decide together at the end of a step."""
 
 from __future__ import annotations
 
 import signal
+import sys
+import time
 
 import torch
 
@@ -19,12 +21,18 @@ def exit_code_if_stopped(code: int) -> int:
 
 
 class StopRequest:
-    """Remembers signals. Use as a context manager so that the old handlers come back."""
+    """Remembers signals. Use as a context manager so that the old handlers come back.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    A second Ctrl-C ends the run at once. One that follows within `SAME_SECONDS` is the same: a terminal sends it to all
+    processes of its group, and launchers pass it on besides.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SAME_SECONDS = 0.5
 
     def __init__(self) -> None:
         self.received = 0
+        self._asked = 0.0
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,6 +46,14 @@ class StopRequest:
 
     def _remember(self, number, frame) -> None:
         self.received = number
+        if number != signal.SIGINT:
+            return
+        before, self._asked = self._asked, time.monotonic()
+        if not before:
+            if rank() == 0:
+                print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        elif self._asked - before > self.SAME_SECONDS:
+            raise KeyboardInterrupt
 
     def agreed(self) -> bool:
         """True on all ranks as soon as any of them was signalled."""
