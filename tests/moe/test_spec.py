@@ -37,6 +37,15 @@ MEGATRONS = {
 STOCK = dict(num_experts=8, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=True)
 
 
+@pytest.fixture(autouse=True)
+def no_losses_of_other_models():
+    """Megatron notes aux losses by layer, in a list as long as the first model's."""
+    yield
+    from megatron.core.transformer.moe import moe_utils
+
+    getattr(moe_utils, "get_moe_layer_wise_logging_tracker", dict)().clear()
+
+
 def described(spec):
     """A spec as plain values: newer Megatron has `functools.partial` in it, which compares by identity."""
     if isinstance(spec, partial):
