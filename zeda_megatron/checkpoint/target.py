@@ -89,6 +89,10 @@ class Swap:
         if self.target.exists() and not self.old.exists():
             os.rename(self.target, self.old)
         os.rename(self.ready, self.target)
-        sync(self.target.parent)
+        try:
+            sync(self.target.parent)
+        except OSError:  # not promised yet: the next call does it again
+            os.rename(self.target, self.ready)
+            raise
         if self.old.exists():
             shutil.rmtree(self.old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def finish(folder: Path, files: Sequence[DataFile], done: Sequence[Done], common
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
     write_metadata(folder, _index(files, done))
-    torch.save(common, folder / COMMON_STATE_FNAME)
+    buffer = io.BytesIO()  # torch's own writer of files tells a full disk as an error of its inside
+    torch.save(common, buffer)
+    (folder / COMMON_STATE_FNAME).write_bytes(buffer.getbuffer())
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     seal(folder, {Path(d.name).name: {"size": d.size, "sha256": d.sha256} for d in done})
 
