@@ -22,6 +22,7 @@ FLOORS = {
     "ops": 0,
     "data": 0,
     "config": 0,
+    "durable_file": 0,
     "errors": 0,
     "regular_file": 0,
     "strict_json": 0,

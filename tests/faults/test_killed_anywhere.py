@@ -30,7 +30,7 @@ CONVERT, TRAIN, FIT = (
 SMALL = {"num_hidden_layers": 1, "num_experts": 4}
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
 STEPS = (
-    "--seq-length 128 --global-batch-size 4 --train-iters 3 --save-interval 1 --most-recent-k 1 --no-progress"
+    "--seq-length 128 --global-batch-size 4 --train-iters 2 --save-interval 1 --most-recent-k 1 --no-progress"
 )
 ANSWERS = "--benchmarks reasoning_gym:chain_sum --limit 3 --samples 2 --max-new-tokens 8 --concurrency 2"
 

@@ -6,14 +6,8 @@ The tracker names the newest one; if it is missing or stale, the newest whole fo
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import filecmp
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
@@ -91,60 +85,6 @@ def require_folder(root: str | Path, flag: str) -> None:
             f"{flag} {root}: is a Hugging Face folder; convert it first (tools/checkpoint_convert.py hf-to-megatron "
             f"--hf {root} --out DIR)"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write, flush to disk, rename: the file has the old or the new content, never a part. One writer at a time."""
-    with _beside(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file so that the target is the old or the new one, never a part; nothing if they are equal."""
-    if target.is_file() and filecmp.cmp(source, target, shallow=False):
-        _temporary(target).unlink(missing_ok=True)  # of a copy that was killed
-        return
-    with _beside(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def _temporary(path: Path) -> Path:
-    """Always the same, so that what a kill left behind is written over."""
-    return path.with_name(f"{path.name}.tmp")
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError:  # a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system without such a thing for folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def sync_all(folder: Path) -> None:
-    """The same for a folder with everything in it."""
-    for place, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(place) / name)
-        sync(Path(place))
 
 
 def set_aside(folder: Path) -> Path:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ..config import ZeroExpertConfig
+from ..durable_file import copy_whole, write_atomically
 from ..errors import UserError
 from ..models.architecture import MODELS
 from ..regular_file import is_regular
 from ..strict_json import is_int, read_json
 from .bits import DTYPES
-from .folders import copy_whole, write_atomically
 from .own_files import own_file
 from .paired_config import PAIRED_KEYS, is_paired, paired_experts_of
 

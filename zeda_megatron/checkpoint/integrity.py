@@ -12,11 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..durable_file import write_atomically
 from ..errors import UserError
 from ..regular_file import is_regular, open_regular, require_regular
 from ..runtime.agreement import gathered, rank, world_size
 from ..strict_json import is_int, read_json
-from .folders import is_complete, write_atomically
+from .folders import is_complete
 from .own_files import is_plain
 
 INTEGRITY = "integrity.json"

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from ..durable_file import write_atomically
 from ..errors import UserError
 from ..runtime.agreement import from_rank0, rank
 from ..runtime.owner import Owner, this_process
-from .folders import write_atomically
 
 NAME = ".zeda.lock"
 BEAT_SECONDS = 10.0

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable_file import write_atomically
 from ..errors import UserError
-from .folders import write_atomically
 from .target import Kept, Swap, check_target
 
 

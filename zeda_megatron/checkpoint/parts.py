@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from tqdm import tqdm
 
+from ..durable_file import write_atomically
 from .bits import raw
-from .folders import write_atomically
 from .integrity import compare_file
 from .partial import Partial
 

@@ -22,12 +22,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..durable_file import sync, sync_all, write_atomically
 from ..errors import UserError
 from ..runtime.agreement import on_rank0, rank
 from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
 from ..runtime.megatron_api import accepted
-from .folders import TRACKER, iteration_of, iterations, set_aside, sync, sync_all, write_atomically
+from .folders import TRACKER, iteration_of, iterations, set_aside
 from .integrity import note_own_files, seal
 
 

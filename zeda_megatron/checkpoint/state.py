@@ -17,10 +17,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..durable_file import write_atomically
 from ..errors import UserError
 from ..runtime.agreement import barrier
 from ..runtime.lost_peer import is_lost_peer
-from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint, write_atomically
+from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint
 from .integrity import require_intact
 from .saving import CheckpointSaver, first_line
 from .torch_dist_metadata import read_metadata

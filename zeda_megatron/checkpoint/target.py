@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from ..durable_file import sync, sync_all
 from ..errors import UserError
-from .folders import sync, sync_all
 
 # A folder is only ever replaced when it holds one of these: what our own commands write.
 OUR_MARKS = (

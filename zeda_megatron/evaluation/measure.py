@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         process_groups.destroy()
     text = json.dumps(result, indent=2)
     if options.out:
-        from ..checkpoint.state import write_atomically
+        from ..durable_file import write_atomically
 
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(options.out), text + "\n")

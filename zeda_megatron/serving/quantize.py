@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from ..arguments import check_choices, parse
-from ..checkpoint.folders import write_atomically
 from ..checkpoint.hf_config import copy_side_files, with_own_code, write_config
 from ..checkpoint.hf_files import HFReader
 from ..checkpoint.import_checks import check_not_quantised
 from ..checkpoint.partial import files_of, partial_folder
 from ..checkpoint.target import check_space, check_target
+from ..durable_file import write_atomically
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..strict_json import read_json

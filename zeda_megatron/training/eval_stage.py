@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.state import write_atomically
+from ..durable_file import write_atomically
 from ..errors import UserError
 from .build_teacher import build_teacher, teacher_source
 from .eval_rows import read_eval_rows

@@ -99,7 +99,8 @@ class HeadFit:
 
     def run(self) -> int:
         """Fit, set the threshold, save. Returns the exit code."""
-        from ..checkpoint.state import model_state, save_checkpoint, write_atomically
+        from ..checkpoint.state import model_state, save_checkpoint
+        from ..durable_file import write_atomically
         from .new_folder import new_folder
         from .side_files import write_side_files
 

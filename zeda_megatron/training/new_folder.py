@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint.folders import sync, sync_all
+from ..durable_file import sync, sync_all
 from ..errors import UserError
 from ..runtime.agreement import barrier, on_rank0, rank
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..checkpoint.hf_config import copy_side_files, static_config, write_config
 from ..checkpoint.hf_files import read_json
-from ..checkpoint.state import write_atomically
+from ..durable_file import write_atomically
 from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 
 

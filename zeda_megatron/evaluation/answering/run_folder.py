@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.folders import write_atomically
 from ...distill.sampling import SamplingConfig
+from ...durable_file import write_atomically
 from ...errors import UserError
 from ...strict_json import read_json
 from ..benchmarks.benchmark import Benchmark, Question

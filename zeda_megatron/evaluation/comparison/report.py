@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...checkpoint.folders import write_atomically
+from ...durable_file import write_atomically
 from ...errors import UserError
 from .choice import MARGIN, choose
 from .figures import compare
