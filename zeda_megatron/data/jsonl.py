@@ -55,7 +55,7 @@ def read_lines(file: str | Path) -> Iterator[tuple[str, Any]]:
     with open_lines(file) as stream:
         for number, raw in _numbered(stream, file):
             where = f"{file} line {number}"
-            yield where, _value(raw, where)
+            yield where, parse_line(raw, where)
     if not number:
         raise UserError(f"{file}: no lines with content")
 
@@ -77,9 +77,10 @@ def _numbered(stream: BinaryIO, file: str | Path) -> Iterator[tuple[int, bytes]]
         raise UserError(f"{file} line {number + 1}: cannot be read ({error.strerror})") from error
 
 
-def _value(raw: bytes, where: str) -> Any:
+def parse_line(raw: bytes, where: str, finite: bool = False) -> Any:
+    """The value of one line (`strict_loads`). Raises `UserError`, opened by `where`."""
     try:
-        return strict_loads(raw, finite=False)
+        return strict_loads(raw, finite)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

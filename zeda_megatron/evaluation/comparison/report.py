@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...checkpoint.folders import write_atomically
-from ...errors import UserError
+from ...errors import UserError, one_line
 from .choice import MARGIN, choose
 from .figures import compare
 from .page import render
@@ -82,7 +82,7 @@ _COLUMNS = (
 def format_table(made: dict) -> str:
     """Arms and the choice as text for the terminal."""
     rows = [["arm", *(title for title, _ in _COLUMNS)]]
-    rows += [[name, *(cell(arm) for _, cell in _COLUMNS)] for name, arm in made["arms"].items()]
+    rows += [[one_line(name), *(cell(arm) for _, cell in _COLUMNS)] for name, arm in made["arms"].items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
