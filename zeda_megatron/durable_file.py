@@ -30,8 +30,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_result(flag: str, path: str | Path, text: str) -> None:
-    """What a command has found out goes to the file that the user has named. Raises `UserError` with both names."""
+    """What a command has found out goes to the file that the user has named; its folder
+    is made. Raises `UserError` with both names."""
     with writing(f"{flag} {path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), text)
 
 

@@ -15,12 +15,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ..durable_file import write_atomically
 from ..errors import UserError
 from ..runtime.agreement import barrier
 from ..runtime.lost_peer import is_lost_peer
+from .data_only import data_only, plain_objects
 from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint
 from .integrity import require_intact
 from .saving import CheckpointSaver, first_line
@@ -38,9 +39,10 @@ __all__ = [
     "require_checkpoint",
     "save_checkpoint",
     "truncate_metrics",
-    "write_atomically",
 ]
 _HEAD = ".router.paired."
+_EXTRA = "._extra_state"
+"""Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
 
 def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], keep: int = 0) -> Path:
@@ -56,30 +58,35 @@ def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], kee
 
 
 def load_checkpoint(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
-    """Load `folder` into a sharded state dict. Raises `UserError` naming folder and reason."""
-    _index(folder, flag)  # Megatron's reader would run whatever code the index names
-    return _told(lambda: dist_checkpointing.load(state, str(folder)), folder, flag)
+    """Load `folder` into a sharded state dict; no code of it is run. Raises `UserError` naming folder and reason."""
+    return _load(folder, _index(folder, flag), state, flag)
+
+
+def _load(folder: Path, index: Metadata, state: dict[str, Any], flag: str) -> dict[str, Any]:
+    with data_only(folder, index) as view:
+        return _told(lambda place: dist_checkpointing.load(state, place), view, folder, flag)
 
 
 def load_plain_values(folder: Path, flag: str) -> dict[str, Any]:
     """What a checkpoint holds besides tensors. Raises `UserError` naming folder and reason."""
-    return _told(lambda: dist_checkpointing.load_common_state_dict(str(folder)), folder, flag)
+    with plain_objects():
+        return _told(dist_checkpointing.load_common_state_dict, folder, folder, flag)
 
 
-def _told(load: Callable[[], dict[str, Any]], folder: Path, flag: str) -> dict[str, Any]:
+def _told(load: Callable[[str], dict[str, Any]], place: Path, folder: Path, flag: str) -> dict[str, Any]:
+    """Load from `place`, which stands in for `folder`."""
     try:
-        return load()
+        return load(str(place))
     except CheckpointException as error:  # a BaseException: what went wrong on some ranks
         cause = next(iter(error.failures.values()), (error,))[0]
     except Exception as error:  # a damaged pickle can raise nearly anything
         cause = error
     if is_lost_peer(cause):
         raise cause
+    reason = _first_line(cause).replace(str(place), str(folder))
     if isinstance(cause, (CheckpointingException, KeyError)):
-        raise UserError(f"{flag} {folder}: does not fit this model: {_first_line(cause)}") from cause
-    raise UserError(
-        f"{flag} {folder}: cannot be read ({type(cause).__name__}: {_first_line(cause)})"
-    ) from cause
+        raise UserError(f"{flag} {folder}: does not fit this model: {reason}") from cause
+    raise UserError(f"{flag} {folder}: cannot be read ({type(cause).__name__}: {reason})") from cause
 
 
 def _first_line(error: BaseException) -> str:
@@ -103,27 +110,27 @@ def load_weights(
     """
     require_intact(folder, flag, verify)
     index = _index(folder, flag)
+    stored = index.state_dict_metadata
     for chunk in model_chunks:
-        _check_zero_experts(index, chunk, folder, flag)
-    wanted = model_state(model_chunks)
-    fresh = fresh_heads and not any(_HEAD in key for key in index)
-    if fresh:
-        wanted = {
-            name: {key: value for key, value in part.items() if _HEAD not in key}
-            for name, part in wanted.items()
-        }
-    state = load_checkpoint(folder, wanted, flag)
+        _check_zero_experts(stored, chunk, folder, flag)
+    fresh = fresh_heads and not any(_HEAD in key for key in stored)
+    left_out = (_EXTRA, _HEAD) if fresh else (_EXTRA,)
+    wanted = {
+        name: {key: value for key, value in part.items() if not any(mark in key for mark in left_out)}
+        for name, part in model_state(model_chunks).items()
+    }
+    state = _load(folder, index, wanted, flag)
     for name, chunk in _named(model_chunks):
-        missing, unexpected = chunk.load_state_dict(state[name], strict=not fresh)
-        lost = [key for key in missing if _HEAD not in key]
+        missing, unexpected = chunk.load_state_dict(state[name], strict=False)
+        lost = [key for key in missing if not any(mark in key for mark in left_out)]
         if lost or unexpected:
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
 
 
-def _index(folder: Path, flag: str) -> dict[str, Any]:
-    """What the checkpoint holds, by name; no code of it is run."""
+def _index(folder: Path, flag: str) -> Metadata:
+    """What the checkpoint holds, and where; no code of it is run."""
     try:
-        return read_metadata(folder).state_dict_metadata
+        return read_metadata(folder)
     except UserError as error:
         raise UserError(f"{flag} {folder}: cannot be read ({error})") from error
 

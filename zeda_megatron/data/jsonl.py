@@ -45,28 +45,31 @@ def open_lines(file: str | Path) -> BinaryIO:
     return gzip.open(stream) if head.startswith(_GZIP) else stream
 
 
-def read_lines(file: str | Path) -> Iterator[tuple[str, Any]]:
+def read_lines(file: str | Path, longest: int = MAX_BYTES) -> Iterator[tuple[str, Any]]:
     """("FILE line N", value) of every line that is not blank; a byte order mark at the beginning is passed over.
+
+    Args:
+        longest: bytes that a line may have.
 
     Raises:
         UserError: the file cannot be read, has no lines with content, or a line is no JSON; it names the line.
     """
     number = 0
     with open_lines(file) as stream:
-        for number, raw in _numbered(stream, file):
+        for number, raw in _numbered(stream, file, longest):
             where = f"{file} line {number}"
-            yield where, _value(raw, where)
+            yield where, parse_line(raw, where)
     if not number:
         raise UserError(f"{file}: no lines with content")
 
 
-def _numbered(stream: BinaryIO, file: str | Path) -> Iterator[tuple[int, bytes]]:
+def _numbered(stream: BinaryIO, file: str | Path, longest: int) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
-        while raw := stream.readline(MAX_BYTES + 1):
+        while raw := stream.readline(longest + 1):
             number += 1
-            if len(raw) > MAX_BYTES:
-                raise UserError(f"{file} line {number}: is longer than {MAX_BYTES} bytes")
+            if len(raw) > longest:
+                raise UserError(f"{file} line {number}: is longer than {longest} bytes")
             if number == 1:
                 raw = raw.removeprefix(_BOM)
             if raw.strip():
@@ -77,9 +80,10 @@ def _numbered(stream: BinaryIO, file: str | Path) -> Iterator[tuple[int, bytes]]
         raise UserError(f"{file} line {number + 1}: cannot be read ({error.strerror})") from error
 
 
-def _value(raw: bytes, where: str) -> Any:
+def parse_line(raw: bytes, where: str, finite: bool = False) -> Any:
+    """The value of one line (`strict_loads`). Raises `UserError`, opened by `where`."""
     try:
-        return strict_loads(raw, finite=False)
+        return strict_loads(raw, finite)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

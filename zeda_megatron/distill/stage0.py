@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,8 +18,10 @@ from tqdm import tqdm
 from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
+from ..durable_file import append_whole, write_atomically, writing
 from ..errors import UserError, cut_short
 from ..regular_file import is_regular
+from ..runtime.agreement import on_rank0
 from ..strict_json import read_json, strict_loads
 from .rollout import RolloutEngine
 from .sampling import SamplingConfig
@@ -121,7 +123,14 @@ class RolloutFile:
         self.answered: set[str] = set()
 
     def open(self) -> None:
-        """Check settings, drop a torn last line, remember which questions are answered."""
+        """Check settings, drop a torn last line, remember which questions are answered. Raises `UserError`."""
+        with self._writing():
+            self._open()
+
+    def _writing(self) -> contextlib.AbstractContextManager:
+        return writing(f"--rollout-path {self.path}")
+
+    def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if is_regular(self.path) and self.path.stat().st_size:
             if not is_regular(self.meta):
@@ -139,7 +148,7 @@ class RolloutFile:
             self._read()
         else:
             is_regular(self.meta)
-            self.meta.write_text(json.dumps(self.settings, indent=2) + "\n")
+            write_atomically(self.meta, json.dumps(self.settings, indent=2) + "\n")
 
     def _read(self) -> None:
         with open(self.path, "rb+") as file:
@@ -157,13 +166,12 @@ class RolloutFile:
             file.truncate(whole)
 
     def append(self, lines: list[dict]) -> None:
-        """Add answers and flush them to disk."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self.answered.add(line["key"])
-            file.flush()
-            os.fsync(file.fileno())
+        """Add answers and flush them to disk. Raises `UserError`; then none of them is there."""
+        with self._writing():
+            append_whole(
+                self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+            )
+        self.answered |= {line["key"] for line in lines}
 
 
 def answer_questions(
@@ -203,11 +211,10 @@ def answer_questions(
         lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
         gathered = [None] * torch.distributed.get_world_size() if rank0 else None
         torch.distributed.gather_object(lines, gathered, dst=0)
-        if rank0:
-            new = [line for part in gathered for line in part]
-            file.append(new)
-            answered += len(new)
-            bar.update(len(new))
+        new = [line for part in gathered for line in part] if rank0 else []
+        on_rank0(lambda new=new: file.append(new))
+        answered += len(new)
+        bar.update(len(new))
         if should_stop():
             break
     bar.close()

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable_file import write_result
 from ..errors import UserError
 from ..runtime import cpu
 
@@ -61,7 +62,7 @@ def main() -> int:
         shutil.rmtree(work, ignore_errors=True)
     _print(report)
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_result("--json", args.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..arguments import check_choices, parse
+from ..durable_file import write_result
 from ..errors import UserError
 from ..runtime.worker import run_worker
 
@@ -155,7 +156,7 @@ def work(options: ByteOptions) -> int:
         about = f"One step, {size}, {options.routing} routing, {weights}; all processes together"
         print(f"{about}\n\n{table(rows)}", flush=True)
         if options.json:
-            Path(options.json).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+            write_result("--json", options.json, json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
     torch.distributed.barrier()
     return 0
 

@@ -14,6 +14,7 @@ import torch
 
 from ..arguments import parse
 from ..checkpoint.hf_config import code_of, modeling_files
+from ..durable_file import write_result
 from ..errors import UserError, run_main
 from ..models.architecture import read_architecture
 from ..regular_file import read_regular
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         process_groups.destroy()
     text = json.dumps(result, indent=2)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        write_result("--out", options.out, text + "\n")
     print(text)
     return 0 if result["equal_answers"] == result["prompts"] and result["equal_logits"] else 1
 

@@ -13,7 +13,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from ..arguments import check_choices, parse
 from ..data.conversation import TokenSample
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
+from ..durable_file import write_result
 from ..errors import UserError, run_main
 from ..serving.load import load_model
 from .benchmarks.checkable import exactly
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         options.max_new_tokens,
     )
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+        write_result("--out", options.out, json.dumps(result, indent=2) + "\n")
     print("\n".join(table(result)))
     return 0
 

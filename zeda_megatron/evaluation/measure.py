@@ -10,12 +10,12 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from ..arguments import check_choices, parse
+from ..durable_file import write_result
 from ..errors import UserError, run_main
 from ..runtime import cpu, process_groups
 
@@ -217,10 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         process_groups.destroy()
     text = json.dumps(result, indent=2)
     if options.out:
-        from ..durable_file import write_atomically
-
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(options.out), text + "\n")
+        write_result("--out", options.out, text + "\n")
     print(text)
     return 0
 

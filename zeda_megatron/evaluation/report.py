@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 
-from ..errors import UserError
+from ..durable_file import write_result
 from .finding import finding
 from .page import render
 
@@ -55,14 +54,8 @@ def write_report(report: dict, history: dict[str, list[dict]], out_dir: str | Pa
         out / "report.json": _json(report),
         out / "report.html": render(report, _plain(history), sorted_arms(report)),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            part = path.with_suffix(path.suffix + ".part")
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write the report there ({error.strerror})") from None
+    for path, text in texts.items():
+        write_result("--out", path, text)
     return out / "report.json", out / "report.html"
 
 

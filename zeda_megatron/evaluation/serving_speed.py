@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from ..durable_file import write_result
 from ..errors import UserError
 from .serving_arms import WAYS, Contest
 
@@ -153,6 +154,6 @@ def main() -> int:
     contest = Contest(options.hf, options.layers, DTYPES[options.dtype], options.device)
     rows = measure(contest, options)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_result("--json", options.json, json.dumps(rows, indent=1) + "\n")
     print("\n".join(table(rows)))
     return 0

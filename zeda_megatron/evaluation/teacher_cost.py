@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..durable_file import write_result
 from ..errors import UserError, run_main
 from .loss_memory import resident
 
@@ -167,7 +168,7 @@ def main() -> int:
             f"| {row['above_plain_mib']:+.0f} MiB |"
         )
     if options.json:
-        options.json.write_text(json.dumps(table, indent=2) + "\n")
+        write_result("--json", options.json, json.dumps(table, indent=2) + "\n")
     return 0
 
 

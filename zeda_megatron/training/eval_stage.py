@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..durable_file import write_atomically
+from ..durable_file import write_result
 from ..errors import UserError
 from .build_teacher import build_teacher, teacher_source
 from .eval_rows import read_eval_rows
@@ -49,8 +49,5 @@ def run_evaluation(options: Options) -> int:
                 "rows": rows.count,
                 "rows_fingerprint": rows.fingerprint,
             }
-            try:
-                write_atomically(Path(output), json.dumps(report, indent=2) + "\n")
-            except OSError as error:
-                raise UserError(f"--eval-output {output}: cannot be written ({error.strerror})") from error
+            write_result("--eval-output", output, json.dumps(report, indent=2) + "\n")
     return 0

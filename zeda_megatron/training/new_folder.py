@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..durable_file import sync, sync_all
-from ..errors import UserError
+from ..durable_file import sync, sync_all, writing
 from ..runtime.agreement import barrier, on_rank0, rank
 
 
@@ -53,7 +52,5 @@ def new_folder(path: str | Path, flag: str) -> Iterator[Path]:
 
 
 def _told(do: Callable[[], None], flag: str, path: Path) -> None:
-    try:
+    with writing(f"{flag} {path}"):
         on_rank0(do)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from error

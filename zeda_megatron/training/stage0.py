@@ -55,10 +55,7 @@ def run_stage0(options: Options) -> int:
     shard = f"{generate.shard_index} of {generate.num_shards}" if generate.num_shards > 1 else None
     settings = sampling_settings(sampling, teacher_id(options)) | prompt_settings(tokenizer)
     file = RolloutFile(generate.rollout_path, settings | {"shard": shard})
-    try:
-        on_rank0(file.open)
-    except OSError as error:
-        raise UserError(f"--rollout-path {file.path}: cannot be written ({error.strerror})") from error
+    on_rank0(file.open)
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)

@@ -13,6 +13,7 @@ import pytest
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.benchmarks import instruction_following
 from zeda_megatron.evaluation.benchmarks.instruction_following import (
+    check_questions,
     check_resources,
     followed,
     ifbench_questions,
@@ -163,3 +164,27 @@ def test_missing_nltk_data_is_named(monkeypatch):
 def test_a_row_with_too_few_arguments_is_named():
     with pytest.raises(UserError, match="ifeval row 1: 2 instructions but 1 kwargs"):
         ifeval_questions([{**ROW, "kwargs": [{}]}])
+
+
+@pytest.mark.parametrize(
+    ("ids", "kwargs", "said"),
+    [
+        (["no:such"], [{}], "has no checker for no:such"),
+        (["punctuation:no_comma"], [{"a": 1}], "punctuation:no_comma refuses its kwargs"),
+        (
+            ["length_constraints:number_words"],
+            [{"num_words": "x", "relation": "at least"}],
+            "refuses its kwargs",
+        ),
+        (["length_constraints:number_words"], [{"num_words": 5, "relation": "near"}], "refuses its kwargs"),
+        (["keywords:existence"], [{"keywords": 5}], "refuses its kwargs"),
+    ],
+)
+def test_instructions_that_no_checker_takes_are_named_before_anything_is_asked(
+    ids, kwargs, said, monkeypatch
+):
+    monkeypatch.setattr(instruction_following, "check_resources", lambda questions: None)
+    row = {**ROW, "instruction_id_list": ids, "kwargs": kwargs}
+    with pytest.raises(UserError, match=f"ifeval 1000: .*{said}"):
+        check_questions("ifeval", ifeval_questions([row]))
+    check_questions("ifeval", ifeval_questions([ROW]))

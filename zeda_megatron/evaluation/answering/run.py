@@ -50,7 +50,7 @@ def run(options: RunOptions) -> Path:
         with open_engine(options) as engine:
             claim_run(output, engine, engine_name(options), arm, options.seed, _environment())
             for benchmark in benchmarks:
-                samples, sampling = options.samples or benchmark.samples, sampling_of(options, benchmark)
+                samples, sampling = samples_of(options, benchmark), sampling_of(options, benchmark)
                 folder = output / folder_name(benchmark.name)
                 asked = questions[benchmark.name]
                 prompts = engine.about.prompts([question.messages for question in asked])
@@ -58,8 +58,14 @@ def run(options: RunOptions) -> Path:
                 ask_all(folder, benchmark, asked, engine, sampling, samples)
         for benchmark in benchmarks:
             folder, asked = output / folder_name(benchmark.name), questions[benchmark.name]
-            judge_all(folder, benchmark, asked, options.verify_workers, options.verify_again)
+            samples = samples_of(options, benchmark)
+            judge_all(folder, benchmark, asked, samples, options.verify_workers, options.verify_again)
     return output
+
+
+def samples_of(options: RunOptions, benchmark: Benchmark) -> int:
+    """Answers to each question: as many as asked for, or the paper's number."""
+    return options.samples or benchmark.samples
 
 
 def sampling_of(options: RunOptions, benchmark: Benchmark) -> SamplingConfig:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...distill.sampling import SamplingConfig
-from ...durable_file import write_atomically
-from ...errors import UserError
-from ...strict_json import read_json
+from ...durable_file import write_result
+from ...errors import UserError, cut_short
+from ...regular_file import is_regular
 from ..benchmarks.benchmark import Benchmark, Question
 from .engine import Engine
+from .saved import read_benchmark_facts, read_run_facts
 
 RUN, BENCHMARK, ANSWERS, VERDICTS, SLOTS = (
     "run.json",
@@ -57,7 +59,7 @@ def claim_run(output: Path, engine: Engine, name: str, arm: str, seed: int, abou
         "environment": about,
         "config": engine.about.config,
     }
-    _claim(output / RUN, facts)
+    _claim(output / RUN, facts, read_run_facts)
 
 
 def claim_benchmark(
@@ -85,17 +87,15 @@ def claim_benchmark(
         "uids": [question.uid for question in questions],
         "kinds": {question.uid: question.kind for question in questions if question.kind},
     }
-    _claim(folder / BENCHMARK, facts)
+    _claim(folder / BENCHMARK, facts, read_benchmark_facts)
 
 
-def _claim(file: Path, facts: dict) -> None:
+def _claim(file: Path, facts: dict, read: Callable[[Path], dict]) -> None:
     facts = json.loads(json.dumps(facts))
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(facts, indent=1) + "\n")
+    if not is_regular(file):
+        write_result("--output", file, json.dumps(facts, indent=1) + "\n")
         return
-    before, now = read_json(file).get("identity"), facts["identity"]
-    before = before if isinstance(before, dict) else {}
+    before, now = read(file)["identity"], facts["identity"]
     for key in now:
         if before.get(key) != now[key]:
             raise UserError(
@@ -105,8 +105,7 @@ def _claim(file: Path, facts: dict) -> None:
 
 
 def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return cut_short(value if isinstance(value, str) else json.dumps(value), 120)
 
 
 def digest(questions: list[Question]) -> str:

@@ -6,64 +6,69 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
+from ...data.jsonl import parse_line
+from ...durable_file import append_whole, sync, writing
 from ...errors import UserError
+from ...regular_file import MAX_BYTES, is_regular, open_regular
+from .saved import Parse
 
 
 class LinesFile:
     """Lines are on disk before `append` returns. A line that was cut off is dropped when the file is opened again.
 
-    Raises `UserError` for a file that holds anything but JSON objects, a line each.
+    Args:
+        parse: checks a line of the file as it is found (`saved`).
+
+    Raises `UserError` for a file that holds anything else, and names the line.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, parse: Parse):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = self._read()
-        self._file = path.open("ab")
+        self.lines, whole = read_whole_lines(path, parse)
+        with writing(f"--output {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size > whole:
+                os.truncate(path, whole)
+                sync(path)
         self._lock = threading.Lock()
 
-    def _read(self) -> list[dict]:
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self.path.open("r+b") as stream:
-                stream.truncate(len(whole))
-                os.fsync(stream.fileno())
-        return parse_lines(whole, self.path)
-
     def append(self, lines: list[dict]) -> None:
-        """Add lines, all of them or, if the machine dies now, the first few."""
-        data = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines).encode()
-        with self._lock:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self.lines += lines
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> LinesFile:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        """Add lines, all of them or, if the machine dies now, the first few. Raises `UserError` if the disk refuses."""
+        texts = [_text(line) for line in lines]
+        with self._lock, writing(f"--output {self.path}"):
+            append_whole(self.path, "".join(texts).encode())
+            self.lines += map(json.loads, texts)
 
 
-def parse_lines(data: bytes, path: Path) -> list[dict]:
-    """JSON objects, one a line. Raises `UserError` naming file and line."""
-    lines = []
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{path} line {number}: damaged ({error}); delete that line, or the file"
-            ) from None
-        if not isinstance(value, dict):
-            raise UserError(f"{path} line {number}: expected a JSON object")
-        lines.append(value)
-    return lines
+def read_whole_lines(path: Path, parse: Parse) -> tuple[list[dict[str, Any]], int]:
+    """What `parse` keeps of the lines of a file that may not be there, and how many bytes they are.
+
+    A last line without its end is one that a kill has cut off; it does not count. Raises `UserError` naming file and
+    line.
+    """
+    lines: list[dict[str, Any]] = []
+    if not is_regular(path):
+        return lines, 0
+    whole = 0
+    try:
+        with open_regular(path) as stream:
+            while (raw := stream.readline(MAX_BYTES + 1)).endswith(b"\n"):
+                where = f"{path} line {len(lines) + 1}"
+                lines.append(parse(parse_line(raw, where, finite=True), where))
+                whole += len(raw)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(raw) > MAX_BYTES:
+        raise UserError(f"{path} line {len(lines) + 1}: is longer than {MAX_BYTES} bytes")
+    return lines, whole
+
+
+def _text(line: dict[str, Any]) -> str:
+    """The line in ASCII. Half a character (a lone surrogate) could not be read again: a mark takes its place."""
+    text = json.dumps(line, allow_nan=False)
+    if "\\ud" in text:
+        whole = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace")
+        text = json.dumps(json.loads(whole))
+    return text + "\n"

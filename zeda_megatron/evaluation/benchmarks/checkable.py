@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...strict_json import read_json
 from .answer_text import after_thinking
 from .benchmark import Benchmark, Question, Row, Source, Verdict
 from .code_tests import judge_evaluated
-from .rows import ask, take
+from .rows import ask, asked, numbered, take_list, take_text, take_word
 
 GYM = "reasoning_gym"
 _PACKAGE = "reasoning-gym==0.1.25"
@@ -35,14 +35,16 @@ def task_questions(rows: list[Row]) -> list[Question]:
     """Rows `{"messages": [..., answer], "label", "kind"}`, such as the quickstart's held-out file; free texts and those
     without a label are left out."""
     made = []
-    for number, row in enumerate(rows, 1):
-        if row.get("label") is None or row.get("kind") in TEXT_KINDS:
+    for number, (where, row) in enumerate(numbered(rows, "tasks"), 1):
+        kind = take_text(row, "kind", where=where) if row.get("kind") else ""
+        if row.get("label") is None or kind in TEXT_KINDS:
             continue
-        messages = take(row, "messages", where=f"tasks row {number}")
-        if messages[-1]["role"] == "assistant":
+        messages = take_list(row, "messages", where)
+        if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
-        reference = {"label": str(row["label"])}
-        made.append(Question(str(row.get("uid") or number), messages, reference, str(row.get("kind") or "")))
+        reference = {"label": take_word(row, "label", where=where)}
+        uid = take_word(row, "uid", where=where) if row.get("uid") else str(number)
+        made.append(Question(uid, asked({"prompt": messages}, where), reference, kind))
     return made
 
 
@@ -133,10 +135,10 @@ def read_settings(file: str | None) -> dict[str, dict]:
     if file is None:
         return {}
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--family-settings {file}: cannot be read ({error})") from None
-    if not isinstance(settings, dict) or not all(isinstance(v, dict) for v in settings.values()):
+        settings = read_json(Path(file))
+    except UserError as error:
+        raise UserError(f"--family-settings {error}") from None
+    if not all(isinstance(v, dict) for v in settings.values()):
         raise UserError(f"--family-settings {file}: expected an object, family to its settings")
     return settings
 

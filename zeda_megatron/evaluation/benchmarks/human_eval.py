@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 
-from ...errors import UserError
+from ...data.records import Message
+from ...errors import UserError, shown
+from ...strict_json import is_number
 from .answer_text import after_thinking, last_code_block
 from .benchmark import Benchmark, Question, Row, Source, Verdict
 from .code_tests import judge_checked
-from .rows import ask, is_authors, take
+from .rows import ask, asked, is_authors, numbered, take, take_list, take_name, take_text, take_word
 
 INSTRUCTION = "Write a Python program that solves this problem. Give it, complete, in one fenced code block."
 """Ours; the authors' files bring their own prompts."""
@@ -19,53 +21,62 @@ EVALPLUS = "pip install --no-deps evalplus==0.3.1 wget tempdir appdirs"
 
 def human_eval_questions(rows: list[Row]) -> list[Question]:
     """OpenAI's rows, and those of `evalplus/humanevalplus`: `prompt`, `test`, `entry_point`."""
-    return [_question(row, number, "humaneval") for number, row in enumerate(rows, 1)]
+    return [_question(row, "humaneval", where) for where, row in numbered(rows, "humaneval")]
 
 
 def mbpp_questions(rows: list[Row]) -> list[Question]:
     """Rows of `evalplus/mbppplus` (`prompt`, `test_list`, `test`), EvalPlus' release, or the authors'."""
-    return [_question(row, number, "mbpp") for number, row in enumerate(rows, 1)]
+    return [_question(row, "mbpp", where) for where, row in numbered(rows, "mbpp")]
 
 
-def _question(row: Row, number: int, dataset: str) -> Question:
-    where = f"{dataset} row {number}"
+def _question(row: Row, dataset: str, where: str) -> Question:
     authors = is_authors(row)
-    messages = row["prompt"] if authors else ask(f"{INSTRUCTION}\n\n{_shown(row, dataset, where)}")
-    uid = str(row["uid"] if authors else take(row, "task_id", where=where))
+    messages = asked(row, where) if authors else ask(f"{INSTRUCTION}\n\n{_shown(row, dataset, where)}")
+    uid = take_word(row, "uid" if authors else "task_id", where=where)
     if "base_input" in row:
-        return Question(uid, messages, _evalplus_reference(row, dataset, where))
-    test = take(row, "test", where=where)
+        return Question(uid, messages, _evalplus_reference(row, messages, dataset, where))
+    test = take_text(row, "test", where=where)
     if dataset == "mbpp":
         return Question(uid, messages, {"kind": "program", "test": test})
-    entry = take(row, "entry_point", where=where)
-    reference = {"kind": "program", "prompt": take(row, "prompt", where=where), "entry_point": entry}
+    entry = take_name(row, "entry_point", where)
+    reference = {"kind": "program", "prompt": take_text(row, "prompt", where=where), "entry_point": entry}
     return Question(uid, messages, {**reference, "test": f"{test}\ncheck({entry})"})
 
 
 def _shown(row: Row, dataset: str, where: str) -> str:
-    prompt = take(row, "prompt", where=where).strip()
+    prompt = take_text(row, "prompt", where=where).strip()
     if dataset == "mbpp" and row.get("test_list"):
         # The text does not name the function: one test shows how it is called.
-        prompt = f'"""\n{prompt}\n{row["test_list"][0]}\n"""'
+        first = take_list(row, "test_list", where)[0]
+        if not isinstance(first, str):
+            raise UserError(f"{where}: test_list must hold texts, found {shown(first)}")
+        prompt = f'"""\n{prompt}\n{first}\n"""'
     return f"```python\n{prompt}\n```"
 
 
-def _evalplus_reference(row: Row, dataset: str, where: str) -> dict:
+def _evalplus_reference(row: Row, messages: list[Message], dataset: str, where: str) -> dict:
     prompt = row["prompt"]
     if not isinstance(prompt, str):
-        prompt = last_code_block(prompt[-1]["content"]) or prompt[-1]["content"]
-    entry = take(row, "entry_point", where=where)
-    solution = take(row, "canonical_solution", where=where)
+        prompt = last_code_block(messages[-1]["content"]) or messages[-1]["content"]
+    entry = take_name(row, "entry_point", where)
+    solution = take_text(row, "canonical_solution", where=where)
+    for name in ("base_input", "plus_input"):
+        inputs = take(row, name, where=where)
+        if not isinstance(inputs, list) or not all(isinstance(one, list) for one in inputs):
+            raise UserError(f"{where}: {name} must be a list of lists of arguments, found {shown(inputs)}")
+    atol = row.get("atol") or 0
+    if not (is_number(atol) and atol >= 0):
+        raise UserError(f"{where}: atol must be a number from 0, found {shown(atol)}")
     return {
         "kind": "evalplus",
         "dataset": dataset,
-        "task_id": str(take(row, "task_id", where=where)),
+        "task_id": take_word(row, "task_id", where=where),
         "prompt": prompt,
         "entry_point": entry,
         "reference": f"{prompt.rstrip()}\n{solution}",
-        "base_input": take(row, "base_input", where=where),
-        "plus_input": take(row, "plus_input", where=where),
-        "atol": float(row.get("atol") or 0),
+        "base_input": row["base_input"],
+        "plus_input": row["plus_input"],
+        "atol": float(atol),
     }
 
 

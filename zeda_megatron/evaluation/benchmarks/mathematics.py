@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ...errors import UserError
 from .answer_text import last_box
 from .benchmark import Benchmark, Question, Row, Source, Verdict
-from .rows import ask, is_authors, take
+from .rows import ask, asked, is_authors, numbered, take_text, take_word
 
 INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."
 """Ours; the authors' files bring their own prompts."""
@@ -13,20 +14,20 @@ INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."
 def questions(rows: list[Row]) -> list[Question]:
     """The authors' rows (`label`), or those of the original sets (`problem` or `question`, `answer`)."""
     made = []
-    for number, row in enumerate(rows, 1):
-        where = f"row {number}"
+    for number, (where, row) in enumerate(numbered(rows, "mathematics"), 1):
         if is_authors(row):
-            label = str(take(row, "label", where=where))
-            made.append(Question(str(row["uid"]), row["prompt"], {"label": last_box(label) or label}))
+            label = take_word(row, "label", where=where)
+            uid = take_word(row, "uid", where=where)
+            made.append(Question(uid, asked(row, where), {"label": last_box(label) or label}))
             continue
-        text = take(row, "problem", "Problem", "question", "Question", where=where)
-        label = str(take(row, "answer", "Answer", "label", where=where))
+        text = take_text(row, "problem", "Problem", "question", "Question", where=where)
         # GSM8K ends its worked solution with `#### answer`.
-        label = label.rpartition("####")[2].strip()
-        names = [row[key] for key in ("unique_id", "ID", "id", "problem_idx") if row.get(key) is not None]
-        made.append(
-            Question(str(names[0] if names else number), ask(f"{text}\n\n{INSTRUCTION}"), {"label": label})
-        )
+        label = take_word(row, "answer", "Answer", "label", where=where).rpartition("####")[2].strip()
+        if not label:
+            raise UserError(f"{where}: its answer is empty")
+        names = [key for key in ("unique_id", "ID", "id", "problem_idx") if row.get(key) is not None]
+        uid = take_word(row, names[0], where=where) if names else str(number)
+        made.append(Question(uid, ask(f"{text}\n\n{INSTRUCTION}"), {"label": label}))
     return made
 
 

@@ -7,10 +7,11 @@ import random
 import re
 from collections.abc import Callable
 
-from ...errors import UserError
+from ...errors import UserError, cut_short, shown
+from ...strict_json import is_number
 from .answer_text import last_box
 from .benchmark import Benchmark, Question, Row, Source, Verdict
-from .rows import ask, is_authors, take
+from .rows import ask, asked, is_authors, numbered, take_list, take_text, take_word
 
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = "Reason step by step and put the letter of the right choice in \\boxed{}."
@@ -67,38 +68,43 @@ def _plain(text: str) -> str:
     return " ".join(_SPACE.sub(" ", _FONT.sub("", text)).split())
 
 
-def _questions(rows: list[Row], original: Callable[[Row, int], Question | None]) -> list[Question]:
+def _questions(rows: list[Row], original: Callable[[Row, int, str], Question | None]) -> list[Question]:
     """`original` reads a row that is not the authors'; None leaves it out."""
-    numbered = enumerate(rows, 1)
-    made = (_authors(row, number) if is_authors(row) else original(row, number) for number, row in numbered)
+    made = (
+        _authors(row, where) if is_authors(row) else original(row, number, where)
+        for number, (where, row) in enumerate(numbered(rows, "multiple choice"), 1)
+    )
     return [question for question in made if question is not None]
 
 
-def _gpqa(row: Row, number: int) -> Question:
-    where = f"row {number}"
-    text = take(row, "Question", where=where).strip()
+def _gpqa(row: Row, number: int, where: str) -> Question:
+    text = take_text(row, "Question", where=where).strip()
     names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    choices = [str(take(row, name, where=where)).strip() for name in names]
+    choices = [take_word(row, name, where=where).strip() for name in names]
     order = list(range(len(choices)))
     random.Random(hashlib.sha256(text.encode()).hexdigest()).shuffle(order)
-    uid = str(row.get("Record ID") or number)
+    uid = take_word(row, "Record ID", where=where) if row.get("Record ID") else str(number)
     return _question(uid, text, [choices[i] for i in order], order.index(0), "")
 
 
-def _redux(row: Row, number: int) -> Question | None:
-    where = f"row {number}"
+def _redux(row: Row, number: int, where: str) -> Question | None:
     if row.get("error_type", "ok") != "ok":
         return None
-    right, choices = int(take(row, "answer", where=where)), list(take(row, "choices", where=where))
-    if not 0 <= right < len(choices):
-        raise UserError(f"{where}: answer {right} is none of the {len(choices)} choices")
-    text, subject = take(row, "question", where=where).strip(), str(row.get("subject") or "")
-    return _question(str(row.get("id") or number), text, list(map(str, choices)), right, subject)
+    text, choices = take_text(row, "question", where=where).strip(), take_list(row, "choices", where)
+    if len(choices) > len(LETTERS) or not all(isinstance(one, str) or is_number(one) for one in choices):
+        raise UserError(f"{where}: choices must be at most {len(LETTERS)} texts, found {shown(choices)}")
+    right = take_word(row, "answer", where=where)
+    if right not in map(str, range(len(choices))):
+        raise UserError(f"{where}: answer {cut_short(right)} is none of the {len(choices)} choices")
+    subject = take_text(row, "subject", where=where) if row.get("subject") else ""
+    uid = take_word(row, "id", where=where) if row.get("id") else str(number)
+    return _question(uid, text, list(map(str, choices)), int(right), subject)
 
 
-def _authors(row: Row, number: int) -> Question:
-    label = str(take(row, "label", where=f"row {number}"))
-    return Question(str(row["uid"]), row["prompt"], {"label": (last_box(label) or label).strip()})
+def _authors(row: Row, where: str) -> Question:
+    label = take_word(row, "label", where=where)
+    uid = take_word(row, "uid", where=where)
+    return Question(uid, asked(row, where), {"label": (last_box(label) or label).strip()})
 
 
 def _question(uid: str, text: str, choices: list[str], right: int, kind: str) -> Question:

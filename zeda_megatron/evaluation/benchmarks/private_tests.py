@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import pickletools
 import zlib
 
-from ...errors import UserError
+from ...data.jsonl import parse_line
+from ...errors import UserError, shown
 
 MOST = 1 << 30
 """Bytes that packed tests may have when unpacked."""
@@ -30,15 +30,14 @@ def decode_tests(packed: str | list | None, where: str) -> list[dict]:
         tests = packed
     elif not packed:
         tests = []
-    else:
+    elif isinstance(packed, str):
         text = packed if packed.lstrip().startswith("[") else pickled_text(_unpacked(packed, where), where)
-        try:
-            tests = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: private tests are not valid JSON ({error.msg})") from None
+        tests = parse_line(text.encode("utf-8", "surrogatepass"), f"{where}: private tests")
+    else:
+        raise UserError(f"{where}: tests must be a list or text, found {shown(packed)}")
     for test in tests if isinstance(tests, list) else [None]:
-        if not isinstance(test, dict) or not {"input", "output"} <= set(test):
-            raise UserError(f"{where}: private tests are no list of objects with input and output")
+        if not isinstance(test, dict) or not all(isinstance(test.get(k), str) for k in ("input", "output")):
+            raise UserError(f"{where}: private tests are no list of objects with the texts input and output")
     return tests
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ...errors import UserError
+from ...data.jsonl import read_lines
+from ...data.records import Message, parse_prompt
+from ...errors import UserError, cut_short, shown
+from ...regular_file import open_regular, read_regular, require_regular
+from ...strict_json import is_number, strict_loads
 from .benchmark import Benchmark, Row
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow", ".csv")
+_MOST, _MOST_ROWS = 2 << 30, 1_000_000
+"""Bytes and rows of one file, unpacked."""
 AUTHORS = "TsinghuaC3I/ZEDA-Evaluation"
 """The data set of the paper's authors: one file `<name>.jsonl` per benchmark."""
 
@@ -62,61 +68,136 @@ def _rows_of_folder(folder: Path, benchmark: Benchmark) -> list[Row]:
 
 
 def _rows_of(file: Path) -> Iterator[Row]:
+    readers = {".parquet": _parquet, ".arrow": _arrow, ".csv": _csv, ".json": _json}
+    reader = readers.get(file.suffix, _lines)
     try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from pyarrow.parquet.read_table(file).to_pylist()
-        elif file.suffix == ".arrow":
-            import pyarrow
-
-            with pyarrow.memory_map(str(file)) as source:
-                yield from pyarrow.ipc.open_stream(source).read_all().to_pylist()
-        elif file.suffix == ".csv":
-            with file.open(newline="", encoding="utf-8") as stream:
-                yield from csv.DictReader(stream)
-        elif file.suffix == ".json":
-            loaded = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(loaded, list):
-                raise UserError(f"{file}: expected a JSON list of rows")
-            yield from loaded
-        else:
-            yield from _lines(file)
+        for where, row in reader(file):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            yield FileRow(row, where)
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"{file}: cannot be read ({error})") from None
+    except (OSError, ValueError, csv.Error, NotImplementedError, LookupError, TypeError) as error:
+        # pyarrow's own errors are of all these kinds
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _lines(file: Path) -> Iterator[Row]:
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file} line {number}: not valid JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file} line {number}: expected a JSON object")
-            yield row
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    return read_lines(file, _MOST)
 
 
-def take(row: Row, *names: str, where: str):
+def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    with open_regular(file) as stream:
+        table = pyarrow.parquet.ParquetFile(stream)
+        groups = (table.metadata.row_group(i) for i in range(table.metadata.num_row_groups))
+        _bound(file, table.metadata.num_rows, sum(group.total_byte_size for group in groups))
+        yield from _numbered(file, table.read().to_pylist())
+
+
+def _arrow(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+
+    require_regular(file)
+    with pyarrow.memory_map(str(file)) as source:
+        table = pyarrow.ipc.open_stream(source).read_all()
+        _bound(file, table.num_rows, table.nbytes)
+        yield from _numbered(file, table.to_pylist())
+
+
+def _csv(file: Path) -> Iterator[tuple[str, Any]]:
+    with open_regular(file) as stream:
+        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        for row in reader:
+            where = f"{file} line {reader.line_num}"
+            if None in row:
+                raise UserError(f"{where}: has more fields than the first line")
+            yield where, row
+
+
+def _json(file: Path) -> Iterator[tuple[str, Any]]:
+    loaded = strict_loads(read_regular(file, _MOST), finite=False)
+    if not isinstance(loaded, list):
+        raise UserError(f"{file}: expected a JSON list of rows")
+    yield from _numbered(file, loaded)
+
+
+def _numbered(file: Path, rows: list) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{file} row {number}", row
+
+
+def _bound(file: Path, rows: int, size: int) -> None:
+    if rows > _MOST_ROWS or size > _MOST:
+        raise UserError(f"{file}: has {rows} rows and {size} bytes, more than any benchmark")
+
+
+class FileRow(dict):
+    """A row that knows where it stands."""
+
+    def __init__(self, row: Row, where: str):
+        super().__init__(row)
+        self.where = where
+
+
+def numbered(rows: list[Row], name: str) -> Iterator[tuple[str, Row]]:
+    """Each row, and before it what opens a message about it: file and line, or the benchmark's name and a number."""
+    for number, row in enumerate(rows, 1):
+        yield getattr(row, "where", f"{name} row {number}"), row
+
+
+def take(row: Row, *names: str, where: str) -> Any:
     """The value of the first of these keys that the row has. Raises `UserError` if it has none."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    have = ", ".join(sorted(map(str, row))) or "none"
+    have = cut_short(", ".join(sorted(map(str, row))) or "none", 200)
     raise UserError(f"{where}: no key {' or '.join(names)} (found {have})")
+
+
+def take_text(row: Row, *names: str, where: str) -> str:
+    """The same for a text that is not blank."""
+    value = take(row, *names, where=where)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {' or '.join(names)} must be text, found {shown(value)}")
+    return value
+
+
+def take_word(row: Row, *names: str, where: str) -> str:
+    """The same for a text or a number, as text."""
+    value = take(row, *names, where=where)
+    if is_number(value):
+        return str(value)
+    return take_text(row, *names, where=where)
+
+
+def take_name(row: Row, name: str, where: str) -> str:
+    """The same for the name of a function."""
+    value = take_text(row, name, where=where)
+    if not value.isidentifier():
+        raise UserError(f"{where}: {name} must be the name of a function, found {shown(value)}")
+    return value
+
+
+def take_list(row: Row, name: str, where: str) -> list:
+    """The value of a key that holds a list with something in it."""
+    value = take(row, name, where=where)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {name} must be a list with something in it, found {shown(value)}")
+    return value
 
 
 def is_authors(row: Row) -> bool:
     """A row of the authors' files: `uid`, and the prompt as messages."""
-    return isinstance(row.get("uid"), str | int) and isinstance(row.get("prompt"), list)
+    return row.get("uid") is not None and isinstance(row.get("prompt"), list)
 
 
-def ask(text: str) -> list[dict[str, str]]:
+def asked(row: Row, where: str) -> list[Message]:
+    """The messages of an authors' row."""
+    return parse_prompt({"prompt": row["prompt"]}, where).messages
+
+
+def ask(text: str) -> list[Message]:
     """One user turn."""
     return [{"role": "user", "content": text}]

@@ -89,7 +89,7 @@ def _benchmark(run: RunResult, teacher: RunResult | None, result: BenchmarkResul
         "cut_off": _mean(line["finish"] == "length" for line in lines),
         "keys": _mean(line["prompt_tokens"] + line["tokens"] / 2 for line in lines),
         "tokens_per_second": sum(line["tokens"] for line in lines) * run.parallel / seconds
-        if seconds
+        if seconds > 1e-9
         else None,
         "by_kind": _by_kind(result),
     }

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...durable_file import write_atomically
-from ...errors import UserError
+from ...durable_file import write_result
+from ...errors import UserError, one_line
 from .choice import MARGIN, choose
 from .figures import compare
 from .page import render
@@ -39,12 +39,8 @@ def report(options: ReportOptions) -> dict:
             raise UserError(f"{flag} is missing")
     made = make_report([part.strip() for part in options.runs.split(",") if part.strip()], options.margin)
     out = Path(options.output)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "benchmarks.json", json.dumps(made, indent=1) + "\n")
-        write_atomically(out / "benchmarks.html", render(made))
-    except OSError as error:
-        raise UserError(f"--output {out}: cannot write the report there ({error.strerror})") from None
+    write_result("--output", out / "benchmarks.json", json.dumps(made, indent=1) + "\n")
+    write_result("--output", out / "benchmarks.html", render(made))
     print(format_table(made))
     print(f"\nreport: {out / 'benchmarks.html'}")
     return made
@@ -82,7 +78,7 @@ _COLUMNS = (
 def format_table(made: dict) -> str:
     """Arms and the choice as text for the terminal."""
     rows = [["arm", *(title for title, _ in _COLUMNS)]]
-    rows += [[name, *(cell(arm) for _, cell in _COLUMNS)] for name, arm in made["arms"].items()]
+    rows += [[one_line(name), *(cell(arm) for _, cell in _COLUMNS)] for name, arm in made["arms"].items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])

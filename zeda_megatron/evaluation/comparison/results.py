@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.hf_config import adapted_steps_of, zero_experts_of
-from ...errors import UserError
+from ...errors import UserError, shown
 from ...models.on_disk import read_facts
-from ...strict_json import read_json
-from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS
-from ..answering.samples_file import parse_lines
+from ...regular_file import is_regular
+from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS, folder_name
+from ..answering.samples_file import read_whole_lines
+from ..answering.saved import answers_of, read_benchmark_facts, read_run_facts, slots_line, verdicts_of
 
 TEACHER = "teacher"
 """Arm name of the static model."""
@@ -83,13 +84,18 @@ def _fed(line: dict) -> int:
 
 
 def read_run(folder: str | Path) -> RunResult:
-    """Read a run's folder. Raises `UserError` for one that is none, or that is damaged."""
+    """Read a run's folder. Raises `UserError` for one that is none, or that is damaged (file and key or line)."""
     root = Path(folder)
-    if not (root / RUN).is_file():
+    if not is_regular(root / RUN):
         raise UserError(f"--runs {folder}: no {RUN} there; give folders that `evaluation run` has written")
-    about = read_json(root / RUN)
+    about = read_run_facts(root / RUN)
     identity = about["identity"]
-    found = [_read_benchmark(path.parent) for path in sorted(root.glob(f"*/{BENCHMARK}"))]
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and is_regular(path / BENCHMARK)]
+    found = [_read_benchmark(path) for path in folders]
+    try:
+        origin = _origin(identity["engine"], about["model"], about["config"])
+    except UserError as error:
+        raise UserError(f"{root / RUN}: {error}") from None
     return RunResult(
         arm=identity["arm"],
         folder=str(folder),
@@ -101,7 +107,7 @@ def read_run(folder: str | Path) -> RunResult:
         environment=about["environment"],
         settings=identity["settings"],
         benchmarks={one.name: one for one in found},
-        **_origin(identity["engine"], about["model"], about["config"]),
+        **origin,
     )
 
 
@@ -121,23 +127,24 @@ def _origin(engine: str, model: str, config: dict[str, Any] | None) -> dict[str,
 
 
 def _read_benchmark(folder: Path) -> BenchmarkResult:
-    about = read_json(folder / BENCHMARK)
-    verdicts = {(line["uid"], line["sample"]): line for line in _lines(folder / VERDICTS)}
-    order = {uid: place for place, uid in enumerate(about["uids"])}
+    about = read_benchmark_facts(folder / BENCHMARK)
+    identity, uids = about["identity"], about["uids"]
+    if folder.name != folder_name(identity["benchmark"]):
+        raise UserError(f"{folder / BENCHMARK}: is of {shown(identity['benchmark'])}, in the wrong folder")
+    verdicts, _ = read_whole_lines(folder / VERDICTS, verdicts_of(uids, identity["samples"]))
+    by_key = {(line["uid"], line["sample"]): line for line in verdicts}
+    parse = answers_of(uids, identity["samples"])
+
+    def without_text(line: Any, where: str) -> dict[str, Any]:
+        return {key: value for key, value in parse(line, where).items() if key != "text"}
+
     lines = []
-    for line in _lines(folder / ANSWERS):
-        verdict = verdicts.get((line["uid"], line["sample"]))
+    for line in read_whole_lines(folder / ANSWERS, without_text)[0]:
+        verdict = by_key.get((line["uid"], line["sample"]))
         if verdict is not None:
             lines.append({**line, "right": verdict["right"], "note": verdict["note"]})
+    order = {uid: place for place, uid in enumerate(uids)}
     lines.sort(key=lambda line: (order[line["uid"]], line["sample"]))
-    counted = _lines(folder / SLOTS)
+    counted, _ = read_whole_lines(folder / SLOTS, slots_line)
     slots = (sum(one["zero"] for one in counted), sum(one["routed"] for one in counted)) if counted else None
-    identity = about["identity"]
     return BenchmarkResult(identity["benchmark"], about["title"], identity, lines, slots, about["kinds"])
-
-
-def _lines(file: Path) -> list[dict]:
-    if not file.is_file():
-        return []
-    data = file.read_bytes()
-    return parse_lines(data[: data.rfind(b"\n") + 1], file)
