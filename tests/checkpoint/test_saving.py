@@ -1,5 +1,6 @@
 """Writing checkpoints, in the foreground and in the background: full disks, failing writers, order of events."""
 
+import multiprocessing
 import resource
 import shutil
 import time
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import tiny_world
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from zeda_megatron.checkpoint import saving
 from zeda_megatron.checkpoint.state import TRACKER, find_checkpoint
@@ -94,6 +96,18 @@ def test_the_next_save_waits_for_the_one_before(world, halfway, tmp_path, monkey
     assert (folder / TRACKER).read_text() == "3"
     run.saver.finish()
     assert (folder / TRACKER).read_text() == "4"
+
+
+def test_a_checkpoint_that_is_waited_for_leaves_no_process_behind(world, halfway, tmp_path, monkeypatch):
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)  # as in a process that has not saved yet
+    folder = shutil.copytree(halfway, tmp_path / "run")
+    run = tiny_world.start(world, save=folder)
+    before = multiprocessing.active_children()
+    run.iteration = 3
+    run.save()
+    assert multiprocessing.active_children() == before
+    assert filesystem_async._results_queue is None
+    assert tiny_world.start(world, save=folder).iteration == 3
 
 
 def test_a_writer_that_is_killed_is_one_line_that_names_save(world, halfway, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..runtime.agreement import on_rank0, rank
 from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
-from ..runtime.megatron_api import accepted
+from ..runtime.megatron_api import accepted, results_stay_here
 from .folders import TRACKER, iteration_of, iterations, set_aside
 from .integrity import note_own_files, seal
 
@@ -66,7 +66,8 @@ class CheckpointSaver:
             self._partial = self._make_partial(final)
             # Newer versions would rather write with another package.
             own = accepted(dist_checkpointing.save, async_strategy="mcore")
-            request = dist_checkpointing.save(state, str(self._partial), async_sharded_save=True, **own)
+            with contextlib.nullcontext() if self.background else results_stay_here():
+                request = dist_checkpointing.save(state, str(self._partial), async_sharded_save=True, **own)
             request = _noting_files(request, self._partial)
             request.add_finalize_fn(partial(self._publish, self._partial, final, describe))
             if self.background:

@@ -6,7 +6,9 @@ Run with 0.16.1 and 0.19.2: differences are told from what an object looks like.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -43,6 +45,23 @@ def replace_experts(moe, stock: type, ours: type, **params: Any) -> bool:
         return False
     experts.module, experts.params = ours, {**(experts.params or {}), **params}
     return True
+
+
+@contextmanager
+def results_stay_here() -> Iterator[None]:
+    """For a checkpoint that this process waits for: its writer's results go through a queue of this process.
+
+    Else each rank's first save starts a server for that queue, which takes seconds (it imports PyTorch), some hundred
+    megabytes, and lives as long as the run. Only a writer that works in a child process needs it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as module
+
+    shared = getattr(module, "_results_queue", None)
+    module._results_queue = queue.SimpleQueue()
+    try:
+        yield
+    finally:
+        module._results_queue = shared
 
 
 def mend_latent_attention() -> None:
