@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.checkpoint.lock import NAME, STALE_SECONDS, LockFile, LockLost, locked
+from zeda_megatron.checkpoint.lock import BEAT_SECONDS, NAME, STALE_SECONDS, LockFile, LockLost, locked
 from zeda_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,13 +118,23 @@ def test_a_requeued_job_takes_its_own_lock_over_at_once(holder, file, monkeypatc
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "x", "host": "h"}'])
-def test_a_lock_that_cannot_be_read_counts_until_it_is_stale(file, text):
+def test_a_lock_that_cannot_be_read_counts_until_a_heartbeat_is_due(file, text):
     file.write_text(text)
     with pytest.raises(UserError, match="an unknown run works here"), locked(file, "--save"):
         pass
-    silent(file, STALE_SECONDS + 1)
+    silent(file, BEAT_SECONDS + 1)  # who is alive has written its name by then
     with locked(file, "--save", lambda text: None):
         pass
+
+
+def test_a_run_that_ends_while_it_takes_the_lock_leaves_none(file, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LockFile, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        LockFile(file).take()
+    assert not file.exists()
 
 
 def _race(path: Path, start, results) -> None:

@@ -109,10 +109,10 @@ class LockFile:
 
     def abandoned(self, found: Found) -> str | None:
         """Why nobody can hold this lock any more; None if somebody may."""
-        if found.age > self.stale:
+        if found.age > self._patience(
+            found
+        ):  # a run that is alive writes its name at once, and a heartbeat later on
             return f"no sign of life for {found.age:.0f} s"
-        if found.owner is None and found.age > BEAT_SECONDS:
-            return "it was never written whole"  # a heartbeat would have come by now
         return found.owner.why_gone() if found.owner else None
 
     def is_mine(self) -> bool:
@@ -161,7 +161,8 @@ class LockFile:
         with open(handle, "w") as file:
             self._write(file)
             try:
-                os.link(f"/proc/self/fd/{handle}", self.path, follow_symlinks=True)
+                # Python follows the link only where a folder is given, which an absolute path does not need.
+                os.link(f"/proc/self/fd/{handle}", self.path, src_dir_fd=handle, follow_symlinks=True)
             except FileExistsError:
                 return False
             except OSError:
@@ -193,13 +194,17 @@ class LockFile:
         if not self.is_mine():
             raise UserError(self._refusal(self.look()))
 
+    def _patience(self, found: Found) -> float:
+        """Seconds without a heartbeat after which nobody holds it."""
+        return self.stale if found.owner else min(BEAT_SECONDS, self.stale)
+
     def _refusal(self, found: Found | None) -> str:
         if found is None:
             return f"{self.path}: another run took and gave back this lock just now; start again"
         return (
             f"{self.path}: {found.owner or 'an unknown run'} works here, last sign of life {max(found.age, 0):.0f} s "
             f"ago; wait for its end or choose another folder. If it is dead, start again in "
-            f"{max(self.stale - found.age, 1):.0f} s (or delete that file)"
+            f"{max(self._patience(found) - found.age, 1):.0f} s (or delete that file)"
         )
 
     def _keep_alive(self) -> None:
