@@ -63,9 +63,10 @@ def is_one_line(outcome: Outcome) -> bool:
     return outcome.code == 2 and len(lines) == 1 and "Traceback" not in outcome.output
 
 
-def is_removal(outcome: Outcome) -> bool:
-    """Whether it was a removal that failed: nobody could have removed that file."""
-    return outcome.met.startswith(("unlink", "remove", "rmdir"))
+def could_not_go(name: str, outcome: Outcome) -> bool:
+    """Whether it was the removal of this file that failed: nobody could have removed it."""
+    what, _, path = outcome.met.partition(" ")
+    return what in ("unlink", "unlinkat", "remove", "rmdir") and path.endswith(name)
 
 
 def tail(outcome: Outcome) -> str:
@@ -127,10 +128,8 @@ def ordeal(
                 wrong.append(f"again: {tail(again)}")
             else:
                 found = read(machine.root)
-                if mode == "broken" and not faulty.code and is_removal(faulty):
-                    found = {
-                        name: what for name, what in found.items() if not faulty.met.endswith(f"/{name}")
-                    }
+                if not faulty.code:
+                    found = {name: what for name, what in found.items() if not could_not_go(name, faulty)}
                 if found != wanted:
                     wrong.append(f"again: {'; '.join(differences(found, wanted)[:4])}")
             if wrong:

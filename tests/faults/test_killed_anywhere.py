@@ -133,5 +133,5 @@ def records(path: Path) -> dict:
 def test_the_same_command_goes_on(disk, name):
     machine, pristine = disk
     tally = ordeal(machine, pristine, command(name), result, all_of_them=ALL or name not in LONG)
-    print(f"{name}: {tally.tried}, {len(tally.misses)} misses")
+    print(f"{name}: {tally.tried}, {len(tally.misses)} misses", *tally.misses, sep="\n")
     assert tally.tried["kill"] > 5 and not tally.misses, "\n".join(tally.misses)

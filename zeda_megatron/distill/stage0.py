@@ -204,20 +204,19 @@ def answer_questions(
         == 0
     )
     answered = 0
-    bar = tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress))
-    for start in range(0, len(pending), batch_size * ranks):
-        batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
-        made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
-        lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
-        gathered = [None] * torch.distributed.get_world_size() if rank0 else None
-        torch.distributed.gather_object(lines, gathered, dst=0)
-        new = [line for part in gathered for line in part] if rank0 else []
-        on_rank0(lambda new=new: file.append(new))
-        answered += len(new)
-        bar.update(len(new))
-        if should_stop():
-            break
-    bar.close()
+    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress)) as bar:
+        for start in range(0, len(pending), batch_size * ranks):
+            batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
+            made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
+            lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
+            gathered = [None] * torch.distributed.get_world_size() if rank0 else None
+            torch.distributed.gather_object(lines, gathered, dst=0)
+            new = [line for part in gathered for line in part] if rank0 else []
+            on_rank0(lambda new=new: file.append(new))
+            answered += len(new)
+            bar.update(len(new))
+            if should_stop():
+                break
     return answered
 
 
