@@ -36,7 +36,11 @@ def new_folder(path: str | Path, flag: str) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(staging, path)
-        sync(path.parent)
+        try:
+            sync(path.parent)
+        except OSError:  # its name is not promised yet: as if it had never been there
+            os.replace(path, staging)
+            raise
         if old.exists():
             shutil.rmtree(old)
 
