@@ -1,5 +1,6 @@
 """A checkpoint runs no code, wherever it is loaded: evaluation, training, resuming."""
 
+import ast
 import io
 import os
 import pickle
@@ -110,3 +111,21 @@ def test_a_plain_file_of_calls_runs_nothing(world, tmp_path, monkeypatch):
     (root / "zeda.json").unlink()
     tried(lambda: adapted_steps(root, "--hf"), "Weights only load failed")
     assert not mark.exists()
+
+
+def test_no_other_place_opens_a_pickle():
+    """Megatron's loader is called in one file, PyTorch's always with `weights_only`."""
+    root = Path(__file__).parents[2]
+    found = set()
+    for file in [*root.glob("zeda_megatron/**/*.py"), *root.glob("tools/*.py"), *root.glob("launch/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            call = ast.unparse(node.func)
+            opens = call.startswith(
+                ("dist_checkpointing.load", "pickle.load", "marshal.load", "dill.load", "joblib.load")
+            )
+            unsafe = call == "torch.load" and "weights_only=True" not in ast.unparse(node)
+            if opens or unsafe or call.endswith(("FileSystemReader", "Unpickler")):
+                found.add((file.name, call))
+    assert found == {("state.py", "dist_checkpointing.load")}

@@ -297,3 +297,12 @@ def test_an_answer_that_is_made_again_is_judged_again(runs, tmp_path):
     answers.write_text("".join(answers.read_text().splitlines(True)[1:]))
     go(folder)
     assert sorted(verdicts.read_text().splitlines(True)) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "5", "[" * 50_000, '{"a":' * 50 + "1" + "}" * 50, '{"a": 1, "a": 2}', LONG]
+)
+def test_variables_of_the_template_are_a_plain_object(text):
+    with pytest.raises(UserError, match="--chat-args") as error:
+        str(RunOptions(chat_args=text).chat_variables)
+    assert len(str(error.value)) < 200

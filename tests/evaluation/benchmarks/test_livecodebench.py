@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation.benchmarks.benchmark import Verdict
 from zeda_megatron.evaluation.benchmarks.code_tests import same_output
 from zeda_megatron.evaluation.benchmarks.livecodebench import LIVECODEBENCH, questions, verify
 
@@ -103,6 +104,69 @@ def test_programs_that_read_and_print(code, note, monkeypatch):
 def test_functions_are_called_with_json_arguments(code, right):
     (question,) = questions([FUNCTION])
     assert verify(question, fenced(code)).right is right
+
+
+SUM_OF = "print(sum(map(int, {}.split())))"
+PRINT = "import os, sys\nanswer = str(sum(map(int, input().split())))\n"
+AS_A_JUDGE = {
+    "open(0)": SUM_OF.format("open(0).read()"),
+    "open(0) in bytes": SUM_OF.format("open(0, 'rb').read()"),
+    "input is open(0).readline": "input = open(0).readline\n" + SUM_OF.format("input()"),
+    "for line in open(0)": "for line in open(0):\n    " + SUM_OF.format("line"),
+    "sys.stdin is open(0)": "import sys\nsys.stdin = open(0)\n" + SUM_OF.format("input()"),
+    "/dev/stdin": SUM_OF.format("open('/dev/stdin').read()"),
+    "/proc/self/fd/0": SUM_OF.format("open('/proc/self/fd/0').read()"),
+    "Path of /dev/stdin": "from pathlib import Path\n" + SUM_OF.format("Path('/dev/stdin').read_text()"),
+    "io.open(0)": "import io\n" + SUM_OF.format("io.open(0).read()"),
+    "os.read(0)": "import os\n" + SUM_OF.format("os.read(0, 10**6)"),
+    "os.fdopen(0)": "import os\n" + SUM_OF.format("os.fdopen(0).read()"),
+    "its number": "import sys\n" + SUM_OF.format("open(sys.stdin.fileno()).read()"),
+    "its lines": "import sys\nfor line in sys.stdin:\n    " + SUM_OF.format("line"),
+    "its next line": "import sys\n" + SUM_OF.format("next(sys.stdin)"),
+    "its lines in bytes": "import sys\nfor line in sys.stdin.buffer:\n    " + SUM_OF.format("line"),
+    "its bytes as text": "import io, sys\n" + SUM_OF.format("io.TextIOWrapper(sys.stdin.buffer).read()"),
+    "sys.__stdin__": "import sys\n" + SUM_OF.format("sys.__stdin__.read()"),
+    "fileinput": "import fileinput\nfor line in fileinput.input():\n    " + SUM_OF.format("line"),
+    "select": "import select, sys\nselect.select([sys.stdin], [], [])\n" + SUM_OF.format("input()"),
+    "open(1)": PRINT + "with open(1, 'w') as file:\n    file.write(answer)",
+    "print to open(1)": PRINT + "print(answer, file=open(1, 'w'))",
+    "os.write(1)": PRINT + "os.write(1, answer.encode())",
+    "os.fdopen(1)": PRINT + "os.fdopen(1, 'w').write(answer)",
+    "/dev/stdout": PRINT + "open('/dev/stdout', 'w').write(answer)",
+    "sys.stdout.buffer": PRINT + "sys.stdout.buffer.write(answer.encode())",
+    "sys.__stdout__": PRINT + "sys.__stdout__.write(answer)",
+    "its number, written": PRINT + "os.write(sys.stdout.fileno(), answer.encode())",
+    "quit": PRINT + "print(answer)\nquit()",
+    "global": "x = 0\ndef f():\n    global x\n    x = sum(map(int, input().split()))\nf()\nprint(x)",
+    "from __future__": "from __future__ import annotations\n" + SUM_OF.format("input()"),
+    "readline, then read": "import sys\na, b = sys.stdin.readline(), sys.stdin.read()\n"
+    + "print(sum(map(int, a.split())) if not b else b)",
+}
+"""Right with the judges of contests. LiveCodeBench's runner calls most of them wrong: docs/evaluation.md says why ours
+does not."""
+_QUICK = ("open(0)", "sys.stdin is open(0)", "/dev/stdin", "os.read(0)", "open(1)", "fileinput")
+AS_NO_JUDGE = {
+    "read twice": "import sys\nsys.stdin.read()\n" + SUM_OF.format("sys.stdin.read()"),
+    "a file of the input": SUM_OF.format("open('input.txt').read()"),
+    "to standard error": PRINT + "print(answer, file=sys.stderr)",
+    "another process": "import subprocess\n" + SUM_OF.format("subprocess.check_output(['cat'])"),
+    "an error in the end": PRINT + "print(answer)\n1 / 0",
+}
+
+
+@pytest.mark.parametrize("name", _QUICK)
+def test_standard_input_and_output_are_real(name):
+    (question,) = questions([STDIN])
+    assert verify(question, fenced(AS_A_JUDGE[name])) == Verdict(True)
+
+
+@pytest.mark.slow
+def test_every_way_to_read_and_print_is_judged_as_in_a_contest():
+    (question,) = questions([STDIN])
+    wrong = {name: verify(question, fenced(code)).note for name, code in AS_A_JUDGE.items()}
+    assert {name: note for name, note in wrong.items() if note} == {}
+    right = [name for name, code in AS_NO_JUDGE.items() if verify(question, fenced(code)).right]
+    assert right == []
 
 
 _REFERENCE = """

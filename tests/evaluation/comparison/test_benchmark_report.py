@@ -131,6 +131,9 @@ def test_what_is_no_run_is_named(tmp_path):
         make_report([folders[0], folders[0]])
     with pytest.raises(UserError, match="--output is missing"):
         report(ReportOptions(folders[0]))
+    for margin in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match=r"--margin .* must be from 0 to 1"):
+            report(ReportOptions(folders[0], str(tmp_path / "out"), margin))
 
 
 def test_what_the_models_own_files_tell_stands_in_the_figures(tmp_path):

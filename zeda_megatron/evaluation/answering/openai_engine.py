@@ -7,8 +7,7 @@ import json
 import math
 import os
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ...distill.sampling import SamplingConfig
 from ...errors import UserError
 from ...strict_json import is_int, is_number, read_json
 from .engine import About, Answer, Request
+from .fetch import Refused, fetch
 from .prompts import END, THINK, ChatPrompts
 from .transformers_engine import head_flops
 
@@ -58,12 +58,10 @@ class OpenAIEngine:
     ):
         self.url, self.timeout, self.tries = url.rstrip("/"), timeout, tries
         self.group, self.parallel = 1, parallel
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--model {url}: an address begins with http:// or https://")
+        _require_address(self.url)
         self._key = (os.environ.get(key_variable) or "").strip()
         if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
             raise UserError(f"{key_variable} holds characters that no key has")
-        self._open = urllib.request.build_opener(_NoRedirects).open
         self.model = model or self._only_model()
         self.template_args = template_args or {}
         self.prompts = _prompts(config_folder, self.template_args) if config_folder else None
@@ -139,8 +137,8 @@ class OpenAIEngine:
         """Counters of the vLLM plugin, from the server's /metrics; all of its traffic counts. (0, 0) while there are
         none: a fresh server has none before its first answer."""
         try:
-            with self._open(f"{self.url.removesuffix('/v1')}/metrics", timeout=30) as response:
-                lines = _read(response, 4 * _MOST, 30).decode("utf-8", "replace").splitlines()
+            text = fetch(f"{self.url.removesuffix('/v1')}/metrics", 30.0, 4 * _MOST)
+            lines = text.decode("utf-8", "replace").splitlines()
             sums = [
                 math.fsum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
                 for name in (_ZERO, _ROUTED)
@@ -154,45 +152,56 @@ class OpenAIEngine:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if order is None else json.dumps(order).encode()
+        begun = time.monotonic()
         for attempt in range(1, self.tries + 1):
+            last = attempt == self.tries
             try:
-                request = urllib.request.Request(self.url + path, data, headers)
-                with self._open(request, timeout=self.timeout) as response:
-                    said = json.loads(_read(response, most, self.timeout))
+                said = json.loads(fetch(self.url + path, self.timeout, most, data, headers))
                 if isinstance(said, dict):
                     return said
                 raise UserError(f"{self.url}{path}: its answer is no JSON object")
-            except urllib.error.HTTPError as error:
-                if error.code not in _PASSING or attempt == self.tries:
-                    reason = f"{error.code} {_brief(error.reason)}: {self._said(error)}"
+            except Refused as error:
+                if error.code not in _PASSING or last:
+                    reason = f"{error.code} {_brief(error.reason)}: {self._without_key(error.said)}"
                     raise UserError(f"{self.url}{path}: {reason}") from None
             except (ValueError, RecursionError) as error:
+                reason = self._without_key(str(error))
                 raise UserError(
-                    f"{self.url}{path}: no address, or its answer is no JSON ({_brief(error)})"
+                    f"{self.url}{path}: no address, or its answer is no JSON ({_brief(reason)})"
                 ) from None
             except (OSError, http.client.HTTPException) as error:
-                if attempt == self.tries:
+                if last or time.monotonic() - begun >= self.timeout:
                     reason = _brief(getattr(error, "reason", error)) or type(error).__name__
-                    raise UserError(f"{self.url}{path}: no answer ({reason})") from None
+                    raise UserError(
+                        f"{self.url}{path}: no answer ({self._without_key(reason)}); the same command goes on"
+                    ) from None
             time.sleep(min(30.0, 1.5**attempt))
         raise AssertionError("unreachable")
 
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        """What a refusal says, without our key, should the server repeat it."""
-        try:
-            text = error.read(2000).decode("utf-8", "replace")
-        except (OSError, ValueError, http.client.HTTPException):
-            return ""
+    def _without_key(self, text: str) -> str:
+        """What is said of a failure: a server may repeat our key."""
         return _brief(text.replace(self._key, "***") if self._key else text, 300)
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirected question would be asked elsewhere, key and all, or as a GET."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        raise UserError(
-            f"{req.full_url}: redirects ({code}) to {_brief(newurl)}; if that is right, give that address"
+def _require_address(url: str) -> None:
+    """Raise a `UserError` unless it is an address that may be written down: it stands in the run's files."""
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--model {url}: an address begins with http:// or https://")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        right = (
+            bool(parts.hostname)
+            and parts.port != 0
+            and url.isascii()
+            and url.isprintable()
+            and " " not in url
         )
+    except ValueError:
+        right, parts = False, None
+    if parts is not None and (parts.username is not None or parts.query or parts.fragment):
+        raise UserError("--model: an address has no password, ? or # in it; keys come from OPENAI_API_KEY")
+    if not right:
+        raise UserError(f"--model {url}: is no address (http://host:port/v1)")
 
 
 def _prompts(folder: str, template_args: dict[str, Any]) -> ChatPrompts | None:
@@ -200,19 +209,6 @@ def _prompts(folder: str, template_args: dict[str, Any]) -> ChatPrompts | None:
         return None
     tokenizer = load_tokenizer(folder, "hf", template_args=template_args)
     return ChatPrompts(tokenizer) if getattr(tokenizer.hf, "chat_template", None) else None
-
-
-def _read(response, most: int, seconds: float) -> bytes:
-    """The body, at most `most` bytes, within `seconds`. Raises `ValueError` and `TimeoutError`."""
-    deadline, parts, held = time.monotonic() + seconds, [], 0
-    while part := response.read1(1 << 16):
-        parts.append(part)
-        held += len(part)
-        if held > most:
-            raise ValueError(f"longer than {most} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not complete after {seconds:.0f} s")
-    return b"".join(parts)
 
 
 def _text(message: dict, names: tuple[str, ...], where: str) -> str:
@@ -227,7 +223,7 @@ def _count(usage: dict, name: str, where: str) -> int:
     value = usage.get(name)
     if value is None:
         return 0
-    if not is_int(value) or not 0 <= value < 1 << 40:
+    if not is_int(value) or not 0 <= value < 1 << 31:
         raise UserError(f"{where}: usage.{name} is no count: {_brief(value)}")
     return value
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...data.jsonl import parse_line
+from ...errors import UserError, cut_short
 from .engine import Engine
+from .saved import is_deep
 
 ENGINES = ("transformers", "openai", "megatron")
 _OF_ENGINES = {
@@ -121,12 +122,11 @@ class RunOptions:
     @property
     def chat_variables(self) -> dict[str, Any]:
         """`chat_args`, parsed."""
-        try:
-            value = json.loads(self.chat_args or "{}")
-        except ValueError as error:
-            raise UserError(f"--chat-args {self.chat_args}: not valid JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise UserError(f"--chat-args {self.chat_args}: expected a JSON object")
+        value = parse_line((self.chat_args or "{}").encode("utf-8", "surrogateescape"), "--chat-args")
+        if not isinstance(value, dict) or is_deep(value):
+            raise UserError(
+                f"--chat-args {cut_short(self.chat_args)}: expected a JSON object, not nested deeply"
+            )
         return value
 
     def check(self) -> None:

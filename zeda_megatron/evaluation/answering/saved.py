@@ -17,11 +17,12 @@ _MOST = 1 << 40
 _DEEPEST = 20
 
 
-def _deep(value: Any, left: int = _DEEPEST) -> bool:
+def is_deep(value: Any, left: int = _DEEPEST) -> bool:
+    """Whether lists and objects lie in one another more than so many times."""
     if not isinstance(value, dict | list):
         return False
     items = value.values() if isinstance(value, dict) else value
-    return left == 0 or any(_deep(item, left - 1) for item in items)
+    return left == 0 or any(is_deep(item, left - 1) for item in items)
 
 
 def _number(least: float, most: float) -> Callable[[Any], bool]:
@@ -50,7 +51,7 @@ _RUN_IDENTITY: dict[str, Check] = {
     "engine": _TEXT,
     "arm": _TEXT,
     "fingerprint": _TEXT,
-    "settings": ("an object", lambda value: isinstance(value, dict) and not _deep(value)),
+    "settings": ("an object", lambda value: isinstance(value, dict) and not is_deep(value)),
     "seed": ("a whole number", is_int),
 }
 _BENCHMARK: dict[str, Check] = {

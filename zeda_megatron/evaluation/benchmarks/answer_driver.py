@@ -94,7 +94,7 @@ class Prints:
                 stream.flush()
         # Files that it opened are closed, and so written, before the next test has descriptors of their numbers.
         names.clear()
-        sys.stdout = sys.__stdout__ = None
+        sys.stdin = sys.__stdin__ = sys.stdout = sys.__stdout__ = None
         gc.collect()
         with open("output", "rb") as file:
             return {"output": file.read(request["most"] + 1).decode("utf-8", "replace")}

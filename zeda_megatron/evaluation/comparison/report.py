@@ -37,6 +37,8 @@ def report(options: ReportOptions) -> dict:
     for flag, value in (("--runs", options.runs), ("--output", options.output)):
         if not value:
             raise UserError(f"{flag} is missing")
+    if not 0.0 <= options.margin <= 1.0:
+        raise UserError(f"--margin {options.margin} must be from 0 to 1")
     made = make_report([part.strip() for part in options.runs.split(",") if part.strip()], options.margin)
     out = Path(options.output)
     write_result("--output", out / "benchmarks.json", json.dumps(made, indent=1) + "\n")
