@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_world
+import torch
 from machine import Command, Machine, compiler
 from ordeal import contents, ordeal
 from run_folders import write_run
@@ -102,7 +103,7 @@ def command(name: str) -> Command:
 
 def result(root: Path) -> dict:
     """Contents without what differs between two runs that nobody disturbs: times, the order of Megatron's index (its
-    bytes are compared with `integrity.json`, and this with the folder), names of TensorBoard's files."""
+    bytes are compared with `integrity.json`, and this with the folder), how a pickle says the same, names of TensorBoard's files."""
     found = contents(root)
     for name in list(found):
         path = root / name
@@ -112,11 +113,22 @@ def result(root: Path) -> dict:
             found[name] = str(find_damage(path.parent))
         elif path.name == ".metadata":
             found[name] = ".metadata"
+        elif path.name == "common.pt":
+            found[name] = str(plain(torch.load(path, weights_only=False)))
         elif path.name in ("metrics.jsonl", "answers.jsonl"):
             found[name] = str(records(path))
         elif path.name == "fit.json":
             found[name] = str(timeless(json.loads(path.read_text())))
     return found
+
+
+def plain(value):
+    """The same, however a pickle says it (which strings are one object)."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else repr(value)
 
 
 def timeless(record: dict) -> dict:

@@ -28,7 +28,7 @@ from ..runtime.agreement import on_rank0, rank
 from ..runtime.children import end_with_parent
 from ..runtime.lost_peer import is_lost_peer
 from ..runtime.megatron_api import accepted, results_stay_here
-from .folders import TRACKER, iteration_of, iterations, set_aside
+from .folders import TRACKER, is_complete, iteration_of, iterations, set_aside, tracked
 from .integrity import note_own_files, seal
 
 
@@ -95,12 +95,27 @@ class CheckpointSaver:
         self._queue.async_calls.clear()
         self._discard()
 
+    def tidy(self) -> None:
+        """Finish what a run had still to delete when it was killed; for one that saves nothing more."""
+
+        def clean() -> None:
+            self._remove_left_overs()
+            newest = tracked(self.root)
+            if newest is not None and is_complete(newest):
+                self._remove_surplus(newest)
+
+        with self.told():
+            on_rank0(clean)
+
+    def _remove_left_overs(self) -> None:
+        for left_over in (*self.root.glob(".iter_*.partial"), *self.root.glob(".iter_*.deleted")):
+            shutil.rmtree(left_over, ignore_errors=True)
+
     def _make_partial(self, final: Path) -> Path:
         """A fresh hidden folder. Its name is new each time: a writer that outlived its run must not meet it."""
 
         def make() -> Path:
-            for left_over in (*self.root.glob(".iter_*.partial"), *self.root.glob(".iter_*.deleted")):
-                shutil.rmtree(left_over, ignore_errors=True)
+            self._remove_left_overs()
             folder = self.root / f".{final.name}.{secrets.token_hex(4)}.partial"
             folder.mkdir(parents=True)
             return folder
@@ -119,12 +134,16 @@ class CheckpointSaver:
             os.replace(written, final)
             sync(self.root)
             write_atomically(self.root / TRACKER, str(iteration_of(final)))
-            for old in (replaced, *map(set_aside, self._surplus(final))):
-                if old is not None:
-                    shutil.rmtree(old, ignore_errors=True)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
+            self._remove_surplus(final)
 
         on_rank0(publish)
         self._partial = None
+
+    def _remove_surplus(self, final: Path) -> None:
+        for folder in self._surplus(final):
+            shutil.rmtree(set_aside(folder), ignore_errors=True)
 
     def _surplus(self, final: Path) -> list[Path]:
         """Folders beyond `keep`: first later steps, which a run that went back has left behind, then the oldest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 
 
@@ -17,6 +18,13 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     # Newer ones advise every user of GPTModel to use another class.
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_no_advice)
+    # TensorBoard's writer fails in a thread of its own; it raises the same at the next call, which tells it in a line.
+    others = threading.excepthook
+    threading.excepthook = lambda args: None if _is_tensorboard(args.thread) else others(args)
+
+
+def _is_tensorboard(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard.")
 
 
 def _no_advice(record: logging.LogRecord) -> bool:

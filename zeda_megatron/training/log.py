@@ -131,4 +131,6 @@ class RunLog:
             flags = ("save", "metrics_path", "tensorboard_dir")
             places = {flag: getattr(self.options, flag) for flag in flags}
             told = ", ".join(f"--{flag.replace('_', '-')} {place}" for flag, place in places.items() if place)
-            raise UserError(f"{told}: cannot be written ({error}); checkpoints are unharmed") from error
+            raise UserError(
+                f"{told}: cannot be written ({error.strerror or error}); checkpoints are unharmed"
+            ) from error

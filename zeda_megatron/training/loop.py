@@ -88,6 +88,8 @@ class TrainingRun:
         options, run = self.options.optimizer, self.options.run
         if self.iteration >= options.train_iters:
             told(f"nothing to do: all {self.iteration} steps of --train-iters are in {run.load or run.save}")
+            if self.saver and not run.load:
+                self.saver.tidy()
         elif not run.save:
             kept = f" but the figures in --metrics-path {run.metrics_path}" if run.metrics_path else ""
             warn(f"no --save: nothing of this run will be kept{kept}")
