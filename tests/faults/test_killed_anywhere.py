@@ -103,7 +103,8 @@ def command(name: str) -> Command:
 
 def result(root: Path) -> dict:
     """Contents without what differs between two runs that nobody disturbs: times, the order of Megatron's index (its
-    bytes are compared with `integrity.json`, and this with the folder), how a pickle says the same, names of TensorBoard's files."""
+    bytes are compared with `integrity.json`, and this with the folder), how a pickle says the same, names of
+    TensorBoard's files."""
     found = contents(root)
     for name in list(found):
         path = root / name
