@@ -57,6 +57,11 @@ def save_checkpoint(root: str | Path, iteration: int, state: dict[str, Any], kee
 def load_checkpoint(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
     """Load `folder` into a sharded state dict. Raises `UserError` naming folder and reason."""
     _index(folder, flag)  # Megatron's reader would run whatever code the index names
+    return _load_read(folder, state, flag)
+
+
+def _load_read(folder: Path, state: dict[str, Any], flag: str) -> dict[str, Any]:
+    """`load_checkpoint` of a folder whose index has been read."""
     return _told(lambda: dist_checkpointing.load(state, str(folder)), folder, flag)
 
 
@@ -111,7 +116,7 @@ def load_weights(
             name: {key: value for key, value in part.items() if _HEAD not in key}
             for name, part in wanted.items()
         }
-    state = load_checkpoint(folder, wanted, flag)
+    state = _load_read(folder, wanted, flag)
     for name, chunk in _named(model_chunks):
         missing, unexpected = chunk.load_state_dict(state[name], strict=not fresh)
         lost = [key for key in missing if _HEAD not in key]
