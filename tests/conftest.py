@@ -9,9 +9,16 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Copies that `datasets` makes of test files go when the tests end.
-_CACHE = tempfile.TemporaryDirectory(prefix="zeda-datasets-")
+# What libraries keep of the tests' files goes when the tests end.
+_CACHE = tempfile.TemporaryDirectory(prefix="zeda-tests-")
 os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
+os.environ.setdefault(
+    "ZEDA_TESTS_TURN", f"{_CACHE.name}/turn"
+)  # workers have that of the process that started them
+if "PYTEST_XDIST_WORKER" in os.environ:  # folders of one name may hold different models
+    os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
+
+from side_by_side import pytest_runtest_protocol, pytest_xdist_make_scheduler  # noqa: E402, F401
 
 from zeda_megatron.runtime import cpu  # noqa: E402
 

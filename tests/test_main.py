@@ -57,9 +57,10 @@ def test_a_run_shows_its_progress_bar_alone_and_sigterm_ends_it_with_0(world, tm
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (
+        pytest.param(
             ["--num-zero-expert", "3"],
             "error: unknown argument --num-zero-expert; did you mean --num-zero-experts?",
+            marks=pytest.mark.slow,  # tests/launch has another one, through the script
         ),
         (
             ["--data-path", "/nowhere.jsonl", "--pretrained-checkpoint", "DYNAMIC"],
@@ -86,7 +87,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("how", ["--no-async-save", "--async-save"])
+@pytest.mark.parametrize("how", ["--no-async-save", pytest.param("--async-save", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_still_loads(world, small_disk, one_process, how):
     process = start(*flags_of(world, small_disk, train_iters=50, save_interval=1), "--no-progress", how)
     out, err = process.communicate(timeout=250)

@@ -51,21 +51,33 @@ class PeakMemory:
         self.extra = self.peak - self.start
 
 
-@pytest.mark.parametrize("step", ["import", "export", "verify"])
-def test_peak_memory_is_a_small_part_of_the_model(tmp_path, step, record_property):
-    size = write_random_model(tmp_path / "hf", CONFIG, SHARD, torch.float32)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """(a model's folder, its bytes); its conversion lands beside it, in `m`."""
+    folder = tmp_path_factory.mktemp("large") / "hf"
+    size = write_random_model(folder, CONFIG, SHARD, torch.float32)
     assert size > 300e6
-    steps = {
-        "import": lambda: hf_to_megatron(
-            tmp_path / "hf", tmp_path / "m", num_zero_experts=16, max_shard_bytes=SHARD, workers=2
-        ),
-        "export": lambda: megatron_to_hf(tmp_path / "m", tmp_path / "hf", tmp_path / "out", SHARD, workers=2),
-        "verify": lambda: verify(tmp_path / "hf", tmp_path / "m", workers=2),
-    }
-    if step != "import":
-        steps["import"]()
+    return folder, size
+
+
+def converted(hf):
+    return hf_to_megatron(hf, hf.with_name("m"), num_zero_experts=16, max_shard_bytes=SHARD, workers=2)
+
+
+STEPS = {
+    "import": converted,
+    "export": lambda hf: megatron_to_hf(hf.with_name("m"), hf, hf.with_name("out"), SHARD, workers=2),
+    "verify": lambda hf: verify(hf, hf.with_name("m"), workers=2),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_peak_memory_is_a_small_part_of_the_model(model, step, record_property):
+    hf, size = model
+    if step != "import" and not hf.with_name("m").exists():
+        converted(hf)
     with PeakMemory() as memory:
-        result = steps[step]()
+        result = STEPS[step](hf)
     record_property("model_MB", size / 1e6)
     record_property("extra_MB", memory.extra / 1e6)
     print(f"{step}: model {size / 1e6:.0f} MB, peak extra memory {memory.extra / 1e6:.0f} MB")

@@ -3,9 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,24 +11,27 @@ import pytest
 from zeda_megatron.checkpoint.lock import BEAT_SECONDS, NAME, STALE_SECONDS, LockFile, LockLost, locked
 from zeda_megatron.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-HOLD = (
-    "import sys, time; from pathlib import Path; from zeda_megatron.checkpoint.lock import LockFile\n"
-    "LockFile(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(600)"
-)
+
+def _hold(path: Path, held) -> None:
+    os.environ |= {"SLURM_JOB_ID": "41", "SLURM_CLUSTER_NAME": "c"}
+    LockFile(path).take()
+    held.set()
+    time.sleep(600)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock; it is killed at the end."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "41", "SLURM_CLUSTER_NAME": "c"}
-    command = [sys.executable, "-c", HOLD, str(tmp_path / NAME)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / NAME, held))
+    process.start()
+    try:
+        assert held.wait(60)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_a_second_run_is_told_who_works_there_and_since_when_it_is_silent(holder
 
 
 def test_after_kill_9_on_this_host_the_lock_is_taken_over_at_once(holder, file):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
+    holder.join()
     told = []
     with locked(file, "--save", told.append):
         assert json.loads(file.read_text())["pid"] == os.getpid()
@@ -85,7 +85,7 @@ def test_an_id_that_another_process_has_now_is_not_the_owner(holder, file):
 
 def test_of_a_dead_run_elsewhere_the_lock_goes_after_the_stated_time(holder, file):
     holder.kill()
-    holder.wait()
+    holder.join()
     rewrite(file, machine="another")
     with pytest.raises(UserError, match=r"start again in \d+ s"), locked(file, "--save"):
         pass

@@ -50,15 +50,27 @@ def lengths(made):
     return [len(one.response_ids) for one in made]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 7])
-@pytest.mark.parametrize("slack", [1, 5, 64])
-def test_refilled_answers_equal_those_given_one_by_one(model, prompts, slots, slack, monkeypatch):
-    monkeypatch.setattr(builtin_engine, "SLACK", slack)  # the smaller, the more often the cache is moved
-    alone = [
+@pytest.fixture(scope="module")
+def alone(model, prompts):
+    """The answers, each given by itself."""
+    made = [
         BuiltinEngine(model, STOP, 0, 64).generate([prompt], SAMPLED, [i])[0]
         for i, prompt in enumerate(prompts)
     ]
-    assert len(set(lengths(alone))) > 4
+    assert len(set(lengths(made))) > 4
+    return made
+
+
+@pytest.mark.parametrize(
+    ("slots", "slack"),
+    [
+        pytest.param(slots, slack, marks=[pytest.mark.slow] * (slots != 2 and slack != 1))
+        for slots in (1, 2, 3, 7)
+        for slack in (1, 5, 64)
+    ],
+)
+def test_refilled_answers_equal_those_given_one_by_one(model, prompts, alone, slots, slack, monkeypatch):
+    monkeypatch.setattr(builtin_engine, "SLACK", slack)  # the smaller, the more often the cache is moved
     made = answers(model, prompts, slots)
     assert [(g.response_ids, g.finish_reason) for g in made] == [
         (g.response_ids, g.finish_reason) for g in alone

@@ -176,7 +176,7 @@ STAGE_2 = [
         slow=True,
     ),
     case("stage 2 sampled ep2", world="stage 2 sampled", ep=2, slow=True),
-    case("stage 2 replay dp2", world="stage 2 replay"),
+    case("stage 2 replay dp2", world="stage 2 replay", slow=True),
     case("stage 2 replay tp2", world="stage 2 replay", tp=2, slow=True),
     case("stage 2 paired ep2", world="stage 2 paired", ep=2),
     case("stage 2 rounds dp2", world="stage 2 rounds"),
@@ -192,7 +192,7 @@ STAGE_2 = [
     case("stage 2 glm pp2 3+1", world="stage 2 glm deep", pp=2, last=1, slow=True),
     case("stage 2 pp2 odd", world="stage 2 odd", pp=2, slow=True),
     case("stage 2 replay pp2 odd", world="stage 2 replay odd", pp=2, slow=True),
-    case("stage 2 glm ep2", world="stage 2 glm", ep=2),
+    case("stage 2 glm ep2", world="stage 2 glm", ep=2, slow=True),
     case("stage 2 glm tp2", world="stage 2 glm", tp=2, slow=True),
     case("stage 2 glm pp2", world="stage 2 glm", pp=2, slow=True),
     case("stage 2 glm cp2", world="stage 2 glm aligned", cp=2, slow=True),
@@ -286,7 +286,7 @@ OTHERS = [
 MOVED = [
     # Saved by two processes after two steps, loaded by two processes under another layout (`then`).
     case("ep2 then tp2", "moved", ep=2, flags={"then": {"tp": 2}}),
-    case("pp2 then ep2", "moved", pp=2, flags={"then": {"ep": 2}}),
+    case("pp2 then ep2", "moved", pp=2, flags={"then": {"ep": 2}}, slow=True),
     case("async tp2 then pp2", "moved", tp=2, flags=ASYNC | {"then": {"pp": 2}}),
     case("sharded ep2 then sharded tp2", "moved", ep=2, flags=SHARDED | {"then": {"tp": 2}}),
     case("pp2 1+3 then pp2", "moved", world="deep", pp=2, first=1, flags={"then": {"pp": 2}}, slow=True),

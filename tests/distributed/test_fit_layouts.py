@@ -43,7 +43,7 @@ def alone(one_process, world, tmp_path_factory):
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
-        pytest.param(2, [], id="dp2"),
+        pytest.param(2, [], id="dp2", marks=pytest.mark.slow),  # ep2 shares the rows out like this, too
         pytest.param(2, ["--expert-model-parallel-size", "2"], id="ep2"),
         pytest.param(2, ["--tensor-model-parallel-size", "2"], id="tp2", marks=pytest.mark.slow),
         pytest.param(

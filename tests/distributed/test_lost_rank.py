@@ -78,7 +78,7 @@ def last_saved(world, folder: Path) -> int:
     return run.iteration
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_run_with_a_message(world, tmp_path, one_process, rank):
     job = Job(world, tmp_path / "run", "--distributed-timeout-minutes", "2")
     job.wait_for_steps(3)

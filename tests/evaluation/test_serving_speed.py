@@ -1,8 +1,7 @@
 """Serving speed compares the right computations, on every family."""
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,15 +68,16 @@ def test_only_skipping_saves_expert_flops(contest):
     assert static - flops("skip", 0.5) == 2 * quarter and static - flops("skip", 0.75) == 3 * quarter
 
 
-def test_the_command_prints_a_line_per_pass_and_writes_what_it_measured(folder):
-    command = [sys.executable, str(ROOT / "tools" / "measure_serving.py"), "--hf", str(folder)]
-    command += ["--prefill", "32", "--decode", "1", "4", "--context", "8", "--repeats", "1"]
-    done = subprocess.run([*command, "--json", str(folder / "out.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_command_prints_a_line_per_pass_and_writes_what_it_measured(folder, monkeypatch, capsys):
+    flags = ["--hf", str(folder), "--json", str(folder / "out.json")]
+    flags += ["--prefill", "32", "--decode", "1", "4", "--context", "8", "--repeats", "1"]
+    tool = runpy.run_path(str(ROOT / "tools" / "measure_serving.py"), run_name="read")
+    monkeypatch.setattr("sys.argv", ["measure_serving.py", *flags])
+    assert tool["main"]() == 0
     rows = json.loads((folder / "out.json").read_text())
     assert len(rows) == 3 * len(arms([0.25, 0.5, 0.75])) == 21
     assert all(row["moe_seconds"] > 0 and row["model_seconds"] > 0 for row in rows)
-    assert done.stdout.splitlines() == table(rows) and len(table(rows)) == 2 + 3 * 2
+    assert capsys.readouterr().out.splitlines() == table(rows) and len(table(rows)) == 2 + 3 * 2
 
 
 @pytest.mark.parametrize(

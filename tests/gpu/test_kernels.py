@@ -28,8 +28,11 @@ gpu = pytest.mark.gpu
     params=["cpu", pytest.param("interpreted", marks=pytest.mark.slow), pytest.param("cuda", marks=gpu)]
 )
 def device(request):
+    params = request.node.callspec.params
+    counts = params.get("counts", [])
+    if request.param == "cpu" and (params.get("tile") or sum(counts) > 2000):
+        pytest.skip("tiles and multiprocessors are no matter of the reference")
     if request.param == "interpreted":
-        counts = request.node.callspec.params.get("counts", [])
         if len(counts) > 40 or sum(counts) > 1500:
             pytest.skip("would take minutes interpreted")
         made, compiled = request.getfixturevalue("interpreted_library")

@@ -65,6 +65,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+SLOW_ALONE = [pytest.param(1, marks=pytest.mark.slow), 2]
+"""Numbers of processes, where what is promised is most at risk with several."""
+
+
 def train(command: list, cwd: Path, environment: dict[str, str], **more: str) -> subprocess.CompletedProcess:
     """Run to the end from another folder than the checkout."""
     return subprocess.run(
@@ -82,7 +86,7 @@ def steps(save: Path) -> list[int]:
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", SLOW_ALONE)
 def test_the_literal_torchrun_command_trains(config, tmp_path, environment, processes):
     command = ["torchrun", "--nproc-per-node", processes, SCRIPT, "--config", config]
     done = train([*command, "--save", tmp_path / "run"], tmp_path, environment)
@@ -125,8 +129,15 @@ def test_two_tasks_of_srun_find_each_other(config, tmp_path, environment):
     assert steps(tmp_path / "run") == [1, 2, 3]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [
+        pytest.param(1, signal.SIGTERM, id="1-SIGTERM"),
+        pytest.param(2, signal.SIGINT, id="2-Ctrl-C"),
+        pytest.param(1, signal.SIGINT, id="1-Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, id="2-SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_the_bash_process_saves_and_exits_0(config, tmp_path, environment, processes, number):
     save = tmp_path / "run"
     command = ["bash", SCRIPT, "--config", config, "--save", save, "--train-iters", "1000000"]
@@ -203,10 +214,16 @@ def test_ranks_end_soon_after_their_launcher_was_killed(config, tmp_path, enviro
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=["SIGTERM", "SIGUSR1", "Ctrl-C"]
+    "numbers",
+    [
+        pytest.param([signal.SIGUSR1, signal.SIGTERM], id="SIGUSR1 and SIGTERM"),
+        pytest.param([signal.SIGINT], id="Ctrl-C"),
+        pytest.param([signal.SIGUSR1], id="SIGUSR1", marks=pytest.mark.slow),
+        pytest.param([signal.SIGTERM], id="SIGTERM", marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environment, number):
-    """Slurm signals all processes of a task, Megatron's helpers of earlier saves among them."""
+def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environment, numbers):
+    """Slurm signals all processes of a task, Megatron's helpers of saves in the background among them."""
     save = tmp_path / "run"
     command = [
         "bash",
@@ -219,6 +236,7 @@ def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environ
         "1000000",
         "--save-interval",
         "1",
+        "--async-save",
     ]
     with open(tmp_path / "errors", "w+") as errors:
         run = subprocess.Popen(
@@ -230,7 +248,8 @@ def test_a_signal_to_the_whole_process_group_saves_too(config, tmp_path, environ
         )
         while not (save / "iter_0000001").exists() and run.poll() is None:
             time.sleep(0.1)
-        os.killpg(run.pid, number)
+        for number in numbers:
+            os.killpg(run.pid, number)
         code = run.wait(120)
         errors.seek(0)
         said = errors.read()
@@ -294,12 +313,12 @@ def test_two_runs_on_one_folder_the_second_stops_and_after_kill_9_a_third_takes_
     assert steps(save) == list(range(1, steps(save)[-1] + 1))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", SLOW_ALONE)
 def test_a_stopped_run_can_be_told_from_a_finished_one(config, tmp_path, environment, processes):
     command = ["bash", SCRIPT, "--config", config, "--save", tmp_path / "run", "--stopped-exit-code", "75"]
     more = {"NPROC_PER_NODE": str(processes)}
     stopped = train([*command, "--exit-interval", "2"], tmp_path, environment, **more)
     assert (stopped.returncode, steps(tmp_path / "run")) == (75, [1, 2]), stopped.stderr
     assert "Traceback" not in stopped.stderr and "Root Cause" not in stopped.stderr
-    assert train(command, tmp_path, environment, **more).returncode == 0
+    assert train(command, tmp_path, environment).returncode == 0
     assert steps(tmp_path / "run") == [1, 2, 3]

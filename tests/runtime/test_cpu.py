@@ -38,28 +38,19 @@ def test_megatron_imports_and_recomputes_in_a_fresh_process():
     assert done.stdout == "fine\n", done.stderr
 
 
-def test_modules_imported_before_install_are_covered():
-    done = python(
-        "import megatron.core.utils as utils, torch\n"
-        "assert utils.torch is torch\n"
-        "from zeda_megatron.runtime import cpu\n"
-        "assert cpu.install()\n"
-        "assert utils.torch is not torch and utils.torch.cuda.current_device().type == 'cpu'\n"
-        "print('fine')"
-    )
-    assert done.stdout == "fine\n", done.stderr
-
-
-def test_install_is_inert_where_cuda_is_present():
+def test_install_is_inert_where_cuda_is_present_and_elsewhere_covers_what_was_imported_before():
     done = python(
         "import torch, sys\n"
-        "torch.cuda.is_available = lambda: True\n"
+        "absent, torch.cuda.is_available = torch.cuda.is_available, lambda: True\n"
         "before = torch.Tensor.type, torch.Tensor.cuda, list(sys.meta_path), torch.cuda.current_device\n"
         "from zeda_megatron.runtime import cpu\n"
         "assert cpu.install() is False\n"
         "assert before == (torch.Tensor.type, torch.Tensor.cuda, list(sys.meta_path), torch.cuda.current_device)\n"
         "import megatron.core.utils as utils\n"
         "assert utils.torch is torch\n"
+        "torch.cuda.is_available = absent\n"
+        "assert cpu.install()\n"
+        "assert utils.torch is not torch and utils.torch.cuda.current_device().type == 'cpu'\n"
         "print('fine')"
     )
     assert done.stdout == "fine\n", done.stderr

@@ -56,7 +56,7 @@ def test_a_user_error_stays_one_line(elastic):
     assert run.returncode == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_to_stop_reaches_every_worker_once_and_a_clean_end_counts_as_success(
     elastic, tmp_path, number
 ):

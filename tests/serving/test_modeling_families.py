@@ -252,10 +252,17 @@ def test_gradients_are_those_of_the_definition(tmp_path, name, kind, path):
         assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max().clamp(min=1e-3)
 
 
-@every_family
+COMPILED_BY_DEFAULT = {"zero": "qwen3_moe", "learned": "mixtral", "paired": "glm4_moe_lite"}
+"""Each kind and each family once; the other pairs are slow."""
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [("zero", torch.float32), ("learned", torch.float16), ("paired", torch.bfloat16)],
+    ("name", "kind", "dtype"),
+    [
+        pytest.param(name, kind, dtype, marks=[pytest.mark.slow] * (name != COMPILED_BY_DEFAULT[kind]))
+        for name in FAMILIES
+        for kind, dtype in (("zero", torch.float32), ("learned", torch.float16), ("paired", torch.bfloat16))
+    ],
 )
 @torch.no_grad()
 def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
@@ -275,7 +282,13 @@ def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
     assert torch.equal(compiled(tokens, use_cache=False).logits, turned)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("qwen3_moe", torch.float32), ("mixtral", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen3_moe", torch.float32),
+        pytest.param("mixtral", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_model_trains_with_the_gradients_of_the_plain_one(tmp_path, compiler, name, dtype):
     model, tokens = make_model(tmp_path, name, "zero").to(dtype), torch.randint(1, 96, (2, 9))
     compiled = compiler(model, backend="aot_eager")

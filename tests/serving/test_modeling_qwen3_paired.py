@@ -273,6 +273,7 @@ def test_left_padding_changes_neither_tokens_nor_zero_share():
     assert model.zero_share() == share
 
 
+@pytest.mark.slow  # the same of every family: test_modeling_families
 @pytest.mark.parametrize("routing", ["paired", "shared"])
 @torch.no_grad()
 def test_it_compiles_as_one_graph(routing):

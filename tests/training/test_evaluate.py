@@ -106,7 +106,7 @@ def test_with_a_teacher_that_shares_the_weights_the_numbers_are_the_same(world, 
     "flags",
     [
         {},
-        {"paired": True},
+        pytest.param({"paired": True}, marks=pytest.mark.slow),
         {"paired": True, "paired_head_lr": 1e-2, "recompute_granularity": "selective"},
         {"topk_range": (1, 3)},
         {"target_zero_share": 0.5},
@@ -183,7 +183,7 @@ def test_tensorboard_gets_evaluations_from_step_0_and_at_any_log_interval(world,
         assert [event.step for event in events.Scalars(f"zeda/{key}")] == [0, 2, 3]
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_resumed_run_evaluates_as_the_uninterrupted_one(world, tmp_path, stop):
     flags = {"eval_rows": 2, "eval_interval": 2, "train_iters": 4, "global_batch_size": 2}
     tiny_world.start(world, save=tmp_path / "a", **flags).run()

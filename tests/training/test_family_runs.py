@@ -95,8 +95,15 @@ def test_a_trained_model_has_the_same_logits_in_transformers(name, tmp_path, req
     assert_same_logits_in_transformers(world, tmp_path / "run", tmp_path / "hf")
 
 
-@pytest.mark.parametrize("target", ["norm", "effect"])
-@pytest.mark.parametrize("name", ["glm", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("glm", "norm"),
+        ("mixtral", "effect"),
+        pytest.param("glm", "effect", marks=pytest.mark.slow),
+        pytest.param("mixtral", "norm", marks=pytest.mark.slow),
+    ],
+)
 def test_paired_zero_experts_are_fitted_trained_and_exported(name, target, tmp_path, request):
     world = request.getfixturevalue(name)
     report = fit(world, tmp_path / "fitted", target)

@@ -85,8 +85,15 @@ def assert_goes_on(world, folder, free, saved):
     assert tiny_world.read_metrics(folder) == free.lines
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize(("name", "make"), [("share_run", share_guard), ("apart_run", kl_guard)])
+@pytest.mark.parametrize(
+    ("name", "make", "background"),
+    [
+        pytest.param("share_run", share_guard, False, id="share-sync"),
+        pytest.param("apart_run", kl_guard, True, id="kl-async"),
+        pytest.param("share_run", share_guard, True, id="share-async", marks=pytest.mark.slow),
+        pytest.param("apart_run", kl_guard, False, id="kl-sync", marks=pytest.mark.slow),
+    ],
+)
 def test_a_guard_trips_at_its_step_and_leaves_the_checkpoint_of_before(
     world, tmp_path, request, name, make, background
 ):
@@ -186,7 +193,7 @@ def sampling_run(world, folder, exit_interval=0, **guard):
     return run
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3])
+@pytest.mark.parametrize("stop", [0, 3, pytest.param(1, marks=pytest.mark.slow)])
 def test_responses_that_collapse_end_the_run_and_leave_the_checkpoint_of_before(world, tmp_path, stop):
     """At first their mean is 21, at step 5 it is 15.5. The first window is remembered over a resume."""
     guard = {"min_response_length_share": 0.75}

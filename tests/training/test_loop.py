@@ -94,8 +94,15 @@ def test_resume_with_the_distributed_optimizer_is_bit_equal(world, tmp_path):
     assert_same(tiny_world.snapshot(resumed), tiny_world.snapshot(whole))
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    ("number", "background"),
+    [
+        pytest.param(signal.SIGTERM, False, id="SIGTERM-sync"),
+        pytest.param(signal.SIGUSR1, True, id="SIGUSR1-async"),
+        pytest.param(signal.SIGTERM, True, id="SIGTERM-async", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, False, id="SIGUSR1-sync", marks=pytest.mark.slow),
+    ],
+)
 def test_a_request_to_stop_saves_and_ends_with_0_and_a_later_resume_is_equal(
     world, straight, tmp_path, monkeypatch, number, background
 ):
@@ -404,8 +411,15 @@ def test_a_run_may_go_on_with_another_learning_rate(world, halfway, tmp_path):
     assert max(rates[:3]) > 5e-3 and max(rates[3:]) <= 2e-3
 
 
-@pytest.mark.parametrize("granularity", ["full", "selective"])
-@pytest.mark.parametrize("memory", ["own", "shared"])
+@pytest.mark.parametrize(
+    ("granularity", "memory"),
+    [
+        ("full", "own"),
+        ("selective", "shared"),
+        pytest.param("full", "shared", marks=pytest.mark.slow),
+        pytest.param("selective", "own", marks=pytest.mark.slow),
+    ],
+)
 def test_routers_alone_learn_the_same_with_recomputation(world, granularity, memory):
     """Embeddings are frozen then, so the first recomputed block has no input that wants a gradient of its own."""
     ends = []

@@ -111,7 +111,7 @@ def test_shared_zero_experts_follow_a_target_share_and_resume_bit_equal(world, t
     "flags",
     [
         {},
-        {"paired_head_lr": 1e-2},  # the other weights' rate
+        pytest.param({"paired_head_lr": 1e-2}, marks=pytest.mark.slow),  # the other weights' rate
         {"paired_head_lr": 3e-2},
         {"paired_control": "sparsity", "paired_head_lr": 1e-2},
     ],

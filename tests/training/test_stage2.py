@@ -133,7 +133,14 @@ def test_answers_of_one_round_can_serve_several_steps(world, tmp_path):
     assert lines[1]["rollout_seconds"] < lines[0]["rollout_seconds"]
 
 
-@pytest.mark.parametrize("loss", ["reverse_kl", "sampled_reverse_kl", "jsd", "forward_kl"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "reverse_kl",
+        "sampled_reverse_kl",
+        *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("jsd", "forward_kl")),
+    ],
+)
 def test_every_loss_brings_the_student_closer_to_its_teacher(world, tmp_path, loss):
     """A student that has drifted off; the group loss is off, so nothing pulls the other way."""
     flags = {"moe_aux_loss_coeff": 0.0, "train_iters": 25, "global_batch_size": 16, "lr": 3e-3}
@@ -187,7 +194,7 @@ def test_replay_makes_the_training_pass_score_as_the_rollout_did(world, noise):
     assert 0 < replayed < (0.3 if noise else 1) * free, (free, replayed)
 
 
-@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+@pytest.mark.parametrize("recompute", [None, "selective", pytest.param("full", marks=pytest.mark.slow)])
 def test_where_both_passes_route_alike_replay_changes_nothing(world, tmp_path, recompute):
     for replay in (False, True):
         start(world, tmp_path / str(replay), routing_replay=replay, recompute_granularity=recompute).run()

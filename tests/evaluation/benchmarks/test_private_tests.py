@@ -26,6 +26,9 @@ class Harmful:
     def __reduce__(self):
         return (os.system, ("touch /tmp/zeda-harmed",))
 
+    def __repr__(self):
+        return "Harmful()"
+
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_what_the_data_set_packs_is_read(protocol):
