@@ -17,10 +17,10 @@ ALONE = ("tests/distributed/", "tests/slurm/")
 """Nothing runs beside these."""
 GLOO = (
     *ALONE,
-    "tests/checkpoint/test_convert_layouts.py",
+    "tests/convert/test_convert_layouts.py",
     "tests/distill/test_losses.py",
     "tests/evaluation/test_dispatch_bytes.py",
-    "tests/evaluation/test_memory_parameters.py",
+    "tests/planning/test_memory_parameters.py",
     "tests/launch/",
     "tests/ops/test_vocab_kl_parallel.py",
     "tests/runtime/test_elastic.py",

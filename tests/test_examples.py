@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.arguments import parse
-from zeda_megatron.data import step_plan as plan
 from zeda_megatron.data.records import parse_prompt, parse_rollout
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.memory_command import read_command
-from zeda_megatron.evaluation.memory_sheet import COLUMNS, markdown_row, memory_sheet
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import check_layout
+from zeda_megatron.planning import step_plan as plan
+from zeda_megatron.planning.memory_command import read_command
+from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet
 from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[1]

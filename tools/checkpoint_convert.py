@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     quiet()
     cpu.install()
-    from zeda_megatron.checkpoint import convert
+    from zeda_megatron.convert import convert
     from zeda_megatron.data.tokenizers import has_tokenizer
 
     started = time.monotonic()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zeda_megatron.fit.run import main
 from zeda_megatron.runtime.worker import leave_with_parent, run_worker
-from zeda_megatron.training.fit import main
 
 if __name__ == "__main__":
     run_worker(main)

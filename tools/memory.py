@@ -13,7 +13,7 @@ from zeda_megatron.runtime import cpu
 def start() -> int:
     """The options of training bring Megatron with them."""
     cpu.install()
-    from zeda_megatron.evaluation.memory_sheet import main
+    from zeda_megatron.planning.memory_sheet import main
 
     return main()
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     options.validate()
     process_groups.initialize(options.parallel, options.optimizer.seed)
     try:
-        from .checkpoint.lock import NAME, locked
+        from .runtime.lock import NAME, locked
         from .training.log import warn
 
         if options.model.stage == "0":

@@ -143,7 +143,7 @@ def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
 def measure(walk: Walk, arm: Arm | None, heldout: Path) -> dict:
     name = arm.name if arm else "teacher"
     out = walk.out / "measured" / f"{name}.json"
-    command = [sys.executable, "-m", "zeda_megatron.evaluation.measure"]
+    command = [sys.executable, "-m", "zeda_megatron.evaluation.quality.measure"]
     command += ["--teacher", str(walk.out / "static")]
     command += ["--heldout", str(heldout), "--calibration", str(walk.out / "rollouts.jsonl")]
     if arm:
@@ -162,7 +162,13 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
     tool = [sys.executable, str(ROOT / "tools" / "checkpoint_convert.py"), "megatron-to-hf"]
     paths = ["--megatron", str(trained), "--hf-template", str(teacher), "--out", str(hf)]
     walk.run("export to Hugging Face format", [*tool, *paths], hf)
-    reopen = [sys.executable, "-m", "zeda_megatron.evaluation.export_check", "--megatron", str(trained)]
+    reopen = [
+        sys.executable,
+        "-m",
+        "zeda_megatron.evaluation.quality.export_check",
+        "--megatron",
+        str(trained),
+    ]
     walk.run(
         "reopen with transformers",
         [*reopen, "--hf", str(hf), "--trust-remote-code", "--heldout", str(heldout), "--out", str(check)],

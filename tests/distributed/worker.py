@@ -33,8 +33,8 @@ from pytest import MonkeyPatch  # noqa: E402
 from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
 from zeda_megatron.moe.switches import zero_mask  # noqa: E402
+from zeda_megatron.runtime.new_folder import new_folder  # noqa: E402
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
-from zeda_megatron.training.new_folder import new_folder  # noqa: E402
 from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
 

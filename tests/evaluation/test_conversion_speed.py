@@ -2,7 +2,7 @@
 
 import pytest
 
-from zeda_megatron.checkpoint.random_model import QWEN3_30B_A3B
+from zeda_megatron.convert.random_model import QWEN3_30B_A3B
 from zeda_megatron.evaluation.conversion_speed import measure
 
 TINY = {

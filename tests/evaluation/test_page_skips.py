@@ -8,8 +8,8 @@ import torch
 from test_report import FULL, metrics, page, report
 
 from zeda_megatron.evaluation.page_skips import signed, skip_note, skip_tables, span
-from zeda_megatron.evaluation.scored_tokens import ScoredTokens
-from zeda_megatron.evaluation.token_skips import token_skips
+from zeda_megatron.evaluation.quality.scored_tokens import ScoredTokens
+from zeda_megatron.evaluation.quality.token_skips import token_skips
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PARTS = (
-    "checkpoint.convert",
+    "convert.convert",
     "checkpoint.saving",
     "evaluation.__main__",
     "serving.zero_expert_model",
-    "training.fit",
+    "fit.run",
     "training.loop",
     "training.stage0",
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.arguments import parse
-from zeda_megatron.runtime import doctor as machine_check
+from zeda_megatron.planning import doctor as machine_check
 from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[2]

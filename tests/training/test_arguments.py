@@ -192,7 +192,7 @@ def test_help_shows_text_and_default_of_every_flag(capsys):
 
 
 def test_help_of_a_field_that_makes_its_default_shows_no_machinery(capsys):
-    from zeda_megatron.evaluation.hf_quality import QualityOptions
+    from zeda_megatron.evaluation.quality.hf_quality import QualityOptions
 
     with pytest.raises(SystemExit):
         parse(["--help"], {"quality": QualityOptions})

@@ -8,12 +8,12 @@ import tiny_world
 import torch
 from safetensors.torch import load_file
 
-from zeda_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from zeda_megatron.evaluation.models import load_model
+from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
+from zeda_megatron.evaluation.quality.models import load_model
+from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe.stats import routers
 from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.serving.load import load_zero_expert_model
-from zeda_megatron.training.fit import FitOptions, HeadFit
 
 pytestmark = pytest.mark.usefixtures("one_process")
 BIAS = "e_score_correction_bias"

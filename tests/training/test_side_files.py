@@ -5,9 +5,9 @@ import json
 import pytest
 import tiny_world
 
-from zeda_megatron.checkpoint.convert import megatron_to_hf
+from zeda_megatron.convert.convert import megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.models import load_model
+from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.moe.stats import routers
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -24,7 +24,7 @@ from ..runtime import cpu
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
-    "import zeda_megatron.runtime.cpu as cpu; cpu.install(); import zeda_megatron.checkpoint.convert, "
+    "import zeda_megatron.runtime.cpu as cpu; cpu.install(); import zeda_megatron.convert.convert, "
     "megatron.core.models.gpt, zeda_megatron.models.build; "
     "import time; time.sleep(0.5)"
 )
@@ -54,7 +54,7 @@ def main() -> int:
         raise UserError(f"--work {work}: exists already; give a new folder")
     cpu.install()
     try:
-        from ..checkpoint.random_model import QWEN3_30B_A3B
+        from ..convert.random_model import QWEN3_30B_A3B
 
         config = QWEN3_30B_A3B | {"num_hidden_layers": args.layers}
         report = measure(work, config, args.max_shard_bytes, args.workers, args.rounds)
@@ -81,7 +81,7 @@ def _parse() -> argparse.Namespace:
 
 def measure(work: Path, config: dict[str, Any], max_shard_bytes: int, workers: int, rounds: int) -> dict:
     """Make a random model of this config.json in `work`, then time each step `rounds` times."""
-    from ..checkpoint.random_model import write_random_model
+    from ..convert.random_model import write_random_model
 
     work.mkdir(parents=True)
     hf, megatron, out = work / "hf", work / "megatron", work / "out"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.hf_config import copy_side_files
 from ..models.architecture import read_architecture
+from ..models.hf_config import copy_side_files
 from .gpu_kernels import CPU, worst_difference
 
 SLICES = {

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.hf_config import copy_side_files, write_config
-from ..checkpoint.hf_files import HFReader
-from ..checkpoint.import_checks import check_not_quantised
-from ..checkpoint.partial import files_of, partial_folder
-from ..checkpoint.parts import PartWriter
-from ..checkpoint.safetensors_shards import Planned, plan_shards, write_index
-from ..checkpoint.target import check_target
+from ..convert.hf_files import HFReader
+from ..convert.import_checks import check_not_quantised
+from ..convert.parts import PartWriter
+from ..convert.safetensors_shards import Planned, plan_shards, write_index
 from ..errors import UserError
+from ..models.hf_config import copy_side_files, write_config
+from ..runtime.partial import files_of, partial_folder
+from ..runtime.target import check_target
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

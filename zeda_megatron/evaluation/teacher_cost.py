@@ -138,7 +138,7 @@ def main() -> int:
         if options.measure:
             print(peak(options, *options.measure))
             return 0
-        from ..checkpoint.convert import hf_to_megatron
+        from ..convert.convert import hf_to_megatron
 
         with tempfile.TemporaryDirectory() as folder:
             hf_to_megatron(options.hf, f"{folder}/static", dtype="fp32")

@@ -4,7 +4,7 @@ Pick i of token x goes to its zero expert when
 
     log w_i + (U_i.x + c_i) - log|residual|  <  threshold
 
-w_i is the pick's routing weight, U_i.x + c_i predicts log|E_i(x)| (fitted, see `moe.paired_fit`), the residual is
+w_i is the pick's routing weight, U_i.x + c_i predicts log|E_i(x)| (fitted, see `fit.paired_fit`), the residual is
 the stream that the layer's output is added to: the sum is the log of the pick's relative contribution. Kept picks
 keep their weights. Closest kin: BEAM's learned mask router (arXiv 2605.14438), which is the term `head` alone,
 trained.

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from ..arguments import check_choices, parse
-from ..checkpoint.hf_config import copy_side_files, with_own_code, write_config
-from ..checkpoint.hf_files import HFReader
-from ..checkpoint.import_checks import check_not_quantised
-from ..checkpoint.partial import files_of, partial_folder
-from ..checkpoint.target import check_space, check_target
+from ..convert.hf_files import HFReader
+from ..convert.import_checks import check_not_quantised
 from ..durable_file import write_atomically
 from ..errors import UserError
 from ..models.architecture import read_architecture
+from ..models.hf_config import copy_side_files, with_own_code, write_config
+from ..runtime.partial import files_of, partial_folder
+from ..runtime.target import check_space, check_target
 from ..strict_json import read_json
 from .load import load_model
 from .packed import SCALE, keys_of, packed_by, stored_dtype

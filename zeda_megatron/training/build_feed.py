@@ -17,7 +17,7 @@ from ..models.architecture import Architecture, read_architecture
 from .feed import Feed, StoredFeed
 from .log import warn
 from .options import Options
-from .rollout_feed import RolloutFeed
+from .rollouts.feed import RolloutFeed
 from .setup import Student, hf_folder, run_tokenizer
 
 

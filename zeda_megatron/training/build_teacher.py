@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.origin import adapted_steps, weights_id
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..models.on_disk import ZEDA_NAME, beside
+from ..models.origin import adapted_steps, weights_id
 from .options import Options
 from .setup import Student, build_chunks, zero_experts
 

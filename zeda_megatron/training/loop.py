@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.lock import RunLock
-from ..checkpoint.origin import adapted_steps
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..distill.teacher import forward_only
 from ..errors import UserError
 from ..models.on_disk import ModelFacts, read_facts
+from ..models.origin import adapted_steps
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
+from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
 from .build_control import build_share_control
 from .build_feed import data_facts, prepare_feed, what_differs

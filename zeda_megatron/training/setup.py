@@ -17,13 +17,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
-from ..checkpoint.hf_config import zero_experts_of
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
+from ..models.hf_config import zero_experts_of
 from ..models.on_disk import HF_CONFIG_NAME, beside, read_facts
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.hf_config import copy_side_files, static_config, write_config
-from ..checkpoint.hf_files import read_json
+from ..convert.hf_files import read_json
 from ..durable_file import write_atomically
+from ..models.hf_config import copy_side_files, static_config, write_config
 from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 
 

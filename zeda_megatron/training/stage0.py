@@ -22,7 +22,7 @@ from ..runtime.agreement import from_rank0, on_rank0
 from .build_teacher import teacher_id, teacher_source
 from .log import warn
 from .options import Options
-from .rollout_engine import rollout_engine
+from .rollouts.choose import rollout_engine
 from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
 from .signals import StopRequest
 

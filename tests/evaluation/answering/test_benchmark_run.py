@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.arguments import parse
-from zeda_megatron.checkpoint.lock import NAME as LOCK
-from zeda_megatron.checkpoint.lock import locked
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.__main__ import main
 from zeda_megatron.evaluation.answering import run as run_module
@@ -23,6 +21,8 @@ from zeda_megatron.evaluation.answering.options import RunOptions
 from zeda_megatron.evaluation.answering.run import run
 from zeda_megatron.evaluation.comparison.report import ReportOptions, make_report
 from zeda_megatron.evaluation.reap import PruneOptions
+from zeda_megatron.runtime.lock import NAME as LOCK
+from zeda_megatron.runtime.lock import locked
 
 
 class Stub:

@@ -21,9 +21,9 @@ class MegatronEngine:
 
     def __init__(self, options):
         from ...moe.switches import set_zero_mask
-        from ..measure import head_cost
-        from ..models import load_model
-        from ..tune import apply_rule, turn_dial
+        from ..quality.measure import head_cost
+        from ..quality.models import load_model
+        from ..quality.tune import apply_rule, turn_dial
 
         self.group, self.parallel = options.concurrency, 1
         loaded = load_model(options.model)

@@ -6,9 +6,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...checkpoint.lock import NAME as LOCK
-from ...checkpoint.lock import locked
 from ...distill.sampling import SamplingConfig
+from ...runtime.lock import NAME as LOCK
+from ...runtime.lock import locked
 from ..benchmarks.benchmark import TEMPERATURE, TOP_K, TOP_P, Benchmark
 from ..benchmarks.checkable import read_settings
 from ..benchmarks.registry import find, load

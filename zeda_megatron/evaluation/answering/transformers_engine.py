@@ -11,7 +11,7 @@ from ...data.tokenizers import load_tokenizer
 from ...distill.sampling import Sampler, SamplingConfig
 from ...errors import UserError
 from ...strict_json import read_json
-from ..left_padding import left_padded, until_stop
+from ..quality.left_padding import left_padded, until_stop
 from .engine import About, Answer, Request
 from .fingerprint import fingerprint
 from .prompts import ChatPrompts
@@ -175,7 +175,7 @@ def head_flops(config: dict) -> float:
     """Cost of the heads of paired zero experts (see `measure.head_cost`)."""
     if config.get("zce_routing") != "paired" or "head" not in config.get("zce_score", "head"):
         return 0.0
-    from ..geometry import Geometry
+    from ...planning.geometry import Geometry
 
     geometry = Geometry.from_config(config)
     return geometry.experts / (3 * geometry.topk * geometry.expert_width)

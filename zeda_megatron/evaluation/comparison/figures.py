@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean, median
 
-from ..flops import flops_per_token
-from ..geometry import Geometry
+from ...planning.flops import flops_per_token
+from ...planning.geometry import Geometry
 from .results import TEACHER, BenchmarkResult, RunResult
 from .statistics import Estimate, accuracy, average, difference, p_value_of, paired_p_value
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.hf_config import adapted_steps_of, zero_experts_of
 from ...errors import UserError, shown
+from ...models.hf_config import adapted_steps_of, zero_experts_of
 from ...models.on_disk import read_facts
 from ...regular_file import is_regular
 from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS, folder_name

@@ -1,0 +1,208 @@
+"""Files written side by side by several threads, each hashed on its way, and not written again after a break.
+
+Threads are enough: reading, hashing, copying and writing all leave Python's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from tqdm import tqdm
+
+from ..checkpoint.integrity import compare_file
+from ..durable_file import write_atomically
+from ..models.bits import raw
+from ..runtime.partial import Partial
+
+TEMPORARY = ".unfinished"
+
+
+class Part(Protocol):
+    """One file to be written. The same part must always give the same bytes."""
+
+    name: str
+    """Path below the folder."""
+
+    nbytes: int
+    """How long it will be, nearly."""
+
+    def write(self, stream: PartStream) -> Any:
+        """Write the file; returns facts about it (JSON), which are kept for a later run."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished part."""
+
+    name: str
+    """Path below the folder."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hash of the file."""
+    facts: Any
+    """What `Part.write` returned."""
+
+
+class Stopped(Exception):
+    """Another thread has failed; its reason is the one to tell."""
+
+
+class PartStream:
+    """What a part writes to: counts, hashes and reports every piece."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]):
+        self._file, self._report, self._digest, self._size = file, report, hashlib.sha256(), 0
+        self.failure: OSError | None = None
+        """Why the disk refused: PyTorch's writer hides it behind an error of its own."""
+
+    def write(self, data) -> int:
+        """Append bytes (anything with a buffer)."""
+        view = memoryview(data).cast("B")
+        self._report(len(view))
+        self._digest.update(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._size += len(view)
+        return len(view)
+
+    def write_tensor(self, tensor: torch.Tensor) -> None:
+        """Append the bytes of a tensor."""
+        self.write(raw(tensor).numpy())
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Part of a file's interface; data go to disk when the part is done."""
+
+    def finish(self) -> tuple[int, str]:
+        """Put everything on the disk; returns size and SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._size, self._digest.hexdigest()
+
+
+class PartWriter:
+    """Writes all parts of a folder that are not there yet.
+
+    Args:
+        partial: where to.
+        parts: what; the order decides which note belongs to which.
+        workers: threads.
+        title: of the progress bar, which only a terminal gets.
+    """
+
+    def __init__(self, partial: Partial, parts: Sequence[Part], workers: int, title: str):
+        self._partial, self._parts, self._workers, self._title = partial, parts, workers, title
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._bar: tqdm | None = None
+        self._notes = [self._noted(number) for number in range(len(parts))]
+        self._tidy()
+
+    def missing_bytes(self) -> int:
+        """What is still to be written, nearly."""
+        return sum(part.nbytes for part, note in zip(self._parts, self._notes) if note is None)
+
+    def run(self) -> list[Done]:
+        """Write what is missing, look at what is there; the results have the order of the parts.
+
+        Raises:
+            Whatever the first failing part raised; the others are stopped.
+        """
+        total = sum(part.nbytes for part in self._parts)
+        with (
+            tqdm(total=total, desc=self._title, unit="B", unit_scale=True, disable=None) as self._bar,
+            ThreadPoolExecutor(self._workers, self._title) as pool,
+        ):
+            futures = [pool.submit(self._one, number) for number in range(len(self._parts))]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # after Ctrl-C too
+                unfinished = not all(future.done() for future in futures)
+                if unfinished:
+                    self._stop.set()
+                    pool.shutdown(cancel_futures=True)
+        return self._results(futures)
+
+    @staticmethod
+    def _results(futures: list[Future]) -> list[Done]:
+        failures = [f.exception() for f in futures if not f.cancelled() and f.exception() is not None]
+        reasons = [failure for failure in failures if not isinstance(failure, Stopped)]
+        if reasons:
+            raise reasons[0]
+        return [future.result() for future in futures]
+
+    def _one(self, number: int) -> Done:
+        try:
+            self._report(0)
+            return self._finished(number)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _finished(self, number: int) -> Done:
+        part, note = self._parts[number], self._notes[number]
+        path = self._partial.work / part.name
+        if note is not None and compare_file(path, note.size, note.sha256, "hash") is None:
+            self._report(part.nbytes)
+            return note
+        with self._written(path) as stream:
+            facts = part.write(stream)
+            size, sha256 = stream.finish()
+        done = Done(part.name, size, sha256, facts)
+        write_atomically(self._note_path(number), json.dumps(vars(done)) + "\n")
+        return done
+
+    @contextlib.contextmanager
+    def _written(self, path: Path) -> Iterator[PartStream]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + TEMPORARY)
+        with temporary.open("wb", buffering=1 << 20) as file:
+            stream = PartStream(file, self._report)
+            try:
+                yield stream
+            except Exception:
+                if stream.failure is not None:
+                    raise stream.failure from None
+                raise
+        os.replace(temporary, path)
+
+    def _report(self, nbytes: int) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        with self._lock:
+            self._bar.update(nbytes)
+
+    def _note_path(self, number: int) -> Path:
+        return self._partial.notes / f"{number:05d}.json"
+
+    def _noted(self, number: int) -> Done | None:
+        try:
+            done = Done(**json.loads(self._note_path(number).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        path = self._partial.work / done.name
+        is_there = path.is_file() and path.stat().st_size == done.size
+        return done if done.name == self._parts[number].name and is_there else None
+
+    def _tidy(self) -> None:
+        """Remove whatever an earlier run has left besides finished parts."""
+        keep = {self._partial.work / note.name for note in self._notes if note is not None}
+        for path in self._partial.work.rglob("*"):
+            if path not in keep and not path.is_dir():
+                path.unlink()

@@ -1,0 +1,95 @@
+"""Comparing a Hugging Face folder with a Megatron checkpoint, tensor by tensor, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..models.architecture import read_architecture
+from ..models.bits import same_bits
+from ..models.hf_config import zero_experts_of
+from ..models.paired_config import settings_of
+from ..models.weight_kinds import ModelDims, Setting, WeightMapping
+from ..models.weight_maps import dims_of, weight_map_of
+from .carried import carried_differences, own_keys
+from .hf_files import HFReader
+from .import_checks import check_added, check_not_quantised
+from .layout import Parameter
+from .megatron_model import MegatronModel
+
+
+def verify(
+    hf: str | os.PathLike,
+    megatron: str | os.PathLike,
+    *,
+    workers: int = 1,
+    verify_checkpoint: str = "hash",
+) -> list[str]:
+    """Compare every tensor of a Hugging Face folder with a Megatron checkpoint, bit for bit.
+
+    Zero experts that only the checkpoint has are allowed: the original router rows come first, unchanged. Score and
+    thresholds of paired zero experts, which are in config.json, are compared too.
+
+    Returns:
+        One line per difference, empty if there is none.
+
+    Raises:
+        UserError: one of the two is incomplete, or they are not the same architecture.
+    """
+    reader = HFReader(hf)
+    check_not_quantised(reader)
+    arch = read_architecture(hf)
+    model = MegatronModel(Path(megatron), arch, reader.config, verify_checkpoint)
+    weights, dims = weight_map_of(arch), dims_of(arch, paired=model.zero.paired)
+    bound = weights.bind(model.layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
+    present, differences = zero_experts_of(reader.config), []
+    check_added(reader, bound, present)
+    settings = settings_of(reader.config, bound.values()) if present.paired else {}
+    if present.paired and present.paired_score != model.zero.paired_score:
+        differences.append(f"config.json: zce_score {present.paired_score} became {model.zero.paired_score}")
+    compare = _comparer(reader, model, bound, settings, dims)
+    parameters = model.layout.parameters
+    with ThreadPoolExecutor(workers, "verify") as pool:
+        try:
+            for lines in tqdm(pool.map(compare, parameters), "verify", len(parameters), disable=None):
+                differences += lines
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return differences + carried_differences(reader, arch, Path(megatron))
+
+
+def _comparer(
+    reader: HFReader,
+    model: MegatronModel,
+    bound: dict[str, WeightMapping],
+    settings: dict[str, torch.Tensor],
+    dims: ModelDims,
+) -> Callable[[Parameter], list[str]]:
+    def compare(parameter: Parameter) -> list[str]:
+        mapping, ours, lines = bound[parameter.name], model.read(parameter), []
+        if isinstance(mapping, Setting) and mapping.hf in settings:
+            lines += _difference(settings[mapping.hf], ours, mapping.hf, [(1,)])
+        parts = mapping.to_hf(ours, dims)
+        for key, allowed in mapping.hf_shapes(parameter.shape, dims).items():
+            if key in reader:
+                lines += _difference(reader.read(key), parts[key], key, allowed)
+        return lines
+
+    return compare
+
+
+def _difference(original: torch.Tensor, ours: torch.Tensor, key: str, allowed) -> list[str]:
+    if tuple(original.shape) not in allowed:
+        return [f"{key}: shape {list(original.shape)} became {list(ours.shape)}"]
+    ours = ours[: original.shape[0]]
+    if original.dtype != ours.dtype:
+        return [f"{key}: type {original.dtype} became {ours.dtype}"]
+    if same_bits(original, ours):
+        return []
+    changed = (original != ours).sum().item()
+    return [f"{key}: {changed} of {original.numel()} values differ"]

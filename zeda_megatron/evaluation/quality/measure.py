@@ -1,0 +1,277 @@
+"""Measure one arm against its teacher: held-out loss, distance to the teacher, right answers, zero share.
+
+python -m zeda_megatron.evaluation.quality.measure --student DIR --teacher DIR --heldout FILE --out metrics.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ...arguments import check_choices, parse
+from ...durable_file import write_result
+from ...errors import UserError, run_main
+from ...runtime import cpu, process_groups
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What to measure."""
+
+    teacher: str | None = None
+    """Megatron checkpoint of the static model (or a widened one; its zero experts are masked)."""
+
+    student: str | None = None
+    """Megatron checkpoint of the arm. Default: the teacher itself."""
+
+    mask: bool = False
+    """Mask the student's zero experts (static model, for pick rules)."""
+
+    moe_pick_rule: str | None = None
+    """topk=2, skip=0.4 or top_p=0.7. `skip` and `top_p` without a number are tuned to --target-share."""
+
+    zero_dial: str | None = None
+    """The compute dial: the threshold of paired zero experts, or a number added to the logits of shared ones.
+    `auto` tunes it to --target-share. Default: as the checkpoint has it."""
+
+    paired_budget: Literal["model", "layer"] = "model"
+    """For `--zero-dial auto` with paired zero experts: one threshold (model), or one per layer (layer)."""
+
+    target_share: float = 0.5
+    """Zero share that a rule or the dial is tuned to, on --calibration."""
+
+    calibration: str | None = None
+    """Rollout file that rules and dial are tuned on (never the held-out one)."""
+
+    heldout: str | None = None
+    """Held-out conversations, jsonl with messages, kind and label."""
+
+    limit: int = 200
+    """Conversations per kind."""
+
+    seq_length: int = 2048
+    """Tokens of a packed row."""
+
+    max_new_tokens: int = 64
+    """Longest answer to a task."""
+
+    own_answers: int = 0
+    """Also sample so many answers to held-out prompts from the student and tell its KL(student || teacher) on them."""
+
+    own_answer_tokens: int = 160
+    """Longest of these answers."""
+
+    out: str | None = None
+    """JSON file for the result."""
+
+
+def measure(
+    student, teacher, held_out, vocab_size: int, tokenizer, seq_length: int, max_new_tokens: int
+) -> dict:
+    """METRICS of the report (without adapt_*), plus `by_kind`, `zero_share_by_layer` and `tokens`.
+
+    Args:
+        student: bare model chunk, its mask and pick rule set as the arm wants them.
+        teacher: `distill.teacher.Teacher`; may hold the same chunk.
+        held_out: `heldout.HeldOut`.
+    """
+    from ...moe.stats import record_experts, record_tokens
+    from .token_classes import TokenClasses
+    from .token_skips import token_skips
+
+    by_kind, layers, picks_2LN, tokens = {}, None, 0, {}
+    total, classes = defaultdict(float), TokenClasses(tokenizer, tokenizer.is_marker)
+    record_experts(student)
+    record_tokens(student)
+    for kind, rows in held_out.rows_by_kind.items():
+        sums, report, picks, tokens[kind] = _score(student, teacher, rows, vocab_size, seq_length, classes)
+        picks_2LN = picks_2LN + picks
+        slots = sums.pop("tokens_routed")
+        for name, value in sums.items():
+            total[name] += value
+        total["slots"] += slots
+        total["zero"] += slots * report.zero_share
+        shares = torch.tensor([math.nan if s is None else s for s in report.zero_share_by_layer])
+        layers = shares * slots if layers is None else layers + shares * slots
+        by_kind[kind] = {
+            "ce": sums["ce"] / sums["weight"],
+            "kl": sums["kl"] / sums["weight"],
+            "zero_share": report.zero_share,
+        }
+    record_experts(student, False)
+    record_tokens(student, False)
+    right = _right_answers(student, held_out.tasks, tokenizer, max_new_tokens)
+    for kind, value in _by_family(held_out.tasks, right).items():
+        by_kind[kind]["exact_match"] = value
+    share = total["zero"] / total["slots"]
+    return {
+        "ce": total["ce"] / total["weight"],
+        "kl_to_teacher": total["kl"] / total["weight"],
+        "top1_agreement": total["top1_agreement"] / total["weight"],
+        **_answered(held_out.tasks, right),
+        "zero_share": share,
+        "expert_flops": 1.0 - share,
+        "by_kind": by_kind,
+        "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / total["slots"]).tolist()],
+        **_by_expert(*picks_2LN),
+        "tokens": token_skips(tokens),
+    }
+
+
+def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
+    """Share of every real expert's picks that were skipped, None without picks; nothing if none were skipped."""
+    if torch.equal(picks_LN, kept_LN):
+        return {}
+    skipped_LN = (1 - kept_LN / picks_LN).tolist()
+    return {
+        "skipped_by_expert": [[None if math.isnan(s) else round(s, 4) for s in row] for row in skipped_LN]
+    }
+
+
+@torch.no_grad()
+def _score(student, teacher, rows, vocab_size, seq_length, classes):
+    from ...distill.losses import LossConfig
+    from ...moe import stats
+    from ...training.step import forward_model, row_loss
+    from .scored_tokens import ScoredTokens
+
+    expected = teacher.hidden_states(rows, seq_length, forward_model)
+    student.eval()
+    student.return_hidden = True
+    stats.reset(student)
+    sums, tokens = defaultdict(float), []
+    head = student.head_weight()
+    for row, hidden in zip(rows, expected, strict=True):
+        got = forward_model(student, row)
+        _, metrics = row_loss(student, teacher, row, got, hidden, LossConfig("forward_kl"), vocab_size)
+        for name, value in metrics.items():
+            sums[name] += float(value)
+        sums["tokens_routed"] += float((~row.padding_mask).sum())
+        mine, theirs = (got.to(head.dtype), head), (hidden, teacher.head_weight())
+        skipped_S = stats.take_skipped(student)
+        tokens.append(ScoredTokens.of_row(row, skipped_S, mine, theirs, vocab_size, classes))
+    layers, where = student.config.num_layers, process_groups.device()
+    picks = stats.collect_experts(student, layers, student.config.num_moe_experts, where)
+    report = stats.collect(student, layers, where)
+    return sums, report, torch.stack(picks), ScoredTokens.join(tokens)
+
+
+def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
+    """Whether each greedy answer is the right one, in the order of the tasks; judged as the benchmark `tasks` does."""
+    from ...distill.builtin_engine import BuiltinEngine
+    from ...distill.sampling import SamplingConfig
+    from ..benchmarks.checkable import exactly
+
+    length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
+    engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length, slots=slots)
+    greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
+    made = engine.generate([task.prompt_ids for task in tasks], greedy, [0] * len(tasks))
+    return [
+        exactly(tokenizer.decode(one.response_ids), task.label) for task, one in zip(tasks, made, strict=True)
+    ]
+
+
+def _answered(tasks, right: list[bool]) -> dict:
+    """`exact_match` (families count alike), its interval, and the single answers, for paired tests in the report."""
+    from ..comparison.statistics import accuracy
+
+    if not tasks:
+        return {"exact_match": None}
+    shares = _by_family(tasks, right).values()
+    spread = accuracy([float(one) for one in right], len(right))
+    return {
+        "exact_match": sum(shares) / len(shares),
+        "exact_match_interval": [spread.low, spread.high],
+        "answers": "".join("01"[one] for one in right),
+    }
+
+
+def _by_family(tasks, right: list[bool]) -> dict[str, float]:
+    # The mean over families is a sum in their order: of the shortest prompts first.
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for task, one in sorted(zip(tasks, right), key=lambda pair: len(pair[0].prompt_ids)):
+        groups[task.kind].append(one)
+    return {kind: sum(some) / len(some) for kind, some in groups.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Prints the metrics and writes them to --out."""
+    options = parse(sys.argv[1:] if argv is None else argv, {"measure": MeasureOptions}, prog="measure")[
+        "measure"
+    ]
+    for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
+        if value is None:
+            raise UserError(f"{flag} is missing")
+    check_choices(options)
+    cpu.install()
+    process_groups.initialize(process_groups.ParallelConfig())
+    try:
+        result = measure_arm(options)
+    finally:
+        process_groups.destroy()
+    text = json.dumps(result, indent=2)
+    if options.out:
+        write_result("--out", options.out, text + "\n")
+    print(text)
+    return 0
+
+
+def measure_arm(options: MeasureOptions) -> dict:
+    """Load teacher and student, tune the rule if asked to, measure."""
+    from ...distill.teacher import Teacher
+    from ...moe.switches import set_zero_mask
+    from .heldout import load_held_out
+    from .models import load_model
+    from .tune import apply_rule, turn_dial
+
+    teacher_model = load_model(options.teacher)
+    student_model = load_model(options.student) if options.student else teacher_model
+    student, tokenizer = student_model.chunk, teacher_model.tokenizer
+    teacher = Teacher([teacher_model.chunk], "own")
+    set_zero_mask(student, options.mask)
+    rule = apply_rule(student, options, tokenizer)
+    held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
+    dial = turn_dial(student, options, tokenizer) if options.zero_dial else {}
+    result = measure(
+        student,
+        teacher,
+        held_out,
+        teacher_model.arch.vocab_size,
+        tokenizer,
+        options.seq_length,
+        options.max_new_tokens,
+    )
+    if options.own_answers:
+        from .own_answers import own_answers
+
+        every = max(len(held_out.prompts) // options.own_answers, 1)
+        prompts = held_out.prompts[::every][: options.own_answers]
+        result["own_answers"] = own_answers(
+            student, teacher, prompts, tokenizer, options.seq_length, options.own_answer_tokens
+        )
+    cost = head_cost(student)
+    result["expert_flops"] += cost
+    return {**result, **dial, **({"rule": rule} if rule else {}), **({"head_flops": cost} if cost else {})}
+
+
+def head_cost(student) -> float:
+    """Multiply-adds of the heads of paired zero experts, as a share of the static model's experts.
+
+    A head costs N*H per token and layer, K gated experts cost 3*K*H*F.
+    """
+    from ...moe.paired import paired_modules
+
+    config = student.config
+    if not any("head" in paired.terms for paired in paired_modules(student)):
+        return 0.0
+    return config.num_moe_experts / (3 * config.moe_router_topk * config.moe_ffn_hidden_size)
+
+
+if __name__ == "__main__":
+    run_main(main)

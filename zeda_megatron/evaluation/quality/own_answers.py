@@ -1,0 +1,57 @@
+"""How far a student is from its teacher on its own answers: what on-policy distillation makes small."""
+
+from __future__ import annotations
+
+import torch
+
+from ...data.packing import PackedDataset, TokenSample
+from ...distill.builtin_engine import BuiltinEngine
+from ...distill.losses import LossConfig
+from ...distill.sampling import SamplingConfig
+from ...distill.teacher import Teacher
+from ...moe.stats import stats_aside
+
+SLOTS = 128
+"""Answers under way at a time."""
+
+
+@torch.no_grad()
+def own_answers(
+    student, teacher: Teacher, prompts: list[list[int]], tokenizer, seq_length: int, max_new_tokens: int
+) -> dict[str, float]:
+    """Sample one answer per prompt at temperature 1 and score it with both models.
+
+    Args:
+        student: bare model chunk, its mask and pick rule set as the arm wants them.
+        prompts: token ids.
+
+    Returns:
+        `reverse_kl`: KL(student || teacher), exact over the vocabulary that is sampled from, mean over the answers'
+        tokens, nats; `tokens`; `response_length`: mean.
+    """
+    from ...training.step import forward_model, row_loss
+
+    prompts = [prompt for prompt in prompts if len(prompt) < seq_length]
+    vocab = min(tokenizer.vocab_size, student.head_weight().shape[0])
+    engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, seq_length, vocab, SLOTS)
+    made = engine.generate(prompts, SamplingConfig(max_new_tokens), list(range(len(prompts))))
+    samples = [
+        TokenSample(prompt + one.response_ids, [False] * len(prompt) + [True] * len(one.response_ids))
+        for prompt, one in zip(prompts, made, strict=True)
+    ]
+    data = PackedDataset(samples, seq_length, tokenizer.pad_id, seed=0)
+    rows = [data[row] for row in range(data.rows_in_epoch(0))]
+    total = tokens = 0.0
+    student.return_hidden = True
+    with stats_aside(student):
+        expected = teacher.hidden_states(rows, seq_length, forward_model)
+        student.eval()
+        for row, hidden in zip(rows, expected, strict=True):
+            got = forward_model(student, row)
+            loss, sums = row_loss(student, teacher, row, got, hidden, LossConfig("reverse_kl"), vocab)
+            total, tokens = total + float(loss), tokens + float(sums["weight"])
+    return {
+        "reverse_kl": total / tokens,
+        "tokens": tokens,
+        "response_length": tokens / len(made),
+    }

@@ -1,0 +1,1 @@
+"""Fitting the heads of paired zero experts."""

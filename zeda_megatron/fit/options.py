@@ -1,0 +1,117 @@
+"""Options of the fit of paired zero experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..arguments import check_choices
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from ..models.on_disk import ZEDA_NAME
+from ..runtime.process_groups import ParallelConfig
+from ..training.share_options import BUDGETS
+
+SCORES = {"norm": ZeroExpertConfig.paired_score, "effect": "weight+head"}
+"""What is fitted -> the terms that a score then needs."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What to fit."""
+
+    pretrained_checkpoint: str | None = None
+    """Megatron checkpoint of the static model (or one with paired zero experts, fitted anew)."""
+
+    data_path: list[str] | None = None
+    """Rollout files (jsonl with `messages`): what the model answered, best in stage 0."""
+
+    save: str | None = None
+    """Folder of the new checkpoint."""
+
+    overwrite: bool = False
+    """Replace the checkpoint in --save if there is one."""
+
+    fit_target: Literal["norm", "effect"] = "norm"
+    """norm: a head predicts the size of its expert's output. effect: the effect of the pick on the answer's
+    log-probability; takes a backward pass."""
+
+    effect_floor: float = 1.0
+    """For effect: part of an expert's output that counts wherever it points. 0: the bare effect, which starves
+    tokens whose answer is certain. Large: the norm, weighted by how sensitive each layer is."""
+
+    paired_score: str | None = None
+    """Terms of a pick's score, joined by '+': weight, head, residual. Without head nothing is fitted. Default:
+    weight+head+residual, for --fit-target effect weight+head."""
+
+    constants_only: bool = False
+    """One constant per expert instead of a linear head."""
+
+    ridge: float = 1.0
+    """Penalty on an expert's head: as if it had seen this many rows more per hidden channel, all with answer 0."""
+
+    target_zero_share: float = 0.5
+    """Zero share that the threshold is set for."""
+
+    paired_budget: Literal[BUDGETS] = "model"
+    """model: one threshold, layers share the target among themselves. layer: each layer holds the target itself."""
+
+    fit_rows: int = 64
+    """Packed rows that heads are fitted on, over all processes."""
+
+    held_out_rows: int = 8
+    """Further rows, for R^2."""
+
+    seq_length: int = 2048
+    """Tokens of a packed row."""
+
+    max_memory_gb: float = 8.0
+    """Memory for the sums of one pass on each process; layers that do not fit wait for the next pass."""
+
+    bf16: bool = False
+    """bfloat16 weights."""
+
+    def validate(self, parallel: ParallelConfig) -> None:
+        """Raise `UserError` naming the flag."""
+        check_choices(self)
+        parallel.validate()
+        for flag, value in (
+            ("--pretrained-checkpoint", self.pretrained_checkpoint),
+            ("--data-path", self.data_path),
+            ("--save", self.save),
+        ):
+            if not value:
+                raise UserError(f"{flag} is missing")
+        if not 0 <= self.target_zero_share < 1:
+            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
+        if not self.effect_floor >= 0:
+            raise UserError(f"--effect-floor {self.effect_floor} must not be negative")
+        for flag, value in (
+            ("--fit-rows", self.fit_rows),
+            ("--held-out-rows", self.held_out_rows),
+            ("--seq-length", self.seq_length),
+        ):
+            if value < 1:
+                raise UserError(f"{flag} {value} must be at least 1")
+        for flag, value in (("--ridge", self.ridge), ("--max-memory-gb", self.max_memory_gb)):
+            if not value > 0:
+                raise UserError(f"{flag} {value} must be positive")
+        for flag, value in (
+            ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
+            ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size),
+            ("--context-parallel-size", parallel.context_parallel_size),
+        ):
+            if value > 1:
+                raise UserError(f"{flag} {value}: a fit needs 1; use expert, data or tensor parallelism")
+        self._validate_save(Path(self.save))
+
+    def _validate_save(self, folder: Path) -> None:
+        if not folder.exists():
+            return
+        if not self.overwrite:
+            raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
+        if not (folder / ZEDA_NAME).is_file():
+            raise UserError(
+                f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
+            )

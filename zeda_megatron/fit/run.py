@@ -1,0 +1,255 @@
+"""Fit the heads of paired zero experts on the teacher's answers: `python tools/fit_zero_rows.py`, seconds to minutes.
+
+Also under torchrun: data parallel, expert parallel, tensor parallel; one pipeline stage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from ..arguments import parse
+from ..config import ZeroExpertConfig
+from ..errors import UserError
+from ..runtime import cpu, process_groups
+from ..runtime.agreement import on_rank0
+from ..runtime.process_groups import ParallelConfig
+from .options import SCORES, FitOptions
+from .table import format_fit
+
+CALIBRATION_PASSES = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: fits, writes the checkpoint and fit.json, prints a table."""
+    cpu.install()
+    made = parse(
+        sys.argv[1:] if argv is None else argv,
+        {"fit": FitOptions, "parallel": ParallelConfig},
+        prog="fit_zero_rows",
+    )
+    options, parallel = made["fit"], made["parallel"]
+    options.validate(parallel)
+    process_groups.initialize(parallel)
+    try:
+        return HeadFit(options, parallel).run()
+    finally:
+        process_groups.destroy()
+
+
+class HeadFit:
+    """One fit, from checkpoint to checkpoint."""
+
+    def __init__(self, options: FitOptions, parallel: ParallelConfig):
+        from megatron.core import parallel_state
+
+        from ..checkpoint.state import load_weights, require_checkpoint
+        from ..models.architecture import read_architecture
+        from ..models.build import build_gpt_model, transformer_config
+        from ..models.on_disk import ModelFacts, read_facts
+        from ..models.origin import adapted_steps, weights_id
+        from ..training.model_options import ModelOptions
+        from ..training.setup import hf_folder, zero_experts
+        from .paired_fit import moe_layers
+        from .passes import WatchedPasses
+        from .rows import read_fit_rows
+
+        self.options, self.started = options, time.perf_counter()
+        self.first = torch.distributed.get_rank() == 0
+        source = ModelOptions(pretrained_checkpoint=options.pretrained_checkpoint)
+        folder = require_checkpoint(options.pretrained_checkpoint, "--pretrained-checkpoint")
+        self.hf = hf_folder(source)
+        arch = read_architecture(self.hf)
+        have = zero_experts(source, arch)
+        if have.num_zero_experts and not have.paired:
+            raise UserError(
+                f"--pretrained-checkpoint {options.pretrained_checkpoint}: has shared zero experts; give the static "
+                "model (convert it without --num-zero-experts)"
+            )
+        self.zero = ZeroExpertConfig(
+            arch.megatron["num_moe_experts"],
+            zero_expert_routing="paired",
+            paired_score=options.paired_score or SCORES[options.fit_target],
+        )
+        # The weights stay what they are: an original's, or adapted ones.
+        start = options.pretrained_checkpoint
+        self.facts = replace(
+            (read_facts(start) or ModelFacts()).with_zero(self.zero),
+            adapted_steps=adapted_steps(start, "--pretrained-checkpoint"),
+            source_sha256=weights_id(start, "--pretrained-checkpoint"),
+        )
+        dtype = torch.bfloat16 if options.bf16 else torch.float32
+        self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
+        self.rows = read_fit_rows(options, self.hf)
+        load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
+        self.model.to(dtype).eval().requires_grad_(False)
+        self.model.return_hidden = True
+        self.layers = moe_layers(self.model)
+        self.effect, self.floors = options.fit_target == "effect", {}
+        self.experts = parallel_state.get_expert_model_parallel_group()
+        self.replicas = parallel_state.get_expert_data_parallel_group()
+        self.without_rows = self.few_rows = 0
+        self.bar = tqdm(desc="fit", unit="row", disable=None if self.first else True)
+        self.passes = WatchedPasses(self.model, self.layers, arch.vocab_size, self.effect, self.bar.update)
+
+    def run(self) -> int:
+        """Fit, set the threshold, save. Returns the exit code."""
+        from ..checkpoint.state import model_state, save_checkpoint
+        from ..durable_file import write_atomically, writing
+        from ..runtime.new_folder import new_folder
+        from ..training.side_files import write_side_files
+
+        with new_folder(self.options.save, "--save") as staging, self.bar:
+            report = self._fit_and_calibrate()
+            with writing(f"--save {self.options.save}"):
+                on_rank0(lambda: write_side_files(staging, self.hf, self.facts))
+                on_rank0(lambda: write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n"))
+            save_checkpoint(
+                staging, 0, model_state([self.model]) | {"adapted_steps": self.facts.adapted_steps}
+            )
+        if self.first:
+            save, start = self.options.save, self.options.pretrained_checkpoint
+            print(format_fit(report))
+            print(
+                f"saved {save}; next: train it (--pretrained-checkpoint {save} --teacher-load {start}) or export it"
+            )
+        return 0
+
+    def _fit_and_calibrate(self) -> dict:
+        from ..moe.threshold import calibrate_threshold
+
+        options, rows = self.options, self.rows
+        fitted = "head" in self.zero.score_terms
+        passes = self._passes() if fitted else []
+        self.bar.total = len(rows.calibration) * (CALIBRATION_PASSES + 1)
+        self.bar.total += (
+            (len(passes) * len(rows.fit) + len(rows.held_out) * (1 + self.effect)) if fitted else 0
+        )
+        quality = self._fit(passes) if fitted else {}
+        threshold = calibrate_threshold(
+            self.model,
+            rows.calibration,
+            options.target_zero_share,
+            self.passes.forward,
+            CALIBRATION_PASSES,
+            by_layer=options.paired_budget == "layer",
+        )
+        return {
+            "paired_score": self.zero.paired_score,
+            "fit_target": options.fit_target if fitted else None,
+            "effect_floor": options.effect_floor if fitted and self.effect else None,
+            "constants_only": options.constants_only,
+            "ridge": options.ridge if fitted and not options.constants_only else None,
+            "rows": rows.fit_count if fitted else 0,
+            "held_out_rows": rows.held_out_count if fitted else 0,
+            "passes": len(passes),
+            "threshold": threshold[0] if len(threshold) == 1 else threshold,
+            **self._shares(),
+            "r2_by_layer": {number: values[0] for number, values in quality.items()},
+            "r2_of_constants_by_layer": {number: values[1] for number, values in quality.items()},
+            "experts_without_rows": self.without_rows if fitted else None,
+            "experts_with_few_rows": self.few_rows if fitted else None,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    def _passes(self) -> list[list[int]]:
+        """Layers of each pass over the data: as many as have room for their sums."""
+        from .ridge import sums_bytes
+
+        first = next(iter(self.layers.values()))
+        size = sums_bytes(first.num_local_experts, first.config.hidden_size)
+        room, numbers = max(int(self.options.max_memory_gb * 1e9 / size), 1), sorted(self.layers)
+        return [numbers[i : i + room] for i in range(0, len(numbers), room)]
+
+    @torch.no_grad()
+    def _fit(self, passes: list[list[int]]) -> dict[int, tuple[float, float]]:
+        """Install the heads of all layers; returns layer number -> R^2 of head and of constants, held out."""
+        from .ridge import RidgeSums
+
+        first, constants = next(iter(self.layers.values())), {}
+        if self.effect:
+            self.floors = self._floors()
+        for group in passes:
+            sums = {
+                number: RidgeSums(first.num_local_experts, first.config.hidden_size, process_groups.device())
+                for number in group
+            }
+            self.passes.run(self.rows.fit, {number: sums[number].add for number in group}, self.floors)
+            for number in group:
+                constants[number] = self._install(number, sums.pop(number))
+        return self._explained(constants)
+
+    def _floors(self) -> dict[int, float]:
+        """Per layer, what the norm of an output counts beside its effect: --effect-floor times the sensitivity."""
+        from .paired_fit import Sensitivity
+
+        found = {number: Sensitivity() for number in self.layers}
+        nowhere, none = dict.fromkeys(self.layers, lambda *rows: None), dict.fromkeys(self.layers, 0.0)
+        self.passes.run(self.rows.held_out, nowhere, none, found)
+        for part in found.values():
+            sums = torch.tensor([part.effect, part.size], dtype=torch.float64, device=process_groups.device())
+            part.effect, part.size = self._sum(sums).tolist()
+        return {number: self.options.effect_floor * part.ratio() for number, part in found.items()}
+
+    def _install(self, number: int, sums) -> torch.Tensor:
+        """Solve one layer and give all ranks the whole head; returns the constants of all experts."""
+        from .ridge import fill_empty
+
+        sums.reduce(self.replicas)
+        count = self._gather(sums.count)
+        constant = fill_empty(self._gather(sums.constants()), count)
+        head = self.layers[number].router.paired
+        if self.options.constants_only:
+            head.weight.zero_()
+            head.bias.copy_(constant)
+        else:
+            weight, bias = (self._gather(part) for part in sums.solve(self.options.ridge))
+            head.weight.copy_(weight)
+            head.bias.copy_(torch.where(count > 0, bias, constant))
+        self.without_rows += int((count == 0).sum())
+        self.few_rows += int(((count > 0) & (count < head.weight.shape[1])).sum())
+        return constant
+
+    def _explained(self, constants: dict[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
+        from .ridge import Explained
+
+        quality, sinks = {}, {}
+        for number, layer in self.layers.items():
+            own, head = layer.local_expert_indices, layer.router.paired
+            parts = (part[own].float() for part in (head.weight, head.bias, constants[number]))
+            quality[number] = Explained(*parts)
+            sinks[number] = quality[number].add
+        self.passes.run(self.rows.held_out, sinks, self.floors)
+        for part in quality.values():
+            self._sum(part.sums)
+        return {number: part.r2() for number, part in quality.items()}
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over all ranks, in place."""
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def _gather(self, part: torch.Tensor) -> torch.Tensor:
+        """All experts' rows from the expert-parallel ranks, in the experts' order."""
+        if self.experts.size() == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.experts.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=self.experts)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _shares(self) -> dict:
+        """Zero share on the calibration rows under the threshold, over all layers and per layer."""
+        from ..moe import stats
+
+        stats.reset(self.model)
+        for row in self.rows.calibration:
+            self.passes.forward(self.model, row)
+        report = stats.collect(self.model, self.model.config.num_layers, process_groups.device())
+        return {"zero_share": report.zero_share, "zero_share_by_layer": report.zero_share_by_layer}

@@ -1,0 +1,1 @@
+"""What a run will cost: geometry, FLOPs, memory, steps. Runs no model and loads no weight."""

@@ -1,0 +1,186 @@
+"""The doctor: which path each operator takes on this machine, and why.
+
+The rules are those of the code they describe (named beside each); a test compares the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..runtime.machine import Machine, inspect
+
+
+@dataclass(frozen=True)
+class Route:
+    """The path of one operator."""
+
+    operator: str
+    path: str
+    """What runs."""
+    why: str
+    """What decided it, and how to get the faster path where there is one."""
+
+
+def routes(machine: Machine) -> list[Route]:
+    """The path of every operator that has more than one."""
+    te = machine.has_gpu and machine.has("transformer-engine")  # models/layer_spec.py
+    no_te = (
+        "torch sees no CUDA device"
+        if not machine.has_gpu
+        else "Transformer Engine is not installed: extra te"
+    )
+    return [
+        Route(
+            "backend",
+            *(("nccl", "CUDA device found") if machine.has_gpu else ("gloo", "torch sees no CUDA device")),
+        ),
+        Route("attention", "Transformer Engine" if te else "torch SDPA", _why(te, no_te)),
+        Route("norm", "Transformer Engine" if te else "torch RMSNorm", _why(te, no_te)),
+        _experts(machine, te),
+        Route(
+            "permutation",
+            "Megatron-Core, unfused",  # models/build.py
+            "the default; --moe-permute-fusion takes Transformer Engine's fused one" if te else no_te,
+        ),
+        _optimizer(machine),
+    ]
+
+
+def _why(te: bool, otherwise: str) -> str:
+    return "Transformer Engine and a CUDA device found" if te else otherwise
+
+
+def _experts(machine: Machine, te: bool) -> Route:
+    # models/build.py switches Megatron's grouped GEMM on with TE; otherwise moe/experts.py chooses.
+    if te:
+        return Route(
+            "experts", "Transformer Engine, grouped GEMM", "Transformer Engine and a CUDA device found"
+        )
+    if machine.has_gpu and machine.kernels and _ampere(machine):
+        return Route("experts", "kernels", "this project's kernels found; for --bf16 (fp32: grouped_mm)")
+    return Route(
+        "experts",
+        "grouped_mm",
+        "torch's grouped GEMM: "
+        + ("no CUDA device needed" if not machine.has_gpu else "no Transformer Engine")
+        + ("" if machine.kernels else "; this project's kernels are not built (kernels/README.md)"),
+    )
+
+
+def _ampere(machine: Machine) -> bool:
+    return int(machine.gpus[0]["compute_capability"].split(".")[0]) >= 8
+
+
+def _optimizer(machine: Machine) -> Route:
+    # megatron/core/optimizer/__init__.py: Transformer Engine, then apex, then torch.
+    if not machine.has_gpu:
+        return Route("optimizer", "torch AdamW", "torch sees no CUDA device")
+    if machine.has("transformer-engine"):
+        return Route("optimizer", "Transformer Engine FusedAdam", "Transformer Engine found")
+    if machine.apex == "cuda":
+        return Route("optimizer", "apex FusedAdam", "NVIDIA's apex with CUDA extensions found")
+    if machine.apex == "python":
+        return Route(
+            "optimizer",
+            "apex FusedAdam, which will fail",
+            "NVIDIA's apex was built without CUDA extensions: rebuild it (CONTRIBUTING.md) or uninstall it",
+        )
+    return Route("optimizer", "torch AdamW", "neither Transformer Engine nor NVIDIA's apex (CONTRIBUTING.md)")
+
+
+APEX = {
+    "absent": "-",
+    "cuda": "NVIDIA's, with CUDA extensions",
+    "python": "NVIDIA's, without CUDA extensions: FusedAdam cannot work",
+    "other": "not NVIDIA's: PyPI's unrelated package; pip uninstall apex (see CONTRIBUTING.md)",
+}
+
+
+def examination(machine: Machine) -> dict:
+    """Facts, routes and problems as a JSON-ready dict."""
+    return {
+        "python": machine.python,
+        "packages": machine.packages,
+        "apex": machine.apex,
+        "cuda": machine.cuda,
+        "gpus": list(machine.gpus),
+        "nvcc": machine.nvcc,
+        "kernels": machine.kernels,
+        "routes": {route.operator: asdict(route) for route in routes(machine)},
+        "problems": list(machine.problems),
+    }
+
+
+def format_examination(machine: Machine) -> str:
+    """The same for the terminal."""
+    facts = {
+        "python": machine.python,
+        "CUDA of torch": machine.cuda or "- (CPU build)",
+        "GPU": _gpus(machine) if machine.has_gpu else "-",
+        "nvcc": machine.nvcc or "-",
+        "kernels": machine.kernels or "-",
+        **{name: version or "-" for name, version in machine.packages.items()},
+        "apex": APEX[machine.apex],
+    }
+    found = [f"  {name:20}{value}" for name, value in facts.items()]
+    paths = [f"  {r.operator:14}{r.path:34}{r.why}" for r in routes(machine)]
+    return "\n".join(["Installed (- is absent)", *found, "", "Path of each operator", *paths])
+
+
+def _gpus(machine: Machine) -> str:
+    if not machine.has_gpu:
+        return "no GPU"
+    first = machine.gpus[0]
+    return f"{len(machine.gpus)} x {first['name']}, {first['compute_capability']}, {first['memory_gib']} GiB"
+
+
+def _write_in(folder: Path) -> None:
+    """Raises `UserError` naming this host if no file can be written into `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{socket.gethostname()}: {folder} cannot be written ({error.strerror})") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of tools/doctor.py. Raises `UserError` if something required or expected is missing."""
+    parser = argparse.ArgumentParser(
+        prog="doctor.py", description="What is installed; which path operators take", allow_abbrev=False
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--brief", action="store_true", help="print one line")
+    parser.add_argument("--expect-gpus", type=int, default=0, metavar="N", help="fail if torch sees fewer")
+    parser.add_argument("--writable", metavar="DIR", help="fail if no file can be written there")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    machine = inspect()
+    if args.brief:
+        text = f"{socket.gethostname()}: python {machine.python}, {_gpus(machine)}"
+    else:
+        text = json.dumps(examination(machine), indent=2) if args.json else format_examination(machine)
+    print(text, flush=True)
+    if machine.problems:
+        shown = "; ".join(machine.problems[:3])
+        more = len(machine.problems) - 3
+        raise UserError(
+            f"{shown}{f'; and {more} more' if more > 0 else ''}: run pip install -e . in this folder"
+        )
+    if len(machine.gpus) < args.expect_gpus:
+        raise UserError(
+            f"{socket.gethostname()}: torch sees {len(machine.gpus)} GPUs, not {args.expect_gpus}: leave this host "
+            "out, or ask for GPUs"
+        )
+    if args.writable:
+        _write_in(Path(args.writable))
+    return 0

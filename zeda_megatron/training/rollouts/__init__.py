@@ -1,0 +1,1 @@
+"""Rows that stage 2 samples while it trains."""

@@ -1,0 +1,168 @@
+"""Generation with vLLM in this process, on the weights of the Megatron model beside it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ...config import ZeroExpertConfig
+from ...distill.rollout import Generation, check_prompts
+from ...distill.sampling import SamplingConfig
+from ...errors import UserError
+from ...models.architecture import Architecture
+from ...models.hf_config import dynamic_config, static_config, write_config
+from ...moe.stats import routers
+from ...serving.vllm.recorder import RoutingRecorder
+from .hf_weights import hf_settings, hf_weights
+
+GPU_SHARE = 0.4
+"""Share of a GPU's memory that vLLM may take: the rest is the training's."""
+
+HOTTEST = 2.0
+"""vLLM's highest temperature."""
+
+
+class VLLMEngine:
+    """Answers prompts with vLLM; a `RolloutEngine`.
+
+    vLLM gets the model once as a folder in the Hugging Face format. A model that trains hands its weights over, by
+    name and in memory, before every `generate`; the first one too, as a checkpoint may have been loaded since.
+
+    Args:
+        model: the bare chunk that is the whole model.
+        zero: its zero experts.
+        static: answer with the static model inside it, whose weights do not change (stage 0).
+        stop_ids, max_length, vocab_size, slots: as for `BuiltinEngine`.
+
+    Raises:
+        UserError: several processes, a student without zero experts, or a pick rule.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        arch: Architecture,
+        zero: ZeroExpertConfig,
+        stop_ids: set[int],
+        max_length: int,
+        vocab_size: int,
+        slots: int,
+        static: bool = False,
+    ):
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise UserError("--rollout-engine vllm answers in one process only: use builtin under torchrun")
+        if not static and not zero.num_zero_experts:
+            raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
+        if any(router.pick_rule is not None for router in routers(model)):
+            raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
+        self.model, self.arch, self.static = model, arch, static
+        self.stop_ids, self.max_length, self.vocab_size = stop_ids, max_length, vocab_size
+        settings = {} if static else hf_settings(model, arch)
+        config = static_config(arch.hf) if static else dynamic_config(arch.hf, zero, settings)
+        dtype = next(model.parameters()).dtype
+        self._folder = tempfile.TemporaryDirectory(prefix="zeda-vllm-")
+        with torch.random.fork_rng():  # vLLM seeds the generators that training draws from
+            self._write(Path(self._folder.name), config, dtype)
+            self.llm = _start(self._folder.name, str(dtype).removeprefix("torch."), max_length, slots)
+        self.recorder = None if static else RoutingRecorder(self.llm)
+
+    def _write(self, folder: Path, config: dict, dtype: torch.dtype) -> None:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config = config | {key: str(dtype).removeprefix("torch.")}
+        if "num_nextn_predict_layers" in config:
+            config["num_nextn_predict_layers"] = 0  # they do not answer, and the Megatron model has none
+        write_config(folder, config)
+        # Copies: parts of one tensor share its memory, which the format does not allow.
+        weights = hf_weights(self.model, self.arch, self.static)
+        copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
+        save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        stream_ids: list[int],
+        record_routing: bool = False,
+    ) -> list[Generation]:
+        """Answer prompts (lists of token ids, each shorter than `max_length`); see `RolloutEngine`."""
+        check_prompts(prompts, self.max_length)
+        if not prompts:
+            return []
+        if sampling.temperature > HOTTEST:
+            raise UserError(
+                f"--temperature {sampling.temperature}: vLLM takes {HOTTEST} at most; use builtin"
+            )
+        if record_routing and self.recorder is None:
+            raise ValueError("a static model's routing is not recorded")
+        with torch.random.fork_rng():
+            self._hand_over_weights()
+            if record_routing:
+                self.recorder.start()
+            made = self.llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [self._sampling(sampling, len(p), s) for p, s in zip(prompts, stream_ids, strict=True)],
+                use_tqdm=False,
+            )
+        picks = self.recorder.stop() if record_routing else {}
+        return [self._generation(one, picks) for one in made]
+
+    def _hand_over_weights(self) -> None:
+        if self.static:
+            return
+        weights = hf_weights(self.model, self.arch)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        thresholds = hf_settings(self.model, self.arch).get("zce_threshold")
+        if thresholds is not None:
+            from ...serving.vllm.install import set_dials
+
+            self.llm.apply_model(lambda model: set_dials(model, thresholds))
+
+    def _sampling(self, sampling: SamplingConfig, prompt_tokens: int, stream_id: int):
+        from vllm import SamplingParams
+
+        whole = self.vocab_size >= self.arch.vocab_size
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=(sampling.seed * 1_000_003 + stream_id) % 2**63,
+            max_tokens=min(sampling.max_new_tokens, self.max_length - prompt_tokens),
+            stop_token_ids=sorted(self.stop_ids),
+            ignore_eos=True,  # the tokenizer of the run says what ends an answer
+            allowed_token_ids=None if whole else list(range(self.vocab_size)),
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _generation(self, made, picks: dict[str, torch.Tensor]) -> Generation:
+        answer = made.outputs[0]
+        tokens = list(answer.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
+        # Ids from the vocabulary's end on are never allowed, so there is no other reason.
+        reason = "stop" if answer.finish_reason == "stop" else "length"
+        return Generation(tokens, logprobs, reason, picks.get(made.request_id))
+
+
+def _start(folder: str, dtype: str, max_length: int, slots: int):
+    # In this process, so that weights can be handed over as tensors; and the training's threads stay where they are.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    return LLM(
+        folder,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        max_model_len=max_length,
+        max_num_seqs=slots,
+        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+        enable_prefix_caching=False,  # its blocks would outlive the weights they were computed with
+        enforce_eager=not torch.cuda.is_available(),
+        gpu_memory_utilization=GPU_SHARE,
+    )
