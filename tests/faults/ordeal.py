@@ -120,7 +120,7 @@ def ordeal(
                 wrong.append(tail(faulty))
             if said := survives(machine.root, mode):
                 wrong.append(said)
-            # Done in spite of the fault: there was a second way. Only what could not be removed may be left for the next.
+            # Done in spite of the fault: there was a second way. What could not be removed may be left for the next.
             found = read(machine.root) if faulty.code == 0 else None
             if found is None or (found != wanted and is_removal(faulty)):
                 again = machine.run(command)
