@@ -9,7 +9,6 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
-from functools import partial
 
 from ...errors import UserError, cut_short
 
@@ -99,42 +98,31 @@ class _Deadline:
                 socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, *args, deadline: _Deadline, **named):
-        super().__init__(*args, **named)
-        self.deadline = deadline
+def _watched(kind: type[http.client.HTTPConnection], deadline: _Deadline) -> type[http.client.HTTPConnection]:
+    class Watched(kind):
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
 
-    def connect(self) -> None:
-        super().connect()
-        self.deadline.watch(self.sock)
-
-
-class _SecureConnection(http.client.HTTPSConnection):
-    def __init__(self, *args, deadline: _Deadline, **named):
-        super().__init__(*args, **named)
-        self.deadline = deadline
-
-    def connect(self) -> None:
-        super().connect()
-        self.deadline.watch(self.sock)
+    return Watched
 
 
 class _Http(urllib.request.HTTPHandler):
     def __init__(self, deadline: _Deadline):
         super().__init__()
-        self.deadline = deadline
+        self.connection = _watched(http.client.HTTPConnection, deadline)
 
     def http_open(self, req):
-        return self.do_open(partial(_Connection, deadline=self.deadline), req)
+        return self.do_open(self.connection, req)
 
 
 class _Https(urllib.request.HTTPSHandler):
     def __init__(self, deadline: _Deadline):
         super().__init__()
-        self.deadline = deadline
+        self.connection = _watched(http.client.HTTPSConnection, deadline)
 
     def https_open(self, req):
-        return self.do_open(partial(_SecureConnection, deadline=self.deadline), req)
+        return self.do_open(self.connection, req)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
