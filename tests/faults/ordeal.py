@@ -58,9 +58,10 @@ def points(mode: str, kinds: str, all_of_them: bool) -> list[int]:
 
 
 def is_one_line(outcome: Outcome) -> bool:
-    """A failure told as users are told."""
+    """A failure told as users are told: once; ranks that no launcher ended repeat it with their number."""
     lines = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
-    return outcome.code == 2 and len(lines) == 1 and "Traceback" not in outcome.output
+    ranks = [line for line in lines if line.startswith("error: rank ")]
+    return outcome.code == 2 and len(lines) - len(ranks) == 1 and "Traceback" not in outcome.output
 
 
 def is_removal(outcome: Outcome) -> bool:

@@ -17,6 +17,7 @@ from ordeal import contents, ordeal
 from run_folders import write_run
 
 from zeda_megatron.checkpoint.integrity import find_damage
+from zeda_megatron.convert.convert import megatron_to_hf
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,9 +25,14 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="needs a C compiler: apt-get install gcc"),
 ]
 TOP = Path(__file__).parents[2]
-CONVERT, TRAIN, FIT = (
+CONVERT, TRAIN, FIT, QUANTIZE = (
     str(TOP / name)
-    for name in ("tools/checkpoint_convert.py", "launch/pretrain_zeda.sh", "tools/fit_zero_rows.py")
+    for name in (
+        "tools/checkpoint_convert.py",
+        "launch/pretrain_zeda.sh",
+        "tools/fit_zero_rows.py",
+        "tools/quantize.py",
+    )
 )
 SMALL = {"num_hidden_layers": 1, "num_experts": 4}
 TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
@@ -73,6 +79,7 @@ COMMANDS = {
     ),
     "evaluation of a folder": ("zeda_megatron.evaluation", f"run --model hf --output ev {ANSWERS}"),
     "evaluation of a checkpoint": ("zeda_megatron.evaluation", f"run --model dynamic --output ev {ANSWERS}"),
+    "quantise": (QUANTIZE, "--hf exported --out out"),
     "report": ("zeda_megatron.evaluation", "report --runs answered/teacher,answered/zeda --output page"),
 }
 RANKS = {"stage 1 of two": 2}
@@ -88,6 +95,7 @@ def disk(tmp_path_factory):
     pristine.mkdir()
     world = tiny_world.make_world(pristine, **SMALL)
     shutil.copytree(world.hf, pristine / "earlier")
+    megatron_to_hf(world.dynamic, world.hf, pristine / "exported")
     for arm, share in (("teacher", None), ("zeda", 0.4)):
         verdicts = {"gsm8k": {f"q{i}": [i % 3 > 0] for i in range(6)}}
         write_run(pristine / "answered" / arm, arm, verdicts, share, zero_experts=share is not None)
@@ -144,6 +152,10 @@ def records(path: Path) -> dict:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_same_command_goes_on(disk, name):
+    if name == "quantise":
+        pytest.importorskip(
+            "modelopt", reason="ModelOpt is not installed: bash tests/serving/modelopt_env.sh"
+        )
     machine, pristine = disk
     tally = ordeal(machine, pristine, command(name), result, all_of_them=ALL or name not in LONG)
     print(f"{name}: {tally.tried}, {len(tally.misses)} misses", *tally.misses, sep="\n")
