@@ -26,7 +26,6 @@ from zeda_megatron.checkpoint.integrity import LEVELS
 from zeda_megatron.config import ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from zeda_megatron.errors import run_main
 from zeda_megatron.runtime import cpu
-from zeda_megatron.runtime.quiet import quiet
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -121,7 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    quiet()
     cpu.install()
     from zeda_megatron.convert import convert
     from zeda_megatron.data.tokenizers import has_tokenizer

@@ -30,8 +30,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_result(flag: str, path: str | Path, text: str) -> None:
-    """What a command has found out goes to the file that the user has named; its folder
-    is made. Raises `UserError` with both names."""
+    """What a command has found out goes to the file that the user has named; its folder is made.
+
+    Raises:
+        UserError: it cannot be written; names flag and file.
+    """
     with writing(f"{flag} {path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), text)
@@ -93,6 +96,16 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename within a folder and wait until the name is on the disk. Raises `OSError`; then it has its old name."""
+    os.replace(source, target)
+    try:
+        sync(target.parent)
+    except OSError:
+        os.replace(target, source)
+        raise
 
 
 def sync_all(folder: Path) -> None:

@@ -80,14 +80,12 @@ def ordeal(
     read: Callable[[Path], dict] = contents,
     modes: tuple[str, ...] = MODES,
     all_of_them: bool = True,
-    survives: Callable[[Path, str], str | None] = lambda root, mode: None,
 ) -> Tally:
     """Try all points of a command that starts with the files of `pristine`.
 
     Args:
         read: what must be the same in the end.
         all_of_them: see `points`.
-        survives: looks at the disk after the fault and says what is wrong there.
     """
 
     def begin() -> None:
@@ -119,8 +117,6 @@ def ordeal(
                 wrong.append(f"{faulty.left} processes left")
             if mode in ("full", "broken") and faulty.code and not is_one_line(faulty):
                 wrong.append(tail(faulty))
-            if said := survives(machine.root, mode):
-                wrong.append(said)
             # Done in spite of the fault: there was a second way. What could not be removed may be left for the next.
             found = read(machine.root) if faulty.code == 0 else None
             if found is None or (found != wanted and is_removal(faulty)):

@@ -109,9 +109,8 @@ class LockFile:
 
     def abandoned(self, found: Found) -> str | None:
         """Why nobody can hold this lock any more; None if somebody may."""
-        if found.age > self._patience(
-            found
-        ):  # a run that is alive writes its name at once, and a heartbeat later on
+        # A run that is alive writes its name at once, and a heartbeat later on.
+        if found.age > self._patience(found):
             return f"no sign of life for {found.age:.0f} s"
         return found.owner.why_gone() if found.owner else None
 

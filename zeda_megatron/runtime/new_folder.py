@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..durable_file import sync, sync_all, writing
+from ..durable_file import rename_durably, sync_all, writing
 from .agreement import barrier, on_rank0, rank
 
 
@@ -35,12 +35,7 @@ def new_folder(path: str | Path, flag: str) -> Iterator[Path]:
         sync_all(staging)
         if path.exists():
             os.replace(path, old)
-        os.replace(staging, path)
-        try:
-            sync(path.parent)
-        except OSError:  # its name is not promised yet: as if it had never been there
-            os.replace(path, staging)
-            raise
+        rename_durably(staging, path)
         if old.exists():
             shutil.rmtree(old)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+from collections.abc import Callable
 
 
 def quiet() -> None:
@@ -19,12 +20,19 @@ def quiet() -> None:
     # Newer ones advise every user of GPTModel to use another class.
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_no_advice)
     # TensorBoard's writer fails in a thread of its own; it raises the same at the next call, which tells it in a line.
-    others = threading.excepthook
-    threading.excepthook = lambda args: None if _is_tensorboard(args.thread) else others(args)
+    if not isinstance(threading.excepthook, _ButTensorBoard):
+        threading.excepthook = _ButTensorBoard(threading.excepthook)
 
 
-def _is_tensorboard(thread: threading.Thread | None) -> bool:
-    return type(thread).__module__.startswith("tensorboard.")
+class _ButTensorBoard:
+    """The hook that was there before, for all other threads."""
+
+    def __init__(self, others: Callable[[threading.ExceptHookArgs], object]):
+        self.others = others
+
+    def __call__(self, args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self.others(args)
 
 
 def _no_advice(record: logging.LogRecord) -> bool:

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..durable_file import sync, sync_all
+from ..durable_file import rename_durably, sync, sync_all
 from ..errors import UserError
 
 # A folder is only ever replaced when it holds one of these: what our own commands write.
@@ -88,11 +88,6 @@ class Swap:
         """Names, then what had the name before."""
         if self.target.exists() and not self.old.exists():
             os.rename(self.target, self.old)
-        os.rename(self.ready, self.target)
-        try:
-            sync(self.target.parent)
-        except OSError:  # not promised yet: the next call does it again
-            os.rename(self.target, self.ready)
-            raise
+        rename_durably(self.ready, self.target)  # if not, the next call does it again
         if self.old.exists():
             shutil.rmtree(self.old)

@@ -6,12 +6,12 @@ import http.client
 import itertools
 import json
 import re
-import signal
 import socket
 import threading
 import time
 
 import pytest
+from time_limit import at_most
 
 from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.errors import UserError
@@ -122,20 +122,6 @@ BROKEN = {
     "a key that is ours": once(b"HTTP/1.1 403 No\r\n\r\nyour key secret\r\n\x1b[2Jis wrong"),
 }
 """Each is refused; with what words is the test's business only where they matter."""
-
-
-@contextlib.contextmanager
-def at_most(seconds: int):
-    def ring(*_):
-        raise AssertionError(f"still at it after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

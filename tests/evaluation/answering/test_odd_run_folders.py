@@ -5,11 +5,11 @@ import json
 import os
 import re
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
+from time_limit import at_most
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.answering import run as run_module
@@ -204,20 +204,6 @@ CASES = {
         for file in FILES[:2]
     },
 }
-
-
-@contextlib.contextmanager
-def at_most(seconds: int):
-    def ring(*_):
-        raise TimeoutError(f"still at it after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def held(folder: Path) -> dict:
