@@ -1,9 +1,11 @@
 """Stage 0: every question is answered once, whatever interrupts it."""
 
+import hashlib
 import json
 
 import pytest
 import tiny_world
+from stage0_files import stage0
 
 from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
@@ -453,3 +455,14 @@ def test_answers_of_stage_0_train_stage_1(world, tmp_path):
     run = tiny_world.start(world, data_path=tmp_path / "a.jsonl", train_iters=1, global_batch_size=1)
     run.run()
     assert run.consumed_tokens > 0
+
+
+def test_the_order_of_answers_follows_from_the_prompts_tokens_alone(world, tmp_path):
+    """Shorter prompts first, then by a hash: a run that trains on the file meets its rows in the same order as ever."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {letter}"}) + "\n" for letter in "abcdefghijkl"))
+    lines = stage0(world, tmp_path / "out.jsonl", data_path=prompts).read_text().splitlines()
+    asked = [json.loads(line)["prompt_ids"] for line in lines]
+    hashes = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12] for ids in asked]
+    assert len(set(map(len, asked))) == 1 and len(set(hashes)) == 12
+    assert hashes == sorted(hashes)

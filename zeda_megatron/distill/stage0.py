@@ -194,7 +194,7 @@ def answer_questions(
     todo = [[q.key for q in questions if q.key not in file.answered]] if rank0 else [None]
     torch.distributed.broadcast_object_list(todo, src=0)
     wanted = set(todo[0])
-    pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), q.key))
+    pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), _stream(q), q.key))
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     mine = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     # The ranks of one model (tensor-parallel ones, pipeline stages) know the same answers.
