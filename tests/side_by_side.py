@@ -19,7 +19,7 @@ GLOO = (
     *ALONE,
     "tests/convert/test_convert_layouts.py",
     "tests/distill/test_losses.py",
-    "tests/evaluation/test_dispatch_bytes.py",
+    "tests/tools/test_dispatch_bytes.py",
     "tests/planning/test_memory_parameters.py",
     "tests/launch/",
     "tests/ops/test_vocab_kl_parallel.py",

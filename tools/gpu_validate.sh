@@ -14,4 +14,4 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/env.sh"
 python=${PYTHON:-$(command -v python || command -v python3)}
 "$python" "$root/tools/doctor.py" || { echo "error: install what the doctor misses first" >&2; exit 2; }
-exec "$python" -m zeda_megatron.evaluation.gpu_validate --root "$root" "$@"
+exec "$python" -m tools.gpu.validate --root "$root" "$@"

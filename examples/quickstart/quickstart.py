@@ -116,7 +116,7 @@ def fit(walk: Walk, name: str) -> None:
 def prune(walk: Walk, name: str, teacher: Path) -> None:
     """Cut experts by REAP's score on the teacher's own answers, then convert what is left."""
     hf = walk.out / f"{name}_hf"
-    command = [sys.executable, "-m", "zeda_megatron.evaluation.reap", "--hf", str(teacher)]
+    command = [sys.executable, "-m", "examples.rivals.reap", "--hf", str(teacher)]
     command += ["--calibration", str(walk.out / "rollouts.jsonl"), "--fraction", PRUNED[name]]
     walk.run(f"prune {name}", [*command, "--out", str(hf)], hf)
     tool = [sys.executable, str(ROOT / "tools" / "checkpoint_convert.py"), "hf-to-megatron"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import TINY
 
+from tools.measure.random_model import write_random_model
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
-from zeda_megatron.convert.random_model import write_random_model
 
 CONFIG = TINY | dict(
     architectures=["Qwen3MoeForCausalLM"],

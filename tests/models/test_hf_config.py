@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from tiny_models import make_hf_folder
 from transformers import AutoModelForCausalLM
 
+from examples.rivals.reap import write_pruned
 from zeda_megatron.checkpoint.state import require_checkpoint
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.pruned_folder import write_pruned
 from zeda_megatron.models.hf_config import (
     copy_side_files,
     dynamic_config,

@@ -8,9 +8,9 @@ import pytest
 import tiny_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.rivals.reap import write_pruned
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.pruned_folder import write_pruned
 from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.options import FitOptions
 from zeda_megatron.fit.run import HeadFit

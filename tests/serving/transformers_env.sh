@@ -19,7 +19,7 @@ done
 [[ ${1:-} != -- ]] || shift
 ((${#versions[@]})) || versions=(5.0.0 5.14.1 5.17.0 newest)
 root=${ZEDA_TRANSFORMERS_VENVS:-$PWD/.venv-transformers}
-tests=(tests/serving tests/models tests/evaluation/quality/test_export_check.py tests/evaluation/test_serving_speed.py)
+tests=(tests/serving tests/models tests/evaluation/quality/test_export_check.py tests/tools/test_measure_serving.py)
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD
 failed=()

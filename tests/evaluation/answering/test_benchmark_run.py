@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.rivals.reap import PruneOptions
 from zeda_megatron.arguments import parse
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.__main__ import main
@@ -20,7 +21,6 @@ from zeda_megatron.evaluation.answering.engine import About, Answer
 from zeda_megatron.evaluation.answering.options import RunOptions
 from zeda_megatron.evaluation.answering.run import run
 from zeda_megatron.evaluation.comparison.report import ReportOptions, make_report
-from zeda_megatron.evaluation.reap import PruneOptions
 from zeda_megatron.runtime.lock import NAME as LOCK
 from zeda_megatron.runtime.lock import locked
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import UserError
-from ..models.architecture import REGISTRY, Architecture, read_architecture
-from ..serving.zero_expert_routing import ZeroDials
+from zeda_megatron.errors import UserError
+from zeda_megatron.models.architecture import REGISTRY, Architecture, read_architecture
+from zeda_megatron.serving.zero_expert_routing import ZeroDials
 
 WAYS = ("static", "skip", "weight 0")
 """static: the stock layer. skip: ours. weight 0: a zero slot is a slot of expert 0 whose weight is 0, as engines do
@@ -86,7 +86,7 @@ class Contest:
 
 def _build(arch: Architecture, layers: int, dtype: torch.dtype, device: str, vocabulary: int):
     family = REGISTRY[arch.name]
-    module = import_module(f"..serving.{family.MODELING_FILE.removesuffix('.py')}", __package__)
+    module = import_module(f"zeda_megatron.serving.{family.MODELING_FILE.removesuffix('.py')}")
     model_class = getattr(module, family.ARCHITECTURES[1])
     small = {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": False}
     small |= {f"{kind}_token_id": None for kind in ("pad", "bos", "eos")}

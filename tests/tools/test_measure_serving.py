@@ -1,7 +1,6 @@
 """Serving speed compares the right computations, on every family."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,9 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tools.measure.serving import arms, main, parse, table
+from tools.measure.serving_arms import Contest
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.serving_arms import Contest
-from zeda_megatron.evaluation.serving_speed import arms, parse, table
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"qwen3_moe": tiny.TINY, "glm4_moe_lite": tiny.GLM, "mixtral": tiny.MIXTRAL}
@@ -71,9 +70,8 @@ def test_only_skipping_saves_expert_flops(contest):
 def test_the_command_prints_a_line_per_pass_and_writes_what_it_measured(folder, monkeypatch, capsys):
     flags = ["--hf", str(folder), "--json", str(folder / "out.json")]
     flags += ["--prefill", "32", "--decode", "1", "4", "--context", "8", "--repeats", "1"]
-    tool = runpy.run_path(str(ROOT / "tools" / "measure_serving.py"), run_name="read")
-    monkeypatch.setattr("sys.argv", ["measure_serving.py", *flags])
-    assert tool["main"]() == 0
+    monkeypatch.setattr("sys.argv", ["serving", *flags])
+    assert main() == 0
     rows = json.loads((folder / "out.json").read_text())
     assert len(rows) == 3 * len(arms([0.25, 0.5, 0.75])) == 21
     assert all(row["moe_seconds"] > 0 and row["model_seconds"] > 0 for row in rows)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..models.architecture import read_architecture
-from ..models.hf_config import copy_side_files
-from .gpu_kernels import CPU, worst_difference
+from zeda_megatron.models.architecture import read_architecture
+from zeda_megatron.models.hf_config import copy_side_files
+
+from .kernels import CPU, worst_difference
 
 SLICES = {
     "qwen3_30b_a3b": {"num_hidden_layers": 1},
@@ -94,7 +95,7 @@ def real_slice(run, recipe: str) -> dict:
 
 def backends(run) -> list[str]:
     """Ways to run the experts here: torch's grouped product, and this project's kernels where they were built."""
-    from ..ops.kernel_call import why_not
+    from zeda_megatron.ops.kernel_call import why_not
 
     own = run.device == "cuda" and not why_not(torch.device("cuda", 0), torch.bfloat16)
     return ["grouped_mm", "kernels"] if own else ["grouped_mm"]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from .gpu_families import glm, serving
-from .gpu_kernels import CPU, flex, own_kernels, permute_fusion
-from .gpu_slice import SLICES, real_slice
-from .gpu_stage2 import stage2
+from .families import glm, serving
+from .kernels import CPU, flex, own_kernels, permute_fusion
+from .slice import SLICES, real_slice
+from .stage2 import stage2
 
 
 class Validation:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from zeda_megatron.convert.random_model import QWEN3_30B_A3B
-from zeda_megatron.evaluation.conversion_speed import measure
+from tools.measure.conversion import measure
+from tools.measure.random_model import QWEN3_30B_A3B
 
 TINY = {
     "vocab_size": 97,

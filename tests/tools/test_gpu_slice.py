@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.evaluation import gpu_validate
-from zeda_megatron.evaluation.gpu_slice import SLICES, write_slice
+from tools.gpu import validate as gpu_validate
+from tools.gpu.slice import SLICES, write_slice
 from zeda_megatron.models.architecture import read_architecture
 
 ROOT = Path(__file__).resolve().parents[2]

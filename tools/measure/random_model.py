@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..config import ZeroExpertConfig
-from ..models.architecture import read_architecture
-from ..models.weight_maps import dims_of, weight_map_of
-from ..runtime.partial import partial_folder
-from .layout import model_layout
-from .parts import PartWriter
-from .safetensors_shards import DEFAULT_SHARD_BYTES, Planned, plan_shards, write_index
+from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.convert.layout import model_layout
+from zeda_megatron.convert.parts import PartWriter
+from zeda_megatron.convert.safetensors_shards import DEFAULT_SHARD_BYTES, Planned, plan_shards, write_index
+from zeda_megatron.models.architecture import read_architecture
+from zeda_megatron.models.weight_maps import dims_of, weight_map_of
+from zeda_megatron.runtime.partial import partial_folder
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.evaluation.dispatch_bytes import GEOMETRY
+from tools.measure.dispatch_bytes import GEOMETRY
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "measure_dispatch_bytes.py"
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 2 * 128
 """Of both processes."""
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), *flags]
+    command = [sys.executable, "-m", "tools.measure.dispatch_bytes", *flags]
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=280, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280, env=environment)
 
 
 def measured(tmp_path, *flags: str) -> tuple[list[dict], str]:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zeda_megatron.evaluation import gpu_kernels, gpu_validate
+from tools.gpu import kernels as gpu_kernels
+from tools.gpu import validate as gpu_validate
 
 
 def run(device="cuda", losses=None):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.measure.teacher_cost import BASE, VARIANTS, parse
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.teacher_cost import BASE, VARIANTS, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,8 @@ def test_every_variant_is_measured_and_a_second_model_takes_memory(world, tmp_pa
     out = tmp_path / "cost.json"
     command = [
         sys.executable,
-        ROOT / "tools" / "measure_teacher_cost.py",
+        "-m",
+        "tools.measure.teacher_cost",
         "--hf",
         world.hf,
         "--rows",
@@ -26,7 +27,7 @@ def test_every_variant_is_measured_and_a_second_model_takes_memory(world, tmp_pa
     ]
     command += ["--num-zero-experts", "4", "--seq-length", "128", "--global-batch-size", "2", "--steps", "3"]
     done = subprocess.run(
-        [*map(str, command), "--json", str(out)], capture_output=True, text=True, timeout=280
+        [*map(str, command), "--json", str(out)], capture_output=True, text=True, timeout=280, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     rows = {row["variant"]: row for row in json.loads(out.read_text())}

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..durable_file import write_result
-from ..errors import UserError
-from ..runtime import cpu
+from zeda_megatron.durable_file import write_result
+from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.runtime import cpu
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
@@ -47,14 +47,14 @@ class Step:
 
 
 def main() -> int:
-    """Entry point of `tools/measure_conversion.py`."""
+    """Entry point of `python -m tools.measure.conversion`."""
     args = _parse()
     work = Path(args.work)
     if work.exists():
         raise UserError(f"--work {work}: exists already; give a new folder")
     cpu.install()
     try:
-        from ..convert.random_model import QWEN3_30B_A3B
+        from .random_model import QWEN3_30B_A3B
 
         config = QWEN3_30B_A3B | {"num_hidden_layers": args.layers}
         report = measure(work, config, args.max_shard_bytes, args.workers, args.rounds)
@@ -81,7 +81,7 @@ def _parse() -> argparse.Namespace:
 
 def measure(work: Path, config: dict[str, Any], max_shard_bytes: int, workers: int, rounds: int) -> dict:
     """Make a random model of this config.json in `work`, then time each step `rounds` times."""
-    from ..convert.random_model import write_random_model
+    from .random_model import write_random_model
 
     work.mkdir(parents=True)
     hf, megatron, out = work / "hf", work / "megatron", work / "out"
@@ -179,3 +179,7 @@ def _print(report: dict) -> None:
             f"{step['gb_per_second'] / copy:8.2f} {step['cpu_seconds']:7.1f} "
             f"{step['peak_bytes'] / 1e9:8.2f} {above / 1e9:10.2f}"
         )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from .gpu_kernels import CPU, worst_difference
-from .gpu_slice import SLICES
+from .kernels import CPU, worst_difference
+from .slice import SLICES
 
 
 def glm(run) -> dict:
@@ -28,7 +28,7 @@ def serving(run) -> dict:
         size = ("--prefill", "64", "--context", "16")
         if real:
             size = ("--layers", "2", "--prefill", "2048", "--prefill-batches", "1", "8")
-        command = (sys.executable, str(run.root / "tools" / "measure_serving.py"), "--hf", str(folder))
+        command = (sys.executable, "-m", "tools.measure.serving", "--hf", str(folder))
         run.command(*command, *size, "--device", run.device, "--json", str(file))
         tables[recipe] = json.loads(file.read_text())
         for row in tables[recipe]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..arguments import check_choices, parse
-from ..durable_file import write_result
-from ..errors import UserError
-from ..runtime.worker import run_worker
+from zeda_megatron.arguments import check_choices, parse
+from zeda_megatron.durable_file import write_result
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 ROUTINGS = ("paired", "topk")
 GEOMETRY = {
@@ -130,8 +130,8 @@ def table(rows: list[dict]) -> str:
 
 def work(options: ByteOptions) -> int:
     """One of the processes: measure; rank 0 prints the table and writes the file."""
-    from ..runtime import cpu
-    from ..runtime.process_groups import ParallelConfig, initialize
+    from zeda_megatron.runtime import cpu
+    from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
 
     cpu.install()
     import torch
@@ -168,7 +168,7 @@ def launch(options: ByteOptions, argv: list[str]) -> int:
         port = probe.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "1"]
     command += ["--nproc-per-node", str(options.expert_model_parallel_size)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", __name__, *argv]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", __spec__.name, *argv]
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
@@ -176,9 +176,11 @@ def launch(options: ByteOptions, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of tools/measure_dispatch_bytes.py, and of each process that it starts."""
+    """Entry point of python -m tools.measure.dispatch_bytes, and of each process that it starts."""
     argv = sys.argv[1:] if argv is None else argv
-    options = parse(argv, {"measurement": ByteOptions}, prog="measure_dispatch_bytes.py")["measurement"]
+    options = parse(argv, {"measurement": ByteOptions}, prog="python -m tools.measure.dispatch_bytes")[
+        "measurement"
+    ]
     options.validate()
     return work(options) if "RANK" in os.environ else launch(options, argv)
 

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "measure_loss_memory.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=280)
+    command = [sys.executable, "-m", "tools.measure.loss_memory", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
 
 
 def test_the_fused_loss_peaks_below_full_logits_at_the_same_value():

@@ -5,9 +5,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from examples.rivals.reap import PruneOptions, expert_scores, kept_experts, main, prune, write_pruned
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.pruned_folder import write_pruned
-from zeda_megatron.evaluation.reap import PruneOptions, expert_scores, kept_experts, main, prune
 from zeda_megatron.models.architecture import read_architecture
 
 MODELS = {"qwen3": tiny.hf_model, "glm": tiny.glm_model, "mixtral": tiny.mixtral_model}

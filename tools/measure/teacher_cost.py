@@ -1,6 +1,6 @@
 """What the teacher costs: step time and peak memory of its modes beside plain fine-tuning, measured in one run.
 
-python tools/measure_teacher_cost.py
+python -m tools.measure.teacher_cost
 
 Times: every variant steps in turn on the same rows, so a busy machine slows all alike; CPU time on the CPU. Memory:
 a process per variant, peak of resident memory above what the interpreter and the libraries take (on the GPU: of
@@ -19,8 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..durable_file import write_result
-from ..errors import UserError, run_main
+from zeda_megatron.durable_file import write_result
+from zeda_megatron.errors import UserError, run_main
+
 from .loss_memory import resident
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,9 +64,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace, checkpoints: str, name: str):
     """A `TrainingRun` of one variant, in this process. `checkpoints`: folder of `static` and `dynamic`."""
-    from ..arguments import parse as parse_flags
-    from ..training.loop import TrainingRun
-    from ..training.options import GROUPS, Options
+    from zeda_megatron.arguments import parse as parse_flags
+    from zeda_megatron.training.loop import TrainingRun
+    from zeda_megatron.training.options import GROUPS, Options
 
     start, flags = VARIANTS[name]
     argv = [
@@ -106,7 +107,7 @@ def peak(options: argparse.Namespace, checkpoints: str, name: str) -> int:
     """Bytes that building a variant and two steps need at their peak, in this process."""
     import torch
 
-    from ..training import loop  # noqa: F401  (libraries are loaded before memory is counted)
+    from zeda_megatron.training import loop  # noqa: F401  (libraries are loaded before memory is counted)
 
     before = resident("VmRSS")
     run = build(options, checkpoints, name)
@@ -130,7 +131,7 @@ def peak_apart(options: argparse.Namespace, checkpoints: str, name: str) -> int:
 def main() -> int:
     """Entry point: prints a table, writes --json."""
     options = parse()
-    from ..runtime import cpu, process_groups
+    from zeda_megatron.runtime import cpu, process_groups
 
     cpu.install()
     process_groups.initialize(process_groups.ParallelConfig())
@@ -138,7 +139,7 @@ def main() -> int:
         if options.measure:
             print(peak(options, *options.measure))
             return 0
-        from ..convert.convert import hf_to_megatron
+        from zeda_megatron.convert.convert import hf_to_megatron
 
         with tempfile.TemporaryDirectory() as folder:
             hf_to_megatron(options.hf, f"{folder}/static", dtype="fp32")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
-from ..arguments import parse
-from ..data.packing import PackedBatch
-from ..distill.teacher import Teacher
-from ..moe import stats
-from ..moe.pick_rules import StaticTopK
-from ..moe.switches import set_pick_rule
-from ..moe.threshold import calibrate_threshold
-from ..training.build_optimizer import build_optimizer
-from ..training.options import GROUPS, Options
-from ..training.setup import build_student
-from ..training.step import Stepper, forward_model
+from zeda_megatron.arguments import parse
+from zeda_megatron.data.packing import PackedBatch
+from zeda_megatron.distill.teacher import Teacher
+from zeda_megatron.moe import stats
+from zeda_megatron.moe.pick_rules import StaticTopK
+from zeda_megatron.moe.switches import set_pick_rule
+from zeda_megatron.moe.threshold import calibrate_threshold
+from zeda_megatron.training.build_optimizer import build_optimizer
+from zeda_megatron.training.options import GROUPS, Options
+from zeda_megatron.training.setup import build_student
+from zeda_megatron.training.step import Stepper, forward_model
+
 from .traffic import Traffic
 
 

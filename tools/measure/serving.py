@@ -1,6 +1,6 @@
 """Speed of serving at a forced zero share, in transformers: the static model, ours, and zero slots with weight 0.
 
-python tools/measure_serving.py --hf examples/qwen3_30b_a3b
+python -m tools.measure.serving --hf examples/qwen3_30b_a3b
 
 Real layer geometry, random weights, few layers. All ways take turns in one process, so that a busy machine slows all
 alike; the figure is the ratio to the static model, of the fastest passes. On the CPU time is CPU time of one thread, on
@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from ..durable_file import write_result
-from ..errors import UserError
+from zeda_megatron.durable_file import write_result
+from zeda_megatron.errors import UserError, run_main
+
 from .serving_arms import WAYS, Contest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -149,7 +150,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def main() -> int:
-    """Command line of tools/measure_serving.py."""
+    """Command line of python -m tools.measure.serving."""
     options = parse()
     contest = Contest(options.hf, options.layers, DTYPES[options.dtype], options.device)
     rows = measure(contest, options)
@@ -157,3 +158,7 @@ def main() -> int:
         write_result("--json", options.json, json.dumps(rows, indent=1) + "\n")
     print("\n".join(table(rows)))
     return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
