@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
+from zeda_megatron.config.options import GROUPS, Options
 from zeda_megatron.data.records import parse_prompt, parse_rollout
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
@@ -19,7 +20,6 @@ from zeda_megatron.models.build import check_layout
 from zeda_megatron.planning import step_plan as plan
 from zeda_megatron.planning.memory_command import read_command
 from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet
-from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))

@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from zeda_megatron.checkpoint.integrity import LEVELS
-from zeda_megatron.config import ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
+from zeda_megatron.config.run import VERIFY_LEVELS
+from zeda_megatron.config.zero_experts import ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from zeda_megatron.errors import run_main
 from zeda_megatron.runtime import cpu
 
@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--verify-checkpoint",
             default="hash",
-            choices=LEVELS,
+            choices=VERIFY_LEVELS,
             help="compare the checkpoint's files with its integrity.json first (default: hash)",
         )
     for command in (to_megatron, to_hf, check):

@@ -12,11 +12,13 @@ from .runtime.worker import leave_with_parent, run_worker
 def main(argv: list[str] | None = None) -> int:
     """Parse options, start the process groups, run the stage. Returns the exit code."""
     cpu.install()
+    from .config.options import read_options
     from .runtime import process_groups
-    from .training.options import read_options
+    from .training.check import check_machine
 
     options = read_options(sys.argv[1:] if argv is None else argv, "pretrain_zeda")
     options.validate()
+    check_machine(options)
     process_groups.initialize(options.parallel, options.optimizer.seed)
     try:
         from .runtime.lock import NAME, locked

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.import_checks import check_not_quantised
 from zeda_megatron.convert.parts import PartWriter

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
+from zeda_megatron.config.options import GROUPS, Options
 from zeda_megatron.planning import doctor as machine_check
-from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ROOT / "launch" / "slurm" / "submit_chain.sh"

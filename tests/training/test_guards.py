@@ -8,8 +8,8 @@ import tiny_world
 import torch
 
 from zeda_megatron.checkpoint.state import find_checkpoint
+from zeda_megatron.config.guard import GuardOptions
 from zeda_megatron.errors import UserError, run_main
-from zeda_megatron.training.guard_options import GuardOptions
 from zeda_megatron.training.guards import Guards, GuardTripped
 from zeda_megatron.training.loop import TrainingRun
 

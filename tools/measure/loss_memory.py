@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from zeda_megatron.config.run import LOSS_KINDS
 from zeda_megatron.errors import UserError, run_main
-from zeda_megatron.ops.vocab_kl import KINDS
 
 PATHS = ("fused", "full")
 MIB = 1 << 20
@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--chunk-tokens", type=int, default=128)
-    parser.add_argument("--kind", choices=KINDS, default="forward_kl")
+    parser.add_argument("--kind", choices=LOSS_KINDS, default="forward_kl")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per row instead of the table"
     )

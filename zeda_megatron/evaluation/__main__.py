@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..arguments import parse
+from ..config.arguments import parse
 from ..errors import UserError, run_main
 
 USAGE = "usage: python -m zeda_megatron.evaluation run|report|sandbox [--help]"

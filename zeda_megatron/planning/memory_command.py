@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from ..config import ZeroExpertConfig
+from ..config.options import Options, read_options
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import check_layout
-from ..training.options import Options, read_options
 from .memory import Assumptions
 
 

@@ -9,9 +9,9 @@ import argparse
 import math
 import sys
 
+from ..config.options import sequence_multiple
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.conversation import OVERLONG
-from ..data.packing import sequence_multiple
 from ..data.rows import rows_for
 from ..data.tokenizers import KINDS, load_tokenizer
 from ..errors import UserError

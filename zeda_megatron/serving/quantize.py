@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..arguments import check_choices, parse
+from ..config.arguments import check_choices, parse
 from ..convert.hf_files import HFReader
 from ..convert.import_checks import check_not_quantised
 from ..durable_file import write_atomically

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.rivals.reap import PruneOptions
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.__main__ import main
 from zeda_megatron.evaluation.answering import run as run_module

@@ -15,9 +15,9 @@ import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.generate import SamplingConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.hf_config import static_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...distill.sampling import SamplingConfig
+from ...config.generate import SamplingConfig
 from ...errors import UserError
 from ...runtime import process_groups
 from .engine import About, Answer, Request

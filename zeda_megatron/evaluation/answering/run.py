@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...distill.sampling import SamplingConfig
+from ...config.generate import SamplingConfig
 from ...runtime.lock import NAME as LOCK
 from ...runtime.lock import locked
 from ..benchmarks.benchmark import TEMPERATURE, TOP_K, TOP_P, Benchmark

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ...arguments import parse
+from ...config.arguments import parse
 from ...durable_file import write_result
 from ...errors import UserError, run_main
 from ...models.architecture import read_architecture
@@ -60,10 +60,10 @@ def check(options: CheckOptions) -> dict:
     """
     from transformers import AutoModelForCausalLM
 
+    from ...config.generate import SamplingConfig
     from ...data.conversation import tokenize_rollout
     from ...data.prompts import load_rollouts
     from ...distill.builtin_engine import BuiltinEngine
-    from ...distill.sampling import SamplingConfig
     from ...moe.switches import evaluating
     from .models import load_model
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         if value is None:
             raise UserError(f"{flag} is missing")
     cpu.install()
-    process_groups.initialize(process_groups.ParallelConfig())
+    process_groups.initialize()
     try:
         result = check(options)
     finally:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from ...arguments import check_choices, parse
+from ...config.arguments import check_choices, parse
 from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from ...arguments import check_choices, parse
+from ...config.arguments import check_choices, parse
 from ...durable_file import write_result
 from ...errors import UserError, run_main
 from ...runtime import cpu, process_groups
@@ -136,7 +136,7 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def _score(student, teacher, rows, vocab_size, seq_length, classes):
-    from ...distill.losses import LossConfig
+    from ...config.run import LossConfig
     from ...moe import stats
     from ...training.step import forward_model, row_loss
     from .scored_tokens import ScoredTokens
@@ -164,8 +164,8 @@ def _score(student, teacher, rows, vocab_size, seq_length, classes):
 
 def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
     """Whether each greedy answer is the right one, in the order of the tasks; judged as the benchmark `tasks` does."""
+    from ...config.generate import SamplingConfig
     from ...distill.builtin_engine import BuiltinEngine
-    from ...distill.sampling import SamplingConfig
     from ..benchmarks.checkable import exactly
 
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{flag} is missing")
     check_choices(options)
     cpu.install()
-    process_groups.initialize(process_groups.ParallelConfig())
+    process_groups.initialize()
     try:
         result = measure_arm(options)
     finally:
