@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "zeda_megatron"
 FLOORS = {
-    "main": 8,
+    "__main__": 8,
     "training": 7,
     "evaluation": 7,
     "fit": 7,

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from zeda_megatron.config.run import LOSS_KINDS
-from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 PATHS = ("fused", "full")
 MIB = 1 << 20
@@ -115,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

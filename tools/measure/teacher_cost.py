@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from zeda_megatron.durable_file import write_result
-from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 from .loss_memory import resident
 
@@ -174,4 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

@@ -1,1 +1,1 @@
-"""Baselines, metrics, FLOP accounting, report."""
+"""Is it still good, and what did it save?"""

@@ -1,4 +1,4 @@
-"""Fit the heads of paired zero experts on the teacher's answers: `python tools/fit_zero_rows.py`, seconds to minutes.
+"""Fit the heads of paired zero experts on the teacher's answers: `zeda fit`, seconds to minutes.
 
 Also under torchrun: data parallel, expert parallel, tensor parallel; one pipeline stage.
 """
@@ -6,7 +6,6 @@ Also under torchrun: data parallel, expert parallel, tensor parallel; one pipeli
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,20 +19,19 @@ from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.on_disk import ZEDA_NAME
-from ..runtime import cpu, process_groups
+from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
 from .table import format_fit
 
 CALIBRATION_PASSES = 4
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point: fits, writes the checkpoint and fit.json, prints a table."""
-    cpu.install()
     made = parse(
-        sys.argv[1:] if argv is None else argv,
+        argv,
         {"fit": FitOptions, "parallel": ParallelConfig},
-        prog="fit_zero_rows",
+        prog="zeda fit",
     )
     options, parallel = made["fit"], made["parallel"]
     options.validate(parallel)

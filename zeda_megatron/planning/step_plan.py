@@ -17,10 +17,10 @@ from ..data.tokenizers import KINDS, load_tokenizer
 from ..errors import UserError
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="plan.py",
+        prog="zeda plan steps",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -46,9 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Entry point of tools/plan.py."""
-    args = parse()
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    args = parse(argv)
     tokenizer = load_tokenizer(
         args.tokenizer_model, args.tokenizer_type, args.chat_template_file, day=RUN_DAY
     )

@@ -9,7 +9,6 @@ hold; every engine serves it, and its quality is that of the packed model. `--pa
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -202,10 +201,9 @@ def _round_routers(model: nn.Module, state: dict[str, torch.Tensor], number_form
             state[name] = quantizer(rows).reshape(state[name].shape).detach()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of tools/quantize.py."""
-    arguments = sys.argv[1:] if argv is None else argv
-    options = parse(arguments, {"quantize": QuantizeOptions}, prog="quantize.py")["quantize"]
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    options = parse(argv, {"quantize": QuantizeOptions}, prog="zeda quantize")["quantize"]
     for flag in ("hf", "out"):
         if getattr(options, flag) is None:
             raise UserError(f"--{flag} is missing")

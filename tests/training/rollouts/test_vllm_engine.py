@@ -151,7 +151,7 @@ def small_world(one_process, tmp_path_factory):
 
 
 def run_main(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "zeda_megatron.main", "--no-progress", *map(str, flags)]
+    command = [sys.executable, "-m", "zeda_megatron", "train", "--no-progress", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return done

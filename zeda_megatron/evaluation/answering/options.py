@@ -1,4 +1,4 @@
-"""Options of `python -m zeda_megatron.evaluation run`."""
+"""Options of `zeda evaluate run`."""
 
 from __future__ import annotations
 

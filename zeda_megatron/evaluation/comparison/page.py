@@ -176,9 +176,7 @@ def _kinds(made: dict) -> str:
 
 def _origin(made: dict) -> str:
     folders = ",".join(run["folder"] for run in made["runs"])
-    command = (
-        f"python -m zeda_megatron.evaluation report --runs {folders} --output DIR --margin {made['margin']}"
-    )
+    command = f"zeda evaluate report --runs {folders} --output DIR --margin {made['margin']}"
     facts = "".join(
         f"<dt>{escape(run['arm'])}</dt><dd>{escape(run['model'])}; "
         f"{escape(', '.join(f'{name} {value}' for name, value in run['environment'].items()))}</dd>"

@@ -1,4 +1,4 @@
-"""`python -m zeda_megatron.evaluation report`: runs side by side, as JSON and as one HTML page."""
+"""`zeda evaluate report`: runs side by side, as JSON and as one HTML page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...config.arguments import parse
 from ...durable_file import write_result
 from ...errors import UserError, one_line
 from .choice import MARGIN, choose
@@ -109,3 +110,9 @@ def _p(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    report(parse(argv, {"report": ReportOptions}, prog="zeda evaluate report")["report"])
+    return 0
