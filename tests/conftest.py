@@ -54,7 +54,7 @@ def halfway(one_process, world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def interpreted_library(tmp_path_factory):
     """All kernels, compiled and as PTX, for tests that interpret them; skipped where they cannot be compiled."""
-    sys.path.insert(0, str(Path(__file__).parent / "ops"))
+    sys.path.insert(0, str(Path(__file__).parent / "kernels"))
     from ptx import operators
 
     return operators.library(tmp_path_factory.mktemp("interpreted"))

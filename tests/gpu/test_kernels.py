@@ -1,7 +1,7 @@
 """The operators on a GPU against float64: numbers, empty groups, repeatability, graphs, memory errors.
 
 Each test also runs on the CPU, so that it is itself tested where no GPU is: with the operators' reference, and, in the
-slow suite where nvcc is, with the kernels interpreted (`tests/ops/ptx`).
+slow suite where nvcc is, with the kernels interpreted (`tests/kernels/ptx`).
 """
 
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from groups import Draw, ends_of, exact, fc1_inputs, mlp_inputs, near
 from ptx import operators
 from ptx.machine import Machine
@@ -273,5 +273,5 @@ def test_the_sanitizer_finds_nothing_in_the_smallest_case(cuda):
     if tool is None:
         pytest.skip("compute-sanitizer is not on PATH")
     line = [tool, "--error-exitcode", "7", sys.executable, "-c", SMALLEST]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1] / "ops")
+    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1] / "kernels")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
