@@ -41,18 +41,3 @@ ZK_API int zk_swiglu_grad(int dtype, int groups, int64_t rows, int width, const 
 // Zero the rows past the last end.
 ZK_API int zk_zero_tail(int groups, int64_t rows, int64_t row_bytes, const int32_t* ends, void* data, int sm_count,
                         void* stream);
-
-// ids [slots] int32, others than 0..experts-1 take no row -> row_map [slots] (-1: no row), ends [experts].
-ZK_API int64_t zk_sort_workspace(int64_t slots, int experts);
-ZK_API int zk_sort(int64_t slots, int experts, const int32_t* ids, int32_t* row_map, int32_t* ends, void* workspace,
-                   int64_t workspace_bytes, void* stream);
-
-// out[row_map[s]] = x[s / picks]
-ZK_API int zk_gather(int dtype, int64_t slots, int picks, int width, const int32_t* row_map, const void* x, void* out,
-                     int sm_count, void* stream);
-
-// out[t] = sum over k of probs[t,k] y[row_map[t,k]]; probs may be null.
-ZK_API int zk_combine(int dtype, int64_t tokens, int picks, int width, const int32_t* row_map, const void* y,
-                      const float* probs, void* out, int sm_count, void* stream);
-ZK_API int zk_combine_grad(int dtype, int64_t slots, int picks, int width, const int32_t* row_map, const void* dout,
-                           const void* y, const float* probs, void* dy, float* dprobs, int sm_count, void* stream);

@@ -1,7 +1,6 @@
 // The fused fc1 without its tensor cores: arguments, their check, the workspace, and the units of every expert.
 #pragma once
 #include "groups.cuh"
-#include "warp.cuh"
 
 namespace zk {
 
@@ -39,6 +38,15 @@ inline int check(const Fc1& p, Tiling tiling) {
   // Units are int32 even if every group had all rows, as ends that make no sense may claim.
   if (units_of(tiling, p.rows, p.width) > (INT32_MAX - 2 * p.sm_count) / p.groups) return kBadArgument;
   return p.workspace_bytes < fc1_bytes(p.groups) ? kSmallWorkspace : 0;
+}
+
+// Sum over this lane and those before it. All lanes of the warp must call it.
+static __device__ int32_t warp_prefix(int32_t sum) {
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (int(threadIdx.x % 32) >= step) sum += other;
+  }
+  return sum;
 }
 
 // One warp: starts [groups + 1], the units before each group, and all of them.

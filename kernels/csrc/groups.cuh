@@ -7,7 +7,6 @@
 // The tests run these kernels on the CPU and bring their own launch.
 #ifndef ZK_LAUNCH
 #define ZK_LAUNCH(kernel, grid, block, shared, stream) kernel<<<grid, block, shared, stream>>>
-#define ZK_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 
 namespace zk {

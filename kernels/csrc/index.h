@@ -70,12 +70,6 @@ ZK_HD int64_t tiles_of(Shape shape, int tile_m, int tile_n, int cluster_m) {
 constexpr int64_t kBlock = 256;
 ZK_HD int64_t padded(int64_t bytes) { return ceil_div(bytes, kBlock) * kBlock; }
 
-// Expert of slot `slot`, or -1 if the slot is not for one of `experts` (a zero expert, a dropped slot).
-ZK_HD int expert_of(const int32_t* ids, int64_t slot, int experts) {
-  const int id = ids[slot];
-  return id >= 0 && id < experts ? id : -1;
-}
-
 // Tiles of a persistent kernel over groups. A unit of work is what a cluster computes: `cluster` tiles one below the
 // other, each `rows` rows by `columns` columns.
 struct Tiling {
@@ -114,9 +108,6 @@ constexpr Tiling kFc1Small{64, 64, 1}, kFc1Large{128, 128, 2};
 
 // Groups whose starts fit beside the operands in shared memory.
 constexpr int kMaxGroups = 1024;
-
-// Slots that one block of the permutation sorts.
-constexpr int kSlots = 512;
 
 // Experts whose pointers travel in one launch's arguments.
 constexpr int kPointers = 128;

@@ -187,22 +187,6 @@ def test_weight_gradients_overwrite_poison_or_add(device, counts, accumulate):
         near(mine, right + 2 * accumulate, 2e-3)
 
 
-def test_permute_combine_and_gradients(device):
-    draw = Draw(dtype=torch.bfloat16, device=device, grad=True)
-    ids = torch.randint(0, 40, (300, 4), generator=draw.generator).to(device)
-    x, probs = draw(300, 64), draw(300, 4)
-    rows, row_map, ends = ops.permute(x, ids, 33)
-    out = ops.combine(rows, row_map, probs)
-    grads = torch.autograd.grad(out.float().square().sum(), [x, probs])
-    wide_x, wide_probs = exact(x).requires_grad_(), exact(probs).requires_grad_()
-    wide_rows, wide_map, wide_ends = ops.permute(wide_x, ids.cpu(), 33)
-    expected = ops.combine(wide_rows, wide_map, wide_probs)
-    assert torch.equal(row_map.cpu(), wide_map) and torch.equal(ends.cpu(), wide_ends)
-    near(out, expected.detach(), 1e-2)
-    for mine, right in zip(grads, torch.autograd.grad(expected.square().sum(), [wide_x, wide_probs])):
-        near(mine, right, 2e-2)
-
-
 def test_results_repeat_bit_for_bit(device):
     inputs = mlp_inputs([70, 0, 129, 3], 64, 32, dtype=torch.bfloat16, device=device)
     x, probs, ends, fc1, fc2 = inputs
@@ -261,8 +245,6 @@ x, probs, ends, fc1, fc2 = mlp_inputs([3, 0, 2], 16, 8, extra_rows=2, dtype=torc
 out, pre = torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)
 torch.ops.zeda.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
 torch.ops.zeda.expert_mlp_forward(x, probs, ends, fc1, fc2)
-rows, row_map, ends = torch.ops.zeda.permute(x, torch.tensor([[0, 1]] * 7, device="cuda"), 3)
-torch.ops.zeda.combine(rows, row_map, torch.ones(7, 2, device="cuda"))
 torch.cuda.synchronize()
 """
 

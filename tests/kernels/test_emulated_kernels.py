@@ -1,4 +1,4 @@
-"""The CUDA kernels without tensor cores, compiled by g++ and run on the CPU: against the reference, bit by bit sorted,
+"""The CUDA kernels without tensor cores, compiled by g++ and run on the CPU: against the reference,
 with sizes around every block and chunk. The tests bring a small stand-in for CUDA (`emulated/`).
 """
 
@@ -78,45 +78,6 @@ def test_swiglu_and_its_gradient(kernels, code, counts, extra, width):
         near(dpre, expected[0], kind)
         near(dprobs, expected[2], torch.float32 if width == 8 else kind)
         assert torch.equal(again, act)
-
-
-@pytest.mark.parametrize("experts", [1, 3, 31, 32, 33, 128, 257])
-@pytest.mark.parametrize(("tokens", "picks"), [(1, 1), (64, 8), (171, 3), (2100, 8), (0, 2)])
-def test_the_sort_is_the_references(kernels, experts, tokens, picks):
-    generator = torch.Generator().manual_seed(experts)
-    ids = torch.randint(-1, 2 * experts, (tokens, picks), generator=generator, dtype=torch.int32)
-    row_map, ends = poison(tokens, picks, dtype=torch.int32), poison(experts, dtype=torch.int32)
-    workspace = torch.full((kernels.zk_sort_workspace(ids.numel(), experts) + 1,), 77, dtype=torch.uint8)
-    size = workspace.numel() - 1
-    pointers = (ids.data_ptr(), row_map.data_ptr(), ends.data_ptr(), workspace.data_ptr())
-    assert kernels.zk_sort(ids.numel(), experts, *pointers, size, None) == 0
-    assert workspace[-1] == 77
-    expected = reference.sort_slots(ids, experts)
-    assert torch.equal(row_map, expected[0]) and torch.equal(ends, expected[1])
-
-
-@pytest.mark.parametrize("code", KINDS)
-def test_gather_combine_and_its_gradient(kernels, code):
-    kind, tokens, picks, width = KINDS[code], 9, 3, 520
-    draw = Draw(dtype=kind)
-    ids = torch.randint(0, 8, (tokens, picks), generator=draw.generator)
-    row_map, ends = reference.sort_slots(ids, 5)  # the last three are zero experts
-    real, rows = int(ends[-1]), tokens * picks
-    x, dout, probs = draw(tokens, width), draw(tokens, width), draw(tokens, picks).float()
-    y = poison(rows, width, dtype=kind)
-    sizes = (code, rows, picks, width, row_map.data_ptr())
-    assert kernels.zk_gather(*sizes, x.data_ptr(), y.data_ptr(), 1, None) == 0
-    assert torch.equal(y[:real], reference.scatter_rows(x, row_map, rows)[:real]) and y[real:].isnan().all()
-    for weights in (probs, None):
-        at, out = weights.data_ptr() if weights is not None else None, poison(tokens, width, dtype=kind)
-        assert kernels.zk_combine(code, tokens, *sizes[2:], y.data_ptr(), at, out.data_ptr(), 3, None) == 0
-        near(out, reference.combine(y, row_map, weights), kind)
-    dy, dprobs = torch.zeros_like(y), poison(tokens, picks, dtype=torch.float32)
-    pointers = (dout.data_ptr(), y.data_ptr(), probs.data_ptr(), dy.data_ptr(), dprobs.data_ptr())
-    assert kernels.zk_combine_grad(*sizes, *pointers, 2, None) == 0
-    expected = reference.combine_backward(dout, y, row_map, probs)
-    near(dy, expected[0], kind)
-    near(dprobs, expected[1], kind)
 
 
 @pytest.mark.parametrize("ends", [[2, 5], [0, 0], [9, 12], [5, 3], [-2, -1]])
@@ -211,8 +172,6 @@ def test_bad_sizes_give_an_error_code(kernels):
     assert kernels.zk_swiglu(0, 1, 1, 8, at, at + 4, None, at, 1, None) == -3
     assert kernels.zk_swiglu(7, 1, 1, 8, at, at, None, at, 1, None) == -1
     assert kernels.zk_swiglu(0, 1, -1, 8, at, at, None, at, 1, None) == -1
-    assert kernels.zk_sort(8, 4, at, at, at, at, 15, None) == -2
-    assert kernels.zk_combine(0, 1, 0, 8, at, at, None, at, 1, None) == -1
 
 
 def fc1_tiles(kernels, tile, ends, rows, width):

@@ -1,18 +1,14 @@
-"""The contract of torch.ops.zeda: gradients, fake tensors, compilation, and what PyTorch and Megatron compute."""
+"""The contract of torch.ops.zeda: gradients, fake tensors, compilation, and what PyTorch computes."""
 
 import pytest
 import torch
 from groups import Draw, ends_of, mlp_inputs
-from megatron.core.transformer.moe.moe_utils import permute as megatron_permute
 from torch.nn import functional as F
 
 import zeda_megatron.ops.expert_ops as expert_ops
 
 ops = torch.ops.zeda
 COUNTS = [[3, 0, 2], [0, 0, 4], [5, 0], [0, 0]]
-IDS = torch.tensor(
-    [[0, 5], [2, 0], [7, -1], [1, 2], [2, 9]]
-)  # three experts; the other slots are zero experts
 
 
 def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
@@ -21,8 +17,6 @@ def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
     draw = Draw(seed=1, grad=grad)
     rows, experts = len(x), len(counts)
     dout, pre, act = draw(rows, 4), draw(rows, 4), draw(rows, 2)
-    row_map, _ = ops.sort_slots(IDS, 3)
-    picks = draw(*IDS.shape)
     main = [torch.zeros(4, 4, dtype=torch.float64) for _ in range(experts)]
     main2 = [torch.zeros(4, 2, dtype=torch.float64) for _ in range(experts)]
     return {
@@ -33,11 +27,6 @@ def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
         "swiglu": (pre, probs, ends),
         "swiglu_backward": (act, pre, probs, ends),
         "moe_fc1": (x, fc1, probs, ends),
-        "sort_slots": (IDS, 3),
-        "scatter_rows": (draw(len(IDS), 4), row_map, 9),
-        "permute": (draw(len(IDS), 4), IDS, 3),
-        "combine": (draw(10, 4), row_map, picks),
-        "combine_backward": (draw(len(IDS), 4), draw(10, 4), row_map, picks),
         "expert_mlp": (x, probs, ends, fc1, fc2),
         "expert_mlp_forward": (x, probs, ends, fc1, fc2),
         "expert_mlp_backward": (dout, x, pre, probs, ends, fc1, fc2),
@@ -48,7 +37,7 @@ def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
     }
 
 
-WITH_GRADIENT = ("grouped_mm", "swiglu", "moe_fc1", "scatter_rows", "permute", "combine", "expert_mlp")
+WITH_GRADIENT = ("grouped_mm", "swiglu", "moe_fc1", "expert_mlp")
 
 
 @pytest.mark.parametrize("name", sorted(expert_ops.SCHEMAS))
@@ -94,16 +83,13 @@ def test_every_operator_compiles_into_one_graph(name):
 
 
 def test_a_layer_compiles_with_its_gradient():
-    def layer(x, ids, weights, fc1, fc2):
-        rows, row_map, ends = ops.permute(x, ids, len(fc1))
-        out, _ = ops.expert_mlp(rows, torch.ones(rows.shape[0], dtype=x.dtype), ends, fc1, fc2)
-        return ops.combine(out, row_map, weights)
+    def layer(x, probs, ends, fc1, fc2):
+        return ops.expert_mlp(x, probs, ends, fc1, fc2)[0].sin()
 
-    draw = Draw(grad=True)
-    x, weights, fc1, fc2 = draw(5, 4), draw(5, 2), draw.experts(3, 4, 4), draw.experts(3, 4, 2)
-    wanted = [x, weights, *fc1, *fc2]
+    x, probs, ends, fc1, fc2 = mlp_inputs([3, 0, 2], 4, 2, extra_rows=2, grad=True)
+    wanted = [x, probs, *fc1, *fc2]
     grads = [
-        torch.autograd.grad(run(x, IDS, weights, fc1, fc2).square().sum(), wanted)
+        torch.autograd.grad(run(x, probs, ends, fc1, fc2).square().sum(), wanted)
         for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True))
     ]
     torch.testing.assert_close(*grads)
@@ -143,25 +129,6 @@ def test_products_equal_torchs_grouped_mm(counts):
         torch.autograd.grad(mine, [x, *weights], dy), torch.autograd.grad(theirs, [x, *weights], dy)
     ):
         torch.testing.assert_close(a, b)
-
-
-def test_the_permutation_is_megatrons():
-    draw = Draw(dtype=torch.float32)
-    x, weights = draw(len(IDS), 8), draw(*IDS.shape)
-    routing_TE = torch.zeros(len(IDS), 3, dtype=torch.bool)
-    for token, ids in enumerate(IDS.tolist()):
-        routing_TE[token, [e for e in ids if 0 <= e < 3]] = True
-    real = int(routing_TE.sum())
-    theirs, _, order = megatron_permute(x, routing_TE, num_out_tokens=real)
-    rows, row_map, ends = ops.permute(x, IDS, 3)
-    assert torch.equal(rows[:real], theirs) and not rows[real:].any()
-    assert ends.tolist() == routing_TE.sum(0).cumsum(0).tolist()
-    assert torch.equal(rows[row_map[row_map >= 0].long()], x[(row_map >= 0).nonzero()[:, 0]])
-    assert sorted(row_map[row_map >= 0].tolist()) == list(range(real))
-    expected = torch.zeros_like(x).index_add_(
-        0, order, rows[:real] * weights[row_map >= 0][row_map[row_map >= 0].argsort()][:, None]
-    )
-    torch.testing.assert_close(ops.combine(rows, row_map, weights), expected)
 
 
 def test_rows_past_the_last_end_do_nothing_even_as_nan():

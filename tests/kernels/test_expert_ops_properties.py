@@ -1,4 +1,4 @@
-"""What holds for any group sizes: order of experts, splits, empty groups, zero slots."""
+"""What holds for any group sizes: order of experts, splits, empty groups."""
 
 import pytest
 import torch
@@ -72,27 +72,3 @@ def test_weight_gradients_of_empty_groups_are_zero_or_unchanged(counts):
         before = torch.stack(poisoned)
         ops.grouped_wgrad_(poisoned, dy, x, ends, accumulate)
         torch.testing.assert_close(torch.stack(poisoned), fresh + before * accumulate)
-
-
-@fast
-@hypothesis.given(
-    st.integers(0, 20), st.integers(1, 4), st.integers(1, 33), st.floats(0, 1), st.integers(0, 99)
-)
-def test_zero_slots_add_nothing(tokens, picks, experts, share, seed):
-    generator = torch.Generator().manual_seed(seed)
-    draw = Draw(seed=seed)
-    ids = torch.randint(0, experts, (tokens, picks), generator=generator)
-    zero = torch.rand(ids.shape, generator=generator) < share
-    x, weights = draw(tokens, H), draw(tokens, picks)
-    fc1, fc2 = draw.experts(experts, 2 * WIDTH, H), draw.experts(experts, H, WIDTH)
-
-    def layer(ids, weights):
-        rows, row_map, ends = ops.permute(x, ids, experts)
-        assert int(ends[-1]) == int((row_map >= 0).sum())
-        out, _ = ops.expert_mlp(rows, torch.ones(len(rows), dtype=x.dtype), ends, fc1, fc2)
-        return ops.combine(out, row_map, weights), int(ends[-1])
-
-    dropped, rows = layer(torch.where(zero, experts + 3, ids), weights)
-    computed, all_rows = layer(ids, torch.where(zero, 0.0, weights))
-    torch.testing.assert_close(dropped, computed)
-    assert rows == all_rows - int(zero.sum())

@@ -1,4 +1,4 @@
-"""Operators made of others: the whole expert MLP and its gradient, the permutation.
+"""Operators made of others: the whole expert MLP and its gradient.
 
 Each takes as `rows` the module whose functions it is made of: `reference` or `cuda_kernels`.
 """
@@ -24,15 +24,6 @@ def grouped_wgrad(rows: ModuleType, dy: Tensor, x: Tensor, ends: Tensor) -> Tens
     out = torch.empty(shape, dtype=rows.wide(x.dtype), device=x.device)
     rows.grouped_wgrad_(list(out.unbind(0)), dy, x, ends, False)
     return out
-
-
-def permute(rows: ModuleType, x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], ids [T, K] -> rows [T * K, H] sorted by expert, row_map [T, K], ends [E]; see `sort_slots`.
-
-    The buffer has room for every slot, so that no count is needed on the host; rows past the last end are zero.
-    """
-    row_map, ends = rows.sort_slots(ids, num_experts)
-    return rows.scatter_rows(x, row_map, ids.shape[0] * ids.shape[1]), row_map, ends
 
 
 def expert_mlp(

@@ -20,11 +20,6 @@ SCHEMAS = {
     "swiglu": "(Tensor pre, Tensor? probs, Tensor ends) -> Tensor",
     "swiglu_backward": "(Tensor dact, Tensor pre, Tensor? probs, Tensor ends) -> (Tensor, Tensor, Tensor)",
     "moe_fc1": "(Tensor x, Tensor[] weights, Tensor? probs, Tensor ends) -> (Tensor, Tensor)",
-    "sort_slots": "(Tensor ids, int num_experts) -> (Tensor, Tensor)",
-    "scatter_rows": "(Tensor x, Tensor row_map, SymInt rows) -> Tensor",
-    "permute": "(Tensor x, Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)",
-    "combine": "(Tensor y, Tensor row_map, Tensor? probs) -> Tensor",
-    "combine_backward": "(Tensor dout, Tensor y, Tensor row_map, Tensor probs) -> (Tensor, Tensor)",
     "expert_mlp": "(Tensor x, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2) -> (Tensor, Tensor)",
     "expert_mlp_forward": "(Tensor x, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2) -> Tensor",
     "expert_mlp_backward": "(Tensor dout, Tensor x, Tensor pre, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2)"
@@ -53,9 +48,6 @@ def _fakes(library: torch.library.Library) -> None:
     def wide(x: Tensor, *shape: int) -> Tensor:
         return x.new_empty(shape, dtype=reference.wide(x.dtype))
 
-    def ints(x: Tensor, *shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.int32)
-
     def swiglu_backward(dact, pre, probs, ends):
         return torch.empty_like(pre), rows(pre, pre.shape[1] // 2), wide(pre, pre.shape[0])
 
@@ -73,18 +65,6 @@ def _fakes(library: torch.library.Library) -> None:
         "moe_fc1": lambda x, weights, probs, ends: (
             rows(x, weights[0].shape[0]),
             rows(x, weights[0].shape[0] // 2),
-        ),
-        "sort_slots": lambda ids, num_experts: (ints(ids, *ids.shape), ints(ids, num_experts)),
-        "scatter_rows": lambda x, row_map, rows: x.new_empty(rows, x.shape[1]),
-        "permute": lambda x, ids, num_experts: (
-            x.new_empty(ids.shape[0] * ids.shape[1], x.shape[1]),
-            ints(ids, *ids.shape),
-            ints(ids, num_experts),
-        ),
-        "combine": lambda y, row_map, probs: y.new_empty(row_map.shape[0], y.shape[1]),
-        "combine_backward": lambda dout, y, row_map, probs: (
-            torch.empty_like(y),
-            wide(y, *row_map.shape),
         ),
         "expert_mlp": lambda x, probs, ends, fc1, fc2: (rows(x, fc2[0].shape[0]), rows(x, fc1[0].shape[0])),
         "expert_mlp_forward": lambda x, probs, ends, fc1, fc2: rows(x, fc2[0].shape[0]),
@@ -137,29 +117,6 @@ def _gradients(library: torch.library.Library) -> None:
         dweights = _split(ops.grouped_wgrad(dpre, x, ends), weights)
         return dx, dweights, None if probs is None else dprobs.to(probs.dtype), None
 
-    def save_map(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
-
-    def scatter_rows(ctx, dout):
-        return ops.combine(dout, ctx.saved_tensors[0], None), None, None
-
-    def save_permute(ctx, inputs, output):
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1], output[2])
-
-    def permute(ctx, drows, _map, _ends):
-        return ops.combine(drows, ctx.saved_tensors[0], None), None, None
-
-    def save_combine(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    def combine(ctx, dout):
-        y, row_map, probs = ctx.saved_tensors
-        if probs is None:
-            return ops.scatter_rows(dout, row_map, y.shape[0]), None, None
-        dy, dprobs = ops.combine_backward(dout, y, row_map, probs)
-        return dy, None, dprobs.to(probs.dtype)
-
     def save_mlp(ctx, inputs, output):
         x, probs, ends, fc1, fc2 = inputs
         ctx.experts = len(fc1)
@@ -180,9 +137,6 @@ def _gradients(library: torch.library.Library) -> None:
         ("grouped_mm", grouped_mm, save_linear),
         ("swiglu", swiglu, save_swiglu),
         ("moe_fc1", moe_fc1, save_fc1),
-        ("scatter_rows", scatter_rows, save_map),
-        ("permute", permute, save_permute),
-        ("combine", combine, save_combine),
         ("expert_mlp", mlp, save_mlp),
     ):
         torch.library.register_autograd(f"zeda::{name}", backward, setup_context=setup, lib=library)

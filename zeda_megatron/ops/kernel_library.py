@@ -21,11 +21,6 @@ _SIGNATURES = {
     "zk_swiglu": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _I, _P)),
     "zk_swiglu_grad": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P)),
     "zk_zero_tail": (_I, (_I, _L, _L, _P, _P, _I, _P)),
-    "zk_sort_workspace": (_L, (_L, _I)),
-    "zk_sort": (_I, (_L, _I, _P, _P, _P, _P, _L, _P)),
-    "zk_gather": (_I, (_I, _L, _I, _I, _P, _P, _P, _I, _P)),
-    "zk_combine": (_I, (_I, _L, _I, _I, _P, _P, _P, _P, _I, _P)),
-    "zk_combine_grad": (_I, (_I, _L, _I, _I, _P, _P, _P, _P, _P, _P, _I, _P)),
 }
 """Result and argument types of kernels/csrc/api.h. A test compares them with the header."""
 _MEANINGS = {

@@ -29,15 +29,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 using cudaError_t = int;
 using cudaStream_t = void*;
 inline int cudaGetLastError() { return 0; }
-inline int cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
-  return 0;
-}
-inline int atomicAdd(int32_t* at, int value) {
-  const int before = *at;
-  *at += value;
-  return before;
-}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -54,7 +45,6 @@ inline ucontext_t scheduler;
 inline std::vector<Thread> threads;
 inline unsigned current;
 inline std::function<void()> body;
-inline std::vector<char> dynamic;
 inline float exchanged[1024];
 
 inline void enter() {
@@ -98,10 +88,9 @@ inline void run_block(unsigned size) {
 }
 
 template <typename... P>
-auto launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared) {
+auto launch(void (*kernel)(P...), dim3 grid, dim3 block) {
   return [=](P... parts) {
     gridDim = grid, blockDim = block;
-    dynamic.assign(shared + 16, char(0x7f));  // shared memory starts with anything
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx.x = x, blockIdx.y = y;
@@ -143,5 +132,4 @@ Value __shfl_sync(unsigned, Value value, int lane) {
   return emulated::shuffle(value, unsigned(lane));
 }
 
-#define ZK_LAUNCH(kernel, grid, block, shared, stream) emulated::launch(kernel, grid, block, shared)
-#define ZK_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emulated::dynamic.data())
+#define ZK_LAUNCH(kernel, grid, block, shared, stream) emulated::launch(kernel, grid, block)
