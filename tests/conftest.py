@@ -18,11 +18,13 @@ os.environ.setdefault(
 if "PYTEST_XDIST_WORKER" in os.environ:  # folders of one name may hold different models
     os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
 
+import own_kernels  # noqa: E402
 from side_by_side import pytest_runtest_protocol, pytest_xdist_make_scheduler  # noqa: E402, F401
 
 from zeda_megatron.runtime import cpu  # noqa: E402
 
 cpu.install()
+own_kernels.install()
 
 
 @pytest.fixture(scope="session")

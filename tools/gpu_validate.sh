@@ -14,4 +14,12 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/env.sh"
 python=${PYTHON:-$(command -v python || command -v python3)}
 "$python" "$root/tools/doctor.py" || { echo "error: install what the doctor misses first" >&2; exit 2; }
-exec "$python" -m tools.gpu.validate --root "$root" "$@"
+
+# This project's kernels of the checkout, unless they are installed: importable, and registered.
+if ! "$python" -c 'from importlib.metadata import version; version("zeda_kernels")' 2>/dev/null; then
+  registered=$(mktemp -d)
+  trap 'rm -rf "$registered"' EXIT
+  (cd "$root/kernels" && "$python" setup.py -q egg_info --egg-base "$registered")
+  export PYTHONPATH="$PYTHONPATH:$root/kernels:$registered"
+fi
+"$python" -m tools.gpu.validate --root "$root" "$@"

@@ -4,6 +4,7 @@ Each test also runs on the CPU, so that it is itself tested where no GPU is: wit
 slow suite where nvcc is, with the kernels interpreted (`tests/kernels/ptx`).
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from groups import Draw, ends_of, exact, fc1_inputs, mlp_inputs, near
 from ptx import operators
 from ptx.machine import Machine
 
-import zeda_megatron.ops.expert_ops  # noqa: F401  (registers torch.ops.zeda)
-from zeda_megatron.ops import cuda_kernels, kernel_call, reference
+import zeda_kernels.expert_ops  # noqa: F401  (registers torch.ops.zeda)
+from zeda_kernels import cuda_kernels, kernel_call, reference
 
 ops = torch.ops.zeda
 gpu = pytest.mark.gpu
@@ -239,7 +240,7 @@ def test_a_graph_replays_with_other_counts_and_nothing_waits(cuda):
 
 
 SMALLEST = """
-import torch, zeda_megatron.ops.expert_ops
+import torch, zeda_kernels.expert_ops
 from groups import mlp_inputs
 x, probs, ends, fc1, fc2 = mlp_inputs([3, 0, 2], 16, 8, extra_rows=2, dtype=torch.bfloat16, device="cuda")
 out, pre = torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)
@@ -255,5 +256,6 @@ def test_the_sanitizer_finds_nothing_in_the_smallest_case(cuda):
     if tool is None:
         pytest.skip("compute-sanitizer is not on PATH")
     line = [tool, "--error-exitcode", "7", sys.executable, "-c", SMALLEST]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1] / "kernels")
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(line, capture_output=True, text=True, env=here)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]

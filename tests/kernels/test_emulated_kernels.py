@@ -11,10 +11,11 @@ import pytest
 import torch
 from groups import Draw, ends_of
 
-from zeda_megatron.ops import kernel_library, reference
+from zeda_kernels import kernel_library, reference
+from zeda_kernels.build import BuildOptions
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "kernels" / "csrc"
+SOURCES = BuildOptions().source
 KINDS = {0: torch.bfloat16, 1: torch.float32}
 """Element type by dtype code; the stand-in's half is a float."""
 

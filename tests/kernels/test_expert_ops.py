@@ -5,7 +5,7 @@ import torch
 from groups import Draw, ends_of, mlp_inputs
 from torch.nn import functional as F
 
-import zeda_megatron.ops.expert_ops as expert_ops
+import zeda_kernels.expert_ops as expert_ops
 
 ops = torch.ops.zeda
 COUNTS = [[3, 0, 2], [0, 0, 4], [5, 0], [0, 0]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from groups import Draw, ends_of, mlp_inputs
 
-import zeda_megatron.ops.expert_ops  # noqa: F401  (registers torch.ops.zeda)
+import zeda_kernels.expert_ops  # noqa: F401  (registers torch.ops.zeda)
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed: extra test")
 st = hypothesis.strategies

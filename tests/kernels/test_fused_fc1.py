@@ -6,7 +6,8 @@ import pytest
 import torch
 from groups import fc1_inputs, mlp_inputs
 
-from zeda_megatron.ops import cuda_kernels, grouped_mlp, kernel_library
+from zeda_kernels import cuda_kernels, kernel_library
+from zeda_megatron.ops import grouped_mlp
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from ptx.memory import MemoryFault
 from ptx.operators import interpreted
 from ptx.traffic import Traffic
 
-import zeda_megatron.ops.expert_ops  # noqa: F401  (registers torch.ops.zeda)
-from zeda_megatron.ops import cuda_kernels, reference
+import zeda_kernels.expert_ops  # noqa: F401  (registers torch.ops.zeda)
+from zeda_kernels import cuda_kernels, reference
 
 pytestmark = pytest.mark.slow
 ops = torch.ops.zeda

@@ -1,4 +1,4 @@
-// The kernels without tensor cores, for the CPU: the C interface of kernels/csrc/rows.cu as it is, and what the grouped
+// The kernels without tensor cores, for the CPU: the C interface of csrc/rows.cu as it is, and what the grouped
 // GEMM and the fused fc1 read.
 #include <cuda_runtime.h>
 

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from zeda_kernels import build, cuda_kernels, expert_mlp, expert_ops, kernel_call, kernel_library, reference
 from zeda_megatron.errors import UserError
-from zeda_megatron.ops import (
-    build,
-    cuda_kernels,
-    expert_mlp,
-    expert_ops,
-    kernel_call,
-    kernel_library,
-    reference,
-)
 
 from .machine import Machine, link, read_kernels
 from .module import Kernel

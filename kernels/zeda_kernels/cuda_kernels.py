@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from zeda_megatron.errors import UserError
+
 from .kernel_call import (
     address,
     built_library,

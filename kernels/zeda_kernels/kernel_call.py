@@ -14,12 +14,10 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the kernels from running there, or None."""
-    if device.type != "cuda":
-        return "no CUDA device"
+    """What keeps the kernels from running on a GPU, or None."""
     found = library()
     if found is None:
-        return "the kernels are not built: python -m zeda_megatron.ops.build"
+        return "the kernels are not built: python -m zeda_kernels.build"
     if dtype not in TYPES or (dtype == torch.float16 and not found.has_half):
         return f"the kernels were not built for {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(device)
@@ -41,7 +39,7 @@ def device_facts(index: int) -> tuple[int, int]:
 def built_library() -> KernelLibrary:
     found = library()
     if found is None:
-        raise RuntimeError("torch.ops.zeda has no kernels on this GPU: python -m zeda_megatron.ops.build")
+        raise RuntimeError("torch.ops.zeda has no kernels on this GPU: python -m zeda_kernels.build")
     return found
 
 

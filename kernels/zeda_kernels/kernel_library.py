@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..errors import UserError
+from zeda_megatron.errors import UserError
+
 from .build import NAME, BuildOptions, build, cache_path
 
 _I, _L, _P, _F = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -22,7 +23,7 @@ _SIGNATURES = {
     "zk_swiglu_grad": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P)),
     "zk_zero_tail": (_I, (_I, _L, _L, _P, _P, _I, _P)),
 }
-"""Result and argument types of kernels/csrc/api.h. A test compares them with the header."""
+"""Result and argument types of csrc/api.h. A test compares them with the header."""
 _MEANINGS = {
     -1: "bad argument",
     -2: "workspace too small",
@@ -92,8 +93,6 @@ def find() -> Path | None:
     if packaged.is_file():
         return packaged
     options = BuildOptions.from_environment()
-    if not options.source.is_dir():
-        return None
     cached = cache_path(options)
     if cached.is_file():
         return cached

@@ -1,11 +1,26 @@
-"""The expert MLP whose weight gradients go straight into Megatron's float32 `main_grad`."""
+"""The expert MLP as zeda_megatron calls it; weight gradients go straight into Megatron's float32 `main_grad`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from zeda_megatron.ops.expert_kernels import ExpertKernels
+
 from . import expert_ops  # noqa: F401  (registers torch.ops.zeda)
+from .kernel_call import why_not
+from .kernel_library import find
+
+
+def expert_mlp(x: Tensor, probs: Tensor, ends: Tensor, fc1: list[Tensor], fc2: list[Tensor]) -> Tensor:
+    """x [R, H], probs [R], ends [E], E fc1 [2F, H], E fc2 [H, F] -> [R, H]. The host reads no ends on a GPU."""
+    weights = [*fc1, *fc2]
+    wanted = any(tensor.requires_grad for tensor in (x, probs, *weights))
+    if not (wanted and torch.is_grad_enabled()):
+        return torch.ops.zeda.expert_mlp_forward(x, probs, ends, fc1, fc2)
+    if takes_main_grad(weights):
+        return ExpertMlpIntoMainGrad.apply(x, probs, ends, len(fc1), *weights)
+    return torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)[0]
 
 
 def takes_main_grad(weights: list[Tensor]) -> bool:
@@ -48,3 +63,7 @@ class ExpertMlpIntoMainGrad(torch.autograd.Function):
             weight.grad_added_to_main_grad = True
         unread = [torch.empty_like(weight) for weight in ctx.weights]
         return dx, dprobs.to(probs.dtype), None, None, *unread
+
+
+KERNELS = ExpertKernels(library=find, why_not=why_not, mlp=expert_mlp)
+"""What the entry point gives."""

@@ -1,7 +1,7 @@
-"""Builds the CUDA kernels of `kernels/csrc` into one library: `python -m zeda_megatron.ops.build`.
+"""Builds the CUDA kernels of `csrc` into one library: `python -m zeda_kernels.build`.
 
-The same function serves `ZEDA_BUILD_KERNELS=1 pip install .` (setup.py), the build on first use and the compile check.
-It needs nvcc and CUTLASS's headers, no GPU and no torch.
+The same function serves `ZEDA_BUILD_KERNELS=1 pip install ./kernels` (setup.py), the build on first use and the compile
+check. It needs nvcc and CUTLASS's headers, no GPU and no torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import UserError, run_main
+from zeda_megatron.errors import UserError, run_main
 
 NAME = "libzeda_kernels.so"
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
 TARGETS = {
     "80": ("-gencode=arch=compute_80,code=[sm_80,compute_80]",),
     # wgmma exists under 90a alone, and its code runs on Hopper alone.
@@ -43,7 +43,7 @@ class BuildOptions:
     """Element types; bf16 is always among them."""
     jobs: int = 1
     """Compilers at once; each takes up to 4 GB of memory."""
-    source: Path = ROOT / "kernels" / "csrc"
+    source: Path = HERE / "csrc"
     """Folder with the CUDA sources."""
 
     @classmethod
@@ -70,7 +70,7 @@ class BuildOptions:
         if "bf16" not in self.types:
             raise UserError("ZEDA_KERNEL_TYPES must hold bf16; write bf16;fp16")
         if not (self.source / "api.cu").is_file():
-            raise UserError(f"{self.source} holds no CUDA sources: build in a checkout, or give --source")
+            raise UserError(f"{self.source} holds no CUDA sources: give --source the folder of api.cu")
 
     def key(self) -> str:
         """Name of this build in the cache: a hash of sources and options."""
@@ -92,11 +92,11 @@ def find_nvcc() -> str:
 
 
 def find_headers() -> tuple[Path, ...]:
-    """Include folders of CUTLASS: CUTLASS_HOME, then third_party/cutlass, then the wheel nvidia-cutlass."""
+    """Include folders of CUTLASS: CUTLASS_HOME, the checkout's third_party/cutlass, the wheel nvidia-cutlass."""
     spec = find_spec("cutlass_library")
     wheel = [Path(folder) / "source" for folder in (spec.submodule_search_locations if spec else None) or ()]
     home = os.environ.get("CUTLASS_HOME")
-    for place in ([Path(home)] if home else []) + [ROOT / "third_party" / "cutlass"] + wheel:
+    for place in ([Path(home)] if home else []) + [HERE.parents[1] / "third_party" / "cutlass"] + wheel:
         if (place / "include" / "cutlass" / "cutlass.h").is_file():
             return place / "include", place / "tools" / "util" / "include"
         if home and place == Path(home):
@@ -181,9 +181,9 @@ def cache_path(options: BuildOptions) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m zeda_megatron.ops.build`."""
+    """Entry point of `python -m zeda_kernels.build`."""
     parser = argparse.ArgumentParser(
-        prog="python -m zeda_megatron.ops.build", description="Build the CUDA kernels", allow_abbrev=False
+        prog="python -m zeda_kernels.build", description="Build the CUDA kernels", allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, help="folder of the library (default: the build cache)")
     parser.add_argument("--arch", help="80;90a or one of them (default: ZEDA_KERNEL_ARCHS, else both)")
@@ -191,9 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", "-j", type=int, help="compilers at once, 4 GB each (default: MAX_JOBS, else 1)"
     )
-    parser.add_argument(
-        "--source", type=Path, help="folder of the sources (default: kernels/csrc of the checkout)"
-    )
+    parser.add_argument("--source", type=Path, help="folder of the sources (default: the package's)")
     parser.add_argument("--force", action="store_true", help="build even if the cache has it")
     args = parser.parse_args(argv)
     options = BuildOptions.from_environment(

@@ -1,4 +1,4 @@
-"""Metadata lives in setup.cfg. `ZEDA_BUILD_KERNELS=1 pip install .` also builds the CUDA kernels into the package."""
+"""Metadata lives in setup.cfg. `ZEDA_BUILD_KERNELS=1 pip install ./kernels` also builds the kernels."""
 
 import os
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-PLACE = "zeda_megatron.ops.libzeda_kernels"
+HERE = Path(__file__).resolve().parent
+PLACE = "zeda_kernels.libzeda_kernels"
 
 
 class BuildKernels(build_ext):
@@ -18,9 +18,9 @@ class BuildKernels(build_ext):
         return f"{fullname.replace('.', os.sep)}.so"  # a plain library, of no Python version
 
     def build_extension(self, ext):
-        sys.path.insert(0, str(ROOT))
+        sys.path[:0] = [str(HERE), str(HERE.parent)]  # zeda_megatron, of which the build takes its errors
+        from zeda_kernels.build import BuildOptions, build
         from zeda_megatron.errors import UserError
-        from zeda_megatron.ops.build import BuildOptions, build
 
         try:
             build(Path(self.get_ext_fullpath(ext.name)).resolve(), BuildOptions.from_environment())
