@@ -1,4 +1,4 @@
-"""Loads, stores and atomics of threads."""
+"""Loads and stores of threads."""
 
 from __future__ import annotations
 
@@ -89,29 +89,5 @@ def _st(kernel: Kernel, inst: Instruction):
     return store
 
 
-def _atom(kernel: Kernel, inst: Instruction):
-    kind, space = inst.parts[-1], _space(inst.parts)
-    returns = inst.parts[0] == "atom"
-    out, where, source = inst.operands if returns else (None, *inst.operands)
-    at, get, put, size = (
-        address(kernel, where),
-        getter(kernel, source, kind),
-        setter(kernel, out, kind),
-        TYPES[kind].itemsize,
-    )
-    if "add" not in inst.parts:
-        raise NotImplementedError(inst.text)
-
-    def add(warp, mask):
-        old = np.zeros(LANES, TYPES[kind])
-        for lane in np.flatnonzero(lanes(mask)):  # one after the other: lanes may share an address
-            here = at(warp)[lane : lane + 1]
-            old[lane] = _load(warp, space, here, size).view(TYPES[kind])[0]
-            _store(warp, space, here, old[lane : lane + 1] + get(warp)[lane])
-        put(warp, mask, old)
-
-    return add
-
-
-TABLE = {"ld": _ld, "ldu": _ld, "st": _st, "atom": _atom, "red": _atom}
+TABLE = {"ld": _ld, "ldu": _ld, "st": _st}
 """Builders by the first part of the opcode: each makes a function (warp, mask) of an instruction."""

@@ -142,9 +142,6 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fun
   if (found) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
-EXPORT cudaError_t cudaMemsetAsync(void* at, int value, size_t size, cudaStream_t) {
-  return std::memset(at, value, size), cudaSuccess;
-}
 EXPORT cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
