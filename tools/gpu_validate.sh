@@ -14,13 +14,11 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/env.sh"
 python=${PYTHON:-$(command -v python || command -v python3)}
 
-# This project's kernels of the checkout, unless they are installed: importable, and registered.
+# This project's kernels of the checkout, unless they are installed: importable, and registered as `pip install -e` does.
 if ! "$python" -c 'from importlib.metadata import version; version("zeda_kernels")' 2>/dev/null; then
-  registered=$(mktemp -d)
-  trap 'rm -rf "$registered"' EXIT
-  (cd "$root/kernels" && "$python" setup.py -q egg_info --egg-base "$registered") ||
+  (cd "$root/kernels" && "$python" setup.py -q egg_info) ||
     echo "the kernels of this checkout are left out: pip install ./kernels" >&2
-  export PYTHONPATH="$PYTHONPATH:$root/kernels:$registered"
+  export PYTHONPATH="$PYTHONPATH:$root/kernels"
 fi
 "$python" "$root/tools/doctor.py" || { echo "error: install what the doctor misses first" >&2; exit 2; }
-"$python" -m tools.gpu.validate --root "$root" "$@"
+exec "$python" -m tools.gpu.validate --root "$root" "$@"
