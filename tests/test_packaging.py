@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from zeda_megatron.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "zeda_megatron"
 TOP = {
@@ -111,7 +113,7 @@ def installed(tmp_path_factory) -> Path:
     """Both distributions in one folder, as pip installs them."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for path in tracked():  # a build leaves folders behind: not in the checkout
-        if path.parts[0] in (PACKAGE, "kernels") or len(path.parts) == 1:
+        if path.parts[0] in (PACKAGE, "kernels", "launch", "examples") or len(path.parts) == 1:
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, source / path)
     (source / "README.md").touch()
@@ -140,3 +142,37 @@ def test_an_installed_package_finds_the_installed_kernels(installed, tmp_path):
         env=os.environ | {"PYTHONPATH": str(installed)},
     )
     assert done.stdout.strip() == str(installed / "zeda_kernels" / "experts.py"), done.stderr
+
+
+def zeda(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """`zeda` as installed, in a folder that has nothing to do with the checkout."""
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "SLURM_PROCID")}
+    return subprocess.run(
+        [sys.executable, installed / "bin" / "zeda", *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=env | {"PYTHONPATH": str(installed)},
+    )
+
+
+def test_every_command_of_an_installed_zeda_is_told(installed, tmp_path):
+    done = zeda(installed, tmp_path)
+    assert done.returncode == 0 and len(re.findall(r"^  zeda \w", done.stdout, re.M)) == len(COMMANDS)
+    for words in (["nothing"], ["evaluate"], ["train", "--no-such-flag"]):
+        done = zeda(installed, tmp_path, *words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_installed_recipes_are_planned_and_an_installed_launcher_trains(installed, tmp_path):
+    recipe = "examples/qwen3_30b_a3b"
+    assert zeda(installed, tmp_path, "recipes", "--out", ".").returncode == 0
+    assert (tmp_path / "launch" / "slurm" / "submit_chain.sh").is_file()
+    sheet = ["--hf", recipe, "--config", f"{recipe}/stage1.yaml", "--gpus", "8", "--gpu-memory", "80"]
+    planned = zeda(installed, tmp_path, "plan", "memory", *sheet)
+    assert planned.returncode == 0 and "GiB" in planned.stdout, planned.stderr
+    flags = ["--pretrained-checkpoint", "none", "--data-path", "none.jsonl"]
+    done = zeda(installed, tmp_path, "train", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none" in done.stderr, done.stderr
+    again = zeda(installed, tmp_path, "recipes", "--out", ".")
+    assert again.returncode == 2 and "has launch already" in again.stderr

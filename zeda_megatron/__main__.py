@@ -107,8 +107,9 @@ def train(options: Options) -> int:
 
 def home() -> Path:
     """The folder with `launch/` and `examples/`: the checkout, or where the wheel has put them."""
-    checkout = Path(__file__).resolve().parents[1]
-    for place in (checkout, Path(sysconfig.get_path("data")) / "share" / "zeda_megatron"):
+    above = Path(__file__).resolve().parents[1]  # the checkout, or site-packages, or pip's --target
+    share = Path("share", "zeda_megatron")
+    for place in (above, above / share, Path(sysconfig.get_path("data")) / share):
         if (place / "launch" / "pretrain_zeda.sh").is_file():
             return place
     raise UserError(f"launch/pretrain_zeda.sh is missing beside {__package__}: install the package again")

@@ -106,7 +106,7 @@ meet() { # where the processes of several nodes find one another: the first node
 }
 
 health() { # nodes: every one has the packages, sees its GPUs and can write
-  srun_here "$1" 1 "$PYTHON" tools/doctor.py --brief --expect-gpus "$GPUS_PER_NODE" --writable "$WORK"
+  srun_here "$1" 1 "$PYTHON" -m zeda_megatron doctor --brief --expect-gpus "$GPUS_PER_NODE" --writable "$WORK"
   ((rc == 0)) || [[ -n $asked ]] ||
     fail "health check failed ($rc): the lines above name the node; mend it, or leave it out (--exclude in SBATCH_FLAGS)"
 }

@@ -11,7 +11,7 @@ PROMPTS=/data/prompts.jsonl               # lines with `prompt`
 # HELDOUT=                                # conversations to evaluate on; empty: no evaluation
 
 # The model.
-CONVERT_FLAGS=(--num-zero-experts 64)     # of tools/checkpoint_convert.py hf-to-megatron
+CONVERT_FLAGS=(--num-zero-experts 64)     # of zeda convert hf-to-megatron
 # SEED=1234
 # STAGE2=1                                # 0: export what stage 1 made
 
@@ -24,13 +24,13 @@ GPUS_PER_NODE=8                           # 0: CPUs only
 # STAGE0_NODES=1
 # SBATCH_FLAGS=()                         # of every sbatch: (--partition=gpu --account=me --exclusive --mem=0)
 
-# More flags of launch/pretrain_zeda.sh. Two nodes with 80 GB a GPU take two pipeline stages, see the recipe's README.
+# More flags of zeda train. Two nodes with 80 GB a GPU take two pipeline stages, see the recipe's README.
 STAGE0_FLAGS=()
 STAGE1_FLAGS=(--pipeline-model-parallel-size 2)
 STAGE2_FLAGS=(--pipeline-model-parallel-size 2)
-PLAN=(--data-parallel-size 2)             # of tools/plan.py, whose two numbers go to stage 1; empty: the recipe's
+PLAN=(--data-parallel-size 2)             # of zeda plan steps, whose two numbers go to stage 1; empty: the recipe's
 EVALUATE_FLAGS=(--eval-rows 64)           # after stage 1's: the evaluation runs in its layout
-EXPORT_FLAGS=(--dtype bf16)               # of tools/checkpoint_convert.py megatron-to-hf
+EXPORT_FLAGS=(--dtype bf16)               # of zeda convert megatron-to-hf
 
 # Time limits. A training job that meets its limit saves, goes back into the queue and goes on from there.
 # TIME_CONVERT=04:00:00 TIME_STAGE0=24:00:00 TIME_STAGE1=24:00:00 TIME_STAGE2=24:00:00

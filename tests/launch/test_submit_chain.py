@@ -84,7 +84,7 @@ def test_every_printed_command_is_understood(submit, tmp_path, monkeypatch):
         else:
             assert options.model.stage == step[-1] and options.run.stopped_exit_code == 75
     commands = [*steps["convert"][1:], *steps["export"][1:]]
-    read = [type(convert.read(after(words, "tools/checkpoint_convert.py"))) for words in commands]
+    read = [type(convert.read(after(words, "convert"))) for words in commands]
     assert read == [ImportOptions, VerifyOptions, ExportOptions]
 
 
@@ -93,9 +93,9 @@ def test_plans_and_health_checks_are_understood(submit, tmp_path, capsys):
     _, plan, doctor, _ = steps["stage1"]
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--help"]
     known = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    flags = [word for word in after(plan, "tools/plan.py") if word.startswith("--")]
+    flags = [word for word in after(plan, "steps") if word.startswith("--")]
     assert "--data-parallel-size" in flags and all(flag in known for flag in flags)
-    assert machine_check.main(after(doctor, "tools/doctor.py")) == 0
+    assert machine_check.main(after(doctor, "doctor")) == 0
     assert capsys.readouterr().out.count("\n") == 1
     assert list((tmp_path / "work").iterdir()) == []
 
