@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from zeda_megatron.arguments import parse
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.__main__ import main
 from zeda_megatron.evaluation.answering import run as run_module
-from zeda_megatron.evaluation.answering.engine import About, Answer
+from zeda_megatron.evaluation.answering.engine import About, Answer, Origin
 from zeda_megatron.evaluation.answering.options import RunOptions
 from zeda_megatron.evaluation.answering.run import run
 from zeda_megatron.evaluation.comparison.report import ReportOptions, make_report
@@ -79,6 +80,21 @@ def go(tmp_path, data, monkeypatch):
         return stub
 
     return start
+
+
+def test_a_run_writes_down_what_its_model_is_and_an_older_run_goes_on_without(go, tmp_path):
+    stub = Stub()
+    stub.about = replace(stub.about, origin=Origin(True, 900))
+    go("run", stub)
+    file = tmp_path / "run" / "run.json"
+    about = json.loads(file.read_text())
+    assert about["origin"] == {"zero_experts": True, "adapted_steps": 900}
+    arm = make_report([str(tmp_path / "run")])["arms"]["stub"]
+    assert (arm["zero_experts"], arm["adapted_steps"]) == (True, 900)
+    file.write_text(json.dumps({key: value for key, value in about.items() if key != "origin"}))
+    go("run", stub)
+    arm = make_report([str(tmp_path / "run")])["arms"]["stub"]
+    assert (arm["zero_experts"], arm["adapted_steps"]) == (None, None)
 
 
 def figures(folder) -> dict:
