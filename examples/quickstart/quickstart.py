@@ -249,7 +249,7 @@ def main() -> int:
         "commands": walk.commands,
     }
     histories = {arm.name: history_of(out, arm) for arm in arms if arm.train and arm.name in results}
-    from zeda_megatron.evaluation.report import format_table, write_report
+    from report.report import format_table, write_report
 
     _, page = write_report(report, histories, out)
     print()

@@ -1,8 +1,12 @@
 """Variants of an arm look like the arm they belong to."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from zeda_megatron.evaluation.legend import ARMS, family, legend
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.legend import ARMS, family, legend
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import math
 import re
 from pathlib import Path
 
-from ..durable_file import write_result
+from zeda_megatron.durable_file import write_result
+
 from .finding import finding
 from .page import render
 

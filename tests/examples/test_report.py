@@ -3,15 +3,19 @@
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.finding import finding
-from zeda_megatron.evaluation.report import METRICS, complete, format_table, sorted_arms, write_report
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.finding import finding
+from report.report import METRICS, complete, format_table, sorted_arms, write_report
 
 
 def metrics(kl=None, share=None, ce=None, exact=None, **more) -> dict:

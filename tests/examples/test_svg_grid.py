@@ -1,8 +1,11 @@
 """A grid of shares: one cell per value, darker for more."""
 
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
-from zeda_megatron.evaluation.svg_grid import grid
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.svg_grid import grid
 
 
 def cells(drawing):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from .comparison.statistics import paired_p_value
+from zeda_megatron.evaluation.comparison.statistics import paired_p_value
+
 from .finding import BAND, Finding
 from .legend import Arm
 

@@ -2,12 +2,15 @@
 
 import random
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
-from zeda_megatron.evaluation.svg import Mark, Series, bars, line_chart, scatter
-from zeda_megatron.evaluation.svg_scale import Axis, running_mean, span, thin
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.svg import Mark, Series, bars, line_chart, scatter
+from report.svg_scale import Axis, running_mean, span, thin
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The section on which tokens skip: only dynamic arms, only what the figures say."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_report import FULL, metrics, page, report
 
-from zeda_megatron.evaluation.page_skips import signed, skip_note, skip_tables, span
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.page_skips import signed, skip_note, skip_tables, span
+
 from zeda_megatron.evaluation.quality.scored_tokens import ScoredTokens
 from zeda_megatron.evaluation.quality.token_skips import token_skips
 
