@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import re
-from html import escape
+from collections.abc import Callable
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from zeda_megatron.evaluation.comparison.page import Cell, Heat, Row, cell, environment, heat, wide_and_narrow
+from zeda_megatron.evaluation.comparison.plots import Mark
+from zeda_megatron.evaluation.comparison.statistics import paired_p_value
 
 from .finding import BAND, TIE, Finding, finding
-from .legend import Arm, legend
-from .page_plots import expert_plots, frontier_plot, layer_plots, training_plots
-from .page_skips import skip_note, skip_tables
-from .page_style import stylesheet
-from .page_tables import count, duration, heat_table, results_table
+from .legend import Arm, is_untrained, legend
+from .plots import expert_plot, layer_plot, training_plots
+from .skips import VARIABLES, correlations, skip_note, skip_tables
+
+_BEST = {"kl_to_teacher": min, "ce": min, "top1_agreement": max, "exact_match": max}
+"""Figures of which the best is bold."""
 
 
 def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> str:
@@ -22,84 +30,68 @@ def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> st
         order: arm names in the order of the tables.
     """
     arms = legend([*order, *(name for name in history if name not in order)])
+    places = {name: place for place, name in enumerate(arms)}
     found = finding(report)
-    half = f"{BAND[0]:.0%} to {BAND[1]:.0%}"
-    kinds = [
-        heat_table(report, order, "zero_share", "Zero share", "{:.2f}"),
-        heat_table(report, order, "kl", "KL to the teacher", "{:.4f}"),
-        heat_table(report, order, "exact_match", "Exact answers", "{:.1%}"),
-    ]
-    parts = [
-        _head(report, arms, found),
-        _section(
-            "Results",
-            "Closest to the teacher first. Bold: best of the arms that skip about half of their picks "
-            f"({half}); the others are not comparable. Square signs are baselines, hollow ones untrained. Under exact "
-            "answers: 95% interval, p of a paired test against the teacher.",
-            results_table(report, order, arms, found),
-        ),
-        _section(
-            "Frontier",
-            "Further right skips more, further down stays closer to the teacher.",
-            frontier_plot(report, order, arms),
-        ),
-        _section(
-            "Training",
-            "Thin lines are single steps, thick ones running means; dashed is one half.",
-            training_plots(history, arms),
-        ),
-        _section(
-            "By kind of text",
-            "Darker is more. The zero share shows where a model finds experts it can do without.",
-            f'<div class="panels one">{"".join(kinds)}</div>' if any(kinds) else "",
-        ),
-        _section(
-            "Which tokens skip",
-            f"{escape(skip_note(report, order, found.ours))} Over the tokens whose next one belongs to a response; "
-            "arms in which every token skips the same are left out.",
-            skip_tables(report, order),
-        ),
-        _section("Zero share per layer", "Dashed: the arm's mean.", layer_plots(report, order, arms)),
-        _section(
-            "Skipped picks per expert",
-            "Of the picks that the router gave an expert, the share that was skipped; darker is more. Only arms whose "
-            "skipped picks belong to an expert: rules and paired zero experts.",
-            expert_plots(report, order, arms),
-        ),
-        _section(
-            "How to get these figures",
-            f"Two arms tie when their KL differs by less than {TIE:.0%}; where several seeds were run, by "
-            "less than two standard deviations.",
-            _origin(report),
-        ),
-        "<footer>KL and CE in nats per token on held-out text. Zero share: routed picks that chose a zero "
-        "expert, of all routed picks. Hover over a plot for exact values.</footer>",
-    ]
+    signs = {
+        name: _row(name, arm, places[name], report["arms"].get(name, {}), []) for name, arm in arms.items()
+    }
+    metrics = {name: report["arms"][name] for name in order}
+    layers = {
+        name: layer_plot(m.get("zero_share_by_layer") or [], places[name]) for name, m in metrics.items()
+    }
+    experts = {
+        name: expert_plot(m.get("skipped_by_expert") or [], places[name]) for name, m in metrics.items()
+    }
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>ZEDA report</title><style>{stylesheet(arms)}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        environment(Path(__file__).parent / "templates")
+        .get_template("quickstart.html")
+        .render(
+            colours=[(arm.light, arm.dark) for arm in arms.values()],
+            sentence=_marked(found, places),
+            caveat=found.caveat,
+            tiles=_tiles(report, found),
+            band=f"{BAND[0]:.0%} to {BAND[1]:.0%}",
+            tie=f"{TIE:.0%}",
+            results=_results(report, order, arms, places, found),
+            frontier=_frontier(metrics, arms, places),
+            training=[
+                (title, [signs[n] for n in names], plot)
+                for title, names, plot in training_plots(history, places)
+            ],
+            kinds=[
+                *_by_kind(metrics, "zero_share", "Zero share", "{:.2f}"),
+                *_by_kind(metrics, "kl", "KL to the teacher", "{:.4f}"),
+                *_by_kind(
+                    {"teacher": report["teacher"], **metrics}, "exact_match", "Exact answers", "{:.1%}"
+                ),
+            ],
+            skips=skip_tables(report, order),
+            skip_note=skip_note(report, order, found.ours),
+            variables=list(VARIABLES.values()),
+            correlations=correlations(report, order),
+            layers={name: plot for name, plot in layers.items() if plot},
+            experts={name: plot for name, plot in experts.items() if plot},
+            commands=report["commands"],
+            environment={str(key): fact(value) for key, value in report["environment"].items()},
+        )
     )
 
 
-def _head(report: dict, arms: dict[str, Arm], found: Finding) -> str:
-    names = [n for n in {found.ours, found.baseline, found.best} if n]
-    sentence = escape(found.sentence)
+def _marked(found: Finding, places: dict[str, int]) -> Markup:
+    """The headline with its arms in their colours."""
+    names = {str(escape(n)): places[n] for n in (found.ours, found.baseline, found.best) if n}
+    sentence = str(escape(found.sentence))
     if names:
         # One pass over the text, longest names first: no name is marked inside another or inside a tag.
-        pattern = "|".join(re.escape(escape(n)) for n in sorted(names, key=len, reverse=True))
-        style = {escape(n): list(arms).index(n) for n in names}
-        sentence = re.sub(pattern, lambda m: f'<b class="c{style[m[0]]}">{m[0]}</b>', sentence)
-    caveat = f'<p class="caveat">{escape(found.caveat)}</p>' if found.caveat else ""
-    title = "<h1>ZEDA: skipping experts, and what it costs</h1>"
-    return f'{title}<p class="lead">{sentence}</p>{caveat}{_tiles(report, found)}'
+        pattern = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
+        sentence = re.sub(pattern, lambda m: f'<b class="c{names[m[0]]}">{m[0]}</b>', sentence)
+    return Markup(sentence)
 
 
-def _tiles(report: dict, found: Finding) -> str:
+def _tiles(report: dict, found: Finding) -> list[tuple[str, str]]:
     name = found.ours or found.best
     if name is None:
-        return ""
+        return []
     m, teacher = report["arms"][name], report["teacher"]
     tiles = [(f"{m['zero_share']:.1%}", f"of its routed picks {name} skips")]
     if m["top1_agreement"] is not None:
@@ -113,26 +105,104 @@ def _tiles(report: dict, found: Finding) -> str:
     if m["adapt_seconds"] is not None:
         tokens = f", {count(m['adapt_tokens'])} tokens" if m["adapt_tokens"] else ""
         tiles.append((duration(m["adapt_seconds"]), f"to adapt{tokens}"))
-    cells = (f'<div class="tile"><b>{figure}</b><span>{escape(text)}</span></div>' for figure, text in tiles)
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return tiles
 
 
-def _origin(report: dict) -> str:
-    commands = escape("\n".join(report["commands"]))
-    facts = "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(_fact(value))}</dd>"
-        for key, value in report["environment"].items()
-    )
-    return (f"<pre>{commands}</pre>" if commands else "") + (f"<dl>{facts}</dl>" if facts else "")
+def _results(
+    report: dict, order: list[str], arms: dict[str, Arm], places: dict[str, int], found: Finding
+) -> list[Row]:
+    """All arms, teacher first, then in `order`; the winner's row is tinted."""
+    metrics, teacher = report["arms"], report["teacher"]
+    half = [
+        n
+        for n in order
+        if metrics[n]["zero_share"] is not None and BAND[0] <= metrics[n]["zero_share"] <= BAND[1]
+    ]
+    top = {key: _best(metrics, half, key, pick) for key, pick in _BEST.items()}
+    rows = [Row("teacher", "static model, every pick computed", _figures("teacher", teacher, teacher, {}))]
+    for name in order:
+        figures = _figures(name, metrics[name], teacher, top)
+        rows.append(_row(name, arms[name], places[name], metrics[name], figures, chosen=name == found.best))
+    return rows
 
 
-def _fact(value) -> str:
+def _row(name: str, arm: Arm, place: int, m: dict, cells: list[Cell], chosen: bool = False) -> Row:
+    return Row(name, arm.note, cells, place, arm.baseline, is_untrained(m), chosen)
+
+
+def _figures(name: str, m: dict, teacher: dict, top: dict[str, str | None]) -> list[Cell]:
+    rise = m["ce"] / teacher["ce"] - 1 if m is not teacher and m["ce"] is not None and teacher["ce"] else None
+    spread = m.get("kl_to_teacher_std")
+    best = {key: top.get(key) == name for key in _BEST}
+    return [
+        cell(m["kl_to_teacher"], "{:.4f}", f"± {spread:.4f}" if spread else "", best["kl_to_teacher"]),
+        cell(m["zero_share"], "{:.3f}"),
+        cell(m["ce"], "{:.4f}", top=best["ce"]),
+        cell(rise, "{:+.2%}"),
+        cell(m["top1_agreement"], "{:.3f}", top=best["top1_agreement"]),
+        cell(m["exact_match"], "{:.1%}", _answers_note(m, teacher), best["exact_match"]),
+        cell(m["expert_flops"], "{:.3f}"),
+        cell(m["adapt_tokens"], count),
+        cell(m["adapt_seconds"], duration),
+    ]
+
+
+def _answers_note(m: dict, teacher: dict) -> str:
+    """95% interval of the exact answers, and the paired test against the teacher, where single answers are known."""
+    if not m.get("exact_match_interval"):
+        return ""
+    low, high = m["exact_match_interval"]
+    text = f"{low:.0%} to {high:.0%}"
+    mine, theirs = m.get("answers"), teacher.get("answers")
+    if m is not teacher and mine and theirs and len(mine) == len(theirs):
+        text += f", p {paired_p_value([float(int(a) - int(b)) for a, b in zip(mine, theirs)]):.2f}"
+    return text
+
+
+def _best(metrics: dict, names: list[str], field: str, pick: Callable) -> str | None:
+    known = [name for name in names if metrics[name][field] is not None]
+    return pick(known, key=lambda name: metrics[name][field]) if len(known) > 1 else None
+
+
+def _frontier(metrics: dict[str, dict], arms: dict[str, Arm], places: dict[str, int]) -> list[Markup]:
+    """Zero share against KL."""
+    marks = []
+    for name, m in metrics.items():
+        x, y = m["zero_share"], m["kl_to_teacher"]
+        if x is not None and y is not None:
+            title = f"{name}: zero share {x:.3f}, KL {y:.4f}"
+            marks.append(Mark(name, x, y, places[name], arms[name].baseline, is_untrained(m), title))
+    positive = [m.y for m in marks if m.y > 0]
+    log = len(positive) > 1 and max(positive) / min(positive) > 3
+    return wide_and_narrow(marks, "zero share (picks skipped)", "KL to the teacher", log)
+
+
+def _by_kind(metrics: dict[str, dict], field: str, title: str, form: str) -> list[Heat]:
+    cells = {
+        n: {kind: v.get(field) for kind, v in (m.get("by_kind") or {}).items()} for n, m in metrics.items()
+    }
+    return heat(cells, sorted({kind for row in cells.values() for kind in row}), title, form)
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23 M"""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def fact(value) -> str:
+    """A value of the environment as text."""
     if isinstance(value, list):
-        return ", ".join(map(_fact, value))
+        return ", ".join(map(fact, value))
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_fact(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {fact(v)}" for k, v in value.items())
     return str(value)
-
-
-def _section(title: str, sub: str, body: str) -> str:
-    return f'<section><h2>{title}</h2><p class="sub">{sub}</p>{body}</section>' if body else ""

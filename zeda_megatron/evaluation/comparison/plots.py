@@ -70,16 +70,15 @@ class Drawing:
         axes.set_ylabel(y_label, color=colour("soft"), size=12.5, labelpad=6)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: number(value)))
-            axis.set_major_locator(ticker.MaxNLocator(5))
+            axis.set_major_locator(_round_steps())
 
     def log_y(self) -> None:
         """A logarithmic vertical axis with plain numbers, also where it spans less than a power of ten."""
         low, high = self.axes.get_ylim()
         self.axes.set_yscale("log")
         self.axes.set_ylim(low, high)
-        steps = (1, 2, 5) if high / low < 100 else (1,)
-        few = high / low < 10
-        where = ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]) if few else ticker.LogLocator(subs=steps)
+        few, steps = high / low < 10, (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 1000 else (1,)
+        where = _round_steps() if few else ticker.LogLocator(subs=steps)
         self.axes.yaxis.set_major_locator(where)
         self.axes.yaxis.set_minor_locator(ticker.NullLocator())
         self.axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: number(value)))
@@ -103,9 +102,14 @@ class Drawing:
         body = re.sub(r'<g id="[^"]*"/>| transform="rotate\(-0 [^"]*"', "", body)
         body = re.sub(r'<g id="[^"]*">', "<g>", body).replace("xlink:href", "href")
         body = re.sub(r'style="[^"]*"', lambda found: re.sub("#01([0-9a-f]{4})", _variable, found[0]), body)
+        body = re.sub(r">[^<]+<", lambda found: found[0].replace('"', "&#34;"), body)  # a name's
         body = re.sub(r"\s+", " ", re.sub(r" font-family: [^;\"]*;", "", body))
         start = f'<svg viewBox="{box}" role="img" aria-label="{escape(self.name)}" stroke-linejoin="round">'
         return f"{start}{body.replace('> <', '><')}</svg>"
+
+
+def _round_steps():
+    return ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
 
 
 def colour(what: int | str) -> str:
@@ -125,7 +129,8 @@ def scatter(
     log_y: bool = False,
     size: tuple[int, int] = (1000, 430),
 ) -> str:
-    """Labelled points; labels step aside until they touch neither each other nor a point. "" without a point."""
+    """Labelled points; labels step aside until they touch neither each other nor a point, or are left out. "" without a
+    point."""
     marks = [m for m in marks if math.isfinite(m.x) and math.isfinite(m.y) and (m.y > 0 or not log_y)]
     if not marks:
         return ""
@@ -154,7 +159,7 @@ def scatter(
 
 
 def _label(drawing: Drawing, marks: Sequence[Mark]) -> None:
-    """Write each mark's label at the first place near it that is free."""
+    """Write each mark's label at the first place near it that is free, the lowest marks first; without one, nowhere."""
     figure, axes = drawing.figure, drawing.axes
     figure.draw_without_rendering()  # the axes are where they will be
     scale = 72 / figure.dpi
@@ -173,7 +178,9 @@ def _label(drawing: Drawing, marks: Sequence[Mark]) -> None:
             if left <= box[0] and box[2] <= right and low <= box[1] and box[3] <= high
             if not any(_touch(box, other) for other in taken)
         )
-        chosen = next(free, 0)
+        chosen = next(free, None)
+        if chosen is None:
+            continue  # hovering tells
         taken.append(boxes[chosen])
         aside, up = steps[chosen]
         line = {"arrowstyle": "-", "color": colour("soft"), "alpha": 0.5, "shrinkA": 1, "shrinkB": 0}
@@ -187,6 +194,7 @@ def _label(drawing: Drawing, marks: Sequence[Mark]) -> None:
             size=13,
             color=colour("ink"),
             parse_math=False,
+            in_layout=False,
             arrowprops=line if abs(up) > 15 else None,
         )
 
