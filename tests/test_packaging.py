@@ -85,8 +85,14 @@ def test_no_extra_installs_the_unrelated_apex_of_pypi(setup_cfg):
 
 def test_tools_of_the_tests_are_pinned(setup_cfg):
     pins = {r.name: str(r.specifier) for r in requirements(setup_cfg["options.extras_require"]["test"])}
-    for tool in ("pytest", "pytest-timeout", "ruff"):
+    for tool in ("pytest", "pytest-timeout", "ruff", "matplotlib", "scipy"):
         assert pins[tool].startswith("=="), tool
+
+
+def test_what_makes_reports_comes_with_the_extras_that_make_them(setup_cfg):
+    for extra in ("quickstart", "evaluation"):
+        named = {r.name for r in requirements(setup_cfg["options.extras_require"][extra])}
+        assert {"matplotlib", "scipy"} <= named
 
 
 def test_an_installation_holds_every_file_of_the_package(tmp_path):
@@ -125,3 +131,4 @@ def test_an_installation_holds_every_file_of_the_package(tmp_path):
     }
     assert installed == {path for path in tracked() if path.parts[0] == PACKAGE}
     assert Path(PACKAGE, "serving", "modeling_qwen3_moe_zero.py") in installed
+    assert Path(PACKAGE, "evaluation", "comparison", "templates", "page.html") in installed

@@ -1,1 +1,1 @@
-"""Baselines, metrics, FLOP accounting, report."""
+"""Benchmarks and their comparison, the distance to the teacher."""
