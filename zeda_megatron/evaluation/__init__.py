@@ -1,1 +1,1 @@
-"""Benchmarks and their comparison, the distance to the teacher."""
+"""Is it still good, and what did it save?"""

@@ -19,6 +19,18 @@ COLOURS = (
 )
 """Of the arms, on a light page and on a dark one."""
 
+MEANS = (
+    "accuracy",
+    "to teacher",
+    "p",
+    "zero share",
+    "expert FLOPs",
+    "all FLOPs",
+    "weights",
+    "tokens/s",
+    "length",
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -82,8 +94,9 @@ def render(made: dict) -> str:
             colours=[COLOURS[place % len(COLOURS)] for place in places.values()],
             choice=made["choice"]["sentence"],
             shared=[one["title"] for one in made["benchmarks"] if one["shared"]],
+            titles=MEANS,
             arms=[
-                _row(made, name, place, _told(made, name), _means(made["arms"][name]))
+                _row(made, name, place, _told(made, name), means(made["arms"][name]))
                 for name, place in places.items()
             ],
             frontier=_frontier(made, places),
@@ -120,7 +133,8 @@ def _told(made: dict, name: str) -> str:
     return f"{has[arm['zero_experts']]}, {trained}"
 
 
-def _means(arm: dict) -> list[Cell]:
+def means(arm: dict) -> list[Cell]:
+    """An arm's figures over the shared benchmarks, in the order of `MEANS`."""
     return [
         interval(arm["accuracy"]),
         interval(arm["difference"], "{:+.1f}"),
@@ -231,3 +245,12 @@ def cell(value: float | None, form: str | Callable[[float], str], note: str = ""
 def p_value(value: float | None) -> Cell:
     """Three digits, or that it is less."""
     return Cell("<0.001") if value is not None and value < 0.001 else cell(value, "{:.3f}")
+
+
+def text_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table: a head, a rule, then a line a row; all but the first column flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -11,7 +11,7 @@ from ...durable_file import write_result
 from ...errors import UserError, cut_short, one_line
 from .choice import MARGIN, choose
 from .figures import compare
-from .page import render
+from .page import MEANS, Cell, means, render, text_table
 from .results import RunResult, read_run
 
 TEACHER = "teacher"
@@ -95,16 +95,8 @@ def make_report(
                 raise UserError(
                     f"{flag} {cut_short(arm)}: no run is of this arm; there are {', '.join(names)}"
                 )
-    runs = [
-        _told(
-            _told(run, "--untrained", untrained, "adapted_steps", 0),
-            "--static",
-            static,
-            "zero_experts",
-            False,
-        )
-        for run in runs
-    ]
+    runs = [_told(run, "--untrained", untrained, "adapted_steps", 0) for run in runs]
+    runs = [_told(run, "--static", static, "zero_experts", False) for run in runs]
     figures = compare(runs, teacher or TEACHER)
     about = [
         {"arm": run.arm, "folder": run.folder, "model": run.model, "environment": run.environment}
@@ -127,47 +119,14 @@ def _parts(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-_COLUMNS = (
-    ("accuracy", lambda arm: _percent(arm["accuracy"])),
-    ("difference", lambda arm: _gap(arm["difference"])),
-    ("p", lambda arm: _p(arm["p_value"])),
-    ("zero share", lambda arm: _share(arm["zero_share"])),
-    ("expert FLOPs", lambda arm: _share(arm["expert_flops"])),
-    ("weights", lambda arm: _share(arm["expert_weights"])),
-    ("tokens/s", lambda arm: "-" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:,.0f}"),
-    ("answer", lambda arm: "-" if arm["answer_tokens"] is None else f"{arm['answer_tokens']:,.0f}"),
-)
-
-
 def format_table(made: dict) -> str:
     """Arms and the choice as text for the terminal."""
-    rows = [["arm", *(title for title, _ in _COLUMNS)]]
-    rows += [[one_line(name), *(cell(arm) for _, cell in _COLUMNS)] for name, arm in made["arms"].items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
+    rows = [["arm", *MEANS]]
+    rows += [[one_line(name), *map(_written, means(arm))] for name, arm in made["arms"].items()]
     shared = ", ".join(one["name"] for one in made["benchmarks"] if one["shared"]) or "no benchmark in common"
     note = f"(mean over: {shared}; in brackets 95% confidence)"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note, "", made["choice"]["sentence"]])
+    return "\n".join([*text_table(rows), note, "", made["choice"]["sentence"]])
 
 
-def _percent(estimate: dict | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
-
-
-def _gap(estimate: dict | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _written(cell: Cell) -> str:
+    return f"{cell.text} [{cell.note}]" if cell.note else cell.text.replace("–", "-")
