@@ -28,7 +28,8 @@ cpu.install()
 @pytest.fixture(scope="session")
 def one_process():
     """Megatron's process groups with this process alone."""
-    from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
+    from zeda_megatron.config.parallel import ParallelConfig
+    from zeda_megatron.runtime.process_groups import initialize
 
     initialize(ParallelConfig())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK
 
 N, K, H = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"], tiny.TINY["hidden_size"]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.__main__ import main as zeda
+from zeda_megatron.config.arguments import parse
+from zeda_megatron.config.options import GROUPS, Options
 from zeda_megatron.data.records import parse_prompt, parse_rollout
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
@@ -19,7 +21,6 @@ from zeda_megatron.models.build import check_layout
 from zeda_megatron.planning import step_plan as plan
 from zeda_megatron.planning.memory_command import read_command
 from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet
-from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -61,6 +62,10 @@ def program(words: list[str]) -> tuple[str, list[str]] | None:
         file = re.sub(r"^\$\{?(ROOT|HERE)\}?/", "", word)
         if file == LAUNCH or re.fullmatch(r"(tools|examples)/[\w/]+\.py", file):
             return file, words[place + 1 :]
+        if file == "zeda" and words[place + 1 : place + 2] == ["train"]:
+            return LAUNCH, words[place + 2 :]
+        if file == "zeda":
+            return "zeda_megatron/__main__.py", words[place + 1 :]
     return None
 
 
@@ -93,7 +98,7 @@ def test_every_documented_command_is_understood(words, monkeypatch):
         read_command(arguments)
         return
     flags = {a.split("=")[0] for a in arguments if a.startswith("--")}
-    command = arguments[:1] if file == "tools/checkpoint_convert.py" else []
+    command = arguments[: next((i for i, word in enumerate(arguments) if word.startswith("-")), None)]
     known = set(re.findall(r"--[a-z][\w-]*", help_text(file, command)))
     assert flags <= known
 
@@ -104,7 +109,10 @@ def help_text(file: str, command: list[str]) -> str:
     sys.argv = [file, *command, "--help"]
     try:
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            runpy.run_path(str(ROOT / file), run_name="__main__")
+            if file.startswith("zeda_megatron"):
+                zeda([*command, "--help"])
+            else:
+                runpy.run_path(str(ROOT / file), run_name="__main__")
     finally:
         sys.argv = old
     return said.getvalue()
@@ -199,8 +207,7 @@ def planned(tmp_path, capsys, monkeypatch):
 
     def _run(*flags, data=None):
         paths = ["--data-path", str(data or tmp_path / "a.jsonl"), "--tokenizer-model", str(tokenizer)]
-        monkeypatch.setattr(sys, "argv", ["plan.py", *paths, "--seq-length", "80", *flags])
-        assert plan.main() == 0
+        assert plan.main([*paths, "--seq-length", "80", *flags]) == 0
         said = capsys.readouterr()
         return said.out, said.err
 

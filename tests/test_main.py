@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def start(*flags: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONWARNINGS", None)
-    command = [sys.executable, "-m", "zeda_megatron.main", *map(str, flags)]
+    command = [sys.executable, "-m", "zeda_megatron", "train", *map(str, flags)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -26,7 +26,7 @@ STEPS = 6 * KILLS
 
 def start(world, save, *flags):
     """The run as a process with a group of its own."""
-    command = [sys.executable, "-m", "zeda_megatron.main", "--no-progress"]
+    command = [sys.executable, "-m", "zeda_megatron", "train", "--no-progress"]
     fields = {
         "pretrained-checkpoint": world.dynamic,
         "data-path": world.rollouts,

@@ -84,8 +84,9 @@ def options(world: World, *flags: str, **values):
 
     With `eval_rows` it is evaluated on the held-out conversations.
     """
-    from zeda_megatron.arguments import parse
-    from zeda_megatron.training.options import GROUPS, Options
+    from zeda_megatron.config.arguments import parse
+    from zeda_megatron.config.options import GROUPS, Options
+    from zeda_megatron.training.check import check_machine
 
     fields = {
         "pretrained_checkpoint": world.dynamic,
@@ -110,6 +111,7 @@ def options(world: World, *flags: str, **values):
             argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     made = Options(**parse(argv, GROUPS))
     made.validate()
+    check_machine(made)
     return made
 
 

@@ -1,22 +1,12 @@
 #!/usr/bin/env python
-"""GPU memory of a recipe: python tools/memory.py --hf DIR --config FILE.yaml --gpus N --gpu-memory GIB [flags]."""
+"""GPU memory of a recipe, and what would make it fit: `zeda plan memory`, without installing."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from zeda_megatron.errors import run_main
-from zeda_megatron.runtime import cpu
-
-
-def start() -> int:
-    """The options of training bring Megatron with them."""
-    cpu.install()
-    from zeda_megatron.planning.memory_sheet import main
-
-    return main()
-
+from zeda_megatron.__main__ import door
 
 if __name__ == "__main__":
-    run_main(start)
+    door("plan", "memory")

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Quantise an exported model with NVIDIA ModelOpt: python tools/quantize.py --hf DIR --out DIR."""
+"""Quantise an exported model with NVIDIA ModelOpt: `zeda quantize`, without installing."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from zeda_megatron.errors import run_main
-from zeda_megatron.serving.quantize import main
+from zeda_megatron.__main__ import door
 
 if __name__ == "__main__":
-    run_main(main)
+    door("quantize")

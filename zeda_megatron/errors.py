@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import reprlib
-import sys
-from collections.abc import Callable
 from typing import Any
 
 VALUE_WIDTH, LINE_WIDTH = 60, 1000
@@ -50,18 +47,3 @@ def one_line(text: str) -> str:
 def _middle_out(text: str, width: int) -> str:
     """The text without its middle if it is too long: messages end with what to do."""
     return text if len(text) <= width else f"{text[: width - width // 3 - 5]} ... {text[-(width // 3) :]}"
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point and exit: 0 when fine, 2 with one line on stderr for a `UserError`.
-
-    `--debug` on the command line (or ZEDA_DEBUG=1) lets the traceback through.
-    """
-    try:
-        code = main()
-    except UserError as error:
-        if "--debug" in sys.argv or os.environ.get("ZEDA_DEBUG") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    sys.exit(code or 0)

@@ -143,7 +143,7 @@ def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
 def measure(walk: Walk, arm: Arm | None, heldout: Path) -> dict:
     name = arm.name if arm else "teacher"
     out = walk.out / "measured" / f"{name}.json"
-    command = [sys.executable, "-m", "zeda_megatron.evaluation.quality.measure"]
+    command = [sys.executable, "-m", "zeda_megatron", "evaluate", "distance"]
     command += ["--teacher", str(walk.out / "static")]
     command += ["--heldout", str(heldout), "--calibration", str(walk.out / "rollouts.jsonl")]
     if arm:
@@ -165,7 +165,9 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
     reopen = [
         sys.executable,
         "-m",
-        "zeda_megatron.evaluation.quality.export_check",
+        "zeda_megatron",
+        "evaluate",
+        "export",
         "--megatron",
         str(trained),
     ]
@@ -268,6 +270,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from zeda_megatron.errors import run_main
+    from zeda_megatron.runtime.worker import run_worker
 
-    run_main(main)
+    run_worker(main)

@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.import_checks import check_not_quantised
 from zeda_megatron.convert.parts import PartWriter
 from zeda_megatron.convert.safetensors_shards import Planned, plan_shards, write_index
-from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.errors import UserError
 from zeda_megatron.models.hf_config import copy_side_files, write_config
 from zeda_megatron.runtime.partial import files_of, partial_folder
 from zeda_megatron.runtime.target import check_target
+from zeda_megatron.runtime.worker import run_worker
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -216,4 +217,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

@@ -15,13 +15,14 @@ from tiny_models import TINY, make_hf_folder
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from zeda_megatron.checkpoint.state import load_weights, require_checkpoint
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.moe.switches import zero_mask
-from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
+from zeda_megatron.runtime.process_groups import initialize
 from zeda_megatron.serving.load import load_zero_expert_model
 
 CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"

@@ -1,12 +1,10 @@
 """Damaged and malicious input: one clear line, nothing written, nothing replaced, no code run."""
 
-import importlib.util
 import json
 import os
 import pickle
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +13,10 @@ from tiny_models import make_hf_folder
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zeda_megatron.checkpoint.integrity import find_damage, require_intact
+from zeda_megatron.convert import command
 from zeda_megatron.convert.convert import hf_to_megatron, verify
-from zeda_megatron.errors import UserError, run_main
-
-CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("checkpoint_convert", CLI)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(tool, capsys, tmp_path):
+def refused(capsys, tmp_path):
     """Run the command, which must fail as promised; gives its one line."""
 
     def run(*arguments, source):
@@ -50,7 +40,7 @@ def refused(tool, capsys, tmp_path):
             arguments = (*arguments, "--overwrite")
         before, below = snapshot(source), sorted(path.name for path in tmp_path.iterdir())
         with pytest.raises(SystemExit) as stop:
-            run_main(lambda: tool.main([str(argument) for argument in (*arguments, "--out", out)]))
+            run_worker(lambda: command.main([str(argument) for argument in (*arguments, "--out", out)]))
         err = capsys.readouterr().err
         assert stop.value.code == 2
         assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1200, err
@@ -240,16 +230,16 @@ def test_corrupted_megatron_folder_is_refused(whole, tmp_path, refused, name, sp
     assert_names(refused("megatron-to-hf", "--megatron", m, "--hf-template", hf, source=m), needles)
 
 
-def test_pickles_that_no_conversion_needs_are_never_opened(whole, tmp_path, tool, capsys):
+def test_pickles_that_no_conversion_needs_are_never_opened(whole, tmp_path, capsys):
     shutil.copytree(whole / "m", tmp_path / "m")
     (tmp_path / "m/release/integrity.json").unlink()
     (tmp_path / "m/release/common.pt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     arguments = ["--megatron", tmp_path / "m", "--hf-template", whole / "hf", "--out", tmp_path / "out"]
-    assert tool.main(["megatron-to-hf", *map(str, arguments)]) == 0
+    assert command.main(["megatron-to-hf", *map(str, arguments)]) == 0
     assert not (tmp_path / "ran").exists()
 
 
-def test_python_files_of_a_folder_are_never_run(whole, tmp_path, tool, capsys):
+def test_python_files_of_a_folder_are_never_run(whole, tmp_path, capsys):
     hf = tmp_path / "hf"
     shutil.copytree(whole / "hf", hf)
     for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py"):
@@ -257,7 +247,7 @@ def test_python_files_of_a_folder_are_never_run(whole, tmp_path, tool, capsys):
     config = json.loads((hf / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
     (hf / "config.json").write_text(json.dumps(config))
-    assert tool.main(["hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
+    assert command.main(["hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
     assert not (tmp_path / "ran").exists()
 
 

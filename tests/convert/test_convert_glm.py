@@ -9,14 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4MoeLiteForCausalLM
 
 from zeda_megatron.checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.generate import SamplingConfig
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
-from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
+from zeda_megatron.runtime.process_groups import initialize
 from zeda_megatron.serving.load import load_zero_expert_model
 
 N, NZ, MTP = 8, 4, "model.layers.3."

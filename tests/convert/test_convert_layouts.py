@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from tiny_models import TINY, make_hf_folder
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
 from zeda_megatron.convert.hf_files import HFReader
 
@@ -39,9 +39,10 @@ def resave(rank, world, folder, layouts):
     from megatron.core import parallel_state
 
     from zeda_megatron.checkpoint.state import load_weights, model_state, save_checkpoint
+    from zeda_megatron.config.parallel import ParallelConfig
     from zeda_megatron.models.architecture import read_architecture
     from zeda_megatron.models.build import build_gpt_model, transformer_config
-    from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
+    from zeda_megatron.runtime.process_groups import initialize
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world

@@ -1,9 +1,7 @@
 """Odd folders: converted to what transformers makes of them, or refused in one line; never waited for, never wrong."""
 
-import importlib.util
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import tiny
@@ -11,9 +9,9 @@ import torch
 from odd_folders import FILES, MEGATRON_ODD, VALUES
 from transformers import AutoModelForCausalLM
 
-from zeda_megatron.errors import run_main
+from zeda_megatron.convert import command
+from zeda_megatron.runtime.worker import run_worker
 
-CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 FAMILIES = {
     "qwen": lambda: tiny.hf_model(num_experts=4, num_experts_per_tok=2),
     "glm": lambda: tiny.glm_model(n_routed_experts=4, num_experts_per_tok=2),
@@ -22,15 +20,7 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("checkpoint_convert", CLI)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tool):
+def folders(tmp_path_factory):
     """Per family a folder of two shards with the small files, and its conversion."""
     root = tmp_path_factory.mktemp("folders")
     for name, make in FAMILIES.items():
@@ -42,7 +32,7 @@ def folders(tmp_path_factory, tool):
             (hf / file).write_text('{"a": 1}')
         (hf / "chat_template.jinja").write_text("{{ messages }}")
         assert (
-            tool.main(
+            command.main(
                 [
                     "hf-to-megatron",
                     "--hf",
@@ -58,11 +48,11 @@ def folders(tmp_path_factory, tool):
     return root
 
 
-def outcome(tool, capsys, *arguments) -> str | None:
+def outcome(capsys, *arguments) -> str | None:
     """The one line of a refusal, None for a conversion; fails for whatever else may happen."""
     started, _ = time.monotonic(), capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_main(lambda: tool.main(list(map(str, arguments))))
+        run_worker(lambda: command.main(list(map(str, arguments))))
     said = capsys.readouterr().err
     assert time.monotonic() - started < 60, "it takes too long"
     if stop.value.code == 0:
@@ -92,7 +82,7 @@ def same_model(one, other) -> bool:
     return equal and torch.equal(one(tokens).logits, other(tokens).logits)
 
 
-def check_hf(tool, capsys, source, work, cases) -> tuple[int, list[str]]:
+def check_hf(capsys, source, work, cases) -> tuple[int, list[str]]:
     """(conversions, misses) of many cases."""
     converted, misses = 0, []
     for number, (name, spoil) in enumerate(cases):
@@ -100,14 +90,11 @@ def check_hf(tool, capsys, source, work, cases) -> tuple[int, list[str]]:
         shutil.copytree(source, hf)
         spoil(hf)
         try:
-            line = outcome(tool, capsys, "hf-to-megatron", "--hf", hf, "--out", out)
+            line = outcome(capsys, "hf-to-megatron", "--hf", hf, "--out", out)
             if line is None:
                 converted += 1
                 template = ("--hf-template", out / "hf_config")
-                assert (
-                    outcome(tool, capsys, "megatron-to-hf", "--megatron", out, *template, "--out", back)
-                    is None
-                )
+                assert outcome(capsys, "megatron-to-hf", "--megatron", out, *template, "--out", back) is None
                 theirs, ours = opened(hf), opened(back)
                 assert theirs is not None, "transformers does not open it, we convert it"
                 assert ours is not None and same_model(theirs, ours), "another model than transformers opens"
@@ -120,7 +107,7 @@ def check_hf(tool, capsys, source, work, cases) -> tuple[int, list[str]]:
     return converted, misses
 
 
-def check_megatron(tool, capsys, source, work, cases, level) -> list[str]:
+def check_megatron(capsys, source, work, cases, level) -> list[str]:
     misses = []
     for number, (name, spoil) in enumerate(cases):
         m, back = work / f"{number}_m", work / f"{number}_back"
@@ -128,9 +115,9 @@ def check_megatron(tool, capsys, source, work, cases, level) -> list[str]:
         spoil(m)
         flags = ("--hf-template", m / "hf_config", "--out", back, "--verify-checkpoint", level)
         try:
-            line = outcome(tool, capsys, "megatron-to-hf", "--megatron", m, *flags)
+            line = outcome(capsys, "megatron-to-hf", "--megatron", m, *flags)
             if line is None:  # what was spoilt was not needed: the same weights as before
-                want = outcome(tool, capsys, "verify", "--hf", back, "--megatron", source)
+                want = outcome(capsys, "verify", "--hf", back, "--megatron", source)
                 assert want is None
         except Exception as error:  # the next case shall run, too
             misses.append(f"{name}: {type(error).__name__} {' '.join(str(error).split())[:300]}")
@@ -145,14 +132,14 @@ def test_there_are_enough_cases_and_no_two_are_alike():
         assert len(set(names)) == len(names) >= least
 
 
-def test_odd_files_weights_and_sources(folders, tool, capsys, tmp_path):
-    converted, misses = check_hf(tool, capsys, folders / "qwen", tmp_path, FILES)
+def test_odd_files_weights_and_sources(folders, capsys, tmp_path):
+    converted, misses = check_hf(capsys, folders / "qwen", tmp_path, FILES)
     assert not misses, "\n".join(misses)
     assert converted >= 5
 
 
-def test_odd_values_of_config(folders, tool, capsys, tmp_path):
-    converted, misses = check_hf(tool, capsys, folders / "qwen", tmp_path, VALUES[::10])
+def test_odd_values_of_config(folders, capsys, tmp_path):
+    converted, misses = check_hf(capsys, folders / "qwen", tmp_path, VALUES[::10])
     assert not misses, "\n".join(misses)
     assert converted >= 5
 
@@ -160,12 +147,12 @@ def test_odd_values_of_config(folders, tool, capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_odd_values_and_files_of_every_family(folders, tool, capsys, tmp_path, family, part):
-    _, misses = check_hf(tool, capsys, folders / family, tmp_path, [*FILES, *VALUES][part::8])
+def test_odd_values_and_files_of_every_family(folders, capsys, tmp_path, family, part):
+    _, misses = check_hf(capsys, folders / family, tmp_path, [*FILES, *VALUES][part::8])
     assert not misses, "\n".join(misses)
 
 
 @pytest.mark.parametrize("level", ["hash", "none"])
-def test_odd_megatron_folders(folders, tool, capsys, tmp_path, level):
-    misses = check_megatron(tool, capsys, folders / "qwen_m", tmp_path, MEGATRON_ODD, level)
+def test_odd_megatron_folders(folders, capsys, tmp_path, level):
+    misses = check_megatron(capsys, folders / "qwen_m", tmp_path, MEGATRON_ODD, level)
     assert not misses, "\n".join(misses)

@@ -16,13 +16,14 @@ from tiny_models import TINY, make_hf_folder
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from zeda_megatron.checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
-from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
+from zeda_megatron.runtime.process_groups import initialize
 
 CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 N, K, H = TINY["num_experts"], TINY["num_experts_per_tok"], TINY["hidden_size"]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from zeda_megatron.distill.losses import LossConfig, distill_loss
+from zeda_megatron.config.run import LOSS_KINDS, LossConfig
+from zeda_megatron.distill.losses import distill_loss
 from zeda_megatron.errors import UserError
-from zeda_megatron.ops.vocab_kl import KINDS
 
 RANKS, SEQUENCE, BATCH, HIDDEN, VOCAB, TRUE_VOCAB = 2, 6, 3, 8, 24, 21
 
@@ -72,14 +72,14 @@ def test_the_teacher_gets_no_gradient():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"kind": "kl"}, ["kind 'kl'", *KINDS]),
-        ({"kind": "jsd", "beta": 0.0}, ["beta 0.0", "forward_kl"]),
-        ({"temperature": -1.0}, ["temperature -1.0"]),
-        ({"temperature": float("nan")}, ["temperature nan"]),
-        ({"chunk_tokens": 0}, ["chunk_tokens 0"]),
+        ({"kind": "kl"}, ["--distill-loss 'kl'", *LOSS_KINDS]),
+        ({"kind": "jsd", "beta": 0.0}, ["--distill-beta 0.0", "forward_kl"]),
+        ({"temperature": -1.0}, ["--distill-temperature -1.0"]),
+        ({"temperature": float("nan")}, ["--distill-temperature nan"]),
+        ({"chunk_tokens": 0}, ["--loss-chunk-tokens 0"]),
     ],
 )
-def test_senseless_settings_are_user_errors_that_name_the_field(values, words):
+def test_senseless_settings_are_user_errors_that_name_the_flag(values, words):
     with pytest.raises(UserError) as caught:
         LossConfig(**values)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
@@ -121,7 +121,7 @@ def worker(rank: int, folder: str) -> None:
             if sequence_parallel
             else slice(None)
         )
-        for kind in KINDS:
+        for kind in LOSS_KINDS:
             config = LossConfig(kind, temperature=1.3, chunk_tokens=5)
             whole, whole_metrics = distill_loss(
                 student_SBH, student_VH, teacher_SBH, teacher_VH, labels_BS, mask_BS, config

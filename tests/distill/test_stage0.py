@@ -7,10 +7,10 @@ import pytest
 import tiny_world
 from stage0_files import stage0
 
+from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from zeda_megatron.errors import UserError
 from zeda_megatron.training.stage0 import run_stage0

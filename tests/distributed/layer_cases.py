@@ -12,7 +12,7 @@ from dense_layer import ROUTINGS, SITUATIONS, compare, zero_config
 from fused_kernels import FusedKernels
 from megatron.core.parallel_state import get_expert_tensor_and_model_parallel_group
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe import dispatch
 
 

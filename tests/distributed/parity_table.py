@@ -24,7 +24,8 @@ import tiny_world  # noqa: E402
 from cases import FOUR_PROCESSES, STAGE_2, TRAIN  # noqa: E402
 from runs import Alone, Runs, differences, make_worlds  # noqa: E402
 
-from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
+from zeda_megatron.config.parallel import ParallelConfig  # noqa: E402
+from zeda_megatron.runtime.process_groups import initialize  # noqa: E402
 
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
 WORLDS = {

@@ -30,11 +30,12 @@ from layer_cases import flex, fused, stock_flex, zero_outputs  # noqa: E402, F40
 from megatron.core import parallel_state  # noqa: E402
 from pytest import MonkeyPatch  # noqa: E402
 
-from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
+from zeda_megatron.config.parallel import ParallelConfig  # noqa: E402
+from zeda_megatron.config.zero_experts import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
 from zeda_megatron.moe.switches import zero_mask  # noqa: E402
 from zeda_megatron.runtime.new_folder import new_folder  # noqa: E402
-from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
+from zeda_megatron.runtime.process_groups import initialize  # noqa: E402
 from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
 

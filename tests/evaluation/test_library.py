@@ -12,10 +12,10 @@ CODE = """
 import sys
 
 sys.modules["matplotlib"] = None
-from zeda_megatron.errors import run_main
-from zeda_megatron.evaluation.__main__ import main
+from zeda_megatron.__main__ import main
+from zeda_megatron.runtime.worker import run_worker
 
-run_main(lambda: main(["report", "--runs", "a", "--output", "b"]))
+run_worker(lambda: main(["evaluate", "report", "--runs", "a", "--output", "b"]))
 """
 
 

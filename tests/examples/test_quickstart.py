@@ -124,8 +124,8 @@ def test_the_arms_of_glm_are_read_by_the_training_and_start_from_one_another():
     sys.path.insert(0, str(QUICKSTART))
     from models import MODELS
 
-    from zeda_megatron.arguments import parse
-    from zeda_megatron.training.options import GROUPS, Options
+    from zeda_megatron.config.arguments import parse
+    from zeda_megatron.config.options import GROUPS, Options
 
     model = MODELS["glm"]
     assert model.full[: len(model.arms)] == model.arms

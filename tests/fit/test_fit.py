@@ -8,6 +8,7 @@ import tiny_world
 import torch
 from ridge_reference import dense_ridge
 
+from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.convert import megatron_to_hf
 from zeda_megatron.convert.hf_files import HFReader, read_json
 from zeda_megatron.errors import UserError
@@ -16,7 +17,6 @@ from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.switches import set_zero_mask
-from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.fit.paired_fit import Sensitivity, moe_layers, watch_effects, watch_experts
 from zeda_megatron.models.build import build_gpt_model
 from zeda_megatron.moe.switches import set_zero_mask

@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
+from zeda_megatron.config.convert import ExportOptions, ImportOptions, VerifyOptions
+from zeda_megatron.config.options import GROUPS, Options
+from zeda_megatron.convert import command as convert
 from zeda_megatron.planning import doctor as machine_check
-from zeda_megatron.training.options import GROUPS, Options
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ROOT / "launch" / "slurm" / "submit_chain.sh"
@@ -82,10 +83,9 @@ def test_every_printed_command_is_understood(submit, tmp_path, monkeypatch):
             assert options.model.pretrained_checkpoint == f"{tmp_path}/work/stage2"
         else:
             assert options.model.stage == step[-1] and options.run.stopped_exit_code == 75
-    convert = runpy.run_path(str(ROOT / "tools" / "checkpoint_convert.py"), run_name="read")["parse"]
     commands = [*steps["convert"][1:], *steps["export"][1:]]
-    named = [convert(after(words, "tools/checkpoint_convert.py")).command for words in commands]
-    assert named == ["hf-to-megatron", "verify", "megatron-to-hf"]
+    read = [type(convert.read(after(words, "tools/checkpoint_convert.py"))) for words in commands]
+    assert read == [ImportOptions, VerifyOptions, ExportOptions]
 
 
 def test_plans_and_health_checks_are_understood(submit, tmp_path, capsys):

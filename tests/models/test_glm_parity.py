@@ -6,10 +6,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from transformers import Glm4MoeLiteConfig
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.generate import SamplingConfig
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill import builtin_engine
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import check_layout
@@ -17,7 +18,6 @@ from zeda_megatron.models.latent_attention import DriftingRotary
 from zeda_megatron.moe.stats import routers
 from zeda_megatron.moe.switches import zero_mask
 from zeda_megatron.runtime.megatron_api import queries_need_latents
-from zeda_megatron.runtime.process_groups import ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("one_process")
 VARIANTS = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from examples.rivals.reap import write_pruned
 from zeda_megatron.checkpoint.state import require_checkpoint
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.errors import UserError

@@ -9,14 +9,14 @@ import tiny_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.rivals.reap import write_pruned
+from zeda_megatron.config.fit import FitOptions
+from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality.models import load_model
-from zeda_megatron.fit.options import FitOptions
 from zeda_megatron.fit.run import HeadFit
 from zeda_megatron.models.on_disk import ModelFacts, read_facts
 from zeda_megatron.models.origin import adapted_steps, weights_id
-from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.training.build_teacher import teacher_source
 from zeda_megatron.training.eval_stage import run_evaluation
 from zeda_megatron.training.stage0 import run_stage0

@@ -11,9 +11,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.pipeline_split import stage_layers, stage_sizes
-from zeda_megatron.runtime.process_groups import ParallelConfig
 
 
 def layout(stages, first=None, last=None, virtual=1):

@@ -6,9 +6,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.generate import SamplingConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import Sampler, SamplingConfig, filter_logits
+from zeda_megatron.distill.sampling import Sampler, filter_logits
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.switches import zero_mask
 

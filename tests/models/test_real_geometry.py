@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.layout import model_layout
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.weight_kinds import Router

@@ -5,7 +5,7 @@ import tiny
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.dispatch import install_dispatchers
 from zeda_megatron.moe.switches import zero_mask

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.experts import backend_for
 from zeda_megatron.ops import kernel_call

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe.group_loss import group_loss
 
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe.null_expert_loss import null_expert_loss
 
 N, NZ, K, ALPHA = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"], 0.1

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.build import build_gpt_model
 from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold

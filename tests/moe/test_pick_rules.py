@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK, TopP, apply_pick_rule, parse_pick_rule
 from zeda_megatron.moe.switches import set_pick_rule, zero_mask

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.switches import set_zero_mask, zero_mask
 

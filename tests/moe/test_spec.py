@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe.dispatch import ZeroExpertAlltoAllDispatcher, install_dispatchers
 from zeda_megatron.moe.experts import GroupedExperts
 from zeda_megatron.moe.router import ZeroExpertRouter

@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import set_threshold
 from zeda_megatron.moe.pick_rules import StaticTopK

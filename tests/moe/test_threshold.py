@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe.stats import SCORE_BINS, RoutingStats, routers
 from zeda_megatron.moe.switches import evaluating, zero_mask
 from zeda_megatron.moe.threshold import ScoreQuantiles, calibrate_threshold, quantile, thresholds

@@ -9,7 +9,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from zeda_megatron.ops.vocab_kl import KINDS, fused_distill_loss, reference_distill_loss
+from zeda_megatron.config.run import LOSS_KINDS
+from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB, TRUE_VOCAB = 23, 12, 10, 40, 37
 BETA, TEMPERATURE = 0.3, 1.7
@@ -94,7 +95,7 @@ def assert_same(ours, theirs, rtol=1e-5, atol=1e-6):
         tiny.close(a, b, rtol=rtol, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 @pytest.mark.parametrize("operator", [fused_distill_loss, reference_distill_loss])
 def test_loss_and_gradients_equal_torchs_own(operator, kind):
     case = make_case(torch.float64)
@@ -103,7 +104,7 @@ def test_loss_and_gradients_equal_torchs_own(operator, kind):
     assert_same(case.run(operator, **options(kind)), case.run(torch_loss, kind=kind), 1e-5, 3e-6)
 
 
-DIFFERENTIABLE = [kind for kind in KINDS if kind != "sampled_reverse_kl"]
+DIFFERENTIABLE = [kind for kind in LOSS_KINDS if kind != "sampled_reverse_kl"]
 """Kinds whose value and gradient are those of one function."""
 
 
@@ -122,7 +123,7 @@ def test_gradients_are_the_finite_differences(kind):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_metrics_equal_the_reference(kind):
     case = make_case(torch.float64)
     _, ours, *_ = case.run(fused_distill_loss, **options(kind, chunk_tokens=7))
@@ -140,7 +141,7 @@ def test_cross_entropy_needs_no_teacher():
     assert set(ours[1]) == {"weight", "ce"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_chunk_size_leaves_the_result_alone(kind):
     case = make_case(torch.float64)
     whole = case.run(fused_distill_loss, **options(kind, chunk_tokens=1000))
@@ -150,7 +151,7 @@ def test_chunk_size_leaves_the_result_alone(kind):
         torch.testing.assert_close(parts[1], whole[1], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_masked_tokens_get_zero_gradient_and_may_hold_anything(kind):
     case = make_case()
     masked_T = case.weights_T == 0
@@ -166,7 +167,7 @@ def test_masked_tokens_get_zero_gradient_and_may_hold_anything(kind):
     assert (clean[2][masked_T] == 0).all() and (clean[2][~masked_T] != 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_a_batch_without_loss_tokens_is_zero_not_an_error(kind):
     case = replace(make_case(), weights_T=torch.zeros(TOKENS))
     loss, metrics, grad_hidden, grad_weight = case.run(fused_distill_loss, **options(kind))
@@ -174,7 +175,7 @@ def test_a_batch_without_loss_tokens_is_zero_not_an_error(kind):
     assert not grad_hidden.any() and not grad_weight.any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_padded_columns_take_no_part(kind):
     case = make_case()
     clean = case.run(fused_distill_loss, **options(kind))
@@ -188,7 +189,7 @@ def test_padded_columns_take_no_part(kind):
     assert not clean[3][TRUE_VOCAB:].any() and (clean[3][:TRUE_VOCAB] != 0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_bfloat16_stays_near_float64_on_the_same_numbers(kind):
     case = make_case(torch.bfloat16, scale=0.5)
     ours = case.run(fused_distill_loss, **options(kind, chunk_tokens=4))
@@ -202,7 +203,7 @@ def test_bfloat16_stays_near_float64_on_the_same_numbers(kind):
         assert (mine.double() - exact_grad).norm() < 2e-2 * exact_grad.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_extreme_scores_stay_finite_and_right(kind):
     case = make_case(torch.float64, scale=12.0)
     ours = case.run(fused_distill_loss, **options(kind))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from zeda_megatron.ops.vocab_kl import KINDS, fused_distill_loss, reference_distill_loss
+from zeda_megatron.config.run import LOSS_KINDS
+from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
 
 HIDDEN, VOCAB, CHUNK = 8, 2000, 16
 
@@ -38,7 +39,7 @@ def allocations(operator, tokens: int, **options) -> Allocations:
     return Allocations(largest // 4, peak // 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_memory_is_bound_by_the_chunk_not_by_tokens_times_vocabulary(kind):
     few, many = (
         allocations(fused_distill_loss, tokens, kind=kind, chunk_tokens=CHUNK) for tokens in (64, 256)

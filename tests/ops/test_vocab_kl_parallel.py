@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from zeda_megatron.ops.vocab_kl import KINDS, fused_distill_loss, reference_distill_loss
+from zeda_megatron.config.run import LOSS_KINDS
+from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
 
 RANKS, TOKENS, HIDDEN, VOCAB = 2, 11, 6, 20
 
@@ -87,7 +88,7 @@ def check_agreement_compares_global_columns(rank, group):
 
 def worker(rank, folder):
     group = start(rank, folder)
-    for kind in KINDS:
+    for kind in LOSS_KINDS:
         # The gradient of a sample is as long as its log-ratio, here up to 6.6.
         single = 1e-5 if kind == "sampled_reverse_kl" else 3e-6
         check_split_equals_whole(rank, group, kind, VOCAB, torch.float64, 1e-12)

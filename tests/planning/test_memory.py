@@ -12,7 +12,8 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch.profiler import ProfilerActivity, profile
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.distill.answering_pass import AnsweringPass, answering
 from zeda_megatron.errors import UserError
@@ -24,7 +25,6 @@ from zeda_megatron.planning.memory_command import read_command
 from zeda_megatron.planning.memory_parameters import stage_parameters
 from zeda_megatron.planning.memory_phases import Shapes, answers, loss_bytes, student_pass, teacher_pass
 from zeda_megatron.planning.memory_sheet import main, memory_sheet
-from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.training.step import forward_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.planning.memory_activations import Layer, kept_per_layer
-from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -57,8 +57,8 @@ FOUR = {
 
 
 def read_options(folder: Path, model: str, flags: list[str]):
-    from zeda_megatron.arguments import parse
-    from zeda_megatron.training.options import GROUPS, Options
+    from zeda_megatron.config.arguments import parse
+    from zeda_megatron.config.options import GROUPS, Options
 
     zero = [] if "paired" in flags else ["--num-zero-experts", "4"]
     fixed = ["--hf-config", str(folder / model), "--data-path", "x", "--bf16", "--seq-length", "64", *zero]
@@ -181,11 +181,11 @@ def test_counts_are_what_four_processes_allocate(tmp_path):
 
 @pytest.mark.parametrize(("example", "zero"), [("qwen3_30b_a3b", 64), ("glm_4_7_flash", 32)])
 def test_stages_of_the_large_models_add_up_to_the_model(example, zero):
-    from zeda_megatron.config import ZeroExpertConfig
+    from zeda_megatron.config.parallel import ParallelConfig
+    from zeda_megatron.config.zero_experts import ZeroExpertConfig
     from zeda_megatron.models.architecture import read_architecture
     from zeda_megatron.planning.geometry import Geometry
     from zeda_megatron.planning.memory_parameters import stage_parameters
-    from zeda_megatron.runtime.process_groups import ParallelConfig
 
     folder = Path(__file__).resolve().parents[2] / "examples" / example
     arch, geometry = read_architecture(folder), Geometry.read(folder)

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 
+from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime import cpu, process_groups
-from zeda_megatron.runtime.process_groups import ParallelConfig
 
 
 def python(code: str) -> subprocess.CompletedProcess:

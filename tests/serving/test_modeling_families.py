@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.models.architecture import MODELS, REGISTRY
 from zeda_megatron.models.hf_config import dynamic_config, write_config
 from zeda_megatron.serving.load import load_zero_expert_model

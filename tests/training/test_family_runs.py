@@ -8,11 +8,11 @@ import tiny_world
 import torch
 from safetensors.torch import load_file
 
+from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
 from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.runtime.process_groups import ParallelConfig
 from zeda_megatron.serving.load import load_zero_expert_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

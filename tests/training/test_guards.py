@@ -8,8 +8,9 @@ import tiny_world
 import torch
 
 from zeda_megatron.checkpoint.state import find_checkpoint
-from zeda_megatron.errors import UserError, run_main
-from zeda_megatron.training.guard_options import GuardOptions
+from zeda_megatron.config.guard import GuardOptions
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 from zeda_megatron.training.guards import Guards, GuardTripped
 from zeda_megatron.training.loop import TrainingRun
 
@@ -175,7 +176,7 @@ def test_a_run_that_saved_nothing_says_so_and_exits_with_2_in_one_line(world, ca
     flags = SHARE | {"zero_share_band": (0.99, 1), "guard_window": 1}
     run = tiny_world.start(world, **flags)
     with pytest.raises(SystemExit) as done:
-        run_main(run.run)
+        run_worker(run.run)
     assert done.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "step 1: " in line and "nothing was saved before; this step is not saved" in line

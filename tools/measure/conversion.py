@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from zeda_megatron.durable_file import write_result
-from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.errors import UserError
 from zeda_megatron.runtime import cpu
+from zeda_megatron.runtime.worker import run_worker
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
@@ -182,4 +183,4 @@ def _print(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

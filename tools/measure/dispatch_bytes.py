@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zeda_megatron.arguments import check_choices, parse
+from zeda_megatron.config.arguments import check_choices, parse
 from zeda_megatron.durable_file import write_result
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime.worker import run_worker
@@ -130,8 +130,9 @@ def table(rows: list[dict]) -> str:
 
 def work(options: ByteOptions) -> int:
     """One of the processes: measure; rank 0 prints the table and writes the file."""
+    from zeda_megatron.config.parallel import ParallelConfig
     from zeda_megatron.runtime import cpu
-    from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
+    from zeda_megatron.runtime.process_groups import initialize
 
     cpu.install()
     import torch

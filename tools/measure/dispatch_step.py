@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
+from zeda_megatron.config.options import GROUPS, Options
 from zeda_megatron.data.packing import PackedBatch
 from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.moe import stats
@@ -13,7 +14,6 @@ from zeda_megatron.moe.pick_rules import StaticTopK
 from zeda_megatron.moe.switches import set_pick_rule
 from zeda_megatron.moe.threshold import calibrate_threshold
 from zeda_megatron.training.build_optimizer import build_optimizer
-from zeda_megatron.training.options import GROUPS, Options
 from zeda_megatron.training.setup import build_student
 from zeda_megatron.training.step import Stepper, forward_model
 

@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from zeda_megatron.errors import UserError, run_main
-from zeda_megatron.ops.vocab_kl import KINDS
+from zeda_megatron.config.run import LOSS_KINDS
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 PATHS = ("fused", "full")
 MIB = 1 << 20
@@ -29,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--chunk-tokens", type=int, default=128)
-    parser.add_argument("--kind", choices=KINDS, default="forward_kl")
+    parser.add_argument("--kind", choices=LOSS_KINDS, default="forward_kl")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per row instead of the table"
     )
@@ -115,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

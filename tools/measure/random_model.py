@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.layout import model_layout
 from zeda_megatron.convert.parts import PartWriter
 from zeda_megatron.convert.safetensors_shards import DEFAULT_SHARD_BYTES, Planned, plan_shards, write_index

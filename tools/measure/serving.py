@@ -18,7 +18,8 @@ import torch
 from transformers import DynamicCache
 
 from zeda_megatron.durable_file import write_result
-from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 from .serving_arms import WAYS, Contest
 
@@ -161,4 +162,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

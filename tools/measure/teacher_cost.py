@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from zeda_megatron.durable_file import write_result
-from zeda_megatron.errors import UserError, run_main
+from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.worker import run_worker
 
 from .loss_memory import resident
 
@@ -64,9 +65,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace, checkpoints: str, name: str):
     """A `TrainingRun` of one variant, in this process. `checkpoints`: folder of `static` and `dynamic`."""
-    from zeda_megatron.arguments import parse as parse_flags
+    from zeda_megatron.config.arguments import parse as parse_flags
+    from zeda_megatron.config.options import GROUPS, Options
     from zeda_megatron.training.loop import TrainingRun
-    from zeda_megatron.training.options import GROUPS, Options
 
     start, flags = VARIANTS[name]
     argv = [
@@ -134,7 +135,7 @@ def main() -> int:
     from zeda_megatron.runtime import cpu, process_groups
 
     cpu.install()
-    process_groups.initialize(process_groups.ParallelConfig())
+    process_groups.initialize()
     try:
         if options.measure:
             print(peak(options, *options.measure))
@@ -174,4 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

@@ -21,7 +21,6 @@ from .folders import is_complete
 from .own_files import is_plain
 
 INTEGRITY = "integrity.json"
-LEVELS = ("hash", "size", "none")
 REMEDY = "copy the file again from a backup, or give another checkpoint"
 _PART = ".integrity.{}.json"
 
@@ -60,8 +59,8 @@ def seal(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
 def find_damage(folder: Path, level: str = "hash") -> str | None:
     """What is wrong with a checkpoint folder, beginning with the file; None if it is as it was written.
 
-    All processes call it and get the same answer. `level` is one of `LEVELS`; "none" looks only whether the folder
-    is complete, and so do the others where there is no `integrity.json`.
+    All processes call it and get the same answer. `level` is one of `VERIFY_LEVELS` (config); "none" looks only whether
+    the folder is complete, and so do the others where there is no `integrity.json`.
     """
     found = _find_damage_here(folder, level)
     return min((damage for damage in gathered(found) if damage), default=None)

@@ -20,7 +20,7 @@ def intact_checkpoint(
 
     Args:
         flag: the flag that named `root`, for messages.
-        level: how closely to look, see `integrity.LEVELS`.
+        level: how closely to look, see `config.run.VERIFY_LEVELS`.
         warn: gets a line of text.
 
     Raises:

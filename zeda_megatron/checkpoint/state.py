@@ -106,7 +106,7 @@ def load_weights(
     """Load the weights of a checkpoint into bare (unwrapped) model chunks.
 
     With `fresh_heads`, a checkpoint without heads of paired zero experts is fine: they keep their initial values.
-    `verify` says how closely the files are looked at first (`integrity.LEVELS`).
+    `verify` says how closely the files are looked at first (`config.run.VERIFY_LEVELS`).
     """
     require_intact(folder, flag, verify)
     index = _index(folder, flag)

@@ -10,7 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from ..checkpoint.folders import is_complete
-from ..checkpoint.integrity import INTEGRITY, LEVELS, REMEDY, compare_file, has_integrity, told_files
+from ..checkpoint.integrity import INTEGRITY, REMEDY, compare_file, has_integrity, told_files
+from ..config.run import VERIFY_LEVELS
 from ..errors import UserError
 
 
@@ -27,8 +28,10 @@ class CheckedFiles:
     """
 
     def __init__(self, folder: Path, flag: str, level: str):
-        if level not in LEVELS:
-            raise UserError(f"--verify-checkpoint {level!r} is unknown; choose one of {', '.join(LEVELS)}")
+        if level not in VERIFY_LEVELS:
+            raise UserError(
+                f"--verify-checkpoint {level!r} is unknown; choose one of {', '.join(VERIFY_LEVELS)}"
+            )
         self._folder, self._flag, self._level = folder, flag, level
         self._told: dict[str, tuple[int, str]] = {}
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.own_files import own_file
 from ..checkpoint.state import TRACKER
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import read_architecture
 from ..models.bits import caster, source_digest
 from ..models.hf_config import (

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.bits import DTYPES, same_bits
 from ..models.hf_config import zero_experts_of

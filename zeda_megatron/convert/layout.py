@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import ZeroExpertConfig
+from ..config.parallel import ParallelConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
 from ..runtime import cpu
-from ..runtime.process_groups import ParallelConfig, initialize
+from ..runtime.process_groups import initialize
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.hf_config import zero_experts_of

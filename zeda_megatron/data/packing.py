@@ -61,11 +61,6 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def sequence_multiple(context_ranks: int, pad_to: int = 0) -> int:
-    """What the length of every packed sequence is a multiple of: `pad_to`, or else what context parallelism needs."""
-    return pad_to or (2 * context_ranks if context_ranks > 1 else 1)
-
-
 def blank_row(seq_length: int, pad_id: int) -> PackedBatch:
     """A row of padding alone, for a rank that has nothing to do."""
     pad = torch.full((1, seq_length), pad_id)

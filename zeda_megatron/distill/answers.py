@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
+from ..config.generate import SamplingConfig
 from .rollout import Generation, RolloutEngine
-from .sampling import SamplingConfig
 
 
 @dataclass(frozen=True)

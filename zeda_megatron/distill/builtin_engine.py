@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from ..config.generate import SamplingConfig
 from ..errors import UserError
 from ..moe.replay import recorded_picks, recording
 from ..moe.stats import stats_aside
@@ -16,7 +17,7 @@ from ..runtime.process_groups import device
 from .answering_pass import AnsweringPass, answering
 from .kv_slots import KVSlots
 from .rollout import Generation, check_prompts
-from .sampling import Sampler, SamplingConfig
+from .sampling import Sampler
 
 SLACK = 64
 """Columns of the cache beyond the longest answer: so seldom must it be moved."""

@@ -5,47 +5,12 @@ Dimensions: S sequence, B batch, H hidden, V rows of the LM head on this tensor-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
-from zeda_megatron.errors import UserError
-from zeda_megatron.ops.vocab_kl import KINDS, fused_distill_loss
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Which loss the student gets. Raises UserError for values that make no sense."""
-
-    kind: str = "forward_kl"
-    """ce (the labels, as the paper's stage 1), forward_kl (KL(teacher || student)), reverse_kl
-    (KL(student || teacher)), sampled_reverse_kl (its policy gradient on labels that the student has sampled, the
-    paper's stage 2) or jsd (GKD's mixture of both)."""
-    beta: float = 0.5
-    """Weight of the teacher in the jsd mixture, between 0 and 1 exclusive."""
-    temperature: float = 1.0
-    """Divides the logits of both models. The loss is not multiplied by its square."""
-    chunk_tokens: int = 1024
-    """Tokens whose logits exist at the same time: 16 to 20 bytes * chunk_tokens * vocabulary / TP."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"loss kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
-        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
-            raise UserError(
-                f"loss beta {self.beta} is out of range: jsd needs a number between 0 and 1 exclusive"
-                " (for the ends choose the kinds forward_kl and reverse_kl)"
-            )
-        if not self.temperature > 0.0:
-            raise UserError(f"loss temperature {self.temperature} is out of range: it must be above 0")
-        if self.chunk_tokens < 1:
-            raise UserError(f"loss chunk_tokens {self.chunk_tokens} is out of range: it must be at least 1")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the kind compares with the teacher; "ce" can do without."""
-        return self.kind != "ce"
+from ..config.run import LossConfig
+from ..errors import UserError
+from ..ops.vocab_kl import fused_distill_loss
 
 
 def distill_loss(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
+from ..config.generate import SamplingConfig
 from ..errors import UserError
-from .sampling import SamplingConfig
-
-ENGINES = ("builtin", "vllm")
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,6 @@ class RolloutEngine(Protocol):
             record_routing: fill `routed_experts_TLK`.
         """
         ...
-
-
-def check_engine(name: str) -> None:
-    """Raise `UserError` for a `--rollout-engine` that is unknown or cannot work here."""
-    if name not in ENGINES:
-        raise UserError(f"--rollout-engine {name!r} is unknown; choose one of {', '.join(ENGINES)}")
-    if name == "vllm" and find_spec("vllm") is None:
-        raise UserError(
-            "--rollout-engine vllm needs vLLM, which is not installed here (docs/serving.md): use builtin"
-        )
 
 
 def check_prompts(prompts: list[list[int]], max_length: int) -> None:

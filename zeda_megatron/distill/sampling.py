@@ -2,37 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from ..errors import UserError
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How answers are sampled."""
-
-    max_new_tokens: int = 256
-    """Longest answer, the end token included."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this much probability."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is all."""
-    seed: int = 1234
-    """Seed of all random streams."""
-
-    def __post_init__(self) -> None:
-        for flag, ok in (
-            (f"--max-new-tokens {self.max_new_tokens} must be at least 1", self.max_new_tokens >= 1),
-            (f"--temperature {self.temperature} must not be negative", self.temperature >= 0),
-            (f"--top-p {self.top_p} must be above 0 and at most 1", 0 < self.top_p <= 1),
-            (f"--top-k {self.top_k} must not be negative", self.top_k >= 0),
-        ):
-            if not ok:
-                raise UserError(flag)
+from ..config.generate import SamplingConfig
 
 
 def filter_logits(logits_BV: torch.Tensor, config: SamplingConfig) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
+from ..config.generate import SamplingConfig
 from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
@@ -24,7 +25,6 @@ from ..regular_file import is_regular
 from ..runtime.agreement import on_rank0
 from ..strict_json import read_json, strict_loads
 from .rollout import RolloutEngine
-from .sampling import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class WatchedPasses:
         """Minus the log-probability of the row's response tokens."""
         from megatron.core import parallel_state
 
-        from ..distill.losses import LossConfig, distill_loss
+        from ..config.run import LossConfig
+        from ..distill.losses import distill_loss
 
         head = self.model.head_weight()
         loss, _ = distill_loss(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.fit import FitOptions
 from ..data.packing import PackedBatch, PackedDataset, blank_row
 from ..data.rows import rows_for
 from ..data.tokenizers import load_tokenizer
 from ..errors import UserError
 from ..training.dealing import filled_up, rank_part
 from ..training.log import warn
-from .options import FitOptions
 
 CALIBRATION_ROWS = 16
 """Rows that the threshold is set on: at 2048 tokens and 8 picks, a quarter of a million picks per layer."""

@@ -1,4 +1,4 @@
-"""Fit the heads of paired zero experts on the teacher's answers: `python tools/fit_zero_rows.py`, seconds to minutes.
+"""Fit the heads of paired zero experts on the teacher's answers: `zeda fit`, seconds to minutes.
 
 Also under torchrun: data parallel, expert parallel, tensor parallel; one pipeline stage.
 """
@@ -6,32 +6,32 @@ Also under torchrun: data parallel, expert parallel, tensor parallel; one pipeli
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..arguments import parse
-from ..config import ZeroExpertConfig
+from ..config.arguments import parse
+from ..config.fit import SCORES, FitOptions
+from ..config.parallel import ParallelConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
-from ..runtime import cpu, process_groups
+from ..models.on_disk import ZEDA_NAME
+from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
-from ..runtime.process_groups import ParallelConfig
-from .options import SCORES, FitOptions
 from .table import format_fit
 
 CALIBRATION_PASSES = 4
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point: fits, writes the checkpoint and fit.json, prints a table."""
-    cpu.install()
     made = parse(
-        sys.argv[1:] if argv is None else argv,
+        argv,
         {"fit": FitOptions, "parallel": ParallelConfig},
-        prog="fit_zero_rows",
+        prog="zeda fit",
     )
     options, parallel = made["fit"], made["parallel"]
     options.validate(parallel)
@@ -42,6 +42,19 @@ def main(argv: list[str] | None = None) -> int:
         process_groups.destroy()
 
 
+def _check_target(options: FitOptions) -> None:
+    """Raise `UserError` for a `--save` that holds something else, or something that nobody said to replace."""
+    folder = Path(options.save)
+    if not folder.exists():
+        return
+    if not options.overwrite:
+        raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
+    if not (folder / ZEDA_NAME).is_file():
+        raise UserError(
+            f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
+        )
+
+
 class HeadFit:
     """One fit, from checkpoint to checkpoint."""
 
@@ -49,16 +62,17 @@ class HeadFit:
         from megatron.core import parallel_state
 
         from ..checkpoint.state import load_weights, require_checkpoint
+        from ..config.model import ModelOptions
         from ..models.architecture import read_architecture
         from ..models.build import build_gpt_model, transformer_config
         from ..models.on_disk import ModelFacts, read_facts
         from ..models.origin import adapted_steps, weights_id
-        from ..training.model_options import ModelOptions
         from ..training.setup import hf_folder, zero_experts
         from .paired_fit import moe_layers
         from .passes import WatchedPasses
         from .rows import read_fit_rows
 
+        _check_target(options)
         self.options, self.started = options, time.perf_counter()
         self.first = torch.distributed.get_rank() == 0
         source = ModelOptions(pretrained_checkpoint=options.pretrained_checkpoint)

@@ -10,13 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from ..config import ZeroExpertConfig
+from ..config.parallel import ParallelConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
 from ..moe.paired import install_residual_norms
 from ..moe.score_bias import train_score_bias
 from ..moe.spec import apply_grouped_experts, apply_zero_experts
-from ..runtime.process_groups import ParallelConfig
 from .architecture import Architecture
 from .layer_spec import decoder_block_spec, has_transformer_engine
 from .pipeline_split import stage_sizes

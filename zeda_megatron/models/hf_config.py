@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.own_files import own_file
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..durable_file import copy_whole, write_atomically
 from ..errors import UserError
 from ..regular_file import is_regular

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES, ZeroExpertConfig
+from ..config.zero_experts import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES, ZeroExpertConfig
 from ..errors import UserError
 from ..strict_json import is_int, read_json
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
+from ..config.zero_experts import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..errors import UserError
 from ..strict_json import is_number
 from .weight_kinds import Setting, WeightMapping

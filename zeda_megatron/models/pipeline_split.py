@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..config.parallel import ParallelConfig
 from ..errors import UserError
-from ..runtime.process_groups import ParallelConfig
 
 STAGES = "--pipeline-model-parallel-size"
 VIRTUAL = "--virtual-pipeline-model-parallel-size"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 
 

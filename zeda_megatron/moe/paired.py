@@ -18,7 +18,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.nn import functional as F
 
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 
 KEEP_ALL = -1e4
 """Threshold of a fresh head: no score is below it."""

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from .conflicts import only_megatron_does, refuse_conflicts
 from .group_loss import group_loss
 from .null_expert_loss import null_expert_loss

@@ -8,7 +8,7 @@ from functools import partial
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ..config import ZeroExpertConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..runtime.megatron_api import moe_submodules, replace_experts
 from .experts import GroupedExperts
 from .router import ZeroExpertRouter

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import UserError, run_main
+from ..errors import UserError
+from ..runtime.worker import run_worker
 
 NAME = "libzeda_kernels.so"
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,4 +212,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

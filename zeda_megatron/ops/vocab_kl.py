@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from zeda_megatron.ops.vocab_chunk import LossPlan, chunk_loss
 from zeda_megatron.ops.vocab_scores import compute_dtype
 
-KINDS = ("ce", "forward_kl", "reverse_kl", "sampled_reverse_kl", "jsd")
+from ..config.run import LOSS_KINDS
 
 
 def fused_distill_loss(
@@ -60,8 +60,8 @@ def fused_distill_loss(
     gather_from_sequence_parallel_region do in their backward. First derivatives only.
     Raises ValueError for arguments that do not fit together and for a label outside the vocabulary.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if kind not in LOSS_KINDS:
+        raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(LOSS_KINDS)}")
     if (teacher_hidden_TH is None) != (teacher_weight_VH is None):
         raise ValueError("give both the teacher's hidden states and its head, or neither")
     if kind != "ce" and teacher_hidden_TH is None:

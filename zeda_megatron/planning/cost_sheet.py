@@ -135,7 +135,7 @@ def _ms(milliseconds: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flops.py",
+        prog="zeda plan flops",
         description="FLOPs, bytes, roofline and predicted speed-up of a MoE model",
         allow_abbrev=False,
     )
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point of tools/flops.py."""
     args = _parser().parse_args(argv)
     for flag, values in (("--tokens", args.tokens), ("--batch", args.batch), ("--context", [args.context])):

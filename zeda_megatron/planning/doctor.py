@@ -153,10 +153,10 @@ def _write_in(folder: Path) -> None:
         raise UserError(f"{socket.gethostname()}: {folder} cannot be written ({error.strerror})") from error
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point of tools/doctor.py. Raises `UserError` if something required or expected is missing."""
     parser = argparse.ArgumentParser(
-        prog="doctor.py", description="What is installed; which path operators take", allow_abbrev=False
+        prog="zeda doctor", description="What is installed; which path operators take", allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--brief", action="store_true", help="print one line")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..config import ZeroExpertConfig
+from ..config.options import Options
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
-from ..training.options import Options
 from .memory_parameters import StageParameters, stage_parameters
 from .memory_phases import Shapes, answers, student_pass, teacher_pass
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import ZeroExpertConfig
+from ..config.parallel import ParallelConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
-from ..runtime.process_groups import ParallelConfig
 
 
 @dataclass(frozen=True)

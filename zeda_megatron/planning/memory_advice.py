@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..config import ZeroExpertConfig
+from ..config.options import Options
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.build import check_layout
-from ..training.options import Options
 from .memory import GIB, Assumptions, StageMemory, estimate
 
 

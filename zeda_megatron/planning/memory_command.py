@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from ..config import ZeroExpertConfig
+from ..config.options import Options, read_options
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import check_layout
-from ..training.options import Options, read_options
 from .memory import Assumptions
 
 
@@ -31,7 +31,7 @@ class Command:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="memory.py",
+        prog="zeda plan memory",
         allow_abbrev=False,
         description="GPU memory of a training recipe: will it fit, and what to change if it does not",
         epilog="All other flags, --config FILE.yaml among them, are those of launch/pretrain_zeda.sh.",
@@ -61,13 +61,12 @@ def read_command(argv: list[str]) -> Command:
             raise UserError(f"{flag} {value} must be at least 0 and below 1")
     if not mine.gpu_memory > 0 or not mine.context >= 0:
         raise UserError("--gpu-memory must be above 0 and --context not negative")
-    options = read_options(rest, "memory.py")
-    # Files come later, and this machine may lack the GPUs' libraries.
+    options = read_options(rest, "zeda plan memory")
+    # Files come later.
     replace(
         options,
         data=replace(options.data, data_path=options.data.data_path or ["data"]),
         generate=replace(options.generate, rollout_path=options.generate.rollout_path or "rollouts"),
-        model=replace(options.model, moe_token_dispatcher_type="alltoall", moe_permute_fusion=False),
     ).validate()
     arch = read_architecture(mine.hf)
     check_layout(arch, options.parallel)

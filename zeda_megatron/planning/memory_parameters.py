@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import ZeroExpertConfig
+from ..config.parallel import ParallelConfig
+from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
 from ..models.pipeline_split import stage_layers
-from ..runtime.process_groups import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import ZeroExpertConfig
+from ..config.options import Options
+from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
-from ..training.options import Options
 from .memory_activations import ExpertLoad, Layer, kept_per_layer
 from .memory_parameters import StageParameters
 

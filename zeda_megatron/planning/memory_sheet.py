@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from .memory import GIB, StageMemory, estimate
 from .memory_advice import advice, worst_stage
@@ -116,9 +115,9 @@ def markdown_row(sheet: dict) -> str:
     return " | ".join(cells)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of tools/memory.py."""
-    command = read_command(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    command = read_command(argv)
     sheet = memory_sheet(command)
     forms = {
         "json": lambda: json.dumps(sheet, indent=1),

@@ -9,18 +9,18 @@ import argparse
 import math
 import sys
 
+from ..config.options import sequence_multiple
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.conversation import OVERLONG
-from ..data.packing import sequence_multiple
 from ..data.rows import rows_for
 from ..data.tokenizers import KINDS, load_tokenizer
 from ..errors import UserError
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="plan.py",
+        prog="zeda plan steps",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -46,9 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Entry point of tools/plan.py."""
-    args = parse()
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    args = parse(argv)
     tokenizer = load_tokenizer(
         args.tokenizer_model, args.tokenizer_type, args.chat_template_file, day=RUN_DAY
     )

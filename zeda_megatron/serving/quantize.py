@@ -9,7 +9,6 @@ hold; every engine serves it, and its quality is that of the packed model. `--pa
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..arguments import check_choices, parse
+from ..config.arguments import check_choices, parse
 from ..convert.hf_files import HFReader
 from ..convert.import_checks import check_not_quantised
 from ..durable_file import write_atomically
@@ -202,10 +201,9 @@ def _round_routers(model: nn.Module, state: dict[str, torch.Tensor], number_form
             state[name] = quantizer(rows).reshape(state[name].shape).detach()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line of tools/quantize.py."""
-    arguments = sys.argv[1:] if argv is None else argv
-    options = parse(arguments, {"quantize": QuantizeOptions}, prog="quantize.py")["quantize"]
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    options = parse(argv, {"quantize": QuantizeOptions}, prog="zeda quantize")["quantize"]
     for flag in ("hf", "out"):
         if getattr(options, flag) is None:
             raise UserError(f"--{flag} is missing")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..config.options import Options
 from ..errors import UserError
 from .group_loss_control import ModelBudgetControl, WeightControl
-from .options import Options
 from .paired_control import SparsityControl, ThresholdControl
 from .setup import Student
 from .share_control import ShareControl, TopKControl

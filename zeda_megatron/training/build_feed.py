@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
+from ..config.options import Options
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedDataset
 from ..data.rows import rows_for
@@ -16,7 +17,6 @@ from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from .feed import Feed, StoredFeed
 from .log import warn
-from .options import Options
 from .rollouts.feed import RolloutFeed
 from .setup import Student, hf_folder, run_tokenizer
 

@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_model_config
 
-from .run_options import OptimizerOptions
+from ..config.run import OptimizerOptions
 from .setup import Student
 
 

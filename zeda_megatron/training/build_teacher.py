@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.state import load_weights, require_checkpoint
+from ..config.options import Options
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..models.on_disk import ZEDA_NAME, beside
 from ..models.origin import adapted_steps, weights_id
-from .options import Options
 from .setup import Student, build_chunks, zero_experts
 
 

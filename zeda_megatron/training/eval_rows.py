@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config.options import Options
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedBatch, blank_row
 from ..data.rows import rows_for
 from .dealing import filled_up, rank_part, split_over_context
 from .log import warn
-from .options import Options
 from .setup import run_tokenizer
 
 

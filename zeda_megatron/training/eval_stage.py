@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from ..config.options import Options
 from ..durable_file import write_result
 from ..errors import UserError
 from .build_teacher import build_teacher, teacher_source
 from .eval_rows import read_eval_rows
 from .evaluate import build_evaluator, line_of
-from .options import Options
 from .setup import build_student
 
 

@@ -11,14 +11,14 @@ import time
 import torch
 from megatron.core import parallel_state
 
-from ..distill.losses import LossConfig
+from ..config.options import Options
+from ..config.run import LossConfig
 from ..distill.teacher import Teacher, forward_only
 from ..moe import stats
 from ..moe.switches import evaluating
 from ..runtime.process_groups import device
 from .eval_rows import EvalRows, read_eval_rows
 from .log import RunLog
-from .options import Options
 from .setup import Student
 from .step import forward_model, row_loss
 

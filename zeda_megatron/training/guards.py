@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..config.guard import GuardOptions
 from ..errors import UserError
-from .guard_options import GuardOptions
 
 
 class GuardTripped(UserError):

@@ -11,9 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint.state import truncate_metrics
+from ..config.run import RunOptions
 from ..errors import UserError
 from ..runtime.agreement import on_rank0, rank
-from .run_options import RunOptions
 
 _TENSORBOARD = {
     "loss": "loss",

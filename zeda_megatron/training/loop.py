@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
+from ..config.options import Options
 from ..distill.teacher import forward_only
 from ..errors import UserError
 from ..models.on_disk import ModelFacts, read_facts
@@ -29,7 +30,6 @@ from .finite import FiniteCheck, NotFinite
 from .guards import Guards, GuardTripped
 from .log import RunLog, told, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
-from .options import Options
 from .setup import build_student, hf_folder
 from .side_files import write_side_files
 from .signals import StopRequest, exit_code_if_stopped

@@ -18,7 +18,9 @@ from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
 from ..checkpoint.state import load_weights, require_checkpoint
-from ..config import ZeroExpertConfig
+from ..config.model import ModelOptions
+from ..config.options import Options
+from ..config.zero_experts import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
@@ -28,8 +30,6 @@ from ..models.on_disk import HF_CONFIG_NAME, beside, read_facts
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.switches import set_pick_rule
-from .model_options import ModelOptions
-from .options import Options
 
 
 @dataclass(frozen=True)

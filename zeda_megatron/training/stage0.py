@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint.state import load_weights, require_checkpoint
+from ..config.options import Options
 from ..distill.stage0 import (
     RolloutFile,
     answer_questions,
@@ -21,7 +22,6 @@ from ..moe.switches import set_zero_mask
 from ..runtime.agreement import from_rank0, on_rank0
 from .build_teacher import teacher_id, teacher_source
 from .log import warn
-from .options import Options
 from .rollouts.choose import rollout_engine
 from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
 from .signals import StopRequest

@@ -11,8 +11,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ..config.run import LossConfig
 from ..data.packing import PackedBatch
-from ..distill.losses import LossConfig, distill_loss
+from ..distill.losses import distill_loss
 from ..distill.teacher import Teacher
 from ..moe.paired import forget_residuals
 from ..moe.replay import enable_replay, set_targets

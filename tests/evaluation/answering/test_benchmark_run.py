@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from zeda_megatron.evaluation.__main__ import main
 
 from examples.rivals.reap import PruneOptions
-from zeda_megatron.arguments import parse
+from zeda_megatron.config.arguments import parse
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.__main__ import main
 from zeda_megatron.evaluation.answering import run as run_module
 from zeda_megatron.evaluation.answering.engine import About, Answer, Origin
 from zeda_megatron.evaluation.answering.options import RunOptions

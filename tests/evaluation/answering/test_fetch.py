@@ -13,7 +13,7 @@ import time
 import pytest
 from time_limit import at_most
 
-from zeda_megatron.distill.sampling import SamplingConfig
+from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.answering.engine import Request
 from zeda_megatron.evaluation.answering.fetch import Refused, fetch

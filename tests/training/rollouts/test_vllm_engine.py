@@ -15,9 +15,9 @@ import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.generate import SamplingConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import SamplingConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.hf_config import static_config
@@ -151,7 +151,7 @@ def small_world(one_process, tmp_path_factory):
 
 
 def run_main(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "zeda_megatron.main", "--no-progress", *map(str, flags)]
+    command = [sys.executable, "-m", "zeda_megatron", "train", "--no-progress", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return done

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...distill.sampling import SamplingConfig
+from ...config.generate import SamplingConfig
 from ...durable_file import write_result, writing
 from ...regular_file import is_regular
 from ..benchmarks.benchmark import Benchmark, Question, Verdict

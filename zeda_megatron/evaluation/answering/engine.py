@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ...config.generate import SamplingConfig
 from ...data.records import Message
-from ...distill.sampling import SamplingConfig
 from ...models.hf_config import adapted_steps_of, zero_experts_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...distill.sampling import SamplingConfig
+from ...config.generate import SamplingConfig
 from ...errors import UserError
 from ...models.on_disk import ModelFacts, read_facts
 from ...models.origin import adapted_steps

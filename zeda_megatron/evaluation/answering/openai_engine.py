@@ -11,8 +11,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
-from ...distill.sampling import SamplingConfig
 from ...errors import UserError
 from ...strict_json import is_int, is_number, read_json
 from .engine import About, Answer, Origin, Request

@@ -1,4 +1,4 @@
-"""Options of `python -m zeda_megatron.evaluation run`."""
+"""Options of `zeda evaluate run`."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def open_engine(options: RunOptions) -> Iterator[Engine]:
         from .megatron_engine import MegatronEngine
 
         cpu.install()
-        process_groups.initialize(process_groups.ParallelConfig())
+        process_groups.initialize()
         try:
             yield MegatronEngine(options)
         finally:

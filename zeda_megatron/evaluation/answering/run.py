@@ -1,4 +1,4 @@
-"""`python -m zeda_megatron.evaluation run`: ask, record, judge."""
+"""`zeda evaluate run`: ask, record, judge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...distill.sampling import SamplingConfig
+from ...config.arguments import parse
+from ...config.generate import SamplingConfig
 from ...runtime.lock import NAME as LOCK
 from ...runtime.lock import locked
 from ..benchmarks.benchmark import TEMPERATURE, TOP_K, TOP_P, Benchmark
@@ -91,3 +92,9 @@ def _environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    run(parse(argv, {"run": RunOptions}, prog="zeda evaluate run")["run"])
+    return 0

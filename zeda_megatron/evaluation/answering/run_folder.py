@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...distill.sampling import SamplingConfig
+from ...config.generate import SamplingConfig
 from ...durable_file import write_result
 from ...errors import UserError, cut_short
 from ...regular_file import is_regular

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
-from ...distill.sampling import Sampler, SamplingConfig
+from ...distill.sampling import Sampler
 from ...errors import UserError
 from ...strict_json import read_json
 from ..quality.left_padding import left_padded, until_stop

@@ -84,9 +84,7 @@ def render(made: dict) -> str:
     """HTML of `report.make_report`'s result."""
     places = {name: place for place, name in enumerate(made["arms"])}
     folders = ",".join(run["folder"] for run in made["runs"])
-    command = (
-        f"python -m zeda_megatron.evaluation report --runs {folders} --output DIR --margin {made['margin']}"
-    )
+    command = f"zeda evaluate report --runs {folders} --output DIR --margin {made['margin']}"
     return (
         environment()
         .get_template("benchmarks.html")

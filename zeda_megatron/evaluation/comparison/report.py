@@ -1,4 +1,4 @@
-"""`python -m zeda_megatron.evaluation report`: runs side by side, as JSON and as one HTML page."""
+"""`zeda evaluate report`: runs side by side, as JSON and as one HTML page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ...config.arguments import parse
 from ...durable_file import write_result
 from ...errors import UserError, cut_short, one_line
 from .choice import MARGIN, choose
@@ -130,3 +131,9 @@ def format_table(made: dict) -> str:
 
 def _written(cell: Cell) -> str:
     return f"{cell.text} [{cell.note}]" if cell.note else cell.text.replace("–", "-")
+
+
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    report(parse(argv, {"report": ReportOptions}, prog="zeda evaluate report")["report"])
+    return 0

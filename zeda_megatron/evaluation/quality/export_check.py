@@ -1,24 +1,23 @@
 """Open an exported folder with transformers and compare it with the Megatron checkpoint it came from.
 
-python -m zeda_megatron.evaluation.quality.export_check --megatron DIR --hf DIR --heldout FILE [--out check.json]
+zeda evaluate export --megatron DIR --hf DIR --heldout FILE [--out check.json]
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ...arguments import parse
+from ...config.arguments import parse
 from ...durable_file import write_result
-from ...errors import UserError, run_main
+from ...errors import UserError
 from ...models.architecture import read_architecture
 from ...models.hf_config import code_of, modeling_files
 from ...regular_file import read_regular
-from ...runtime import cpu, process_groups
+from ...runtime import process_groups
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ def check(options: CheckOptions) -> dict:
     """
     from transformers import AutoModelForCausalLM
 
+    from ...config.generate import SamplingConfig
     from ...data.conversation import tokenize_rollout
     from ...data.prompts import load_rollouts
     from ...distill.builtin_engine import BuiltinEngine
-    from ...distill.sampling import SamplingConfig
     from ...moe.switches import evaluating
     from .models import load_model
 
@@ -134,11 +133,9 @@ def _refuse_foreign_code(folder: Path, trusted: bool) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point: 0 if all answers are equal and all logits within the tolerance, 1 otherwise."""
-    options = parse(sys.argv[1:] if argv is None else argv, {"check": CheckOptions}, prog="export_check")[
-        "check"
-    ]
+    options = parse(argv, {"check": CheckOptions}, prog="zeda evaluate export")["check"]
     for flag, value in (
         ("--megatron", options.megatron),
         ("--hf", options.hf),
@@ -146,8 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         if value is None:
             raise UserError(f"{flag} is missing")
-    cpu.install()
-    process_groups.initialize(process_groups.ParallelConfig())
+    process_groups.initialize()
     try:
         result = check(options)
     finally:
@@ -157,7 +153,3 @@ def main(argv: list[str] | None = None) -> int:
         write_result("--out", options.out, text + "\n")
     print(text)
     return 0 if result["equal_answers"] == result["prompts"] and result["equal_logits"] else 1
-
-
-if __name__ == "__main__":
-    run_main(main)

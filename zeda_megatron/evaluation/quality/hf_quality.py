@@ -1,6 +1,6 @@
 """Quality of Hugging Face folders, as transformers serves them: distance to a teacher and to another folder.
 
-python -m zeda_megatron.evaluation.quality.hf_quality --teacher DIR --models DIR [DIR ...] --heldout FILE [--out FILE]
+zeda evaluate folders --teacher DIR --models DIR [DIR ...] --heldout FILE [--out FILE]
 
 The figures are those of `quality.measure`, which takes Megatron checkpoints. Here a model is what its folder
 says, so what happened to it after its export (quantisation) counts too.
@@ -9,7 +9,6 @@ says, so what happened to it after its export (quantisation) counts too.
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from ...arguments import check_choices, parse
+from ...config.arguments import check_choices, parse
 from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result
-from ...errors import UserError, run_main
+from ...errors import UserError
 from ...serving.load import load_model
 from ..benchmarks.checkable import exactly
 from .heldout import Task, load_held_out
@@ -205,10 +204,9 @@ def table(result: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point: prints a table."""
-    arguments = sys.argv[1:] if argv is None else argv
-    options = parse(arguments, {"quality": QualityOptions}, prog="hf_quality")["quality"]
+    options = parse(argv, {"quality": QualityOptions}, prog="zeda evaluate folders")["quality"]
     for flag in ("teacher", "models", "heldout"):
         if not getattr(options, flag):
             raise UserError(f"--{flag} is missing")
@@ -229,7 +227,3 @@ def main(argv: list[str] | None = None) -> int:
         write_result("--out", options.out, json.dumps(result, indent=2) + "\n")
     print("\n".join(table(result)))
     return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

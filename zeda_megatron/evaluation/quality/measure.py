@@ -1,23 +1,22 @@
 """Measure one arm against its teacher: held-out loss, distance to the teacher, right answers, zero share.
 
-python -m zeda_megatron.evaluation.quality.measure --student DIR --teacher DIR --heldout FILE --out metrics.json
+zeda evaluate distance --student DIR --teacher DIR --heldout FILE --out metrics.json
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ...arguments import check_choices, parse
+from ...config.arguments import check_choices, parse
 from ...durable_file import write_result
-from ...errors import UserError, run_main
-from ...runtime import cpu, process_groups
+from ...errors import UserError
+from ...runtime import process_groups
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def _score(student, teacher, rows, vocab_size, seq_length, classes):
-    from ...distill.losses import LossConfig
+    from ...config.run import LossConfig
     from ...moe import stats
     from ...training.step import forward_model, row_loss
     from .scored_tokens import ScoredTokens
@@ -164,8 +163,8 @@ def _score(student, teacher, rows, vocab_size, seq_length, classes):
 
 def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
     """Whether each greedy answer is the right one, in the order of the tasks; judged as the benchmark `tasks` does."""
+    from ...config.generate import SamplingConfig
     from ...distill.builtin_engine import BuiltinEngine
-    from ...distill.sampling import SamplingConfig
     from ..benchmarks.checkable import exactly
 
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
@@ -200,17 +199,14 @@ def _by_family(tasks, right: list[bool]) -> dict[str, float]:
     return {kind: sum(some) / len(some) for kind, some in groups.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point. Prints the metrics and writes them to --out."""
-    options = parse(sys.argv[1:] if argv is None else argv, {"measure": MeasureOptions}, prog="measure")[
-        "measure"
-    ]
+    options = parse(argv, {"measure": MeasureOptions}, prog="zeda evaluate distance")["measure"]
     for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
         if value is None:
             raise UserError(f"{flag} is missing")
     check_choices(options)
-    cpu.install()
-    process_groups.initialize(process_groups.ParallelConfig())
+    process_groups.initialize()
     try:
         result = measure_arm(options)
     finally:
@@ -271,7 +267,3 @@ def head_cost(student) -> float:
     if not any("head" in paired.terms for paired in paired_modules(student)):
         return 0.0
     return config.num_moe_experts / (3 * config.moe_router_topk * config.moe_ffn_hidden_size)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...config.generate import SamplingConfig
+from ...config.run import LossConfig
 from ...data.packing import PackedDataset, TokenSample
 from ...distill.builtin_engine import BuiltinEngine
-from ...distill.losses import LossConfig
-from ...distill.sampling import SamplingConfig
 from ...distill.teacher import Teacher
 from ...moe.stats import stats_aside
 

@@ -138,3 +138,17 @@ def require_walls(allow_weak: bool, ways: Ways = Ways()) -> Walls:  # noqa: B008
             "has all walls" + ("; --allow-weak-sandbox runs it all the same" if walls.stand else "")
         )
     return walls
+
+
+def main(argv: list[str]) -> int:
+    """`zeda evaluate sandbox`: says which walls stand here; exit code 1 if one is missing."""
+    if argv in (["-h"], ["--help"]):
+        print(
+            "usage: zeda evaluate sandbox: which walls stand on this machine; exit code 1 if one is missing"
+        )
+        return 0
+    if argv:
+        raise UserError(f"zeda evaluate sandbox takes no flags, got {' '.join(argv)}")
+    walls = find_walls()
+    print(walls.line())
+    return 1 if walls.missing else 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ...config import ZeroExpertConfig
+from ...config.generate import GenerateOptions
+from ...config.zero_experts import ZeroExpertConfig
 from ...data.tokenizers import ChatTokenizer
 from ...distill.builtin_engine import BuiltinEngine
 from ...distill.rollout import RolloutEngine
 from ...models.architecture import Architecture
-from ..generate_options import GenerateOptions
 from .vllm_engine import VLLMEngine
 
 

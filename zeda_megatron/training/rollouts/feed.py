@@ -8,6 +8,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from ...config.options import Options
 from ...data.order import EpochOrder
 from ...data.packing import PackedBatch
 from ...data.tokenizers import ChatTokenizer
@@ -16,7 +17,6 @@ from ...distill.rollout import RolloutEngine
 from ...distill.stage0 import Question
 from ...runtime.process_groups import seconds_now
 from ..feed import StepRows
-from ..options import Options
 from ..setup import Student
 from .answer_rows import AnswerRows
 from .choose import rollout_engine

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...config import ZeroExpertConfig
+from ...config.generate import SamplingConfig
+from ...config.zero_experts import ZeroExpertConfig
 from ...distill.rollout import Generation, check_prompts
-from ...distill.sampling import SamplingConfig
 from ...errors import UserError
 from ...models.architecture import Architecture
 from ...models.hf_config import dynamic_config, static_config, write_config

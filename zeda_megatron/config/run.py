@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..checkpoint.integrity import LEVELS
-from ..ops.vocab_kl import KINDS
+from ..errors import UserError
+
+LOSS_KINDS = ("ce", "forward_kl", "reverse_kl", "sampled_reverse_kl", "jsd")
+VERIFY_LEVELS = ("hash", "size", "none")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class DataOptions:
 class DistillOptions:
     """Teacher and loss."""
 
-    distill_loss: Literal[KINDS] | None = None
+    distill_loss: Literal[LOSS_KINDS] | None = None
     """ce (the paper's stage 1), forward_kl (default of stage 1), reverse_kl (default of stage 2), jsd, or
     sampled_reverse_kl (the paper's stage 2)."""
 
@@ -66,6 +68,40 @@ class DistillOptions:
 
     calculate_per_token_loss: bool = True
     """Every response token of a step weighs the same. Off: every row does."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which loss the student gets. Raises UserError for values that make no sense."""
+
+    kind: str = "forward_kl"
+    """ce (the labels, as the paper's stage 1), forward_kl (KL(teacher || student)), reverse_kl
+    (KL(student || teacher)), sampled_reverse_kl (its policy gradient on labels that the student has sampled, the
+    paper's stage 2) or jsd (GKD's mixture of both)."""
+    beta: float = 0.5
+    """Weight of the teacher in the jsd mixture, between 0 and 1 exclusive."""
+    temperature: float = 1.0
+    """Divides the logits of both models. The loss is not multiplied by its square."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at the same time: 16 to 20 bytes * chunk_tokens * vocabulary / TP."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOSS_KINDS:
+            raise UserError(f"--distill-loss {self.kind!r} is unknown; choose one of {', '.join(LOSS_KINDS)}")
+        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
+            raise UserError(
+                f"--distill-beta {self.beta} is out of range: jsd needs a number between 0 and 1 exclusive (for the "
+                "ends choose --distill-loss forward_kl and reverse_kl)"
+            )
+        if not self.temperature > 0.0:
+            raise UserError(f"--distill-temperature {self.temperature} must be above 0")
+        if self.chunk_tokens < 1:
+            raise UserError(f"--loss-chunk-tokens {self.chunk_tokens} must be at least 1")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the kind compares with the teacher; "ce" can do without."""
+        return self.kind != "ce"
 
 
 @dataclass(frozen=True)
@@ -139,7 +175,7 @@ class RunOptions:
     async_save: bool = False
     """Write checkpoints in child processes while training goes on."""
 
-    verify_checkpoint: Literal[LEVELS] = "hash"
+    verify_checkpoint: Literal[VERIFY_LEVELS] = "hash"
     """Before a checkpoint is loaded, compare its files with its integrity.json: hash (reads them all, split over the
     ranks), size, none."""
 

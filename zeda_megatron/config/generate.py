@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
-from ..distill.rollout import ENGINES, check_engine
-from ..distill.sampling import SamplingConfig
 from ..errors import UserError
+
+ROLLOUT_ENGINES = ("builtin", "vllm")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are sampled."""
+
+    max_new_tokens: int = 256
+    """Longest answer, the end token included."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is all."""
+    seed: int = 1234
+    """Seed of all random streams."""
+
+    def __post_init__(self) -> None:
+        for flag, ok in (
+            (f"--max-new-tokens {self.max_new_tokens} must be at least 1", self.max_new_tokens >= 1),
+            (f"--temperature {self.temperature} must not be negative", self.temperature >= 0),
+            (f"--top-p {self.top_p} must be above 0 and at most 1", 0 < self.top_p <= 1),
+            (f"--top-k {self.top_k} must not be negative", self.top_k >= 0),
+        ):
+            if not ok:
+                raise UserError(flag)
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ class GenerateOptions:
     samples_per_prompt: int = 1
     """Answers per prompt."""
 
-    rollout_engine: Literal[ENGINES] = "builtin"
+    rollout_engine: Literal[ROLLOUT_ENGINES] = "builtin"
     """What samples answers: builtin (the model itself), or vllm (in this process; weights are handed over)."""
 
     rollout_batch_size: int = 0
@@ -75,7 +102,10 @@ class GenerateOptions:
             )
         if self.num_shards > 1 and stage != "0":
             raise UserError("--num-shards is for stage 0; --data-path takes the files of all shards")
-        check_engine(self.rollout_engine)
+        if self.rollout_engine == "vllm" and find_spec("vllm") is None:
+            raise UserError(
+                "--rollout-engine vllm needs vLLM, which is not installed here (docs/serving.md): use builtin"
+            )
         if stage == "0" and not self.rollout_path:
             raise UserError("--rollout-path is missing: stage 0 appends its answers to that jsonl file")
         if stage == "2":

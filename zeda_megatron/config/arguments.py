@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError, shown
+from ..errors import UserError, shown
 
 MAX_YAML_BYTES = 1 << 18
 """Longest file of settings that is read."""

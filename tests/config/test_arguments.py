@@ -2,14 +2,17 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 
-from zeda_megatron.arguments import field_docs, parse
-from zeda_megatron.config import ZeroExpertConfig
+from zeda_megatron.config.arguments import field_docs, parse
+from zeda_megatron.config.options import GROUPS, Options, read_options
+from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.runtime.process_groups import ParallelConfig
-from zeda_megatron.training.options import GROUPS, Options, read_options
+from zeda_megatron.training.check import check_machine
 
 FIELDS = [(cls, field) for cls in (*GROUPS.values(), ZeroExpertConfig) for field in dataclasses.fields(cls)]
 
@@ -264,11 +267,19 @@ def test_help_of_a_field_that_makes_its_default_shows_no_machinery(capsys):
 def test_options_that_cannot_work_are_refused_before_anything_is_built(argv, words):
     argv = argv if argv == [] else [*argv, "--data-path", "a.jsonl"]
     with pytest.raises(UserError) as caught:
-        read(*argv).validate()
+        options = read(*argv)
+        options.validate()
+        check_machine(options)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
 def test_sane_options_pass():
     read("--data-path", "a.jsonl").validate()
+    check_machine(read("--data-path", "a.jsonl"))
     read("--data-path", "a.jsonl", "--stage", "0", "--rollout-path", "b.jsonl").validate()
     assert isinstance(read().parallel, ParallelConfig)
+
+
+def test_settings_need_no_torch():
+    code = "import sys, zeda_megatron.config.options, zeda_megatron.config.fit; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from ..arguments import check_choices
-from ..config import ZeroExpertConfig
 from ..errors import UserError
-from ..models.on_disk import ZEDA_NAME
-from ..runtime.process_groups import ParallelConfig
-from ..training.share_options import BUDGETS
+from .arguments import check_choices
+from .parallel import ParallelConfig
+from .share import BUDGETS
+from .zero_experts import ZeroExpertConfig
 
 SCORES = {"norm": ZeroExpertConfig.paired_score, "effect": "weight+head"}
 """What is fitted -> the terms that a score then needs."""
@@ -104,14 +102,3 @@ class FitOptions:
         ):
             if value > 1:
                 raise UserError(f"{flag} {value}: a fit needs 1; use expert, data or tensor parallelism")
-        self._validate_save(Path(self.save))
-
-    def _validate_save(self, folder: Path) -> None:
-        if not folder.exists():
-            return
-        if not self.overwrite:
-            raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
-        if not (folder / ZEDA_NAME).is_file():
-            raise UserError(
-                f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
-            )

@@ -1,11 +1,11 @@
-"""Options of the model and its zero experts. Each field is a flag and a YAML key (see `arguments.py`)."""
+"""Options of the model and its zero experts. Each field is a flag and a YAML key (see `config/arguments.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import (
+from .zero_experts import (
     GROUP_LOSS_BUDGETS,
     GROUP_LOSS_SCOPES,
     GROUP_LOSS_VARIANTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import UserError
+from ..errors import UserError
 
 ZERO_EXPERT_TYPES = ("zero", "copy", "learned")
 ZERO_EXPERT_ROUTINGS = ("shared", "paired")

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..arguments import Habit, check_choices, parse
-from ..data.packing import sequence_multiple
-from ..distill.losses import LossConfig
 from ..errors import UserError
-from ..moe.dispatch import check_dispatcher
-from ..moe.experts import choose_backend
-from ..moe.pick_rules import parse_pick_rule
-from ..runtime.process_groups import ParallelConfig
-from .eval_options import EvalOptions
-from .generate_options import GenerateOptions
-from .guard_options import GuardOptions
-from .model_options import ModelOptions
-from .run_options import DataOptions, DistillOptions, OptimizerOptions, RunOptions
-from .share_options import ShareOptions
+from .arguments import Habit, check_choices, parse
+from .generate import GenerateOptions
+from .guard import EvalOptions, GuardOptions
+from .model import ModelOptions
+from .parallel import ParallelConfig
+from .run import DataOptions, DistillOptions, LossConfig, OptimizerOptions, RunOptions
+from .share import ShareOptions
 
 GROUPS = {
     "model": ModelOptions,
@@ -64,6 +58,11 @@ HABITS = {
 """Flags that users of Megatron-LM type."""
 
 
+def sequence_multiple(context_ranks: int, pad_to: int = 0) -> int:
+    """What the length of every packed sequence is a multiple of: `pad_to`, or else what context parallelism needs."""
+    return pad_to or (2 * context_ranks if context_ranks > 1 else 1)
+
+
 def read_options(argv: Sequence[str], prog: str) -> Options:
     """The options of a command line, not yet checked against one another. Raises `UserError` naming flag or key."""
     return Options(**parse(argv, GROUPS, prog=prog, habits=HABITS))
@@ -88,22 +87,12 @@ class Options:
         """The loss of the last stage. Raises `UserError` naming the flag."""
         stage, on_policy = self.model.stage, self.model.stage == "2"
         kind = self.distill.distill_loss or ("reverse_kl" if on_policy else "forward_kl")
-        try:
-            return LossConfig(
-                kind="ce" if stage == "pretrain" else kind,
-                beta=self.distill.distill_beta,
-                temperature=self.generate.temperature if on_policy else self.distill.distill_temperature,
-                chunk_tokens=self.distill.loss_chunk_tokens,
-            )
-        except UserError as error:
-            names = {
-                "kind": "--distill-loss",
-                "beta": "--distill-beta",
-                "temperature": "--distill-temperature",
-            }
-            word = str(error).split()[1]
-            flag = names.get(word, "--loss-chunk-tokens")
-            raise UserError(f"{flag}: {error}") from None
+        return LossConfig(
+            kind="ce" if stage == "pretrain" else kind,
+            beta=self.distill.distill_beta,
+            temperature=self.generate.temperature if on_policy else self.distill.distill_temperature,
+            chunk_tokens=self.distill.loss_chunk_tokens,
+        )
 
     def validate(self) -> None:
         """Raise `UserError` for what cannot work, before anything is built."""
@@ -146,16 +135,6 @@ class Options:
         if self.optimizer.min_lr > self.optimizer.lr:
             raise UserError(f"--min-lr {self.optimizer.min_lr} is larger than --lr {self.optimizer.lr}")
         self._validate_rows()
-        choose_backend(self.model.expert_backend)
-        check_dispatcher(
-            self.model.moe_token_dispatcher_type,
-            self.model.moe_flex_dispatcher_backend,
-            self.model.moe_permute_fusion,
-            self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size,
-            self.model.bf16,
-        )
-        if self.model.moe_pick_rule is not None:
-            parse_pick_rule(self.model.moe_pick_rule)
         self.share.validate()
         self.evaluation.validate(self.model.stage)
         self.guard.validate(self.model.stage, bool(self.evaluation.eval_data_path))

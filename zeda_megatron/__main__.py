@@ -1,0 +1,141 @@
+"""`zeda COMMAND ...`, also `python -m zeda_megatron COMMAND ...`: every program of this package.
+
+Options are read before torch is, and Megatron's CPU runtime is installed before any module that imports Megatron.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from importlib import import_module
+from pathlib import Path
+
+from .config.options import Options, read_options
+from .errors import UserError, cut_short
+from .runtime.worker import leave_with_parent, run_worker
+
+COMMANDS = {
+    "convert": (
+        "convert.command",
+        "Hugging Face checkpoints to Megatron's and back, and a comparison of both",
+    ),
+    "fit": ("fit.run", "fit the heads of paired zero experts"),
+    "train": ("", "adapt a model: stages 0 to 2, pretraining, evaluation on held-out text"),
+    "evaluate run": ("evaluation.answering.run", "ask a model the questions of benchmarks"),
+    "evaluate report": ("evaluation.comparison.report", "compare such runs"),
+    "evaluate sandbox": ("evaluation.sandbox.walls", "which walls stand on this machine"),
+    "evaluate distance": ("evaluation.quality.measure", "distance of a checkpoint to its teacher"),
+    "evaluate folders": ("evaluation.quality.hf_quality", "distance of exported folders to their teacher"),
+    "evaluate export": ("evaluation.quality.export_check", "does an export answer as the checkpoint does?"),
+    "plan steps": ("planning.step_plan", "rows per step, steps per epoch"),
+    "plan memory": ("planning.memory_sheet", "GPU memory of a recipe, and what would make it fit"),
+    "plan flops": ("planning.cost_sheet", "FLOPs, bytes and predicted speed-up by zero share"),
+    "doctor": ("planning.doctor", "what is installed, and which path every operator takes here"),
+    "quantize": ("serving.quantize", "quantise an exported model with NVIDIA ModelOpt"),
+    "recipes": ("", "copy recipes, launcher and job templates: zeda recipes --out DIR"),
+}
+"""Command -> module with `main(argv)`, and what it does."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` begins with. Returns its exit code.
+
+    Raises:
+        UserError: no such command, or what the command cannot do.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
+    if name not in COMMANDS:
+        several = [known for known in COMMANDS if known.startswith(f"{argv[0]} ")]
+        raise UserError(
+            f"zeda {argv[0]} needs one of {', '.join(known.split()[1] for known in several)} behind it"
+            if several
+            else f"zeda {cut_short(name)} is no command; choose one of {', '.join(COMMANDS)}"
+        )
+    if name == "train":
+        return start_training(rest)
+    if name == "recipes":
+        return copy_recipes(rest)
+    install()
+    return import_module(f"{__package__}.{COMMANDS[name][0]}").main(rest)
+
+
+def usage() -> str:
+    """What commands there are, a line each."""
+    lines = (f"  zeda {name:17} {does}" for name, (_, does) in COMMANDS.items())
+    return "\n".join(["usage: zeda COMMAND [flags]; every command has --help", "", *lines])
+
+
+def install() -> None:
+    """Megatron's CPU runtime where there is no GPU; before anything that imports Megatron."""
+    from .runtime import cpu
+
+    cpu.install()
+
+
+def start_training(argv: list[str]) -> int:
+    """Check the options, then train: as one process of those that torchrun or srun has started, else by the launcher,
+    which starts one for each GPU of this machine."""
+    options = training_options(argv)
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        return train(options)
+    os.environ["PYTHON"] = sys.executable
+    script = str(home() / "launch" / "pretrain_zeda.sh")
+    os.execvp("bash", ["bash", script, *argv])
+
+
+def training_options(argv: list[str]) -> Options:
+    """The options of a run, checked against one another; nothing has looked at the machine yet."""
+    options = read_options(argv, "zeda train")
+    options.validate()
+    return options
+
+
+def train(options: Options) -> int:
+    """Be one training process."""
+    install()
+    from .training.main import train as run
+
+    return run(options)
+
+
+def home() -> Path:
+    """The folder with `launch/` and `examples/`: the checkout, or where the wheel has put them."""
+    checkout = Path(__file__).resolve().parents[1]
+    for place in (checkout, Path(sysconfig.get_path("data")) / "share" / "zeda_megatron"):
+        if (place / "launch" / "pretrain_zeda.sh").is_file():
+            return place
+    raise UserError(f"launch/pretrain_zeda.sh is missing beside {__package__}: install the package again")
+
+
+def copy_recipes(argv: list[str]) -> int:
+    """`zeda recipes --out DIR`: recipes, launcher and job templates, to be changed."""
+    if len(argv) != 2 or argv[0] != "--out":
+        raise UserError("zeda recipes: give --out DIR, a folder for launch/ and examples/")
+    for part in ("launch", "examples/qwen3_30b_a3b", "examples/glm_4_7_flash"):
+        target = Path(argv[1]) / part
+        if target.exists():
+            raise UserError(f"--out {argv[1]}: has {part} already; choose another folder")
+        try:
+            shutil.copytree(home() / part, target)
+        except OSError as error:
+            raise UserError(f"--out {argv[1]}: cannot be written ({error.strerror or error})") from None
+        print(target)
+    return 0
+
+
+def door(*command: str) -> None:
+    """Be the program `zeda COMMAND`; without a command, `zeda`. Exits."""
+    run_worker(lambda: main([*command, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    door()
+elif "__mp_main__" in sys.modules:  # a child that writes a checkpoint, of a program that came in here
+    leave_with_parent()

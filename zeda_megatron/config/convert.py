@@ -1,0 +1,102 @@
+"""Options of conversions. Field names are the arguments of `convert.convert`; each is a flag and a YAML key."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ..errors import UserError
+from .arguments import check_choices
+from .run import VERIFY_LEVELS
+from .zero_experts import ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What every command has."""
+
+    workers: int = min(4, os.cpu_count() or 1)
+    """Threads; each holds one parameter."""
+
+    def validate(self) -> None:
+        """Raise `UserError` naming the flag that is missing or cannot work."""
+        check_choices(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            if value is None and field.name in ("hf", "megatron", "hf_template", "out"):
+                raise UserError(f"{flag} is missing")
+            if field.name in ("workers", "max_shard_bytes") and value < 1:
+                raise UserError(f"{flag} {value} must be at least 1")
+
+
+@dataclass(frozen=True)
+class _Written(_Conversion):
+    """What a command has that writes a folder."""
+
+    out: str | None = None
+    """New folder; it appears when it is complete. Until then the work is in OUT.partial."""
+
+    max_shard_bytes: int = 2_000_000_000
+    """Longest file of weights."""
+
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Type of the weights."""
+
+    overwrite: bool = False
+    """Replace an existing checkpoint at --out."""
+
+    restart: bool = False
+    """Throw away what an interrupted run has left in OUT.partial."""
+
+
+@dataclass(frozen=True)
+class ImportOptions(_Written):
+    """Hugging Face to Megatron, optionally with wider routers."""
+
+    hf: str | None = None
+    """Hugging Face model folder."""
+
+    num_zero_experts: int | None = None
+    """Zero experts to add to every layer."""
+
+    zero_experts_type: Literal[ZERO_EXPERT_TYPES] = "zero"
+    """What they give: nothing, their input, or a bias that learns."""
+
+    zero_expert_routing: Literal[ZERO_EXPERT_ROUTINGS] | None = None
+    """shared (default): N zero experts of all tokens; paired: one per real expert, N is not needed."""
+
+    paired_score: str | None = None
+    """Terms of a pick's score under paired routing, joined by '+'. Default: weight+head+residual."""
+
+    seed: int = 1234
+    """Seed of the new router rows."""
+
+
+@dataclass(frozen=True)
+class ExportOptions(_Written):
+    """Megatron to Hugging Face, whatever layout wrote the checkpoint."""
+
+    megatron: str | None = None
+    """Checkpoint, or one iteration of it."""
+
+    hf_template: str | None = None
+    """Folder that gives config, tokenizer and generation config."""
+
+    verify_checkpoint: Literal[VERIFY_LEVELS] = "hash"
+    """Compare the checkpoint's files with its integrity.json first: hash, size, none."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions(_Conversion):
+    """Compare both, tensor by tensor; exit code 1 on any difference."""
+
+    hf: str | None = None
+    """Hugging Face model folder."""
+
+    megatron: str | None = None
+    """Checkpoint, or one iteration of it."""
+
+    verify_checkpoint: Literal[VERIFY_LEVELS] = "hash"
+    """Compare the checkpoint's files with its integrity.json first: hash, size, none."""

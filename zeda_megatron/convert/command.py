@@ -1,0 +1,80 @@
+"""`zeda convert`: checkpoints between Hugging Face and Megatron, and a comparison of both, tensor by tensor.
+
+    zeda convert hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S]
+    zeda convert hf-to-megatron --hf DIR --out DIR --zero-expert-routing paired
+    zeda convert megatron-to-hf --megatron DIR --hf-template DIR --out DIR
+    zeda convert verify --hf DIR --megatron DIR
+
+One process, CPU, a few parameters in memory at a time. --out appears when it is complete; until then the work is in
+OUT.partial, and after an interruption the same command goes on from there. See docs/conversion.md.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from ..config.arguments import parse
+from ..config.convert import ExportOptions, ImportOptions, VerifyOptions
+from ..data.tokenizers import has_tokenizer
+from ..errors import UserError, shown
+from .convert import Summary, hf_to_megatron, megatron_to_hf
+from .verify import verify
+
+COMMANDS = {"hf-to-megatron": ImportOptions, "megatron-to-hf": ExportOptions, "verify": VerifyOptions}
+
+
+def read(argv: list[str]) -> ImportOptions | ExportOptions | VerifyOptions:
+    """The options of a command line. Raises `UserError` naming the flag."""
+    name = argv[0] if argv else "nothing"
+    if name not in COMMANDS:
+        raise UserError(f"zeda convert: {shown(name)} is no command; choose one of {', '.join(COMMANDS)}")
+    options = parse(argv[1:], {name: COMMANDS[name]}, prog=f"zeda convert {name}")[name]
+    options.validate()
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line says; returns the exit code."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    options = read(argv)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def run(options: ImportOptions | ExportOptions | VerifyOptions) -> int:
+    """Convert or compare, and say what came of it."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    started = time.monotonic()
+    if isinstance(options, VerifyOptions):
+        return _tell_differences(options)
+    work = hf_to_megatron if isinstance(options, ImportOptions) else megatron_to_hf
+    summary: Summary = work(**vars(options))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"wrote {options.out}: {summary.tensors} tensors, {summary.nbytes / 1e9:.3f} GB, "
+        f"{summary.zero.num_zero_experts} zero experts per layer, {time.monotonic() - started:.1f} s, "
+        f"peak memory {peak:.2f} GB"
+    )
+    if isinstance(options, ImportOptions) and not has_tokenizer(Path(options.hf)):
+        print(f"note: {options.hf} has no tokenizer: training will need --tokenizer-model")
+    return 0
+
+
+def _tell_differences(options: VerifyOptions) -> int:
+    differences = verify(**vars(options))
+    for line in differences[:10]:
+        print(f"different: {line}", file=sys.stderr)
+    if differences:
+        print(f"{len(differences)} tensors differ", file=sys.stderr)
+        return 1
+    print(f"all tensors of {options.hf} are in {options.megatron}, bit for bit")
+    return 0

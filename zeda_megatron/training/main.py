@@ -1,0 +1,35 @@
+"""One training process: process groups, the stage, one run per folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.options import Options
+from ..runtime import process_groups
+from ..runtime.lock import NAME, locked
+from .check import check_machine
+from .eval_stage import run_evaluation
+from .log import warn
+from .loop import TrainingRun
+from .stage0 import run_stage0
+
+
+def train(options: Options) -> int:
+    """Start the process groups and run the stage. Returns the exit code.
+
+    Raises:
+        UserError: a flag that cannot work here, a file that is not what it should be, a folder in use.
+    """
+    check_machine(options)
+    process_groups.initialize(options.parallel, options.optimizer.seed)
+    try:
+        if options.model.stage == "0":
+            with locked(options.generate.rollout_path + ".lock", "--rollout-path", warn):
+                return run_stage0(options)
+        if options.model.stage == "eval":
+            return run_evaluation(options)
+        save = options.run.save
+        with locked(save and Path(save) / NAME, "--save", warn) as lock:
+            return TrainingRun(options, lock).run()
+    finally:
+        process_groups.destroy()
