@@ -42,7 +42,7 @@ class World:
 def make_world(folder: Path, model=tiny.hf_model, **changes) -> World:
     """Write the files; `model` makes the Hugging Face model (`tiny.hf_model`, `tiny.glm_model`), `changes` are its
     config keys."""
-    from zeda_megatron.convert.convert import hf_to_megatron
+    from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 
     files = ("rollouts.jsonl", "prompts.jsonl", "heldout.jsonl")
     world = World(*(folder / name for name in ("hf", "static", "dynamic", *files)))

@@ -63,7 +63,8 @@ ZERO = {
 
 def make_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
     """Exported folders, named after a family and its zero experts: `qwen_shared`, `glm_paired`, ..."""
-    from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
+    from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+    from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 
     folders, worlds = {}, {}
     for name in names:

@@ -19,14 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from zeda_megatron.config.arguments import parse
+from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.import_checks import check_not_quantised
-from zeda_megatron.convert.parts import PartWriter
-from zeda_megatron.convert.safetensors_shards import Planned, plan_shards, write_index
+from zeda_megatron.convert.safetensors_shards import Planned, Shard, plan_shards, write_index
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.hf_config import copy_side_files, write_config
-from zeda_megatron.runtime.partial import files_of, partial_folder
-from zeda_megatron.runtime.target import check_target
+from zeda_megatron.runtime.whole_folder import check_target, files_of, staged_folder
 from zeda_megatron.runtime.worker import run_worker
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -166,13 +165,13 @@ def write_pruned(hf: str | Path, kept: dict[int, list[int]], out: str | Path) ->
         raise UserError(f"{hf}: its router picks groups of experts first; pruning would unbalance them")
     planned = list(_planned(reader, kept))
 
-    def make(tensors: Iterable[Planned]) -> Iterator[torch.Tensor]:
-        for one in tensors:
+    def made(shard: Shard) -> Iterator[torch.Tensor]:
+        for one in shard.tensors:
             key, rows = one.source
             tensor = reader.read(key)
             yield tensor if rows is None else tensor[rows].contiguous()
 
-    shards = plan_shards(planned, make)
+    shards = plan_shards(planned)
     config = dict(reader.config)
     config |= {name: counts.copy().pop() for name in _COUNTS if name in config}
     if config.get("num_nextn_predict_layers"):
@@ -182,12 +181,14 @@ def write_pruned(hf: str | Path, kept: dict[int, list[int]], out: str | Path) ->
         "source": files_of(reader.files),
         "kept": {str(k): v for k, v in kept.items()},
     }
-    with partial_folder(out, request, False, False) as partial:
-        if partial is not None:
-            PartWriter(partial, shards, 1, "prune").run()
-            write_index(partial.work, shards)
-            copy_side_files(Path(hf), partial.work)
-            write_config(partial.work, config)
+    with staged_folder(out, request, False, False) as staging:
+        if staging is not None:
+            FileWriter(staging, shards, 1, "prune").run(
+                lambda shard, stream: shard.write(stream, made(shard))
+            )
+            write_index(staging.work, shards)
+            copy_side_files(Path(hf), staging.work)
+            write_config(staging.work, config)
 
 
 def _planned(reader: HFReader, kept: dict[int, list[int]]) -> Iterator[Planned]:

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 from zeda_megatron.checkpoint.state import load_weights, require_checkpoint
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config

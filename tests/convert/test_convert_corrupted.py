@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from zeda_megatron.checkpoint.integrity import find_damage, require_intact
 from zeda_megatron.convert import command
-from zeda_megatron.convert.convert import hf_to_megatron, verify
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime.worker import run_worker
 

@@ -7,7 +7,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.convert.verify import verify
 from zeda_megatron.models.architecture import MODELS
 from zeda_megatron.serving.load import load_zero_expert_model
 

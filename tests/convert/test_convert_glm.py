@@ -12,7 +12,9 @@ from zeda_megatron.checkpoint.state import load_weights, model_state, require_ch
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.convert.verify import verify
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture

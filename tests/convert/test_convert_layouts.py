@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from tiny_models import TINY, make_hf_folder
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
 from zeda_megatron.convert.hf_files import HFReader
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.convert.verify import verify
 
 NZ, N = 3, TINY["num_experts"]
 SOURCES = {"m": ZeroExpertConfig(NZ), "p": ZeroExpertConfig(N, "zero", "paired")}

@@ -11,7 +11,9 @@ import torch
 from tiny_models import TINY
 
 from tools.measure.random_model import write_random_model
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.convert.verify import verify
 
 CONFIG = TINY | dict(
     architectures=["Qwen3MoeForCausalLM"],

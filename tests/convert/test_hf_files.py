@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
+from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.convert.hf_files import HFReader
-from zeda_megatron.convert.parts import PartWriter
 from zeda_megatron.convert.safetensors_shards import Planned, plan_shards, write_index
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.bits import same_bits
-from zeda_megatron.runtime.partial import Partial
+from zeda_megatron.runtime.whole_folder import Staging
 
 
 @pytest.fixture
@@ -135,11 +135,11 @@ def test_unknown_key_is_named(folder):
 def write(folder, tensors, max_shard_bytes):
     planned = [Planned(key, t.dtype, tuple(t.shape), t) for key, t in tensors.items()]
     make = lambda plans: (plan.source for plan in plans)  # noqa: E731
-    shards = plan_shards(planned, make, max_shard_bytes)
-    partial = Partial(folder)
+    shards = plan_shards(planned, max_shard_bytes)
+    partial = Staging(folder)
     for path in (partial.work, partial.notes):
         path.mkdir(parents=True)
-    PartWriter(partial, shards, 2, "test").run()
+    FileWriter(partial, shards, 2, "test").run(lambda shard, stream: shard.write(stream, make(shard.tensors)))
     write_index(partial.work, shards)
     return partial.work
 
@@ -174,7 +174,7 @@ def test_writer_makes_one_plain_file_when_all_fits(tmp_path):
 def test_writer_refuses_the_same_key_twice():
     twice = [Planned("a", torch.float32, (3,), None)] * 2
     with pytest.raises(ValueError, match="added twice"):
-        plan_shards(twice, iter, 1000)
+        plan_shards(twice, 1000)
 
 
 @pytest.mark.parametrize("start, stop", [(0, 16), (1, 17), (0, 13), (3, 4), (5, 5)])

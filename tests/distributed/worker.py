@@ -34,8 +34,8 @@ from zeda_megatron.config.parallel import ParallelConfig  # noqa: E402
 from zeda_megatron.config.zero_experts import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
 from zeda_megatron.moe.switches import zero_mask  # noqa: E402
-from zeda_megatron.runtime.new_folder import new_folder  # noqa: E402
 from zeda_megatron.runtime.process_groups import initialize  # noqa: E402
+from zeda_megatron.runtime.whole_folder import new_folder  # noqa: E402
 from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
 

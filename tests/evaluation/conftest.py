@@ -8,7 +8,7 @@ import tiny_world
 @pytest.fixture(scope="module")
 def paired_export(world, one_process, tmp_path_factory):
     """(checkpoint of paired zero experts with drawn heads, folder exported from it)."""
-    from zeda_megatron.convert.convert import megatron_to_hf
+    from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
     from zeda_megatron.moe.paired import paired_modules, set_threshold
 
     folder = tmp_path_factory.mktemp("paired")

@@ -99,7 +99,7 @@ def test_a_pruned_folder_is_the_model_cut_by_hand(name, tmp_path):
 
 
 def test_a_pruned_model_answers_in_megatron_too(world, one_process, tmp_path):
-    from zeda_megatron.convert.convert import hf_to_megatron
+    from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
     from zeda_megatron.evaluation.quality.models import load_model
 
     options = PruneOptions(str(world.hf), str(world.rollouts), 10, 0.5, str(tmp_path / "cut"))
@@ -116,7 +116,7 @@ def test_a_pruned_model_answers_in_megatron_too(world, one_process, tmp_path):
 
 
 def test_mistakes_are_named(world, one_process, tmp_path):
-    from zeda_megatron.convert.convert import megatron_to_hf
+    from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 
     with pytest.raises(UserError, match="--calibration is missing"):
         prune(PruneOptions(str(world.hf), out="x"))

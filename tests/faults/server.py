@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PARTS = (
-    "convert.convert",
+    "convert.command",
     "checkpoint.saving",
     "evaluation.__main__",
     "serving.zero_expert_model",

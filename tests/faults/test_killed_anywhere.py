@@ -17,7 +17,7 @@ from ordeal import contents, ordeal
 from run_folders import write_run
 
 from zeda_megatron.checkpoint.integrity import find_damage
-from zeda_megatron.convert.convert import megatron_to_hf
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 
 pytestmark = [
     pytest.mark.slow,

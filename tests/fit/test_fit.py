@@ -9,8 +9,8 @@ import torch
 from ridge_reference import dense_ridge
 
 from zeda_megatron.config.parallel import ParallelConfig
-from zeda_megatron.convert.convert import megatron_to_hf
 from zeda_megatron.convert.hf_files import HFReader, read_json
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality.models import load_model, load_rows
 from zeda_megatron.fit.run import FitOptions, HeadFit

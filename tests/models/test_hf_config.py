@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from examples.rivals.reap import write_pruned
 from zeda_megatron.checkpoint.state import require_checkpoint
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
 from zeda_megatron.convert.hf_files import HFReader
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.hf_config import (
     copy_side_files,

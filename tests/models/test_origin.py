@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.rivals.reap import write_pruned
 from zeda_megatron.config.fit import FitOptions
 from zeda_megatron.config.parallel import ParallelConfig
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.run import HeadFit

@@ -130,7 +130,7 @@ def test_every_step_is_that_of_an_uninterrupted_run(walked, straight, stage):
 
 
 def exported(checkpoint, world, folder) -> dict[str, torch.Tensor]:
-    from zeda_megatron.convert.convert import megatron_to_hf
+    from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 
     megatron_to_hf(checkpoint, world.hf, folder)
     return load_file(folder / "model.safetensors")

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from zeda_megatron.config.parallel import ParallelConfig
-from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe.stats import routers

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeda_megatron.checkpoint.state import TRACKER, find_checkpoint
-from zeda_megatron.convert.convert import hf_to_megatron
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.stats import routers

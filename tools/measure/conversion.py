@@ -25,7 +25,7 @@ from zeda_megatron.runtime.worker import run_worker
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
-    "import zeda_megatron.runtime.cpu as cpu; cpu.install(); import zeda_megatron.convert.convert, "
+    "import zeda_megatron.runtime.cpu as cpu; cpu.install(); import zeda_megatron.convert.command, "
     "megatron.core.models.gpt, zeda_megatron.models.build; "
     "import time; time.sleep(0.5)"
 )

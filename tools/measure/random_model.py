@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
+from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.convert.layout import model_layout
-from zeda_megatron.convert.parts import PartWriter
-from zeda_megatron.convert.safetensors_shards import DEFAULT_SHARD_BYTES, Planned, plan_shards, write_index
+from zeda_megatron.convert.safetensors_shards import (
+    DEFAULT_SHARD_BYTES,
+    Planned,
+    Shard,
+    plan_shards,
+    write_index,
+)
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.weight_maps import dims_of, weight_map_of
-from zeda_megatron.runtime.partial import partial_folder
+from zeda_megatron.runtime.whole_folder import staged_folder
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -65,17 +71,19 @@ def write_random_model(
     ]
     block = torch.randint(256, (_BLOCK,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
-    def make(plans: Iterable[Planned]) -> Iterator[torch.Tensor]:
-        for plan in plans:
+    def made(shard: Shard) -> Iterator[torch.Tensor]:
+        for plan in shard.tensors:
             start = int.from_bytes(hashlib.sha256(plan.key.encode()).digest()[:4], "little") % (_BLOCK // 2)
             bytes_ = block[start : start + plan.nbytes]
             times = -(-plan.nbytes // max(len(bytes_), 1))
             yield bytes_.repeat(times)[: plan.nbytes].view(dtype).view(plan.shape)
 
-    shards = plan_shards(planned, make, max_shard_bytes)
-    with partial_folder(Path(folder), {"random": config, "seed": seed, "shards": max_shard_bytes}) as partial:
-        if partial is not None:
-            PartWriter(partial, shards, workers, "random").run()
-            write_index(partial.work, shards)
-            (partial.work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shards = plan_shards(planned, max_shard_bytes)
+    with staged_folder(Path(folder), {"random": config, "seed": seed, "shards": max_shard_bytes}) as staging:
+        if staging is not None:
+            FileWriter(staging, shards, workers, "random").run(
+                lambda shard, stream: shard.write(stream, made(shard))
+            )
+            write_index(staging.work, shards)
+            (staging.work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return sum(plan.nbytes for plan in planned)

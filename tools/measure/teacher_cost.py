@@ -140,7 +140,7 @@ def main() -> int:
         if options.measure:
             print(peak(options, *options.measure))
             return 0
-        from zeda_megatron.convert.convert import hf_to_megatron
+        from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 
         with tempfile.TemporaryDirectory() as folder:
             hf_to_megatron(options.hf, f"{folder}/static", dtype="fp32")

@@ -1,4 +1,4 @@
-"""Options of conversions. Field names are the arguments of `convert.convert`; each is a flag and a YAML key."""
+"""Options of conversions. Field names are arguments of the functions in `convert/`; each is a flag and a YAML key."""
 
 from __future__ import annotations
 

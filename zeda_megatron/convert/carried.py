@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.bits import same_bits
 from .hf_files import INDEX_NAME, SINGLE_NAME, HFReader
-from .safetensors_shards import Make, Planned
+from .safetensors_shards import Planned
 
 CARRIED_NAME = "carried"
 Cast = Callable[[torch.Tensor], torch.Tensor]
@@ -35,16 +35,12 @@ def carried_keys(reader: HFReader, arch: Architecture) -> list[str]:
 def carried_plans(reader: HFReader, arch: Architecture, cast: Cast) -> Iterator[Planned]:
     """What is to be written for the carried tensors."""
     for key in carried_keys(reader, arch):
-        dtype = _cast_one(key, torch.empty(0, dtype=reader.dtype(key)), cast).dtype
+        dtype = cast_carried(key, torch.empty(0, dtype=reader.dtype(key)), cast).dtype
         yield Planned(key, dtype, reader.shape(key), key)
 
 
-def read_carried(reader: HFReader, cast: Cast) -> Make:
-    """What makes the tensors of such plans. No cast rounds a score bias."""
-    return lambda plans: (_cast_one(planned.key, reader.read(planned.key), cast) for planned in plans)
-
-
-def _cast_one(key: str, tensor: torch.Tensor, cast: Cast) -> torch.Tensor:
+def cast_carried(key: str, tensor: torch.Tensor, cast: Cast) -> torch.Tensor:
+    """A carried tensor as `--dtype` wants it; no cast rounds a score bias."""
     return tensor if key.endswith("e_score_correction_bias") else cast(tensor)
 
 

@@ -21,7 +21,9 @@ from ..config.arguments import parse
 from ..config.convert import ExportOptions, ImportOptions, VerifyOptions
 from ..data.tokenizers import has_tokenizer
 from ..errors import UserError, shown
-from .convert import Summary, hf_to_megatron, megatron_to_hf
+from .file_writer import Summary
+from .hf_to_megatron import hf_to_megatron
+from .megatron_to_hf import megatron_to_hf
 from .verify import verify
 
 COMMANDS = {"hf-to-megatron": ImportOptions, "megatron-to-hf": ExportOptions, "verify": VerifyOptions}

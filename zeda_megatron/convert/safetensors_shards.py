@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from .file_writer import FileStream
 from .hf_files import INDEX_NAME, SINGLE_NAME
-from .parts import PartStream
 from .safetensors_header import header_bytes
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
@@ -38,29 +38,25 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Make = Callable[[Iterable[Planned]], Iterator[torch.Tensor]]
-
-
 class Shard:
-    """One file (a `parts.Part`): its header comes first, then tensor after tensor, none is kept.
+    """One file: its header comes first, then tensor after tensor, none is kept.
 
     Args:
         name: path below the folder.
         tensors: content.
-        make: gives the tensors of some plans, in their order.
     """
 
-    def __init__(self, name: str, tensors: list[Planned], make: Make):
+    def __init__(self, name: str, tensors: list[Planned]):
         # Wide types first: every tensor then begins at a multiple of its width.
-        self.name, self._make = name, make
+        self.name = name
         self.tensors = sorted(tensors, key=lambda planned: -planned.dtype.itemsize)
         self._header = header_bytes((t.key, t.dtype, t.shape) for t in self.tensors)
         self.nbytes = len(self._header) + sum(planned.nbytes for planned in tensors)
 
-    def write(self, stream: PartStream) -> None:
-        """Write the file."""
+    def write(self, stream: FileStream, made: Iterable[torch.Tensor]) -> None:
+        """Write the file; `made` are the tensors of its plans, in the order of `tensors`."""
         stream.write(self._header)
-        for planned, tensor in zip(self.tensors, self._make(self.tensors), strict=True):
+        for planned, tensor in zip(self.tensors, made, strict=True):
             if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
                 raise UserError(
                     f"tensor {planned.key}: is {tensor.dtype} {list(tensor.shape)}, "
@@ -70,7 +66,7 @@ class Shard:
 
 
 def plan_shards(
-    tensors: Iterable[Planned], make: Make, max_shard_bytes: int = DEFAULT_SHARD_BYTES, below: str = ""
+    tensors: Iterable[Planned], max_shard_bytes: int = DEFAULT_SHARD_BYTES, below: str = ""
 ) -> list[Shard]:
     """Deal tensors into files in their order, none longer than `max_shard_bytes` unless a single tensor is.
 
@@ -87,7 +83,7 @@ def plan_shards(
         raise ValueError(f"tensor {next(k for k in keys if keys.count(k) > 1)} was added twice")
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     names = names if len(groups) > 1 else [SINGLE_NAME]
-    return [Shard(below + name, group, make) for name, group in zip(names, groups)]
+    return [Shard(below + name, group) for name, group in zip(names, groups)]
 
 
 def group_by_bytes(items: Iterable, size_of: Callable, max_bytes: int) -> Iterator[list]:

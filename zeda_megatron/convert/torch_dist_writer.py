@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from torch.distributed.checkpoint.metadata import (
 from ..checkpoint.integrity import seal
 from ..checkpoint.torch_dist_metadata import write_metadata
 from ..errors import UserError
-from ..models.bits import HashingRead
+from .file_writer import FileStream, Written
 from .layout import Box, Parameter
-from .parts import Done, PartStream
+from .safetensors_shards import group_by_bytes
 
-Fill = Callable[[Parameter, HashingRead], torch.Tensor]
 _ARCHIVE = 1200
 """About what one tensor's archive costs besides its data, in bytes; only for progress and free space."""
 
@@ -48,42 +47,45 @@ class Filled:
 
 
 class DataFile:
-    """One `.distcp` file (a `parts.Part`). Its facts: where each tensor begins and how long it is, hashes of sources.
+    """One `.distcp` file.
 
     Args:
         name: path below the folder.
         items: parameters, in order.
-        fill: makes a parameter's tensor; reads its sources by the function that it gets.
-        read: reads a source.
         objects: keys of empty objects, behind the parameters.
     """
 
-    def __init__(
-        self,
-        name: str,
-        items: Sequence[Filled],
-        fill: Fill,
-        read: Callable[[str], torch.Tensor],
-        objects: Sequence[str] = (),
-    ):
+    def __init__(self, name: str, items: Sequence[Filled], objects: Sequence[str] = ()):
         self.name, self.items, self.objects = name, tuple(items), tuple(objects)
-        self._fill, self._read = fill, read
         count = sum(len(item.parameter.boxes) for item in items) + len(objects)
         self.nbytes = sum(item.nbytes for item in items) + _ARCHIVE * count
 
-    def write(self, stream: PartStream) -> dict[str, Any]:
-        """Write the file."""
-        places, read = [], HashingRead(self._read)
-        for item in self.items:
+    def write(self, stream: FileStream, made: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+        """Write the file; `made` are the tensors of its items, in order. Returns where each box begins and how long it
+        is, then each object."""
+        places = []
+        for item, tensor in zip(self.items, made, strict=True):
             parameter = item.parameter
-            tensor = self._fill(parameter, read)
             if tensor.dtype != item.dtype:
                 raise UserError(f"{parameter.name}: is {tensor.dtype}, planned was {item.dtype}")
             rows = [box.shape[-tensor.dim()] for box in parameter.boxes]
             for box, part in zip(parameter.boxes, tensor.split(rows)):
                 places.append(_save(_alone(part.detach().reshape(box.shape)), stream))
-        places += [_save([None], stream) for _ in self.objects]
-        return {"places": places, "sources": read.lines()}
+        return places + [_save([None], stream) for _ in self.objects]
+
+
+def data_files(items: Sequence[Filled], objects: Sequence[str], below: str, max_bytes: int) -> list[DataFile]:
+    """Deal parameters into files in their order; the last file gets the empty objects too.
+
+    Raises:
+        UserError: tensors that Megatron joins have different types.
+    """
+    check_types(items)
+    groups = list(group_by_bytes(items, lambda item: item.nbytes, max_bytes))
+    return [
+        DataFile(f"{below}__0_{number}.distcp", group, objects if number == len(groups) - 1 else ())
+        for number, group in enumerate(groups)
+    ]
 
 
 def _alone(part: torch.Tensor) -> torch.Tensor:
@@ -93,7 +95,7 @@ def _alone(part: torch.Tensor) -> torch.Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _save(value: Any, stream: PartStream) -> tuple[int, int]:
+def _save(value: Any, stream: FileStream) -> tuple[int, int]:
     start = stream.tell()
     torch.save(value, stream)
     return start, stream.tell() - start
@@ -112,7 +114,7 @@ def check_types(items: Sequence[Filled]) -> None:
                 )
 
 
-def finish(folder: Path, files: Sequence[DataFile], done: Sequence[Done], common: dict[str, Any]) -> None:
+def finish(folder: Path, files: Sequence[DataFile], done: Sequence[Written], common: dict[str, Any]) -> None:
     """Write what a checkpoint has besides data: index, common state, format marker, hashes of all files."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -125,7 +127,7 @@ def finish(folder: Path, files: Sequence[DataFile], done: Sequence[Done], common
     seal(folder, {Path(d.name).name: {"size": d.size, "sha256": d.sha256} for d in done})
 
 
-def _index(files: Sequence[DataFile], done: Sequence[Done]) -> Metadata:
+def _index(files: Sequence[DataFile], done: Sequence[Written]) -> Metadata:
     index = Metadata(state_dict_metadata={}, storage_data={})
     chunks: defaultdict[str, list] = defaultdict(list)
     for file, result in zip(files, done, strict=True):

@@ -115,7 +115,7 @@ class HeadFit:
         """Fit, set the threshold, save. Returns the exit code."""
         from ..checkpoint.state import model_state, save_checkpoint
         from ..durable_file import write_atomically, writing
-        from ..runtime.new_folder import new_folder
+        from ..runtime.whole_folder import new_folder
         from ..training.side_files import write_side_files
 
         with new_folder(self.options.save, "--save") as staging, self.bar:

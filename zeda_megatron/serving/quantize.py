@@ -23,8 +23,7 @@ from ..durable_file import write_atomically
 from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..models.hf_config import copy_side_files, with_own_code, write_config
-from ..runtime.partial import files_of, partial_folder
-from ..runtime.target import check_space, check_target
+from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from ..strict_json import read_json
 from .load import load_model
 from .packed import SCALE, keys_of, packed_by, stored_dtype
@@ -96,9 +95,9 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
         "number_format": options.number_format,
         "packed": options.packed,
     }
-    with partial_folder(target, request, options.overwrite) as partial:
-        if partial is not None:
-            _write(mtq, model, plain, source, partial.work, options)
+    with staged_folder(target, request, options.overwrite) as staging:
+        if staging is not None:
+            _write(mtq, model, plain, source, staging.work, options)
     return done
 
 

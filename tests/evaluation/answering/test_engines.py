@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from zeda_megatron.config.generate import SamplingConfig
-from zeda_megatron.convert.convert import megatron_to_hf
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.answering.engine import Origin, Request, stream_of
 from zeda_megatron.evaluation.answering.fingerprint import fingerprint

@@ -7,7 +7,7 @@ import tiny
 import tiny_world
 import torch
 
-from zeda_megatron.convert.convert import megatron_to_hf
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality import hf_quality
 from zeda_megatron.evaluation.quality.measure import MeasureOptions, measure_arm

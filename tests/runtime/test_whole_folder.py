@@ -10,16 +10,16 @@ from collections import namedtuple
 
 import pytest
 
-from zeda_megatron.convert.parts import PartWriter
+from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.errors import UserError
-from zeda_megatron.runtime import target
-from zeda_megatron.runtime.partial import partial_folder
+from zeda_megatron.runtime import whole_folder
+from zeda_megatron.runtime.whole_folder import staged_folder
 
 REQUEST = {"seed": 1}
 
 
 class Text:
-    """A part that counts how often it was written."""
+    """A file that counts how often it was written."""
 
     def __init__(self, name, text, fails=None):
         self.name, self.text, self.nbytes, self.fails, self.written = name, text, len(text), fails, 0
@@ -42,8 +42,8 @@ def names(folder):
 
 
 def make(out, all_parts, request=REQUEST, **flags):
-    with partial_folder(out, request, **flags) as partial:
-        return PartWriter(partial, all_parts, 1, "test").run()
+    with staged_folder(out, request, **flags) as staging:
+        return FileWriter(staging, all_parts, 1, "test").run(Text.write)
 
 
 def test_finished_folder_has_its_name_and_nothing_else_is_left(tmp_path):
@@ -106,8 +106,9 @@ def test_two_processes_do_not_write_the_same_folder(tmp_path):
     out = tmp_path / "out"
     script = f"""
 import time
-from zeda_megatron.runtime.partial import partial_folder
-with partial_folder({str(out)!r}, {REQUEST!r}):
+from zeda_megatron.runtime import whole_folder
+from zeda_megatron.runtime.whole_folder import staged_folder
+with staged_folder({str(out)!r}, {REQUEST!r}):
     print("in", flush=True)
     time.sleep(600)
 """
@@ -151,8 +152,8 @@ def test_overwrite_does_not_delete_a_folder_that_is_no_checkpoint(tmp_path):
 
 def test_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="folder is not empty"), partial_folder(out, REQUEST) as partial:
-        PartWriter(partial, parts(), 1, "test").run()
+    with pytest.raises(UserError, match="folder is not empty"), staged_folder(out, REQUEST) as staging:
+        FileWriter(staging, parts(), 1, "test").run(Text.write)
         out.mkdir()
         (out / "zeda.json").write_text("theirs")
     assert (out / "zeda.json").read_text() == "theirs"
@@ -165,12 +166,12 @@ def test_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
 
 def test_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(target.shutil, "disk_usage", lambda folder: usage(1000, 900, 100))
-    target.check_space(tmp_path / "new" / "out", 100)
+    monkeypatch.setattr(whole_folder.shutil, "disk_usage", lambda folder: usage(1000, 900, 100))
+    whole_folder.check_space(tmp_path / "new" / "out", 100)
     with pytest.raises(
         UserError, match=rf"--out {tmp_path}/new/out: needs 101 bytes more .* but {tmp_path} has 100 free"
     ):
-        target.check_space(tmp_path / "new" / "out", 101)
+        whole_folder.check_space(tmp_path / "new" / "out", 101)
 
 
 def test_owner_is_told(tmp_path):

@@ -20,15 +20,16 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint.integrity import compare_file
+from ..config.zero_experts import ZeroExpertConfig
 from ..durable_file import write_atomically
 from ..models.bits import raw
-from ..runtime.partial import Partial
+from ..runtime.whole_folder import Staging
 
 TEMPORARY = ".unfinished"
 
 
-class Part(Protocol):
-    """One file to be written. The same part must always give the same bytes."""
+class File(Protocol):
+    """One file to be written."""
 
     name: str
     """Path below the folder."""
@@ -36,13 +37,10 @@ class Part(Protocol):
     nbytes: int
     """How long it will be, nearly."""
 
-    def write(self, stream: PartStream) -> Any:
-        """Write the file; returns facts about it (JSON), which are kept for a later run."""
-
 
 @dataclass(frozen=True)
-class Done:
-    """A finished part."""
+class Written:
+    """A finished file."""
 
     name: str
     """Path below the folder."""
@@ -51,15 +49,27 @@ class Done:
     sha256: str
     """Hash of the file."""
     facts: Any
-    """What `Part.write` returned."""
+    """What the loop's body returned, as JSON: a later run gets it from a note."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    tensors: int
+    """Tensors written (of the target's format)."""
+    nbytes: int
+    """Their size."""
+    zero: ZeroExpertConfig
+    """Zero experts of the result."""
 
 
 class Stopped(Exception):
     """Another thread has failed; its reason is the one to tell."""
 
 
-class PartStream:
-    """What a part writes to: counts, hashes and reports every piece."""
+class FileStream:
+    """What is written to: counts, hashes and reports every piece."""
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None]):
         self._file, self._report, self._digest, self._size = file, report, hashlib.sha256(), 0
@@ -88,7 +98,7 @@ class PartStream:
         return self._size
 
     def flush(self) -> None:
-        """Part of a file's interface; data go to disk when the part is done."""
+        """Part of a file's interface; data go to disk when the file is done."""
 
     def finish(self) -> tuple[int, str]:
         """Put everything on the disk; returns size and SHA-256."""
@@ -97,39 +107,43 @@ class PartStream:
         return self._size, self._digest.hexdigest()
 
 
-class PartWriter:
-    """Writes all parts of a folder that are not there yet.
+class FileWriter:
+    """Writes all files of a folder that are not there yet.
 
     Args:
-        partial: where to.
-        parts: what; the order decides which note belongs to which.
+        staging: where to.
+        files: what; the order decides which note belongs to which.
         workers: threads.
         title: of the progress bar, which only a terminal gets.
     """
 
-    def __init__(self, partial: Partial, parts: Sequence[Part], workers: int, title: str):
-        self._partial, self._parts, self._workers, self._title = partial, parts, workers, title
+    def __init__(self, staging: Staging, files: Sequence[File], workers: int, title: str):
+        self._staging, self._files, self._workers, self._title = staging, files, workers, title
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._bar: tqdm | None = None
-        self._notes = [self._noted(number) for number in range(len(parts))]
+        self._notes = [self._noted(number) for number in range(len(files))]
         self._tidy()
 
     def missing_bytes(self) -> int:
         """What is still to be written, nearly."""
-        return sum(part.nbytes for part, note in zip(self._parts, self._notes) if note is None)
+        return sum(file.nbytes for file, note in zip(self._files, self._notes) if note is None)
 
-    def run(self) -> list[Done]:
-        """Write what is missing, look at what is there; the results have the order of the parts.
+    def run(self, write: Callable[[Any, FileStream], Any]) -> list[Written]:
+        """Write what is missing, look at what is there; the results have the order of the files.
+
+        Args:
+            write: the loop's body. It gets a file and the stream to write it to, and returns facts about it as JSON;
+                the same file must always get the same bytes.
 
         Raises:
-            Whatever the first failing part raised; the others are stopped.
+            Whatever it first raised; the other threads are stopped.
         """
-        total = sum(part.nbytes for part in self._parts)
+        total = sum(file.nbytes for file in self._files)
         with (
             tqdm(total=total, desc=self._title, unit="B", unit_scale=True, disable=None) as self._bar,
             ThreadPoolExecutor(self._workers, self._title) as pool,
         ):
-            futures = [pool.submit(self._one, number) for number in range(len(self._parts))]
+            futures = [pool.submit(self._one, number, write) for number in range(len(self._files))]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # after Ctrl-C too
@@ -140,40 +154,40 @@ class PartWriter:
         return self._results(futures)
 
     @staticmethod
-    def _results(futures: list[Future]) -> list[Done]:
+    def _results(futures: list[Future]) -> list[Written]:
         failures = [f.exception() for f in futures if not f.cancelled() and f.exception() is not None]
         reasons = [failure for failure in failures if not isinstance(failure, Stopped)]
         if reasons:
             raise reasons[0]
         return [future.result() for future in futures]
 
-    def _one(self, number: int) -> Done:
+    def _one(self, number: int, write: Callable[[Any, FileStream], Any]) -> Written:
         try:
             self._report(0)
-            return self._finished(number)
+            return self._finished(number, write)
         except BaseException:
             self._stop.set()
             raise
 
-    def _finished(self, number: int) -> Done:
-        part, note = self._parts[number], self._notes[number]
-        path = self._partial.work / part.name
+    def _finished(self, number: int, write: Callable[[Any, FileStream], Any]) -> Written:
+        file, note = self._files[number], self._notes[number]
+        path = self._staging.work / file.name
         if note is not None and compare_file(path, note.size, note.sha256, "hash") is None:
-            self._report(part.nbytes)
+            self._report(file.nbytes)
             return note
         with self._written(path) as stream:
-            facts = part.write(stream)
+            facts = write(file, stream)
             size, sha256 = stream.finish()
-        done = Done(part.name, size, sha256, facts)
+        done = Written(file.name, size, sha256, facts)
         write_atomically(self._note_path(number), json.dumps(vars(done)) + "\n")
         return done
 
     @contextlib.contextmanager
-    def _written(self, path: Path) -> Iterator[PartStream]:
+    def _written(self, path: Path) -> Iterator[FileStream]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + TEMPORARY)
         with temporary.open("wb", buffering=1 << 20) as file:
-            stream = PartStream(file, self._report)
+            stream = FileStream(file, self._report)
             try:
                 yield stream
             except Exception:
@@ -189,20 +203,20 @@ class PartWriter:
             self._bar.update(nbytes)
 
     def _note_path(self, number: int) -> Path:
-        return self._partial.notes / f"{number:05d}.json"
+        return self._staging.notes / f"{number:05d}.json"
 
-    def _noted(self, number: int) -> Done | None:
+    def _noted(self, number: int) -> Written | None:
         try:
-            done = Done(**json.loads(self._note_path(number).read_text()))
+            done = Written(**json.loads(self._note_path(number).read_text()))
         except (OSError, ValueError, TypeError):
             return None
-        path = self._partial.work / done.name
+        path = self._staging.work / done.name
         is_there = path.is_file() and path.stat().st_size == done.size
-        return done if done.name == self._parts[number].name and is_there else None
+        return done if done.name == self._files[number].name and is_there else None
 
     def _tidy(self) -> None:
-        """Remove whatever an earlier run has left besides finished parts."""
-        keep = {self._partial.work / note.name for note in self._notes if note is not None}
-        for path in self._partial.work.rglob("*"):
+        """Remove whatever an earlier run has left besides finished files."""
+        keep = {self._staging.work / note.name for note in self._notes if note is not None}
+        for path in self._staging.work.rglob("*"):
             if path not in keep and not path.is_dir():
                 path.unlink()

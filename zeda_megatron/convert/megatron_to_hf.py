@@ -1,0 +1,167 @@
+"""Megatron -> Hugging Face, streaming, from a checkpoint that any parallel layout wrote.
+
+The walk: checkpoint and template are checked and the result is planned from headers (`megatron_model`); then, shard by
+shard on a pool of threads, each parameter is read (`torch_dist_reader`), taken apart and cast (`_Target`), and its
+parts are written (`safetensors_shards`); config and side files come last, and the folder appears
+(`runtime.whole_folder`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.own_files import own_file
+from ..models.architecture import read_architecture
+from ..models.bits import caster
+from ..models.hf_config import (
+    copy_side_files,
+    dynamic_config,
+    side_files,
+    with_dtype,
+    with_stored_dtype,
+    write_config,
+)
+from ..models.paired_config import SettingsWriter
+from ..models.weight_kinds import ModelDims, ScoreBias, Setting, WeightMapping
+from ..models.weight_map import WeightMap
+from ..models.weight_maps import dims_of, weight_map_of
+from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
+from ..strict_json import read_json
+from .carried import carried_plans, carried_source, cast_carried
+from .file_writer import FileWriter, Summary
+from .layout import Parameter
+from .megatron_model import MegatronModel
+from .safetensors_shards import (
+    DEFAULT_SHARD_BYTES,
+    Planned,
+    Shard,
+    bytes_by_type,
+    plan_shards,
+    write_index,
+)
+
+
+def megatron_to_hf(
+    megatron: str | os.PathLike,
+    hf_template: str | os.PathLike,
+    out: str | os.PathLike,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    *,
+    workers: int = 1,
+    restart: bool = False,
+    verify_checkpoint: str = "hash",
+) -> Summary:
+    """Export a torch_dist checkpoint, written on any parallel layout, as a Hugging Face folder.
+
+    `hf_template` gives config, tokenizer and generation config. A dynamic model gets the authors' config keys
+    and our modeling file; a static one comes out as the plain architecture.
+
+    Args:
+        max_shard_bytes: longest shard, in bytes (a longer tensor has a shard of its own).
+        workers: threads; each holds one parameter.
+        restart: throw away what an interrupted export to `out` has left, instead of going on from it.
+        verify_checkpoint: how closely the checkpoint's files are looked at (`VERIFY_LEVELS`).
+
+    Raises:
+        UserError: checkpoint and template do not fit, or the target is in use; nothing is left behind then.
+    """
+    check_target(Path(out), overwrite)
+    template, cast = Path(hf_template), caster(dtype)
+    config_file = own_file(template, "config.json", template)
+    side_files(template)
+    arch, config = read_architecture(template), read_json(config_file)
+    model = MegatronModel(Path(megatron), arch, config, verify_checkpoint)
+    carried = carried_source(template, arch)
+    dims = dims_of(arch, paired=model.zero.paired)
+    target = _Target(model, weight_map_of(arch), dims, cast)
+    planned = [*target.tensors(), *(carried_plans(carried, arch, cast) if carried else ())]
+    shards = plan_shards(planned, max_shard_bytes)
+    result = dynamic_config(config, model.zero, target.settings(), model.adapted_steps)
+    result = with_dtype(with_stored_dtype(result, bytes_by_type(shards)), dtype)
+
+    def made(shard: Shard) -> Iterator[torch.Tensor]:
+        last, parts = None, {}
+        for plan in shard.tensors:
+            if not isinstance(plan.source, Parameter):
+                yield cast_carried(plan.key, carried.read(plan.key), cast)
+                continue
+            if plan.source is not last:  # neighbours of one parameter (q, k and v) cost one read
+                last, parts = plan.source, {}  # free one before the next is read
+                parts = target.take_apart(last, model.read(last))
+            yield parts[plan.key]
+
+    request = {
+        "direction": "megatron-to-hf",
+        "checkpoint": files_of(sorted(path for path in model.folder.iterdir() if path.is_file())),
+        "template": files_of([config_file, *(carried.files if carried else [])]),
+        "max_shard_bytes": max_shard_bytes,
+        "dtype": dtype,
+        "adapted": model.adapted_steps,
+        "torch": torch.__version__,  # another one may write other bytes
+    }
+    with staged_folder(out, request, overwrite, restart) as staging:
+        if staging is not None:
+            writer = FileWriter(staging, shards, workers, "export")
+            check_space(Path(out), writer.missing_bytes())
+            writer.run(lambda shard, stream: shard.write(stream, made(shard)))
+            write_index(staging.work, shards)
+            copy_side_files(template, staging.work)
+            write_config(staging.work, result)
+    return Summary(len(planned), sum(plan.nbytes for plan in planned), model.zero)
+
+
+class _Target:
+    """What becomes of Megatron's parameters.
+
+    Args:
+        model: the checkpoint.
+        weights: map of the architecture.
+        dims: numbers of the model.
+        cast: what `--dtype` asks for.
+    """
+
+    def __init__(
+        self,
+        model: MegatronModel,
+        weights: WeightMap,
+        dims: ModelDims,
+        cast: Callable[[torch.Tensor], torch.Tensor],
+    ):
+        self._model, self._dims, self._cast = model, dims, cast
+        self._mappings = {p.name: weights.for_mcore_name(p.name) for p in model.layout.parameters}
+
+    def tensors(self) -> Iterator[Planned]:
+        """All tensors, in the model's order.
+
+        Raises:
+            UserError: the checkpoint lacks a parameter or has it in another shape.
+        """
+        for parameter in self._model.layout.parameters:
+            shape_only = torch.empty(
+                parameter.shape, dtype=self._model.checked_dtype(parameter), device="meta"
+            )
+            for key, part in self.take_apart(parameter, shape_only).items():
+                yield Planned(key, part.dtype, tuple(part.shape), parameter)
+
+    def settings(self) -> dict[str, float | list[float]]:
+        """Keys of config.json that come from the checkpoint."""
+        writer = SettingsWriter()
+        for parameter in self._model.layout.parameters:
+            mapping = self._mappings[parameter.name]
+            if isinstance(mapping, Setting):
+                writer.add(mapping, self._model.read(parameter))
+        return writer.entries()
+
+    def take_apart(self, parameter: Parameter, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that a parameter's tensor holds, cast; they may be views."""
+        mapping: WeightMapping = self._mappings[parameter.name]
+        parts = mapping.to_hf(tensor, self._dims)
+        if isinstance(mapping, ScoreBias):
+            return parts
+        return {key: self._cast(part) for key, part in parts.items()}
