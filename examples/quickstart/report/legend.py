@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Arm:
     """Colour on a dark page."""
     baseline: bool = False
     """Not ours: something a reader could have done instead."""
+    place: int = 0
+    """Number of its colour on a page."""
 
 
 _OURS = {
@@ -71,9 +73,9 @@ def family(name: str) -> str:
 
 def legend(names: list[str]) -> dict[str, Arm]:
     """Arms by name, in the order given; variants look like their family, others get a colour and no note."""
-    others = [name for name in names if family(name) not in ARMS]
-    spare = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
-    return {name: ARMS.get(family(name)) or Arm("", *spare[name]) for name in names}
+    strangers = [name for name in names if family(name) not in ARMS]
+    spare = {name: Arm("", *_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(strangers)}
+    return {name: replace(spare.get(name) or ARMS[family(name)], place=i) for i, name in enumerate(names)}
 
 
 def is_untrained(metrics: dict) -> bool:

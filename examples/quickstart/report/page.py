@@ -30,56 +30,49 @@ def render(report: dict, history: dict[str, list[dict]], order: list[str]) -> st
         order: arm names in the order of the tables.
     """
     arms = legend([*order, *(name for name in history if name not in order)])
-    places = {name: place for place, name in enumerate(arms)}
-    found = finding(report)
-    signs = {
-        name: _row(name, arm, places[name], report["arms"].get(name, {}), []) for name, arm in arms.items()
-    }
-    metrics = {name: report["arms"][name] for name in order}
-    layers = {
-        name: layer_plot(m.get("zero_share_by_layer") or [], places[name]) for name, m in metrics.items()
-    }
-    experts = {
-        name: expert_plot(m.get("skipped_by_expert") or [], places[name]) for name, m in metrics.items()
-    }
+    metrics, teacher, found = (
+        {name: report["arms"][name] for name in order},
+        report["teacher"],
+        finding(report),
+    )
+    signs = {name: _row(name, arm, report["arms"].get(name, {}), []) for name, arm in arms.items()}
+    layers = {n: layer_plot(m.get("zero_share_by_layer") or [], arms[n].place) for n, m in metrics.items()}
+    experts = {n: expert_plot(m.get("skipped_by_expert") or [], arms[n].place) for n, m in metrics.items()}
+    training = training_plots(history, {name: arm.place for name, arm in arms.items()})
+    kinds = _by_kind(metrics, "zero_share", "Zero share", "{:.2f}")
+    kinds += _by_kind(metrics, "kl", "KL to the teacher", "{:.4f}")
+    kinds += _by_kind({"teacher": teacher, **metrics}, "exact_match", "Exact answers", "{:.1%}")
     return (
         environment(Path(__file__).parent / "templates")
         .get_template("quickstart.html")
         .render(
-            colours=[(arm.light, arm.dark) for arm in arms.values()],
-            sentence=_marked(found, places),
-            caveat=found.caveat,
-            tiles=_tiles(report, found),
-            band=f"{BAND[0]:.0%} to {BAND[1]:.0%}",
-            tie=f"{TIE:.0%}",
-            results=_results(report, order, arms, places, found),
-            frontier=_frontier(metrics, arms, places),
-            training=[
-                (title, [signs[n] for n in names], plot)
-                for title, names, plot in training_plots(history, places)
-            ],
-            kinds=[
-                *_by_kind(metrics, "zero_share", "Zero share", "{:.2f}"),
-                *_by_kind(metrics, "kl", "KL to the teacher", "{:.4f}"),
-                *_by_kind(
-                    {"teacher": report["teacher"], **metrics}, "exact_match", "Exact answers", "{:.1%}"
-                ),
-            ],
-            skips=skip_tables(report, order),
-            skip_note=skip_note(report, order, found.ours),
-            variables=list(VARIABLES.values()),
-            correlations=correlations(report, order),
-            layers={name: plot for name, plot in layers.items() if plot},
-            experts={name: plot for name, plot in experts.items() if plot},
-            commands=report["commands"],
-            environment={str(key): fact(value) for key, value in report["environment"].items()},
+            {
+                "colours": [(arm.light, arm.dark) for arm in arms.values()],
+                "sentence": _marked(found, arms),
+                "caveat": found.caveat,
+                "tiles": _tiles(report, found),
+                "band": f"{BAND[0]:.0%} to {BAND[1]:.0%}",
+                "tie": f"{TIE:.0%}",
+                "results": _results(metrics, teacher, arms, found),
+                "frontier": _frontier(metrics, arms),
+                "training": [(title, [signs[n] for n in names], plot) for title, names, plot in training],
+                "kinds": kinds,
+                "skips": skip_tables(report, order),
+                "skip_note": skip_note(report, order, found.ours),
+                "variables": list(VARIABLES.values()),
+                "correlations": correlations(report, order),
+                "layers": {name: plot for name, plot in layers.items() if plot},
+                "experts": {name: plot for name, plot in experts.items() if plot},
+                "commands": report["commands"],
+                "environment": {str(key): fact(value) for key, value in report["environment"].items()},
+            }
         )
     )
 
 
-def _marked(found: Finding, places: dict[str, int]) -> Markup:
+def _marked(found: Finding, arms: dict[str, Arm]) -> Markup:
     """The headline with its arms in their colours."""
-    names = {str(escape(n)): places[n] for n in (found.ours, found.baseline, found.best) if n}
+    names = {str(escape(n)): arms[n].place for n in (found.ours, found.baseline, found.best) if n}
     sentence = str(escape(found.sentence))
     if names:
         # One pass over the text, longest names first: no name is marked inside another or inside a tag.
@@ -108,26 +101,20 @@ def _tiles(report: dict, found: Finding) -> list[tuple[str, str]]:
     return tiles
 
 
-def _results(
-    report: dict, order: list[str], arms: dict[str, Arm], places: dict[str, int], found: Finding
-) -> list[Row]:
-    """All arms, teacher first, then in `order`; the winner's row is tinted."""
-    metrics, teacher = report["arms"], report["teacher"]
+def _results(metrics: dict[str, dict], teacher: dict, arms: dict[str, Arm], found: Finding) -> list[Row]:
+    """All arms, teacher first; the winner's row is tinted."""
     half = [
-        n
-        for n in order
-        if metrics[n]["zero_share"] is not None and BAND[0] <= metrics[n]["zero_share"] <= BAND[1]
+        n for n, m in metrics.items() if m["zero_share"] is not None and BAND[0] <= m["zero_share"] <= BAND[1]
     ]
     top = {key: _best(metrics, half, key, pick) for key, pick in _BEST.items()}
     rows = [Row("teacher", "static model, every pick computed", _figures("teacher", teacher, teacher, {}))]
-    for name in order:
-        figures = _figures(name, metrics[name], teacher, top)
-        rows.append(_row(name, arms[name], places[name], metrics[name], figures, chosen=name == found.best))
+    for name, m in metrics.items():
+        rows.append(_row(name, arms[name], m, _figures(name, m, teacher, top), chosen=name == found.best))
     return rows
 
 
-def _row(name: str, arm: Arm, place: int, m: dict, cells: list[Cell], chosen: bool = False) -> Row:
-    return Row(name, arm.note, cells, place, arm.baseline, is_untrained(m), chosen)
+def _row(name: str, arm: Arm, m: dict, cells: list[Cell], chosen: bool = False) -> Row:
+    return Row(name, arm.note, cells, arm.place, arm.baseline, is_untrained(m), chosen)
 
 
 def _figures(name: str, m: dict, teacher: dict, top: dict[str, str | None]) -> list[Cell]:
@@ -164,14 +151,14 @@ def _best(metrics: dict, names: list[str], field: str, pick: Callable) -> str | 
     return pick(known, key=lambda name: metrics[name][field]) if len(known) > 1 else None
 
 
-def _frontier(metrics: dict[str, dict], arms: dict[str, Arm], places: dict[str, int]) -> list[Markup]:
+def _frontier(metrics: dict[str, dict], arms: dict[str, Arm]) -> list[Markup]:
     """Zero share against KL."""
     marks = []
     for name, m in metrics.items():
         x, y = m["zero_share"], m["kl_to_teacher"]
         if x is not None and y is not None:
             title = f"{name}: zero share {x:.3f}, KL {y:.4f}"
-            marks.append(Mark(name, x, y, places[name], arms[name].baseline, is_untrained(m), title))
+            marks.append(Mark(name, x, y, arms[name].place, arms[name].baseline, is_untrained(m), title))
     positive = [m.y for m in marks if m.y > 0]
     log = len(positive) > 1 and max(positive) / min(positive) > 3
     return wide_and_narrow(marks, "zero share (picks skipped)", "KL to the teacher", log)

@@ -35,6 +35,16 @@ def test_labels_of_a_crowd_touch_neither_each_other_nor_the_rim(size):
             assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
+def test_where_there_is_no_room_a_label_is_left_out_and_hovering_tells():
+    drawing = scatter(
+        [Mark(f"arm_{i}", 0.5, 0.5 + i / 1000, i) for i in range(60)], "share", "KL", size=(400, 400)
+    )
+    found = labels(drawing)
+    assert 10 < len(found) < 60 and drawing.count("<title>arm_") == 60
+    for i, a in enumerate(found):
+        assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in found[i + 1 :])
+
+
 def test_marks_are_drawn_where_the_axis_says_in_the_colour_of_their_arm():
     marks = [Mark("a", 0.2, 1.0, 0), Mark("b", 0.8, 3.0, 7, square=True, hollow=True)]
     first, second = ElementTree.fromstring(scatter(marks, "x", "y")).iter("use")

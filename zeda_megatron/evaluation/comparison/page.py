@@ -85,25 +85,28 @@ def render(made: dict) -> str:
     places = {name: place for place, name in enumerate(made["arms"])}
     folders = ",".join(run["folder"] for run in made["runs"])
     command = f"zeda evaluate report --runs {folders} --output DIR --margin {made['margin']}"
+    arms = [
+        _row(made, name, place, _told(made, name), means(made["arms"][name]))
+        for name, place in places.items()
+    ]
     return (
         environment()
         .get_template("benchmarks.html")
         .render(
-            colours=[COLOURS[place % len(COLOURS)] for place in places.values()],
-            choice=made["choice"]["sentence"],
-            shared=[one["title"] for one in made["benchmarks"] if one["shared"]],
-            titles=MEANS,
-            arms=[
-                _row(made, name, place, _told(made, name), means(made["arms"][name]))
-                for name, place in places.items()
-            ],
-            frontier=_frontier(made, places),
-            by_benchmark=_heats(made),
-            details=_details(made, places),
-            kinds=_kinds(made),
-            margin=f"{100 * made['margin']:g}",
-            command=f"{command} --teacher {made['teacher']}",
-            runs=made["runs"],
+            {
+                "colours": [COLOURS[place % len(COLOURS)] for place in places.values()],
+                "choice": made["choice"]["sentence"],
+                "shared": [one["title"] for one in made["benchmarks"] if one["shared"]],
+                "titles": MEANS,
+                "arms": arms,
+                "frontier": _frontier(made, places),
+                "by_benchmark": _heats(made),
+                "details": _details(made, places),
+                "kinds": _kinds(made),
+                "margin": f"{100 * made['margin']:g}",
+                "command": f"{command} --teacher {made['teacher']}",
+                "runs": made["runs"],
+            }
         )
     )
 
