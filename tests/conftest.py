@@ -18,11 +18,13 @@ os.environ.setdefault(
 if "PYTEST_XDIST_WORKER" in os.environ:  # folders of one name may hold different models
     os.environ["HF_MODULES_CACHE"] = f"{_CACHE.name}/modules"
 
+import own_kernels  # noqa: E402
 from side_by_side import pytest_runtest_protocol, pytest_xdist_make_scheduler  # noqa: E402, F401
 
 from zeda_megatron.runtime import cpu  # noqa: E402
 
 cpu.install()
+own_kernels.install()
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +57,7 @@ def halfway(one_process, world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def interpreted_library(tmp_path_factory):
     """All kernels, compiled and as PTX, for tests that interpret them; skipped where they cannot be compiled."""
-    sys.path.insert(0, str(Path(__file__).parent / "ops"))
+    sys.path.insert(0, str(Path(__file__).parent / "kernels"))
     from ptx import operators
 
     return operators.library(tmp_path_factory.mktemp("interpreted"))

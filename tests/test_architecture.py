@@ -183,7 +183,14 @@ def test_files_that_travel_with_checkpoints_import_one_another_alone():
     assert all(targets <= shared for targets in travel.values())
 
 
-@pytest.mark.parametrize("folder", [PACKAGE, "tools"])
+def test_kernels_are_known_by_their_entry_point_alone():
+    for name, tree in read_modules(ROOT).items():
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        named = [getattr(node, "module", None) or node.names[0].name for node in found]
+        assert not any(module.split(".")[0] == "zeda_kernels" for module in named), name
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "tools", "kernels"])
 def test_every_file_says_what_it_is(folder):
     silent = [
         str(path.relative_to(ROOT))

@@ -17,8 +17,6 @@ TOP = {
     *(PACKAGE, "examples", "launch", "kernels", "tools", "tests", "docs", ".ci"),
     *(
         "setup.cfg",
-        "setup.py",
-        "MANIFEST.in",
         "pyproject.toml",
         "README.md",
         "CONTRIBUTING.md",
@@ -71,7 +69,7 @@ def test_every_requirement_is_valid_and_every_extra_is_there(setup_cfg):
         "0.19.2",
     ]
     extras = setup_cfg["options.extras_require"]
-    assert {"te", "apex", "modelopt", "kernels", "serve", "quickstart", "test"} <= set(extras)
+    assert {"te", "apex", "modelopt", "serve", "quickstart", "test"} <= set(extras)
     for name in extras:
         assert requirements(extras[name]) or name == "apex", name
 
@@ -95,14 +93,9 @@ def test_what_makes_reports_comes_with_the_extras_that_make_them(setup_cfg):
         assert {"matplotlib", "scipy"} <= named
 
 
-def test_an_installation_holds_every_file_of_the_package(tmp_path):
-    source = tmp_path / "source"  # a build leaves folders behind: not in the checkout
-    for path in tracked():
-        if path.parts[0] == PACKAGE or len(path.parts) == 1:
-            (source / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / path, source / path)
-    (source / "README.md").touch()
-    pip = [
+def install(source: Path, site: Path) -> None:
+    """What `pip install` makes of a folder, without the network."""
+    line = [
         sys.executable,
         "-m",
         "pip",
@@ -112,23 +105,45 @@ def test_an_installation_holds_every_file_of_the_package(tmp_path):
         "--no-deps",
         "--no-build-isolation",
     ]
+    line += ["--disable-pip-version-check", "--no-compile", "--target", str(site), str(source)]
     done = subprocess.run(
-        [
-            *pip,
-            "--disable-pip-version-check",
-            "--no-compile",
-            "--target",
-            str(tmp_path / "site"),
-            str(source),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PIP_CONFIG_FILE": os.devnull},
+        line, capture_output=True, text=True, env=os.environ | {"PIP_CONFIG_FILE": os.devnull}
     )
     assert done.returncode == 0, done.stderr
-    installed = {
-        p.relative_to(tmp_path / "site") for p in (tmp_path / "site" / PACKAGE).rglob("*") if p.is_file()
-    }
-    assert installed == {path for path in tracked() if path.parts[0] == PACKAGE}
-    assert Path(PACKAGE, "serving", "modeling_qwen3_moe_zero.py") in installed
-    assert Path(PACKAGE, "evaluation", "comparison", "templates", "page.html") in installed
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """Both distributions in one folder, as pip installs them."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for path in tracked():  # a build leaves folders behind: not in the checkout
+        if path.parts[0] in (PACKAGE, "kernels") or len(path.parts) == 1:
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, source / path)
+    (source / "README.md").touch()
+    install(source, site)
+    install(source / "kernels", site)
+    return site
+
+
+def test_an_installation_holds_every_file_of_both_packages(installed):
+    found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    mine, kernels = ({path for path in found if path.parts[0] == name} for name in (PACKAGE, "zeda_kernels"))
+    assert mine == {path for path in tracked() if path.parts[0] == PACKAGE}
+    assert Path(PACKAGE, "serving", "modeling_qwen3_moe_zero.py") in mine
+    assert Path(PACKAGE, "evaluation", "comparison", "templates", "page.html") in mine
+    inside = (path.relative_to("kernels") for path in tracked() if path.parts[0] == "kernels")
+    assert kernels == {path for path in inside if path.parts[0] == "zeda_kernels"}
+    assert Path("zeda_kernels", "csrc", "api.cu") in kernels
+
+
+def test_an_installed_package_finds_the_installed_kernels(installed, tmp_path):
+    code = "from zeda_megatron.ops.expert_kernels import find; print(find().mlp.__code__.co_filename)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+    )
+    assert done.stdout.strip() == str(installed / "zeda_kernels" / "experts.py"), done.stderr

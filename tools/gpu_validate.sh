@@ -13,5 +13,12 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/env.sh"
 python=${PYTHON:-$(command -v python || command -v python3)}
+
+# This project's kernels of the checkout, unless they are installed: importable, and registered as `pip install -e` does.
+if ! "$python" -c 'from importlib.metadata import version; version("zeda_kernels")' 2>/dev/null; then
+  (cd "$root/kernels" && "$python" setup.py -q egg_info) ||
+    echo "the kernels of this checkout are left out: pip install ./kernels" >&2
+  export PYTHONPATH="$PYTHONPATH:$root/kernels"
+fi
 "$python" "$root/tools/doctor.py" || { echo "error: install what the doctor misses first" >&2; exit 2; }
 exec "$python" -m tools.gpu.validate --root "$root" "$@"

@@ -23,6 +23,7 @@ from zeda_megatron.runtime import cpu  # noqa: E402
 cpu.install()
 
 import deepep_buffer  # noqa: E402
+import own_kernels  # noqa: E402
 import tiny  # noqa: E402
 import tiny_world  # noqa: E402
 from fused_kernels import FusedKernels  # noqa: E402
@@ -38,6 +39,8 @@ from zeda_megatron.runtime.process_groups import initialize  # noqa: E402
 from zeda_megatron.runtime.whole_folder import new_folder  # noqa: E402
 from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
 from zeda_megatron.training.step import forward_model  # noqa: E402
+
+own_kernels.install()
 
 SIZES = {
     "tp": "tensor_model_parallel_size",

@@ -19,11 +19,10 @@ ROOT = Path(__file__).parents[2]
 PARTS = (
     "convert.command",
     "checkpoint.saving",
-    "evaluation.__main__",
+    "evaluation.answering.run",
     "serving.zero_expert_model",
     "fit.run",
-    "training.loop",
-    "training.stage0",
+    "training.main",
 )
 
 

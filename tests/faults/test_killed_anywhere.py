@@ -77,10 +77,10 @@ COMMANDS = {
         "--pretrained-checkpoint static --data-path rollouts.jsonl --save fit --fit-rows 5 "
         "--held-out-rows 2 --seq-length 128",
     ),
-    "evaluation of a folder": ("zeda_megatron.evaluation", f"run --model hf --output ev {ANSWERS}"),
-    "evaluation of a checkpoint": ("zeda_megatron.evaluation", f"run --model dynamic --output ev {ANSWERS}"),
+    "evaluation of a folder": ("zeda_megatron", f"evaluate run --model hf --output ev {ANSWERS}"),
+    "evaluation of a checkpoint": ("zeda_megatron", f"evaluate run --model dynamic --output ev {ANSWERS}"),
     "quantise": (QUANTIZE, "--hf exported --out out"),
-    "report": ("zeda_megatron.evaluation", "report --runs answered/teacher,answered/zeda --output page"),
+    "report": ("zeda_megatron", "evaluate report --runs answered/teacher,answered/zeda --output page"),
 }
 RANKS = {"stage 1 of two": 2}
 LONG = ("stage 1", "stage 1 in the background", "stage 2", "stage 1 of two", "fit")

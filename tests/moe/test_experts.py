@@ -1,5 +1,7 @@
 """The grouped product against a loop over experts, and its place in Megatron's checkpoints."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ import torch
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.experts import backend_for
-from zeda_megatron.ops import kernel_call
+from zeda_megatron.ops import expert_kernels
 from zeda_megatron.ops.grouped_mlp import BACKENDS, grouped_mlp
 
 H, F = 32, 16
@@ -106,9 +108,11 @@ def test_auto_takes_our_kernels_where_they_run_and_asking_for_them_in_vain_is_a_
     monkeypatch, built
 ):
     gpu, reason = torch.device("cuda", 0), None if built else "the kernels are not built"
-    monkeypatch.setattr(kernel_call, "why_not", lambda device, dtype: reason)
+    own = replace(expert_kernels.find(), why_not=lambda device, dtype: reason)
+    monkeypatch.setattr(expert_kernels, "find", lambda: own)
     assert backend_for("auto", gpu, torch.bfloat16) == ("kernels" if built else "grouped_mm")
     assert backend_for("loop", gpu, torch.bfloat16) == "loop"
+    assert backend_for("auto", torch.device("cpu"), torch.float32) == "grouped_mm"
     assert backend_for("kernels", torch.device("cpu"), torch.float32) == "kernels"
     if built:
         assert backend_for("kernels", gpu, torch.bfloat16) == "kernels"

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from zeda_megatron.ops.kernel_call import why_not
+from zeda_megatron.ops.expert_kernels import why_not
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment of a command that is to run on the CPU."""

@@ -95,7 +95,7 @@ def real_slice(run, recipe: str) -> dict:
 
 def backends(run) -> list[str]:
     """Ways to run the experts here: torch's grouped product, and this project's kernels where they were built."""
-    from zeda_megatron.ops.kernel_call import why_not
+    from zeda_megatron.ops.expert_kernels import why_not
 
     own = run.device == "cuda" and not why_not(torch.device("cuda", 0), torch.bfloat16)
     return ["grouped_mm", "kernels"] if own else ["grouped_mm"]

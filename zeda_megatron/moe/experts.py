@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from ..errors import UserError
-from ..ops import kernel_call
+from ..ops import expert_kernels
 from ..ops.grouped_mlp import BACKENDS, grouped_mlp
 
 
@@ -61,14 +61,16 @@ def choose_backend(name: str) -> str:
 
 
 def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What `--expert-backend` means there: `auto` takes our kernels where they are built and run, else grouped_mm.
+    """What `--expert-backend` means there: `auto` takes kernels where they are installed, built and run on a GPU, else
+    grouped_mm.
 
-    On the CPU `kernels` runs the reference of its operators. Raises `UserError` if a GPU cannot run them.
+    On the CPU `kernels` runs their reference. Raises `UserError` if they are not installed, or a GPU cannot run them.
     """
     choose_backend(name)
     if name == "auto":
-        return "grouped_mm" if kernel_call.why_not(device, dtype) else "kernels"
-    reason = kernel_call.why_not(device, dtype) if name == "kernels" and device.type == "cuda" else None
+        own = device.type == "cuda" and not expert_kernels.why_not(device, dtype)
+        return "kernels" if own else "grouped_mm"
+    reason = expert_kernels.why_not(device, dtype) if name == "kernels" else None
     if reason:
         raise UserError(f"--expert-backend kernels: {reason}; or use auto")
     return name

@@ -1,7 +1,7 @@
 """The expert MLP over rows sorted by expert: SwiGLU, weighted by the routing probability.
 
 `grouped_mlp` has three implementations with the same meaning: a plain loop (the reference),
-`torch.nn.functional.grouped_mm`, which is faster on the CPU too, and the kernels of `torch.ops.zeda`.
+`torch.nn.functional.grouped_mm`, which is faster on the CPU too, and kernels that another distribution brings.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .main_grad import ExpertMlpIntoMainGrad, takes_main_grad
+from .expert_kernels import installed
 
 BACKENDS = ("loop", "grouped_mm", "kernels")
 
@@ -38,7 +38,7 @@ def grouped_mlp(
         return reference_grouped_mlp(rows_RH, probs_R, counts.tolist(), fc1_weights, fc2_weights)
     ends = counts.to(rows_RH.device, non_blocking=True).cumsum(0).to(torch.int32)
     if backend == "kernels":
-        return _kernels(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
+        return installed().mlp(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
     hidden = F.grouped_mm(rows_RH, torch.stack(fc1_weights).transpose(1, 2), offs=ends)
     gate, up = hidden.chunk(2, dim=-1)
     acted = (F.silu(gate) * up * probs_R[:, None]).to(rows_RH.dtype)
@@ -46,17 +46,6 @@ def grouped_mlp(
     if output_RH.requires_grad:
         output_RH.register_hook(torch.Tensor.contiguous)  # its backward refuses an expanded gradient
     return output_RH
-
-
-def _kernels(rows_RH, probs_R, ends, fc1_weights, fc2_weights) -> torch.Tensor:
-    """On the CPU the reference of the same operators. Counts on the device are not read by the host."""
-    weights = [*fc1_weights, *fc2_weights]
-    wanted = any(tensor.requires_grad for tensor in (rows_RH, probs_R, *weights))
-    if not (wanted and torch.is_grad_enabled()):
-        return torch.ops.zeda.expert_mlp_forward(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
-    if takes_main_grad(weights):
-        return ExpertMlpIntoMainGrad.apply(rows_RH, probs_R, ends, len(fc1_weights), *weights)
-    return torch.ops.zeda.expert_mlp(rows_RH, probs_R, ends, fc1_weights, fc2_weights)[0]
 
 
 def reference_grouped_mlp(rows_RH, probs_R, counts, fc1_weights, fc2_weights) -> torch.Tensor:

@@ -65,12 +65,13 @@ def _experts(machine: Machine, te: bool) -> Route:
         )
     if machine.has_gpu and machine.kernels and _ampere(machine):
         return Route("experts", "kernels", "this project's kernels found; for --bf16 (fp32: grouped_mm)")
+    missing = "built" if machine.has("zeda_kernels") else "installed"
     return Route(
         "experts",
         "grouped_mm",
         "torch's grouped GEMM: "
         + ("no CUDA device needed" if not machine.has_gpu else "no Transformer Engine")
-        + ("" if machine.kernels else "; this project's kernels are not built (kernels/README.md)"),
+        + ("" if machine.kernels else f"; this project's kernels are not {missing} (kernels/README.md)"),
     )
 
 

@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ..errors import UserError
-from ..ops.kernel_library import find as find_kernels
+from ..ops import expert_kernels
 
 REQUIRED = (
     "megatron-core>=0.16.1,<0.20,!=0.17.*,!=0.18.*",
@@ -30,7 +30,15 @@ REQUIRED = (
     "tensorboard>=2.17",
     "tqdm>=4.66",
 )
-OPTIONAL = ("transformer-engine", "nvidia-modelopt", "flash-attn", "nvidia-cutlass", "vllm", "accelerate")
+OPTIONAL = (
+    "transformer-engine",
+    "nvidia-modelopt",
+    "flash-attn",
+    "nvidia-cutlass",
+    "vllm",
+    "accelerate",
+    "zeda_kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Machine:
     nvcc: str | None = None
     """Version of the CUDA compiler on this machine."""
     kernels: str | None = None
-    """Library of this project's kernels; None if it was not built."""
+    """Library of this project's kernels; None if they are not installed or not built."""
 
     @property
     def has_gpu(self) -> bool:
@@ -68,7 +76,8 @@ def inspect() -> Machine:
     cuda, gpus = _torch_cuda()
     problems = [_problem(line, packages[_name(line)]) for line in REQUIRED]
     try:
-        kernels = find_kernels()
+        found = expert_kernels.find()
+        kernels = found.library() if found else None
     except UserError as error:
         kernels, problems = None, [*problems, str(error)]
     return Machine(

@@ -1,0 +1,131 @@
+"""The compiled kernels, interpreted: orders of execution, the Ampere kernels, what accesses cost; and that a kernel
+with a fault in it does not pass. The numbers themselves are checked by tests/gpu, which runs interpreted too.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from groups import exact, fc1_inputs, mlp_inputs, near
+from ptx.grid import Deadlock
+from ptx.machine import Machine
+from ptx.memory import MemoryFault
+from ptx.operators import interpreted
+from ptx.traffic import Traffic
+
+import zeda_kernels.expert_ops  # noqa: F401  (registers torch.ops.zeda)
+from zeda_kernels import cuda_kernels, reference
+
+pytestmark = pytest.mark.slow
+ops = torch.ops.zeda
+COUNTS = [70, 0, 3, 130, 257, 0]
+
+
+def machine_of(interpreted_library, seed=0):
+    """The library, and a machine with kernels of its own, so that a test may spoil them."""
+    made, kernels = interpreted_library
+    own = {name: replace(kernel, instructions=list(kernel.instructions)) for name, kernel in kernels.items()}
+    return made, Machine(made.functions, own, seed)
+
+
+@pytest.mark.parametrize("tile", [0, 1])
+def test_no_order_of_warps_copies_and_products_changes_a_bit(interpreted_library, tile, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    x, fc1, probs, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
+    found = []
+    for seed in range(0, 500, 100):
+        made, machine = machine_of(interpreted_library, seed)
+        with interpreted(made, machine):
+            pre, act = ops.moe_fc1(x, fc1, probs, ends)
+            main = [torch.full((272, 264), float("nan")) for _ in COUNTS]
+            ops.grouped_wgrad_(main, pre, x, ends, False)
+            found.append([pre, act, ops.grouped_mm(x, fc1, ends), ops.grouped_dgrad(pre, fc1, ends), *main])
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, found[0]))
+    near(found[0][0], reference.grouped_mm(exact(x), exact(fc1), ends), 1e-2)
+    assert torch.equal(found[0][0], found[0][2])  # the fused product is the product
+
+
+def test_the_ampere_kernels(interpreted_library):
+    made, machine = machine_of(interpreted_library)
+    inputs = mlp_inputs(COUNTS, 136, 72, extra_rows=5, dtype=torch.bfloat16)
+    x, probs, ends, fc1, fc2 = inputs
+    wide = exact(inputs)
+    with interpreted(made, machine, arch=80):
+        out, pre = ops.expert_mlp(*inputs)
+        found = ops.expert_mlp_backward(out, x, pre, probs, ends, fc1, fc2)
+    assert not any("sm90" in name or "Sm90" in name for name in machine.launches)
+    wide_out, wide_pre = ops.expert_mlp(*wide)
+    near(out, wide_out, 1e-2)
+    expected = ops.expert_mlp_backward(out.double(), wide[0], wide_pre, *wide[1:])
+    for mine, right in zip(found, expected):
+        near(mine, right, 2e-2)
+
+
+@pytest.mark.parametrize("tile", [0, 1])
+def test_the_fused_epilogue_has_no_bank_conflicts_and_stores_whole_sectors(
+    interpreted_library, tile, monkeypatch
+):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    made, machine = machine_of(interpreted_library)
+    traffic = Traffic()
+    x, fc1, probs, ends = fc1_inputs(COUNTS, 128, 264, extra_rows=5)
+    with interpreted(made, machine):
+        ops.moe_fc1(x, fc1, probs, ends)  # compiled
+        machine.observe = traffic.see
+        pre, act = x.new_empty(len(x), 256), x.new_empty(len(x), 128)
+        cuda_kernels._fused_fc1(x, fc1, probs, ends, pre, act, cuda_kernels._fc1_workspace(x, fc1))
+    assert traffic.turns == traffic.least and any(op.startswith("stmatrix") for op in traffic.turns)
+    stores = [op for op in traffic.sectors if op.startswith("st.global.v4")]
+    maps = 8 * len(COUNTS)  # the tensor maps of the experts, each thread its own
+    assert stores and sum(traffic.bytes[op] for op in stores) >= sum(COUNTS) * 3 * 128 * 2
+    assert sum(32 * traffic.sectors[op] - traffic.bytes[op] for op in stores) <= maps * 16
+
+
+NO = "griddepcontrol.wait"
+FAULTS = {
+    "no wait for the copies": ("mbarrier.try_wait", "setp.eq.u32"),
+    "no wait for the product": ("wgmma.wait_group", NO),
+    "no fence before tensor maps": ("fence.proxy.tensormap::generic.acquire", NO),
+    "stages never given back": ("mbarrier.arrive.shared::cluster", NO),
+    "copies never announced": ("mbarrier.arrive.expect_tx", NO),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("tile", [0, 1])
+def test_a_fused_kernel_with_a_fault_is_found_out(interpreted_library, fault, tile, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    made, machine = machine_of(interpreted_library)
+    changed = 0
+    for kernel in machine.kernels.values():
+        for i, inst in enumerate(kernel.instructions):
+            if "fc1" in kernel.name and inst.opcode.startswith(FAULTS[fault][0]):
+                kernel.instructions[i], changed = _faulty(inst, FAULTS[fault][1]), changed + 1
+    assert changed
+    x, fc1, probs, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
+    with interpreted(made, machine):
+        try:
+            pre, _ = ops.moe_fc1(x, fc1, probs, ends)
+        except (MemoryFault, Deadlock):
+            return
+    expected = reference.grouped_mm(exact(x), exact(fc1), ends)
+    assert not pre.isfinite().all() or (pre.double() - expected).norm() > 0.1 * expected.norm()
+
+
+def _faulty(inst, opcode):
+    if opcode == NO:
+        return replace(inst, opcode=NO, operands=())
+    out, _, parity, *_ = inst.operands
+    return replace(inst, opcode=opcode, operands=(out, parity, parity))  # waited for: always
+
+
+def test_products_that_are_stored_without_a_fence_are_found_out(interpreted_library):
+    made, machine = machine_of(interpreted_library)
+    for kernel in machine.kernels.values():
+        for i, inst in enumerate(kernel.instructions):
+            if inst.opcode.startswith("fence.proxy.async"):
+                kernel.instructions[i] = replace(inst, opcode=NO, operands=())
+    x, fc1, _, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
+    with interpreted(made, machine), pytest.raises(MemoryFault, match=r"no fence\.proxy\.async"):
+        ops.grouped_mm(x, fc1, ends)
