@@ -85,8 +85,14 @@ def test_no_extra_installs_the_unrelated_apex_of_pypi(setup_cfg):
 
 def test_tools_of_the_tests_are_pinned(setup_cfg):
     pins = {r.name: str(r.specifier) for r in requirements(setup_cfg["options.extras_require"]["test"])}
-    for tool in ("pytest", "pytest-timeout", "ruff"):
+    for tool in ("pytest", "pytest-timeout", "ruff", "matplotlib", "scipy"):
         assert pins[tool].startswith("=="), tool
+
+
+def test_what_makes_reports_comes_with_the_extras_that_make_them(setup_cfg):
+    for extra in ("quickstart", "evaluation"):
+        named = {r.name for r in requirements(setup_cfg["options.extras_require"][extra])}
+        assert {"matplotlib", "scipy"} <= named
 
 
 def install(source: Path, site: Path) -> None:
@@ -127,6 +133,7 @@ def test_an_installation_holds_every_file_of_both_packages(installed):
     mine, kernels = ({path for path in found if path.parts[0] == name} for name in (PACKAGE, "zeda_kernels"))
     assert mine == {path for path in tracked() if path.parts[0] == PACKAGE}
     assert Path(PACKAGE, "serving", "modeling_qwen3_moe_zero.py") in mine
+    assert Path(PACKAGE, "evaluation", "comparison", "templates", "page.html") in mine
     inside = (path.relative_to("kernels") for path in tracked() if path.parts[0] == "kernels")
     assert kernels == {path for path in inside if path.parts[0] == "zeda_kernels"}
     assert Path("zeda_kernels", "csrc", "api.cu") in kernels

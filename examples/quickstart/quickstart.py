@@ -199,6 +199,11 @@ def chosen(args: argparse.Namespace) -> list[Arm]:
 
 def main() -> int:
     args = parse_arguments()
+    from report.report import (  # what the report lacks ends the walk here, not after it
+        format_table,
+        write_report,
+    )
+
     arms = chosen(args)
     for flag, path in (("--teacher", args.teacher), ("--prompts", args.prompts), ("--heldout", args.heldout)):
         if not path.exists():
@@ -251,8 +256,6 @@ def main() -> int:
         "commands": walk.commands,
     }
     histories = {arm.name: history_of(out, arm) for arm in arms if arm.train and arm.name in results}
-    from zeda_megatron.evaluation.report import format_table, write_report
-
     _, page = write_report(report, histories, out)
     print()
     print(format_table(report))
@@ -267,4 +270,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from zeda_megatron.runtime.worker import run_worker
+
+    run_worker(main)

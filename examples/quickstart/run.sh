@@ -8,5 +8,5 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../../launch/venv.sh"
-zeda_venv
+zeda_venv quickstart
 exec "$PYTHON" "$HERE/quickstart.py" "$@"

@@ -194,6 +194,71 @@ def test_seeds_of_an_arm_become_a_mean_and_a_spread():
     assert "seeds" not in arms["a_75"] and "seeds" not in arms["b"]
 
 
+def test_the_picture_of_the_readme_shows_the_committed_report():
+    sys.path.insert(0, str(QUICKSTART))
+    from picture import LINES, POINTS, picture, where
+    from readme_table import FRONTIER
+
+    report = json.loads((QUICKSTART / "results" / "report.json").read_text())
+    text = (ROOT / "docs" / "frontier.svg").read_text()
+    assert "docs/frontier.svg" in (ROOT / "README.md").read_text()
+    names = [*POINTS, *(name for line in LINES for name in FRONTIER[line].values())]
+    told = {name: where(report["arms"][name]) for name in names}
+    shown = {f"{name}: {skipped:.1%} skipped, KL {kl:.4f}" for name, (skipped, kl) in told.items()}
+    for drawing in (text, picture(report)):
+        assert set(re.findall("<title>(.*?)</title>", drawing)) == shown
+        assert "prefers-color-scheme:dark" in drawing and not re.search(
+            r"url\((?!#)|<script|href=\"http", drawing
+        )
+
+
+def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
+    """Everything that the steps make is there, with the figures of the committed report: what is left is the report."""
+    report = json.loads((QUICKSTART / "results" / "report.json").read_text())
+    arms = ("paired_untrained", "net_kl", "zeda_stage1_kl")
+    for name in ("static", "dynamic", "paired", "rollouts.done", "hf"):
+        (tmp_path / name).touch()
+    (tmp_path / "measured").mkdir()
+    check = report["environment"]["export_check"]
+    measured = {
+        "teacher": report["teacher"],
+        "export_check": check,
+        **{arm: report["arms"][arm] for arm in arms},
+    }
+    for name, figures in measured.items():
+        (tmp_path / "measured" / f"{name}.json").write_text(json.dumps(figures))
+    lines = [
+        {"step": i, "consumed_tokens": 10 * i, "seconds": 0.5, "kd_loss": 1 / i, "zero_share": 0.5}
+        for i in (1, 2, 3)
+    ]
+    for name in ("net_kl", "zeda_stage1_kl"):
+        folder = tmp_path / "arms" / name
+        folder.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text("3")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [
+        sys.executable,
+        str(QUICKSTART / "quickstart.py"),
+        "--out",
+        str(tmp_path),
+        "--arms",
+        ",".join(arms),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        list(made) == ["environment", "teacher", "arms", "commands"] and made["teacher"] == report["teacher"]
+    )
+    assert made["environment"]["export_check"] == check
+    for arm in arms:
+        cost = {"adapt_tokens": 0, "adapt_seconds": 0} if arm == "paired_untrained" else {}
+        cost = cost or {"adapt_tokens": 30, "adapt_seconds": 1.5}
+        assert made["arms"][arm] == {**report["arms"][arm], **cost}
+    assert "net_kl" in done.stdout and str(tmp_path / "report.html") in done.stdout
+    assert '"loss per token over step"' in (tmp_path / "report.html").read_text()
+
+
 ARMS = {
     "qwen3": {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl", "zeda_stage2"},
     "glm": {"static_topk_half", "net_kl", "zeda_stage1_kl", "zeda_stage2"},

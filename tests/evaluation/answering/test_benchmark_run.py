@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from zeda_megatron.evaluation.__main__ import main
 
 from examples.rivals.reap import PruneOptions
+from zeda_megatron.__main__ import main
 from zeda_megatron.config.arguments import parse
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.answering import run as run_module
-from zeda_megatron.evaluation.answering.engine import About, Answer
+from zeda_megatron.evaluation.answering.engine import About, Answer, Origin
 from zeda_megatron.evaluation.answering.options import RunOptions
 from zeda_megatron.evaluation.answering.run import run
 from zeda_megatron.evaluation.comparison.report import ReportOptions, make_report
@@ -79,6 +80,21 @@ def go(tmp_path, data, monkeypatch):
         return stub
 
     return start
+
+
+def test_a_run_writes_down_what_its_model_is_and_an_older_run_goes_on_without(go, tmp_path):
+    stub = Stub()
+    stub.about = replace(stub.about, origin=Origin(True, 900))
+    go("run", stub)
+    file = tmp_path / "run" / "run.json"
+    about = json.loads(file.read_text())
+    assert about["origin"] == {"zero_experts": True, "adapted_steps": 900}
+    arm = make_report([str(tmp_path / "run")])["arms"]["stub"]
+    assert (arm["zero_experts"], arm["adapted_steps"]) == (True, 900)
+    file.write_text(json.dumps({key: value for key, value in about.items() if key != "origin"}))
+    go("run", stub)
+    arm = make_report([str(tmp_path / "run")])["arms"]["stub"]
+    assert (arm["zero_experts"], arm["adapted_steps"]) == (None, None)
 
 
 def figures(folder) -> dict:
@@ -196,7 +212,7 @@ def test_two_runs_do_not_work_in_one_folder(go, tmp_path):
 def test_a_setting_of_another_engine_is_refused(flags, engine):
     asked = ["--benchmarks", "tasks", "--model", "x", "--output", "y", "--engine", engine]
     with pytest.raises(UserError, match=f"{flags[0]} .* means nothing to --engine {engine}"):
-        main(["run", *asked, *flags])
+        main(["evaluate", "run", *asked, *flags])
 
 
 def test_the_papers_sampling_is_the_default(go, tmp_path):
@@ -220,13 +236,13 @@ def test_the_papers_sampling_is_the_default(go, tmp_path):
 )
 def test_mistakes_are_one_line(flags, message):
     with pytest.raises(UserError, match=message) as error:
-        main(["run", *flags])
+        main(["evaluate", "run", *flags])
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_command_is_named():
-    with pytest.raises(UserError, match="walk is no command"):
-        main(["walk"])
+    with pytest.raises(UserError, match="zeda evaluate needs one of run, report"):
+        main(["evaluate", "walk"])
 
 
 def documented() -> list[list[str]]:
@@ -234,19 +250,21 @@ def documented() -> list[list[str]]:
     page = Path(__file__).parents[3] / "docs" / "evaluation.md"
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
     return [
-        shlex.split(line, comments=True) for line in blocks.splitlines() if "zeda_megatron.evaluation" in line
+        shlex.split(line, comments=True)
+        for line in blocks.splitlines()
+        if "zeda evaluate" in line or ".reap" in line
     ]
 
 
 @pytest.mark.parametrize("words", documented(), ids=lambda words: " ".join(words[2:])[:50])
 def test_every_documented_command_is_understood(words):
     groups = {"run": {"run": RunOptions}, "report": {"report": ReportOptions}}
-    if words[2].endswith(".reap"):
+    if words[:2] == ["python", "-m"]:
         assert parse(words[3:], {"reap": PruneOptions})["reap"].fraction == 0.25
-    elif words[3] != "sandbox":
-        made = parse(words[4:], groups[words[3]])[words[3]]
-        assert made.output
-    assert words[:2] == ["python", "-m"]
+        return
+    assert words[:2] == ["zeda", "evaluate"]
+    if words[2] in groups:
+        assert parse(words[3:], groups[words[2]])[words[2]].output
 
 
 def command(world, data, output, *more) -> list[str]:
@@ -263,7 +281,7 @@ def command(world, data, output, *more) -> list[str]:
         "--seed",
         "3",
     ]
-    return [sys.executable, "-m", "zeda_megatron.evaluation", "run", *flags, *more]
+    return [sys.executable, "-m", "zeda_megatron", "evaluate", "run", *flags, *more]
 
 
 def test_a_real_run_killed_and_resumed_gives_the_same_report(world, data, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.answering.engine import Request, stream_of
+from zeda_megatron.evaluation.answering.engine import Origin, Request, stream_of
 from zeda_megatron.evaluation.answering.fingerprint import fingerprint
 from zeda_megatron.evaluation.answering.megatron_engine import MegatronEngine
 from zeda_megatron.evaluation.answering.openai_engine import OpenAIEngine
@@ -82,6 +82,7 @@ def test_a_pick_rule_and_the_mask_show_in_the_share(world, one_process):
     masked = megatron(world.dynamic, mask=True)
     assert [answer.zero_share for answer in masked.answer(REQUESTS, sampling)] == [0.0] * 4
     assert masked.about.settings["mask"] is True
+    assert masked.about.origin == Origin(zero_experts=False, adapted_steps=0)
 
 
 def test_the_dial_turns(dynamic_hf, world):
@@ -95,6 +96,7 @@ def test_heads_of_paired_experts_are_counted(paired_export, one_process):
     # 8 experts, 3 picks, 16 wide, a gated MLP has three matrices: 8 / (3 * 3 * 16).
     assert TransformersEngine(str(paired_export[1])).about.head_flops == pytest.approx(8 / 144)
     assert megatron(paired_export[0]).about.head_flops == pytest.approx(8 / 144)
+    assert megatron(paired_export[0]).about.origin.zero_experts is True
 
 
 def test_a_dial_the_model_refuses_is_told(dynamic_hf, paired_export):
@@ -321,7 +323,7 @@ def test_a_server_is_asked_as_the_paper_samples(server, dynamic_hf):
     assert len({order["seed"] for order, _ in server.seen}) == len(REQUESTS)
     assert all(answer.tokens > 0 and 0 < answer.zero_share < 1 for answer in answers)
     same(answers, engine.answer(REQUESTS, SAMPLING))
-    assert engine.about.config["zce_nums"] == [4]
+    assert engine.about.config["zce_nums"] == [4] and engine.about.origin.zero_experts is True
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_told(server, quick, monkeypatch):

@@ -121,6 +121,8 @@ VALUES = {
     **values("run.json", "parallel", [*NO_COUNT, 0]),
     **values("run.json", "environment", [*NO_OBJECT, None, {"torch": 2}]),
     **values("run.json", "config", NO_OBJECT),
+    **values("run.json", "origin/zero_experts", [1, 0, "true", [], {}]),
+    **values("run.json", "origin/adapted_steps", ["5", True, -1, 1.5, [], Raw("NaN"), Raw(LONG)]),
     **values("tasks/benchmark.json", "identity", [*NO_OBJECT, None, {}]),
     **values("tasks/benchmark.json", "identity/benchmark", NO_TEXT),
     **values("tasks/benchmark.json", "identity/questions", NO_TEXT),

@@ -2,12 +2,14 @@
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 from run_folders import write_run
 
 from zeda_megatron.errors import UserError
+from zeda_megatron.evaluation.comparison.page import render
 from zeda_megatron.evaluation.comparison.report import ReportOptions, format_table, make_report, report
 
 
@@ -84,6 +86,16 @@ def test_other_questions_are_not_compared(tmp_path):
     assert row["benchmarks"]["gsm8k"]["difference"] is None and row["difference"] is None
 
 
+DARK = r"(?s)prefers-color-scheme:dark\)\{(.*?)\}\}"
+
+
+def tell(folder, zero_experts, adapted_steps):
+    """Write into a run what it was."""
+    about = json.loads((folder / "run.json").read_text())
+    about["origin"] = {"zero_experts": zero_experts, "adapted_steps": adapted_steps}
+    (folder / "run.json").write_text(json.dumps(about))
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -91,13 +103,16 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "wbr", "rect", "circle", "path"):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
+        # Plots refer to shapes of their own.
+        self.links += [v for name, v in attrs if name in ("src", "href") and not v.startswith("#")]
+
+    def handle_startendtag(self, tag, attrs):
+        self.links += [v for name, v in attrs if name in ("src", "href") and not v.startswith("#")]
 
     def handle_endtag(self, tag):
-        if tag not in ("rect", "circle", "path"):
-            assert self.open.pop() == tag
+        assert self.open.pop() == tag
 
 
 def test_the_page_stands_alone_and_shows_every_arm(tmp_path, capsys):
@@ -106,10 +121,12 @@ def test_the_page_stands_alone_and_shows_every_arm(tmp_path, capsys):
     text = (out / "benchmarks.html").read_text()
     page = Page(text)
     assert page.open == [] and page.links == [] and "<script" not in text and "http" not in text
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert [drawing.count("<title>") for drawing in re.findall(r"<svg.*?</svg>", text)] == [3, 3]
     made = json.loads((out / "benchmarks.json").read_text())
     for name in made["arms"]:
         assert name.replace("_", "_<wbr>") in text
-    assert made["choice"]["sentence"] in re.sub(r"&#x27;", "'", text)
+    assert made["choice"]["sentence"] in unescape(text)
     printed = capsys.readouterr().out
     assert made["choice"]["sentence"] in printed and "83.3 [" in printed
 
@@ -117,9 +134,8 @@ def test_the_page_stands_alone_and_shows_every_arm(tmp_path, capsys):
 def test_names_of_arms_cannot_break_the_page(tmp_path):
     folder = write_run(tmp_path / "x", "<b>&arm", {"gsm8k": {"q0": [True]}}, share=0.1)
     made = make_report([str(folder)])
-    from zeda_megatron.evaluation.comparison.page import render
-
-    assert "<b>&arm" not in render(made) and "&lt;b&gt;&amp;arm" in render(made)
+    text = render(made)
+    assert "<b>&arm" not in text and text.count("&lt;b&gt;&amp;arm") >= 6
     assert "<b>&arm" in format_table(made)
 
 
@@ -136,7 +152,55 @@ def test_what_is_no_run_is_named(tmp_path):
             report(ReportOptions(folders[0], str(tmp_path / "out"), margin))
 
 
-def test_what_the_models_own_files_tell_stands_in_the_figures(tmp_path):
+def test_the_page_works_in_light_and_dark_and_on_narrow_windows(tmp_path):
+    text = render(make_report(runs(tmp_path)))
+    assert "prefers-color-scheme:dark" in text and "max-width:680px" in text and "width=device-width" in text
+    used = set(re.findall(r"var\((--[a-z]+\d*)\)", text)) - {"--a", "--c"}
+    assert {"--ink", "--card", "--c1", "--c2"} <= used
+    light, dark = (
+        set(re.findall(r"(--[a-z]+\d*):[#\d]", part)) for part in (text, "".join(re.findall(DARK, text)))
+    )
+    assert used <= light and used <= dark
+    assert not re.search(r"#01[0-9a-f]{4}", text)
+
+
+def test_a_run_tells_what_it_was_and_its_name_does_not(tmp_path):
+    folders = runs(tmp_path)
+    for place, origin in (("z", (True, 900)), ("r", (False, 0))):
+        tell(tmp_path / place, *origin)
+    arms = make_report(folders)["arms"]
+    assert (arms["paired_kl"]["zero_experts"], arms["paired_kl"]["adapted_steps"]) == (True, 900)
+    text = render(make_report(folders))
+    assert "zero experts, 900 steps" in text and "no zero experts, not trained" in text
+
+
+def test_flags_tell_what_no_file_does_and_contradict_none(tmp_path):
+    folders = runs(tmp_path)
+    tell(tmp_path / "z", None, None)
+    arm = make_report(folders, untrained=["paired_kl"], static=["paired_kl"])["arms"]["paired_kl"]
+    assert (arm["zero_experts"], arm["adapted_steps"]) == (False, 0)
+    tell(tmp_path / "z", True, 900)
+    with pytest.raises(UserError, match="--untrained paired_kl: its own files tell adapted_steps 900"):
+        make_report(folders, untrained=["paired_kl"])
+    with pytest.raises(UserError, match="--static paired_kl: its own files tell zero_experts True"):
+        make_report(folders, static=["paired_kl"])
+    with pytest.raises(
+        UserError, match="--static mine: no run is of this arm; there are teacher, paired_kl, reap"
+    ):
+        make_report(folders, static=["mine"])
+
+
+def test_any_arm_can_be_what_the_others_are_compared_to(tmp_path):
+    folders = runs(tmp_path)
+    made = make_report(folders, teacher="reap_50")
+    assert made["teacher"] == "reap_50" and next(iter(made["arms"])) == "reap_50"
+    assert made["arms"]["teacher"]["difference"]["value"] == pytest.approx(1 / 24)
+    assert made["arms"]["reap_50"]["difference"] is None
+    with pytest.raises(UserError, match="--teacher base: no run is of this arm"):
+        make_report(folders, teacher="base")
+
+
+def test_what_an_older_run_did_not_write_down_its_models_own_files_tell(tmp_path):
     folders = runs(tmp_path)
     file = tmp_path / "z" / "run.json"
     about = json.loads(file.read_text())

@@ -2,17 +2,18 @@
 
 import pytest
 
-from zeda_megatron.evaluation.comparison.choice import MARGIN, choose, effort
+from zeda_megatron.evaluation.comparison.choice import MARGIN, choose
 
 
-def arm(value, half, flops=0.5, weights=1.0) -> dict:
+def arm(value, half, flops=0.5, weights=1.0, zero_experts=True, steps=100) -> dict:
     gap = {"value": value, "low": value - half, "high": value + half}
-    return {"difference": gap, "expert_flops": flops, "expert_weights": weights}
+    told = {"zero_experts": zero_experts, "adapted_steps": steps}
+    return {"difference": gap, "expert_flops": flops, "expert_weights": weights, **told}
 
 
 def figures(**arms) -> dict:
     teacher = {"difference": None, "expert_flops": 1.0, "expert_weights": 1.0}
-    return {"arms": {"teacher": teacher, **arms}}
+    return {"teacher": "teacher", "arms": {"teacher": teacher, **arms}}
 
 
 def test_the_good_arm_that_saves_most_is_chosen():
@@ -28,7 +29,7 @@ def test_an_arm_whose_loss_is_not_ruled_out_is_not_chosen():
 
 
 def test_less_work_decides_between_arms_that_save_alike():
-    two = figures(zeda_stage2=arm(0.001, 0.01, 0.49), paired_untrained=arm(-0.005, 0.01, 0.51))
+    two = figures(zeda_stage2=arm(0.001, 0.01, 0.49), paired_untrained=arm(-0.005, 0.01, 0.51, steps=0))
     made = choose(two)
     assert made.arm == "paired_untrained" and "zeda_stage2 saves as much and takes more work" in made.sentence
     same = choose(figures(zeda_stage1_kl=arm(-0.005, 0.01), paired_kl=arm(0.001, 0.01)))
@@ -36,13 +37,13 @@ def test_less_work_decides_between_arms_that_save_alike():
 
 
 def test_a_baseline_that_does_as_well_wins_and_is_called_simpler():
-    made = choose(figures(net_kl=arm(0.0, 0.01, 0.5), paired_kl=arm(-0.04, 0.01, 0.5)))
+    made = choose(figures(net_kl=arm(0.0, 0.01, 0.5, zero_experts=False), paired_kl=arm(-0.04, 0.01, 0.5)))
     assert (made.verdict, made.arm) == ("simpler", "net_kl")
     assert "simpler than zero experts" in made.sentence
 
 
 def test_pruning_is_chosen_for_memory_when_nothing_saves_flops():
-    made = choose(figures(reap_25=arm(-0.001, 0.01, 1.0, 0.75), paired_kl=arm(-0.05, 0.01)))
+    made = choose(figures(reap_25=arm(-0.001, 0.01, 1.0, 0.75, False, 0), paired_kl=arm(-0.05, 0.01)))
     assert (made.verdict, made.arm) == ("weights", "reap_25")
     assert "75% of the expert weights" in made.sentence and "100% of the expert FLOPs" in made.sentence
 
@@ -64,7 +65,10 @@ def test_the_teacher_stays_when_every_arm_loses():
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"arms": {"paired_kl": arm(0.0, 0.01)}}, "no run of the teacher"),
+        (
+            {"teacher": "teacher", "arms": {"paired_kl": arm(0.0, 0.01)}},
+            "no run of the teacher (--teacher names it)",
+        ),
         (figures(), "no arm that has answered the teacher's questions"),
         (
             figures(paired_kl={**arm(0, 0), "difference": None}),
@@ -86,18 +90,27 @@ def test_the_margin_can_be_moved():
     assert choose(what, MARGIN).verdict == "undecided" and choose(what, 0.05).verdict == "arm"
 
 
-def test_effort_goes_by_what_an_arm_needs():
-    names = ("top_p", "paired_untrained", "paired_kl", "net_kl_seed2", "zeda_stage2", "paired_kl_4x")
-    assert [effort(name) for name in names] == [0, 0, 1, 1, 2, 2]
+def test_what_an_arm_is_stands_in_its_facts_and_not_in_its_name():
+    trained, fitted = arm(0.0, 0.01, steps=900), arm(-0.001, 0.01, steps=0)
+    made = choose(figures(my_run=trained, other=fitted))
+    assert made.arm == "other" and "my_run saves as much and takes more work" in made.sentence
+    made = choose(figures(paired_untrained=trained, zeda_stage2_4x=fitted))
+    assert (
+        made.arm == "zeda_stage2_4x" and "paired_untrained saves as much and takes more work" in made.sentence
+    )
+    for name in ("my_cut", "zeda_stage1_kl"):
+        made = choose(figures(**{name: arm(0.001, 0.01, 0.4, zero_experts=False)}, my_run=trained))
+        assert (made.verdict, made.arm) == ("simpler", name) and "simpler than zero experts" in made.sentence
 
 
-def test_what_the_models_files_tell_goes_before_names():
-    mine = {**arm(0.0, 0.01), "zero_experts": True, "adapted_steps": 900}
-    cheap = {**arm(-0.001, 0.01), "zero_experts": True, "adapted_steps": 0}
-    made = choose(figures(my_run=mine, fitted=cheap))
-    assert made.arm == "fitted" and "my_run saves as much and takes more work" in made.sentence
-    plain = {**arm(0.001, 0.01, 0.4), "zero_experts": False, "adapted_steps": 50}
-    made = choose(figures(my_cut=plain, my_run=mine))
-    assert (made.verdict, made.arm) == ("simpler", "my_cut") and "simpler than zero experts" in made.sentence
-    unknown = {**arm(0.002, 0.01, 0.4), "zero_experts": None, "adapted_steps": None}  # behind a server
-    assert choose(figures(paired_kl_4x=unknown, my_cut=plain)).arm == "my_cut"  # by names then: 2 and 1
+def test_an_arm_of_which_nobody_knows_counts_as_trained_for_longest_and_as_with_zero_experts():
+    unknown, plain = arm(0.002, 0.01, zero_experts=None, steps=None), arm(0.001, 0.01, steps=100_000)
+    made = choose(figures(static_topk_half=unknown, my_run=plain))
+    assert made.arm == "my_run" and "static_topk_half saves as much and takes more work" in made.sentence
+    assert choose(figures(net_kl=unknown)).verdict == "arm"
+
+
+def test_the_teacher_may_have_any_name():
+    what = figures(mine=arm(-0.06, 0.01))
+    what = {"teacher": "base", "arms": {"base": what["arms"]["teacher"], "mine": what["arms"]["mine"]}}
+    assert (choose(what).verdict, choose(what).arm) == ("teacher", "base")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ...config.generate import SamplingConfig
 from ...data.records import Message
+from ...models.hf_config import adapted_steps_of, zero_experts_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,23 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What an arm is, whatever it is called: its model's own files tell."""
+
+    zero_experts: bool | None = None
+    """Whether it answers with zero experts; None: nobody knows (a server's)."""
+    adapted_steps: int | None = None
+    """Steps that it has been distilled for, 0: an original; None: nobody knows."""
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any] | None) -> Origin:
+        """What a config.json tells. Raises `UserError` for keys that make no sense."""
+        if config is None:
+            return cls()
+        return cls(bool(zero_experts_of(config).num_zero_experts), adapted_steps_of(config))
+
+
+@dataclass(frozen=True)
 class About:
     """What is known of the model that answers."""
 
@@ -52,6 +70,7 @@ class About:
     """Heads of paired zero experts, as a share of the static model's expert FLOPs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What else decides its answers: pick rule, dial, type of numbers."""
+    origin: Origin = Origin()
     prompts: Callable[[list[list[Message]]], str] = field(default=lambda conversations: "", repr=False)
     """A hash over conversations as the model gets them: who changes the chat template, the tokenizer or the end tokens
     makes another run. Empty where a server keeps them to itself."""

@@ -6,8 +6,10 @@ import torch
 
 from ...config.generate import SamplingConfig
 from ...errors import UserError
+from ...models.on_disk import ModelFacts, read_facts
+from ...models.origin import adapted_steps
 from ...runtime import process_groups
-from .engine import About, Answer, Request
+from .engine import About, Answer, Origin, Request
 from .fingerprint import fingerprint
 from .prompts import ChatPrompts
 
@@ -37,7 +39,10 @@ class MegatronEngine:
         heads = 0.0 if options.mask else head_cost(self.chunk)
         settings = {"mask": options.mask, "rule": rule, **dial, "template_args": options.chat_variables}
         settings["device"] = process_groups.device().type
-        known = fingerprint(options.model), heads, settings, self.prompts.digest
+        facts = read_facts(options.model) or ModelFacts()
+        dynamic = bool(facts.num_zero_experts) and not options.mask
+        origin = Origin(dynamic, adapted_steps(options.model, "--model"))
+        known = fingerprint(options.model), heads, settings, origin, self.prompts.digest
         self.about = About(options.model, self.arch.hf, *known)
         self.skips = rule is not None or not options.mask
 

@@ -15,7 +15,7 @@ from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
 from ...errors import UserError
 from ...strict_json import is_int, is_number, read_json
-from .engine import About, Answer, Request
+from .engine import About, Answer, Origin, Request
 from .fetch import Refused, fetch
 from .prompts import END, THINK, ChatPrompts
 from .transformers_engine import head_flops
@@ -69,7 +69,8 @@ class OpenAIEngine:
         heads = head_flops(config) if config else 0.0
         settings = {"template_args": self.template_args} if self.template_args else {}
         known = {"prompts": self.prompts.digest} if self.prompts else {}
-        self.about = About(self.url, config, f"served as {self.model}", heads, settings, **known)
+        name, origin = f"served as {self.model}", Origin.of_config(config)
+        self.about = About(self.url, config, name, heads, settings, origin, **known)
 
     def _only_model(self) -> str:
         listed = self._call("/models", None).get("data")

@@ -58,6 +58,7 @@ def claim_run(output: Path, engine: Engine, name: str, arm: str, seed: int, abou
         "parallel": engine.parallel,
         "environment": about,
         "config": engine.about.config,
+        "origin": asdict(engine.about.origin),
     }
     _claim(output / RUN, facts, read_run_facts)
 

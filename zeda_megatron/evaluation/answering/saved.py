@@ -47,6 +47,13 @@ _RUN: dict[str, Check] = {
     "environment": _TEXTS,
     "config": ("an object or null", lambda value: value is None or isinstance(value, dict)),
 }
+_ORIGIN: dict[str, Check] = {
+    "zero_experts": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
+    "adapted_steps": (
+        "null or a whole number from 0",
+        lambda value: value is None or (is_int(value) and 0 <= value < _MOST),
+    ),
+}
 _RUN_IDENTITY: dict[str, Check] = {
     "engine": _TEXT,
     "arm": _TEXT,
@@ -91,6 +98,8 @@ def read_run_facts(file: Path) -> dict[str, Any]:
     """run.json. Raises `UserError` naming file and key, as all of these do."""
     facts = _checked(read_json(file), _RUN, f"{file}")
     _checked(facts["identity"], _RUN_IDENTITY, f"{file}: identity")
+    if "origin" in facts:  # runs of older versions have none
+        _checked(facts["origin"], _ORIGIN, f"{file}: origin")
     return facts
 
 

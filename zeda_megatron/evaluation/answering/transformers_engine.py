@@ -13,7 +13,7 @@ from ...distill.sampling import Sampler
 from ...errors import UserError
 from ...strict_json import read_json
 from ..quality.left_padding import left_padded, until_stop
-from .engine import About, Answer, Request
+from .engine import About, Answer, Origin, Request
 from .fingerprint import fingerprint
 from .prompts import ChatPrompts
 from .row_shares import RowShares
@@ -52,7 +52,13 @@ class TransformersEngine:
         settings = {"dtype": str(self.model.dtype).removeprefix("torch."), "dial": dial}
         settings |= {"template_args": template_args or {}, "device": self.device.type}
         self.prompts = ChatPrompts(self.tokenizer)
-        known = fingerprint(folder), head_flops(config), settings, self.prompts.digest
+        known = (
+            fingerprint(folder),
+            head_flops(config),
+            settings,
+            Origin.of_config(config),
+            self.prompts.digest,
+        )
         self.about = About(folder, config, *known)
 
     @torch.no_grad()

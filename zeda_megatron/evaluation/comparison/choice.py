@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-
-from ..legend import ARMS, family, legend
-from .results import TEACHER
 
 MARGIN = 0.02
 """Loss of accuracy that counts as none, averaged over the benchmarks."""
@@ -15,7 +11,6 @@ SAVES = 0.05
 """Expert FLOPs (or weights) that an arm must save to be worth anything."""
 ALIKE = 0.03
 """Arms whose expert FLOPs differ by less save the same."""
-_LONG = re.compile(r"stage2|_more|_4x")
 
 
 @dataclass(frozen=True)
@@ -30,15 +25,17 @@ class Choice:
 
 
 def choose(figures: dict, margin: float = MARGIN) -> Choice:
-    """Apply the rule to `figures.compare`'s result."""
+    """Apply the rule to `figures.compare`'s result. What an arm is, its model's files tell and never its name: where
+    nobody does, it counts as trained for longer than all that tell, and as one with zero experts."""
+    teacher = figures["teacher"]
     known = {
         name: arm
         for name, arm in figures["arms"].items()
-        if name != TEACHER and arm["difference"] is not None and arm["expert_flops"] is not None
+        if name != teacher and arm["difference"] is not None and arm["expert_flops"] is not None
     }
-    if TEACHER not in figures["arms"] or not known:
-        missing = "no run of the teacher"
-        if TEACHER in figures["arms"]:
+    if teacher not in figures["arms"] or not known:
+        missing = "no run of the teacher (--teacher names it)"
+        if teacher in figures["arms"]:
             missing = "no arm that has answered the teacher's questions and whose zero share is known"
         return Choice("nothing", None, f"Nothing to choose yet: there is {missing}.")
     good = {name: arm for name, arm in known.items() if arm["difference"]["low"] >= -margin}
@@ -61,7 +58,7 @@ def choose(figures: dict, margin: float = MARGIN) -> Choice:
     name = max(known, key=lambda one: (known[one]["difference"]["value"], one))
     return Choice(
         "teacher",
-        TEACHER,
+        teacher,
         f"I would keep the teacher: every arm loses more than {_points(margin)}; the closest is {name} "
         f"({_gap(known[name])}).",
     )
@@ -70,9 +67,9 @@ def choose(figures: dict, margin: float = MARGIN) -> Choice:
 def _pick(savers: dict, known: dict, margin: float) -> Choice:
     least = min(arm["expert_flops"] for arm in savers.values())
     alike = {name: arm for name, arm in savers.items() if arm["expert_flops"] <= least + ALIKE}
-    efforts = _efforts(alike)
+    efforts = {name: _effort(arm) for name, arm in alike.items()}
     name = min(alike, key=lambda one: (efforts[one], -alike[one]["difference"]["value"], one))
-    arm, baseline = alike[name], _is_baseline(name, alike[name])
+    arm, baseline = alike[name], is_baseline(alike[name])
     sentence = (
         f"I would choose {name}: {_gap(arm)}, at {arm['expert_flops']:.0%} of the expert FLOPs; a loss of more than "
         f"{_points(margin)} is ruled out."
@@ -82,7 +79,7 @@ def _pick(savers: dict, known: dict, margin: float) -> Choice:
         first = max(others, key=lambda one: (alike[one]["difference"]["value"], one))
         why = "takes more work" if efforts[first] > efforts[name] else "is no better"
         sentence += f" {first} saves as much and {why} ({_gap(alike[first])})."
-    if baseline and any(not _is_baseline(other, known[other]) for other in known):
+    if baseline and not all(map(is_baseline, known.values())):
         sentence += " Something simpler than zero experts does."
     return Choice("simpler" if baseline else "arm", name, sentence)
 
@@ -98,23 +95,18 @@ def _undecided(arms: dict, margin: float) -> Choice:
     return Choice("undecided", None, f"{text}.")
 
 
-def _efforts(arms: dict) -> dict[str, float]:
-    """Work that each arm took: its steps of distillation where all arms tell them, else what their names say."""
-    steps = {name: arm.get("adapted_steps") for name, arm in arms.items()}
-    return {name: effort(name) for name in arms} if None in steps.values() else steps
+def is_baseline(arm: dict) -> bool:
+    """Whether it does without zero experts."""
+    return arm["zero_experts"] is False
 
 
-def _is_baseline(name: str, arm: dict) -> bool:
-    """Not ours: an arm of the quickstart by its legend, another one if its model has no zero experts."""
-    has = arm.get("zero_experts")
-    return legend([name])[name].baseline if has is None or family(name) in ARMS else not has
+def is_untrained(arm: dict) -> bool:
+    """Whether nothing was trained for it."""
+    return arm["adapted_steps"] == 0
 
 
-def effort(name: str) -> int:
-    """By an arm's name. 0: nothing to train; 1: stage 1; 2: more than that."""
-    if not legend([name])[name].trained:
-        return 0
-    return 2 if _LONG.search(name) else 1
+def _effort(arm: dict) -> float:
+    return math.inf if arm["adapted_steps"] is None else arm["adapted_steps"]
 
 
 def _weights(arm: dict) -> float:

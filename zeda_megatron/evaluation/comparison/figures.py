@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from statistics import fmean, median
 
 from ...planning.flops import flops_per_token
 from ...planning.geometry import Geometry
-from .results import TEACHER, BenchmarkResult, RunResult
+from .results import BenchmarkResult, RunResult
 from .statistics import Estimate, accuracy, average, difference, p_value_of, paired_p_value
 
 
-def compare(runs: list[RunResult]) -> dict:
-    """`{"benchmarks": [...], "arms": {NAME: ARM}}`, the teacher first if it is there.
+def compare(runs: list[RunResult], teacher_name: str) -> dict:
+    """`{"teacher": NAME, "benchmarks": [...], "arms": {NAME: ARM}}`, the teacher first if it is there.
 
     ARM has `benchmarks` (name to figures, see `_benchmark`), and over the benchmarks that all arms have answered:
     `accuracy`, `difference` to the teacher (value, low, high), `p_value`, `zero_share`, `answer_tokens`; then
     `expert_flops`, `total_flops`, `expert_weights` (shares of the teacher's), `tokens_per_second`. What the model's
-    own files tell: `zero_experts` (bool), `adapted_steps`.
+    own files or the flags tell: `zero_experts` (bool), `adapted_steps`.
     Shares and accuracies lie between 0 and 1; what cannot be told is None.
     """
-    runs = sorted(runs, key=lambda run: run.arm != TEACHER)
-    teacher = runs[0] if runs and runs[0].arm == TEACHER else None
+    runs = sorted(runs, key=lambda run: run.arm != teacher_name)
+    teacher = runs[0] if runs and runs[0].arm == teacher_name else None
     names = list(dict.fromkeys(name for run in runs for name in run.benchmarks))
     shared = [name for name in names if all(_usable(run, name) for run in runs)]
     arms = {run.arm: _arm(run, teacher, names, shared) for run in runs}
     titles = {name: run.benchmarks[name].title for run in runs for name in run.benchmarks}
     return {
+        "teacher": teacher_name,
         "benchmarks": [{"name": n, "title": titles[n], "shared": n in shared} for n in names],
         "arms": arms,
     }
@@ -44,8 +46,7 @@ def _arm(run: RunResult, teacher: RunResult | None, names: list[str], shared: li
         "engine": run.engine,
         "model": run.model,
         "settings": run.settings,
-        "zero_experts": run.zero_experts,
-        "adapted_steps": run.adapted_steps,
+        **asdict(run.origin),
         "accuracy": _mean_accuracy(good.values()),
         "difference": None,
         "p_value": None,
@@ -55,7 +56,7 @@ def _arm(run: RunResult, teacher: RunResult | None, names: list[str], shared: li
         **_cost(run, teacher, share, _mean(row["keys"] for row in good.values())),
         "benchmarks": rows,
     }
-    if gaps and len(gaps) == len(good) and run.arm != TEACHER:
+    if gaps and len(gaps) == len(good) and run is not teacher:
         gap = average(gaps)
         only = next(iter(good.values()))
         made["difference"] = _plain(gap)

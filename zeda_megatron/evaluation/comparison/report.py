@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ...config.arguments import parse
 from ...durable_file import write_result
-from ...errors import UserError, one_line
+from ...errors import UserError, cut_short, one_line
 from .choice import MARGIN, choose
 from .figures import compare
-from .page import render
-from .results import read_run
+from .page import MEANS, Cell, means, render, text_table
+from .results import RunResult, read_run
+
+TEACHER = "teacher"
+"""The arm that others are compared with unless --teacher names another."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,22 @@ class ReportOptions:
     """Which runs, and where the report goes."""
 
     runs: str | None = None
-    """Folders of runs, comma-separated. The static model's run must have been made with `--arm teacher`."""
+    """Folders of runs, comma-separated."""
 
     output: str | None = None
     """Folder for benchmarks.json and benchmarks.html."""
 
     margin: float = MARGIN
     """Loss of accuracy that counts as none when a choice is made (0.02 is two points)."""
+
+    teacher: str | None = None
+    """Arm that the others are compared with: the static model's. Default: the one called `teacher`."""
+
+    untrained: str | None = None
+    """Arms, comma-separated, that were not trained, where neither run nor model tells: else they count as trained."""
+
+    static: str | None = None
+    """Arms, comma-separated, without zero experts, where neither run nor model tells: else they count as with some."""
 
 
 def report(options: ReportOptions) -> dict:
@@ -40,7 +53,13 @@ def report(options: ReportOptions) -> dict:
             raise UserError(f"{flag} is missing")
     if not 0.0 <= options.margin <= 1.0:
         raise UserError(f"--margin {options.margin} must be from 0 to 1")
-    made = make_report([part.strip() for part in options.runs.split(",") if part.strip()], options.margin)
+    made = make_report(
+        _parts(options.runs),
+        options.margin,
+        options.teacher,
+        _parts(options.untrained),
+        _parts(options.static),
+    )
     out = Path(options.output)
     write_result("--output", out / "benchmarks.json", json.dumps(made, indent=1) + "\n")
     write_result("--output", out / "benchmarks.html", render(made))
@@ -49,8 +68,17 @@ def report(options: ReportOptions) -> dict:
     return made
 
 
-def make_report(folders: list[str], margin: float = MARGIN) -> dict:
-    """`{"choice", "margin", "benchmarks", "arms", "runs"}` of these runs' folders."""
+def make_report(
+    folders: list[str],
+    margin: float = MARGIN,
+    teacher: str | None = None,
+    untrained: Sequence[str] = (),
+    static: Sequence[str] = (),
+) -> dict:
+    """`{"choice", "margin", "teacher", "benchmarks", "arms", "runs"}` of these runs' folders; arguments as the options.
+
+    Raises `UserError` for a flag that names no arm, or contradicts what the arm's own files tell.
+    """
     runs = [read_run(folder) for folder in folders]
     names = [run.arm for run in runs]
     for name in names:
@@ -58,7 +86,19 @@ def make_report(folders: list[str], margin: float = MARGIN) -> dict:
             raise UserError(f"--runs: two runs are of the arm {name}; name one otherwise (--arm)")
     if not runs:
         raise UserError("--runs names no folder")
-    figures = compare(runs)
+    for flag, arms in (
+        ("--teacher", [teacher] if teacher else []),
+        ("--untrained", untrained),
+        ("--static", static),
+    ):
+        for arm in arms:
+            if arm not in names:
+                raise UserError(
+                    f"{flag} {cut_short(arm)}: no run is of this arm; there are {', '.join(names)}"
+                )
+    runs = [_told(run, "--untrained", untrained, "adapted_steps", 0) for run in runs]
+    runs = [_told(run, "--static", static, "zero_experts", False) for run in runs]
+    figures = compare(runs, teacher or TEACHER)
     about = [
         {"arm": run.arm, "folder": run.folder, "model": run.model, "environment": run.environment}
         for run in runs
@@ -66,50 +106,31 @@ def make_report(folders: list[str], margin: float = MARGIN) -> dict:
     return {"choice": asdict(choose(figures, margin)), "margin": margin, **figures, "runs": about}
 
 
-_COLUMNS = (
-    ("accuracy", lambda arm: _percent(arm["accuracy"])),
-    ("difference", lambda arm: _gap(arm["difference"])),
-    ("p", lambda arm: _p(arm["p_value"])),
-    ("zero share", lambda arm: _share(arm["zero_share"])),
-    ("expert FLOPs", lambda arm: _share(arm["expert_flops"])),
-    ("weights", lambda arm: _share(arm["expert_weights"])),
-    ("tokens/s", lambda arm: "-" if arm["tokens_per_second"] is None else f"{arm['tokens_per_second']:,.0f}"),
-    ("answer", lambda arm: "-" if arm["answer_tokens"] is None else f"{arm['answer_tokens']:,.0f}"),
-)
+def _told(run: RunResult, flag: str, arms: Sequence[str], fact: str, value: object) -> RunResult:
+    """The run with a fact that a flag tells of it, where nothing else does."""
+    known = getattr(run.origin, fact)
+    if run.arm not in arms or known == value:
+        return run
+    if known is not None:
+        raise UserError(f"{flag} {run.arm}: its own files tell {fact} {known}; leave the flag out")
+    return replace(run, origin=replace(run.origin, **{fact: value}))
+
+
+def _parts(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def format_table(made: dict) -> str:
     """Arms and the choice as text for the terminal."""
-    rows = [["arm", *(title for title, _ in _COLUMNS)]]
-    rows += [[one_line(name), *(cell(arm) for _, cell in _COLUMNS)] for name, arm in made["arms"].items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
+    rows = [["arm", *MEANS]]
+    rows += [[one_line(name), *map(_written, means(arm))] for name, arm in made["arms"].items()]
     shared = ", ".join(one["name"] for one in made["benchmarks"] if one["shared"]) or "no benchmark in common"
     note = f"(mean over: {shared}; in brackets 95% confidence)"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note, "", made["choice"]["sentence"]])
+    return "\n".join([*text_table(rows), note, "", made["choice"]["sentence"]])
 
 
-def _percent(estimate: dict | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
-
-
-def _gap(estimate: dict | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _written(cell: Cell) -> str:
+    return f"{cell.text} [{cell.note}]" if cell.note else cell.text.replace("–", "-")
 
 
 def main(argv: list[str]) -> int:

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, shown
-from ...models.hf_config import adapted_steps_of, zero_experts_of
 from ...models.on_disk import read_facts
 from ...regular_file import is_regular
+from ..answering.engine import Origin
 from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS, folder_name
 from ..answering.samples_file import read_whole_lines
 from ..answering.saved import answers_of, read_benchmark_facts, read_run_facts, slots_line, verdicts_of
-
-TEACHER = "teacher"
-"""Arm name of the static model."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,7 @@ class RunResult:
     environment: dict[str, str] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     benchmarks: dict[str, BenchmarkResult] = field(repr=False)
-    zero_experts: bool | None = None
-    """Whether the model has zero experts; None: nobody knows (a server's)."""
-    adapted_steps: int | None = None
-    """Steps that it has been distilled for; None: nobody knows."""
+    origin: Origin
 
 
 def _fed(line: dict) -> int:
@@ -92,8 +86,9 @@ def read_run(folder: str | Path) -> RunResult:
     identity = about["identity"]
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and is_regular(path / BENCHMARK)]
     found = [_read_benchmark(path) for path in folders]
+    told = about.get("origin")
     try:
-        origin = _origin(identity["engine"], about["model"], about["config"])
+        origin = Origin(told["zero_experts"], told["adapted_steps"]) if told else _origin(about)
     except UserError as error:
         raise UserError(f"{root / RUN}: {error}") from None
     return RunResult(
@@ -107,23 +102,16 @@ def read_run(folder: str | Path) -> RunResult:
         environment=about["environment"],
         settings=identity["settings"],
         benchmarks={one.name: one for one in found},
-        **origin,
+        origin=origin,
     )
 
 
-def _origin(engine: str, model: str, config: dict[str, Any] | None) -> dict[str, Any]:
-    """What the model's own files tell of it: zeda.json of a Megatron checkpoint, else its config.json."""
-    if engine == "megatron":
-        facts = read_facts(model)  # the checkpoint may be gone by now
-        return (
-            {"zero_experts": bool(facts.num_zero_experts), "adapted_steps": facts.adapted_steps}
-            if facts
-            else {}
-        )
-    if config is None:
-        return {}
-    dynamic = bool(zero_experts_of(config).num_zero_experts)
-    return {"zero_experts": dynamic, "adapted_steps": adapted_steps_of(config)}
+def _origin(about: dict[str, Any]) -> Origin:
+    """For a run of an older version, which did not write it down: zeda.json of the checkpoint, else the config."""
+    if about["identity"]["engine"] != "megatron":
+        return Origin.of_config(about["config"])
+    facts = read_facts(about["model"])  # the checkpoint may be gone by now
+    return Origin(bool(facts.num_zero_experts), facts.adapted_steps) if facts else Origin()
 
 
 def _read_benchmark(folder: Path) -> BenchmarkResult:

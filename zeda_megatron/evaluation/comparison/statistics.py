@@ -14,11 +14,13 @@ from statistics import NormalDist, fmean, stdev
 
 import numpy
 
+from ..library import library
+
+stats = library("scipy.stats")
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-_EXACT = 16
-"""Questions that differ, up to which all sign flips are tried; beyond, `_FLIPS` random ones."""
 _FLIPS = 100_000
+"""Sign flips that are tried: all of them where they are no more (up to 16 questions that differ)."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +76,8 @@ def difference(gaps_Q: Sequence[float]) -> Estimate:
     if spread == 0.0:
         half = min(-math.log(1 - CONFIDENCE) / size, 1.0)
     else:
-        half = student_quantile(size - 1) * spread / math.sqrt(size)
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, size - 1)) * spread / math.sqrt(size)
     return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
-
-
-def student_quantile(freedom: int) -> float:
-    """97.5% quantile of Student's t, by the Cornish-Fisher expansion; exact for 1 and 2 degrees of freedom."""
-    p = 0.5 + CONFIDENCE / 2
-    if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if freedom == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z, n = _Z, float(freedom)
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
-    )
 
 
 def paired_p_value(gaps_Q: Sequence[float]) -> float:
@@ -102,26 +87,22 @@ def paired_p_value(gaps_Q: Sequence[float]) -> float:
     answers); otherwise over 100,000 flips from a fixed seed.
     """
     gaps = numpy.array([gap for gap in gaps_Q if gap != 0.0])
-    size = len(gaps)
-    if size == 0:
+    if len(gaps) == 0:
         return 1.0
     sizes = numpy.abs(gaps)
     if numpy.allclose(sizes, sizes[0]):
-        return _sign_test(int((gaps > 0).sum()), size)
-    seen = abs(gaps.sum()) - 1e-12
-    if size <= _EXACT:
-        bits = (numpy.arange(2**size)[:, None] >> numpy.arange(size)) & 1
-        return float((numpy.abs((2 * bits - 1) @ sizes) >= seen).mean())
-    generator, far = numpy.random.default_rng(0), 0
-    for _ in range(_FLIPS // 1000):
-        signs = generator.integers(0, 2, (1000, size)) * 2 - 1
-        far += int((numpy.abs(signs @ sizes) >= seen).sum())
-    return (far + 1) / (_FLIPS + 1)
-
-
-def _sign_test(ups: int, size: int) -> float:
-    tail = sum(math.comb(size, k) for k in range(min(ups, size - ups) + 1))
-    return min(1.0, 2 * tail / 2**size)
+        return float(stats.binomtest(int((gaps > 0).sum()), len(gaps)).pvalue)
+    test = stats.permutation_test(
+        (gaps,),
+        lambda flipped, axis: numpy.abs(flipped.sum(axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=_FLIPS,
+        vectorized=True,
+        batch=1000,
+        rng=0,
+    )
+    return float(test.pvalue)
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import torch
 
+from ..library import library
 from .scored_tokens import ScoredTokens
-from .spearman import spearman
 from .token_classes import CLASSES
 
+stats = library("scipy.stats")
 POSITIONS = {"0-3": 0, "4-15": 4, "16-63": 16, "64+": 64}
 """Buckets of positions in a response, by their first one."""
 FIFTHS = ("q1", "q2", "q3", "q4", "q5")
@@ -86,3 +87,18 @@ def _correlations(tokens: ScoredTokens, by_kind: dict[str, ScoredTokens]) -> dic
         }
         for name, field in VARIABLES.items()
     }
+
+
+def spearman(x_T: torch.Tensor, y_T: torch.Tensor) -> float | None:
+    """Rank correlation of two [T] tensors, from -1 to 1; None if one of them is constant (or empty).
+
+    Raises:
+        ValueError: shapes differ, or a value is no number.
+    """
+    if x_T.shape != y_T.shape or x_T.dim() != 1:
+        raise ValueError(f"rank correlation needs two vectors of one length, got {x_T.shape} and {y_T.shape}")
+    if x_T.isnan().any() or y_T.isnan().any():
+        raise ValueError("rank correlation of values that are not a number")
+    if x_T.numel() == 0 or bool((x_T == x_T[0]).all()) or bool((y_T == y_T[0]).all()):
+        return None
+    return float(stats.spearmanr(x_T.cpu().numpy(), y_T.cpu().numpy()).statistic)

@@ -19,7 +19,9 @@ import math
 import re
 from pathlib import Path
 
-from ..durable_file import write_result
+from zeda_megatron.durable_file import write_result
+from zeda_megatron.evaluation.comparison.page import text_table
+
 from .finding import finding
 from .page import render
 
@@ -115,18 +117,12 @@ def format_table(report: dict) -> str:
         metrics = report["teacher"] if name == "teacher" else report["arms"][name]
         cells = ["-" if metrics[key] is None else form.format(metrics[key]) for _, key, form in COLUMNS]
         rows.append([f"{name} *" if name == found.best else name, *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
     notes = [found.sentence, *([found.caveat] if found.caveat else [])]
     if found.best:
         notes.append(
             "(* lowest KL among the arms that skip about half; KL and CE in nats per token, held out)"
         )
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*text_table(rows), "", *notes])
 
 
 def _plain(value):

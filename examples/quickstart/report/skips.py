@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from .page_tables import breakable, heat_grid
+from zeda_megatron.evaluation.comparison.page import Heat, heat
 
 _TABLES = (
     ("by_entropy", "By the teacher's entropy, from its lowest to its highest fifth"),
     ("by_position", "By the position in the response"),
     ("by_class", "By the text of the token"),
 )
-_VARIABLES = (
-    ("teacher_entropy", "teacher's entropy"),
-    ("log_prob_gap", "gap of log-probabilities"),
-    ("position", "position"),
-)
+VARIABLES = {
+    "teacher_entropy": "teacher's entropy",
+    "log_prob_gap": "gap of log-probabilities",
+    "position": "position",
+}
 _STRENGTHS = ((0.1, "hardly any"), (0.3, "a weak"), (0.5, "a moderate"), (1.0, "a strong"))
 """Words for |r| below a bound."""
 
@@ -24,18 +24,25 @@ def dynamic_blocks(report: dict, order: list[str]) -> dict[str, dict]:
     return {name: block for name, block in blocks.items() if block.get("correlations")}
 
 
-def skip_tables(report: dict, order: list[str]) -> str:
-    """Heat tables and correlations of all arms that have them, or nothing."""
+def skip_tables(report: dict, order: list[str]) -> list[Heat]:
+    """Heat tables of all arms that have them, or none."""
+    made = []
     blocks = dynamic_blocks(report, order)
-    if not blocks:
-        return ""
-    parts = []
-    for key, title in _TABLES:
+    for key, title in _TABLES if blocks else ():
         cells = {
             name: {bucket: v["skipped"] for bucket, v in block[key].items()} for name, block in blocks.items()
         }
-        parts.append(heat_grid(cells, list(next(iter(cells.values()))), f"Skipped share. {title}", "{:.2f}"))
-    return f'<div class="panels one">{"".join(parts)}{_correlations(blocks)}</div>'
+        made += heat(cells, list(next(iter(cells.values()))), f"Skipped share. {title}", "{:.2f}")
+    return made
+
+
+def correlations(report: dict, order: list[str]) -> dict[str, list[str]]:
+    """Arm to the correlations with each of `VARIABLES`: over all tokens, and from the lowest to the highest kind."""
+    rows = {}
+    for name, block in dynamic_blocks(report, order).items():
+        found = [block["correlations"][key] for key in VARIABLES]
+        rows[name] = [text for r in found for text in (signed(r["all"]), span(list(r["by_kind"].values())))]
+    return rows
 
 
 def skip_note(report: dict, order: list[str], main: str | None) -> str:
@@ -78,19 +85,3 @@ def signed(r: float | None) -> str:
         return "–"
     text = f"{r:+.2f}"
     return "0.00" if float(text) == 0 else text.replace("-", "−")
-
-
-def _correlations(blocks: dict[str, dict]) -> str:
-    head = "".join(f"<th>{title}</th><th>by kind of text</th>" for _, title in _VARIABLES)
-    rows = []
-    for name, block in blocks.items():
-        cells = []
-        for key, _ in _VARIABLES:
-            found = block["correlations"][key]
-            cells += [signed(found["all"]), span(list(found["by_kind"].values()))]
-        rows.append(f"<tr><th>{breakable(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return (
-        "<div><h3>Rank correlation (Spearman) of the skipped share, over all tokens and from the lowest to the highest "
-        f'kind of text</h3><div class="scroll"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></div>"
-    )

@@ -1,13 +1,16 @@
 """The section on which tokens skip: only dynamic arms, only what the figures say."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_report import FULL, metrics, page, report
 
-from zeda_megatron.evaluation.page_skips import signed, skip_note, skip_tables, span
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.skips import VARIABLES, correlations, signed, skip_note, skip_tables, span
+
 from zeda_megatron.evaluation.quality.scored_tokens import ScoredTokens
 from zeda_megatron.evaluation.quality.token_skips import token_skips
 
@@ -53,17 +56,17 @@ def test_dynamic_arms_get_a_row_in_every_table_and_others_in_none(tmp_path):
 
 def test_figures_on_the_page_are_those_of_the_report():
     what = with_tokens(paired_kl=block(0.8, -0.3))
-    tokens, text = what["arms"]["paired_kl"]["tokens"], skip_tables(what, ["paired_kl"])
-    shown = re.findall(r"<td[^>]*>(.*?)</td>", text)
+    tokens = what["arms"]["paired_kl"]["tokens"]
+    shown = [cell[0] for table in skip_tables(what, ["paired_kl"]) for cell in table.rows["paired_kl"]]
     shares = [b["skipped"] for t in ("by_entropy", "by_position", "by_class") for b in tokens[t].values()]
-    assert shown[: len(shares)] == [f"{share:.2f}" for share in shares]
+    assert shown == [f"{share:.2f}" for share in shares]
     found = tokens["correlations"]
-    expected = [
+    assert list(VARIABLES) == ["teacher_entropy", "log_prob_gap", "position"]
+    assert correlations(what, ["paired_kl"])["paired_kl"] == [
         cell
-        for name in ("teacher_entropy", "log_prob_gap", "position")
+        for name in VARIABLES
         for cell in (signed(found[name]["all"]), span(list(found[name]["by_kind"].values())))
     ]
-    assert shown[len(shares) :] == expected
 
 
 @pytest.mark.parametrize(

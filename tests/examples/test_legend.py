@@ -1,8 +1,12 @@
 """Variants of an arm look like the arm they belong to."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from zeda_megatron.evaluation.legend import ARMS, family, legend
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.legend import ARMS, family, legend
 
 
 @pytest.mark.parametrize(
@@ -26,5 +30,6 @@ def test_a_variant_belongs_to_its_arm(name, expected):
 
 def test_variants_of_a_baseline_are_baselines_and_strangers_get_colours_of_their_own():
     known = legend(["net_kl_75", "mine", "yours"])
-    assert known["net_kl_75"] == ARMS["net_kl"] and known["net_kl_75"].baseline
+    assert known["net_kl_75"].note == ARMS["net_kl"].note and known["net_kl_75"].baseline
+    assert [arm.place for arm in known.values()] == [0, 1, 2]
     assert known["mine"].light != known["yours"].light

@@ -3,15 +3,20 @@
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.finding import finding
-from zeda_megatron.evaluation.report import METRICS, complete, format_table, sorted_arms, write_report
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from report.finding import finding
+from report.plots import expert_plot, layer_plot, running_mean
+from report.report import METRICS, complete, format_table, sorted_arms, write_report
 
 
 def metrics(kl=None, share=None, ce=None, exact=None, **more) -> dict:
@@ -86,19 +91,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_page_needs_nothing_from_outside(tmp_path):
     text = page(tmp_path)
-    assert not re.search(r"https?:|//|url\(|@import|<script|<link|<img|<iframe|src=", text)
+    assert not re.search(r"https?:|//|url\((?!#)|@import|<script|<link|<img|<iframe|src=", text)
 
 
 def test_page_works_in_light_and_dark_and_on_narrow_windows(tmp_path):
     text = page(tmp_path)
     assert "prefers-color-scheme:dark" in text and "max-width:680px" in text and "width=device-width" in text
-    used = set(re.findall(r'class="[^"]*\b(c\d+)\b', text))
-    light, dark = re.search(
-        r"<style>(.*)@media \(prefers-color-scheme:dark\)\{(.*)\}</style>", text, re.S
-    ).groups()
-    assert used
+    arms = {name[1:] for name in re.findall(r'class="[^"]*\b(c\d+)\b', text)}
+    used = {f"c{n}" for n in arms} | set(re.findall(r"var\(--([a-z]+\d*)\)", text)) - {"a", "c"}
+    dark = "".join(re.findall(r"(?s)prefers-color-scheme:dark\)\{(.*?)\}\}", text))
+    assert arms and {"ink", "soft", "grid", "card"} <= used
     for name in used:
-        assert f".{name}{{--c:" in light and f".{name}{{--c:" in dark
+        assert re.search(rf"--{name}:[#\d]", text) and re.search(rf"--{name}:[#\d]", dark)
+    assert all(f".c{n}{{--c:var(--c{n})}}" in text for n in arms)
 
 
 def test_page_is_well_formed_and_every_plot_is_there(tmp_path):
@@ -173,6 +178,43 @@ def test_a_curve_with_gaps_is_drawn_from_what_is_there(tmp_path):
     text = page(tmp_path, FULL, {"paired_kl": lines})
     assert text.count('aria-label="loss per token over step"') == 1
     assert 'aria-label="zero share over step"' not in text
+
+
+def test_plots_are_of_the_figures(tmp_path):
+    text = page(tmp_path)
+    titles = set(re.findall(r"<title>(.*?)</title>", text))
+    assert {
+        "paired_kl: zero share 0.504, KL 0.0094",
+        "layer 0: 0.600",
+        "layer 1: 0.400",
+        "layer 0, expert 1: 0.300",
+        "layer 1, expert 1: 0.400",
+        "paired_kl: 0.5 at 59",
+    } <= titles
+    assert "layer 1, expert 0" not in text  # nobody picked it
+    grid = next(d for d in re.findall(r"<svg.*?</svg>", text) if "one cell per" in d)
+    assert [float(v) for v in re.findall(r"opacity: ([\d.]+)", grid)] == [0.9, 0.3, 0.4]
+
+
+def test_bars_have_the_height_of_their_value():
+    bars = re.findall(r"<title>.*?<path d=\"(.*?)\"", layer_plot([0.25, None, 0.5, 1.0], 0))
+    heights = [
+        max(ys) - min(ys) for ys in ([float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", d)] for d in bars)
+    ]
+    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
+    assert heights[2] == pytest.approx(4 * heights[0], abs=0.2)
+    assert layer_plot([None], 0) is None
+
+
+def test_a_large_grid_has_no_hover_texts_and_nothing_is_drawn_without_values():
+    large = expert_plot([[0.5] * 128] * 20, 0)
+    assert large.count("opacity: 0.5") == 128 * 20 and "<title>" not in large
+    assert expert_plot([], 0) is None and expert_plot([[None]], 0) is None
+
+
+def test_running_mean_is_the_mean_of_the_last_values():
+    points = [(float(i), float(i)) for i in range(6)]
+    assert running_mean(points, 3) == [(0, 0), (1, 0.5), (2, 1), (3, 2), (4, 3), (5, 4)]
 
 
 def test_headline_when_ours_wins():
