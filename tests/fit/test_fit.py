@@ -9,7 +9,7 @@ import torch
 from ridge_reference import dense_ridge
 
 from zeda_megatron.config.parallel import ParallelConfig
-from zeda_megatron.convert.hf_files import HFReader, read_json
+from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality.models import load_model, load_rows
@@ -17,6 +17,7 @@ from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.switches import set_zero_mask
+from zeda_megatron.strict_json import read_json
 from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UserError
 from .file_writer import FileStream
-from .hf_files import INDEX_NAME, SINGLE_NAME
-from .safetensors_header import header_bytes
+from .hf_files import DTYPES, INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,24 @@ class Shard:
                     f"planned was {planned.dtype} {list(planned.shape)}"
                 )
             stream.write_tensor(tensor)
+
+
+def header_bytes(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The header of a file that holds these tensors (key, type, shape) one after the other.
+
+    Raises:
+        UserError: a type that the format lacks.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, dtype, shape in tensors:
+        if dtype not in _NAMES:
+            raise UserError(f"tensor {key}: safetensors has no type {dtype}; pass --dtype")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
 
 
 def plan_shards(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..convert.hf_files import read_json
 from ..durable_file import write_atomically
 from ..models.hf_config import copy_side_files, static_config, write_config
 from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
+from ..strict_json import read_json
 
 
 def write_side_files(root: Path, source: Path, facts: ModelFacts) -> None:
