@@ -22,8 +22,7 @@ def group_loss(
     and it is least at a zero share of w*Nz / (N + w*Nz).
 
     Args:
-        real_slots, zero_slots: 0-d counts of routed slots over all ranks of the group, or shares that add up to 1 (of
-            the whole model, where layers have one budget). No gradient.
+        real_slots, zero_slots: 0-d counts of routed slots over all ranks of the group. No gradient.
         num_tokens: 0-d count of tokens over the same ranks.
         scores_TE: [T, N+Nz] normalised scores of the local tokens, rows of padding set to 0. Gradient flows here.
         num_real, num_zero: N and Nz.

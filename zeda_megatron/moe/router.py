@@ -38,7 +38,6 @@ class ZeroExpertRouter(TopKRouter):
         zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
         zero_weight: w of the group loss; a share control may move it.
         loss_factor: multiplies the losses attached here; above 1 where some micro-batches are padding alone.
-        model_zero_share: zero share that the group loss takes in place of this layer's slots, or None.
         routing_stats: counts since the last reset.
         router_replay: `replay.RoutingReplay` (or Megatron's) that fixes or records the picks, or None. The masked
             model, which is the teacher, routes freely.
@@ -60,7 +59,6 @@ class ZeroExpertRouter(TopKRouter):
         self.zero_logit_bias = 0.0
         self.zero_weight = zero.moe_zero_expert_weight
         self.loss_factor = 1.0
-        self.model_zero_share: float | None = None
         self.pick_rule: PickRule | None = None
         self.routing_stats = RoutingStats()
         self.zero_output = None
@@ -211,9 +209,6 @@ class ZeroExpertRouter(TopKRouter):
         if self.zero.group_loss_variant == "adamoe":
             return null_expert_loss(slots_E, tokens, scores_TE, self.num_real)
         real, zero = slots_E[: self.num_real].sum(), slots_E[self.num_real :].sum()
-        if self.model_zero_share is not None:
-            zero = slots_E.new_tensor(self.model_zero_share)
-            real = 1 - zero
         return group_loss(real, zero, tokens, scores_TE, self.num_real, self.num_zero, self.zero_weight)
 
     def _local_padding(self, padding_mask, num_tokens: int):

@@ -33,12 +33,6 @@ def set_loss_factor(model_chunks, value: float) -> None:
         router.loss_factor = value
 
 
-def set_model_share(model_chunks, value: float | None) -> None:
-    """Let the group loss of all layers take this zero share in place of their slots (None: count the slots)."""
-    for router in routers(model_chunks):
-        router.model_zero_share = value
-
-
 def set_logit_bias(model_chunks, value: float) -> None:
     """Add a number to the logits of shared zero experts in all layers: the compute dial."""
     for router in routers(model_chunks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UserError
-from .group_loss_control import ModelBudgetControl, WeightControl
+from .group_loss_control import WeightControl
 from .options import Options
 from .paired_control import SparsityControl, ThresholdControl
 from .setup import Student
@@ -11,33 +11,10 @@ from .share_control import ShareControl, TopKControl
 
 
 def build_share_control(options: Options, student: Student) -> ShareControl:
-    """The control that the options ask for; one that does nothing for shared zero experts with a fixed w and a budget
-    per layer.
+    """The control that the options ask for; one that does nothing for shared zero experts with a fixed w.
 
     Raises `UserError` for a flag that this student has no use for.
     """
-    zero, chunks = student.zero, student.chunks
-    control = _control(options, student)
-    if zero.group_loss_budget == "layer":
-        return control
-    for flag, given in (
-        ("--topk-range", options.share.topk_range),
-        ("--moe-pick-rule", options.model.moe_pick_rule),
-    ):
-        if given:
-            raise UserError(
-                f"--group-loss-budget model cannot be combined with {flag}: the measured share would count the picks "
-                "that it drops; use layer"
-            )
-    if not zero.group_loss_coeff:
-        raise UserError(
-            "--group-loss-budget model needs the group loss: give --moe-router-load-balancing-type grouped_aux_loss "
-            "and --moe-aux-loss-coeff"
-        )
-    return ModelBudgetControl(chunks, control)
-
-
-def _control(options: Options, student: Student) -> ShareControl:
     wanted, chunks, zero = options.share, student.chunks, student.zero
     if wanted.topk_range:
         topk = chunks[0].config.moe_router_topk

@@ -1,4 +1,4 @@
-"""Controls of the group loss of shared zero experts: its weight w, and the share that it counts."""
+"""Control of the group loss of shared zero experts: its weight w."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..moe.stats import StatsReport
-from ..moe.switches import set_model_share, set_zero_weight
+from ..moe.switches import set_zero_weight
 from .share_control import ShareControl
 
 
@@ -61,30 +61,3 @@ class WeightControl(ShareControl):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.share, self.integral = state["start"], state["share"], state["integral"]
-
-
-class ModelBudgetControl(ShareControl):
-    """Shared zero experts: one budget for all layers, beside another control.
-
-    The group loss of every layer gets the zero share of the whole model at the step before, in place of the layer's own
-    slots. At the target it pushes no layer anywhere, however the layers divide the share among themselves.
-    """
-
-    def __init__(self, chunks: list[torch.nn.Module], other: ShareControl):
-        self.chunks, self.other = chunks, other
-        self.share: float | None = None
-
-    def before_step(self, step: int) -> None:
-        self.other.before_step(step)
-        set_model_share(self.chunks, self.share)
-
-    def after_step(self, report: StatsReport) -> dict[str, float]:
-        self.share = report.zero_share
-        return self.other.after_step(report)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.other.state_dict(), "model_share": self.share}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.other.load_state_dict(state)
-        self.share = state.get("model_share")  # a run of before, with a budget per layer, has none
