@@ -20,7 +20,7 @@ from zeda_megatron.convert.convert import hf_to_megatron, megatron_to_hf, verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
-from zeda_megatron.moe.switches import zero_mask
+from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize
 from zeda_megatron.serving.load import load_zero_expert_model
 

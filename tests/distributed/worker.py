@@ -32,11 +32,10 @@ from pytest import MonkeyPatch  # noqa: E402
 
 from zeda_megatron.config import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
-from zeda_megatron.moe.switches import zero_mask  # noqa: E402
+from zeda_megatron.moe.router_dials import zero_mask  # noqa: E402
 from zeda_megatron.runtime.new_folder import new_folder  # noqa: E402
 from zeda_megatron.runtime.process_groups import ParallelConfig, initialize  # noqa: E402
 from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
-from zeda_megatron.training.step import forward_model  # noqa: E402
 
 SIZES = {
     "tp": "tensor_model_parallel_size",
@@ -203,7 +202,7 @@ def masked(world, out: Path, layout: dict, flags: dict) -> dict:
         batches = run.feed.rows_of_rank(range(2))
         run.teacher.model_chunks = run.student.chunks  # its forward pass, on the student's own weights
         with zero_mask(run.student.chunks):
-            hidden[name] = run.teacher.hidden_states(batches, 128, forward_model)
+            hidden[name] = run.teacher.hidden_states(batches, 128)
         if name == "dynamic":
             run.student.chunks[0].eval()
     equal = all(torch.equal(a, b) for a, b in zip(hidden["dynamic"], hidden["static"], strict=True))

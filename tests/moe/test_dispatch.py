@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from zeda_megatron.config import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.dispatch import install_dispatchers
-from zeda_megatron.moe.switches import zero_mask
+from zeda_megatron.moe.router_dials import zero_mask
 
 N, NZ, K = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"]
 DISPATCHERS = ("alltoall", "allgather")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from zeda_megatron.ops.vocab_kl import KINDS, fused_distill_loss, reference_distill_loss
+from zeda_megatron.ops.vocab_kl import KINDS, LossInputs, fused_distill_loss, reference_distill_loss
 
 RANKS, TOKENS, HIDDEN, VOCAB = 2, 11, 6, 20
 
@@ -33,7 +33,7 @@ def inputs(dtype, true_vocab, whole_numbers=False):
 
 def run(operator, hidden_TH, weight_VH, *rest, **options):
     hidden_TH, weight_VH = (t.detach().clone().requires_grad_() for t in (hidden_TH, weight_VH))
-    loss, metrics = operator(hidden_TH, weight_VH, *rest, **options)
+    loss, metrics = operator(LossInputs(hidden_TH, weight_VH, *rest), **options)
     (2 * loss).backward()
     return loss.detach(), metrics, hidden_TH.grad, weight_VH.grad
 

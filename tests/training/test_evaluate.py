@@ -10,10 +10,10 @@ from zeda_megatron.data.conversation import tokenize_rollouts
 from zeda_megatron.data.packing import PackedDataset
 from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
+from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.moe.switches import zero_mask
-from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 KEYS = {"eval_ce", "eval_kl", "eval_top1_agreement", "eval_zero_share"}

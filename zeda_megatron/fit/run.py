@@ -88,7 +88,6 @@ class HeadFit:
         self.rows = read_fit_rows(options, self.hf)
         load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
         self.model.to(dtype).eval().requires_grad_(False)
-        self.model.return_hidden = True
         self.layers = moe_layers(self.model)
         self.effect, self.floors = options.fit_target == "effect", {}
         self.experts = parallel_state.get_expert_model_parallel_group()

@@ -23,16 +23,21 @@ from .pipeline_split import stage_sizes
 
 
 class ZedaGPTModel(GPTModel):
-    """GPTModel that can stop before the LM head, so that the loss meets the vocabulary in chunks.
+    """GPTModel that can stop before the LM head, so that the loss is computed in chunks of the vocabulary."""
 
-    With `return_hidden` on, the last pipeline stage returns hidden states [S, B, H] (after the final norm; the
-    local part under sequence parallelism) instead of logits.
-    """
+    _to_head = True
 
-    return_hidden = False
+    def forward(self, *args, return_hidden: bool = False, **kwargs):
+        """Megatron's. With `return_hidden` the last pipeline stage returns hidden states [S, B, H] (after the final
+        norm; the local part under sequence parallelism) instead of logits."""
+        self._to_head = not return_hidden
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._to_head = True
 
     def _postprocess(self, hidden_states, *args, **kwargs):
-        if self.return_hidden and self.post_process:
+        if self.post_process and not self._to_head:
             return hidden_states
         return super()._postprocess(hidden_states, *args, **kwargs)
 

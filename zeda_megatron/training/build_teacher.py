@@ -37,9 +37,8 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint
     load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
-    for chunk in chunks:
-        chunk.return_hidden = True
-        if options.model.bf16:
+    if options.model.bf16:
+        for chunk in chunks:
             chunk.bfloat16()
     return Teacher(chunks, mode)
 

@@ -12,17 +12,14 @@ import torch
 from megatron.core import parallel_state
 
 from ..distill.losses import LossConfig
-from ..distill.teacher import Teacher, forward_only
+from ..distill.passes import compare, means, total
+from ..distill.teacher import Teacher
 from ..moe import stats
-from ..moe.switches import evaluating
 from ..runtime.process_groups import device
 from .eval_rows import EvalRows, read_eval_rows
 from .log import RunLog
 from .options import Options
 from .setup import Student
-from .step import forward_model, row_loss
-
-_SUMS = ("weight", "ce", "kl", "top1_agreement")
 
 
 class Evaluator:
@@ -59,38 +56,20 @@ class Evaluator:
 
     def measure_layers(self) -> tuple[dict[str, float], list[float | None]]:
         """`measure`, and the zero share of every layer (None: no MoE layer)."""
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-        chunks = self.student.chunks
-        # Routing statistics of training steps stay as they are.
-        with evaluating(chunks), stats.stats_aside(chunks), torch.no_grad():
+        chunks, vocab, rows = self.student.chunks, self.student.arch.vocab_size, []
+        with stats.evaluating(chunks):
             for group in self.groups:
-                sums += self._group_sums(group)
+                compared = compare(chunks, self.teacher, group, self.seq_length, self.loss, vocab)
+                rows += [one.sums for one in compared]
             report = stats.collect(chunks, chunks[0].config.num_layers, device())
+        # Tensor-parallel ranks have the same sums.
+        sums = total(rows if parallel_state.get_tensor_model_parallel_rank() == 0 else [])
         if torch.distributed.get_world_size() > 1:
             sums = sums.to(device())
             torch.distributed.all_reduce(sums)
-        tokens, ce, kl, agreement = sums.tolist()
-        tokens = max(tokens, 1.0)
-        found = {"eval_ce": ce / tokens}
-        if self.teacher is not None:
-            found |= {"eval_kl": kl / tokens, "eval_top1_agreement": agreement / tokens}
+        names = ("ce",) if self.teacher is None else ("ce", "kl", "top1_agreement")
+        found = {f"eval_{name}": value for name, value in means(sums).items() if name in names}
         return found | {"eval_zero_share": report.zero_share}, report.zero_share_by_layer
-
-    def _group_sums(self, batches: list) -> torch.Tensor:
-        """Sums over the response tokens of some rows; 0 where another rank counts them."""
-        theirs = [None] * len(batches)
-        if self.teacher is not None:
-            theirs = self.teacher.hidden_states(batches, self.seq_length, forward_model)
-        mine = forward_only(self.student.chunks, batches, self.seq_length, forward_model)
-        total = torch.zeros(len(_SUMS), dtype=torch.float64)
-        for batch, hidden, teacher_hidden in zip(batches, mine, theirs):  # none before the last stage
-            if not batch.loss_mask.any():
-                continue
-            model, vocab = self.student.chunks[-1], self.student.arch.vocab_size
-            _, sums = row_loss(model, self.teacher, batch, hidden, teacher_hidden, self.loss, vocab)
-            total += torch.tensor([float(sums.get(name, 0.0)) for name in _SUMS], dtype=torch.float64)
-        # Tensor-parallel ranks have the same sums.
-        return total if parallel_state.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(total)
 
 
 class Evaluation:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..moe.router_dials import set_dials
 from ..moe.stats import StatsReport
-from ..moe.switches import set_zero_weight
 from .share_control import ShareControl
 
 
@@ -45,7 +45,7 @@ class WeightControl(ShareControl):
             self.integral = self._clamp(self.integral + 0.02 * self.gain * error)
         own = self.ratio * wanted / max(1 - wanted, 1e-3)
         self.weight = max(own * math.exp(self._clamp(self.gain * error + self.integral)), 1e-3)
-        set_zero_weight(self.chunks, self.weight)
+        set_dials(self.chunks, zero_weight=self.weight)
 
     def _clamp(self, value: float) -> float:
         return min(max(value, -self.LIMIT), self.LIMIT)

@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
-from ..distill.teacher import forward_only
+from ..distill.passes import forward_only
 from ..errors import UserError
 from ..models.on_disk import ModelFacts, read_facts
 from ..models.origin import adapted_steps
@@ -33,7 +33,7 @@ from .options import Options
 from .setup import build_student, hf_folder
 from .side_files import write_side_files
 from .signals import StopRequest, exit_code_if_stopped
-from .step import Stepper, forward_model
+from .step import Stepper
 
 
 class TrainingRun:
@@ -179,9 +179,8 @@ class TrainingRun:
         if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
             return
         rows = self.feed.calibration_rows(wanted.calibration_rows)
-        forward = partial(
-            forward_only, seq_length=self.options.data.seq_length, forward=forward_model
-        )  # all rows in one run of the pipeline
+        # All rows in one run of the pipeline.
+        forward = partial(forward_only, seq_length=self.options.data.seq_length)
         share, by_layer = wanted.paired_target, wanted.paired_budget == "layer"
         found = calibrate_threshold(chunks, [rows], share, forward, by_layer=by_layer)
         log.say(f"threshold {format_thresholds(found)} for a zero share of {share:.1%}")

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..moe.paired import KEEP_ALL, paired_modules
+from ..moe.paired import paired_modules
+from ..moe.router_dials import open_thresholds, set_dials, set_thresholds
 from ..moe.stats import SCORE_BINS, StatsReport
-from ..moe.threshold import ScoreQuantiles, set_thresholds
+from ..moe.threshold import ScoreQuantiles
 from .share_control import ShareControl
-
-OPEN = -0.5
-"""Threshold of a fresh mask that learns to close: with U = 0 and c = 0 every pick is half a unit inside."""
 
 
 class ThresholdControl(ShareControl):
@@ -71,22 +69,19 @@ class SparsityControl(ShareControl):
 
     def __init__(self, chunks: list[torch.nn.Module], target: float, ramp_steps: int, gain: float):
         self.chunks, self.target, self.ramp_steps, self.gain = chunks, target, max(ramp_steps, 1), gain
-        self.step, self.integral, self.share = 0, 0.0, 0.0
-        for paired in paired_modules(chunks):
-            if float(paired.threshold) == KEEP_ALL:
-                paired.threshold.fill_(OPEN)
+        self.integral, self.share, self.coeff = 0.0, 0.0, 0.0
+        open_thresholds(chunks)
 
     def before_step(self, step: int) -> None:
         target = self.target * min(1.0, (step + 1) / self.ramp_steps)
         error = target - self.share
         self.integral = max(0.0, self.integral + 0.1 * self.gain * error)
-        for paired in paired_modules(self.chunks):
-            paired.sparsity_coeff = max(0.0, self.gain * error + self.integral)
+        self.coeff = max(0.0, self.gain * error + self.integral)
+        set_dials(self.chunks, sparsity_coeff=self.coeff)
 
     def after_step(self, report: StatsReport) -> dict[str, float]:
         self.share = report.zero_share
-        modules = paired_modules(self.chunks)
-        return {"sparsity_coeff": modules[0].sparsity_coeff} if modules else {}
+        return {"sparsity_coeff": self.coeff} if paired_modules(self.chunks) else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"integral": self.integral, "share": self.share}

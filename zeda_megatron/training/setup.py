@@ -27,7 +27,7 @@ from ..models.hf_config import zero_experts_of
 from ..models.on_disk import HF_CONFIG_NAME, beside, read_facts
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
-from ..moe.switches import set_pick_rule
+from ..moe.router_dials import set_dials
 from .model_options import ModelOptions
 from .options import Options
 
@@ -170,10 +170,9 @@ def build_student(options: Options, trains: bool = True) -> Student:
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
-        set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
+        set_dials(chunks, pick_rule=parse_pick_rule(options.model.moe_pick_rule))
     if not trains:
         for chunk in chunks:
-            chunk.return_hidden = True
             chunk.requires_grad_(False)
             if options.model.bf16:
                 chunk.bfloat16()
@@ -186,7 +185,6 @@ def build_student(options: Options, trains: bool = True) -> Student:
     )
     wrapped = []
     for chunk in chunks:
-        chunk.return_hidden = True
         config = get_model_config(chunk)
         module = Float16Module(config, chunk) if options.model.bf16 else chunk
         wrapped.append(DistributedDataParallel(config, ddp, module))

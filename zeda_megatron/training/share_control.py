@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..moe.pick_rules import StaticTopK
+from ..moe.router_dials import set_dials
 from ..moe.stats import StatsReport
-from ..moe.switches import set_pick_rule
 
 
 class ShareControl:
@@ -37,4 +37,5 @@ class TopKControl(ShareControl):
         self.chunks, self.bounds, self.seed = chunks, bounds, seed
 
     def before_step(self, step: int) -> None:
-        set_pick_rule(self.chunks, StaticTopK(random.Random(f"{self.seed}:{step}").randint(*self.bounds)))
+        topk = random.Random(f"{self.seed}:{step}").randint(*self.bounds)
+        set_dials(self.chunks, pick_rule=StaticTopK(topk))

@@ -23,6 +23,7 @@ from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result
 from ...errors import UserError, run_main
+from ...ops.vocab_kl import token_metrics
 from ...serving.load import load_model
 from ..benchmarks.checkable import exactly
 from .heldout import Task, load_held_out
@@ -72,12 +73,11 @@ class Sums:
     def add(self, log_p_TV: torch.Tensor, labels_T: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
         """Count T tokens. `others`: log-probabilities [T, V] that the model is compared with, by name."""
         self.values["tokens"] += labels_T.numel()
-        self.values["ce"] -= float(log_p_TV.gather(1, labels_T[:, None]).double().sum())
         for name, log_q_TV in others.items():
-            self.values[f"kl_to_{name}"] += float(
-                (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(1).double().sum()
-            )
-            self.values[f"top1_agreement_{name}"] += float((log_q_TV.argmax(1) == log_p_TV.argmax(1)).sum())
+            found = token_metrics(log_p_TV, log_q_TV, labels_T)
+            self.values[f"kl_to_{name}"] += float(found["kl"].double().sum())
+            self.values[f"top1_agreement_{name}"] += float(found["top1_agreement"].sum())
+        self.values["ce"] += float(found["ce"].double().sum())
 
     def means(self) -> dict[str, float]:
         """Per token."""
