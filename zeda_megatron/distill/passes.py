@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..data.packing import PackedBatch
+from ..models.layer_spec import has_transformer_engine
 from ..ops.vocab_kl import LossInputs
 from ..runtime.process_groups import device
 from .losses import LossConfig, distill_loss
@@ -28,7 +29,9 @@ def forward_model(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         Hidden states [S, B, H], on the last pipeline stage those that the LM head takes.
     """
     to = partial(torch.Tensor.to, device=device(), non_blocking=True)
-    ends = to(batch.cu_seqlens)
+    # Transformer Engine's kernels read them on the device. Without it every layer's attention and rotary embedding
+    # read them on the host.
+    ends = to(batch.cu_seqlens) if has_transformer_engine() else batch.cu_seqlens
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,

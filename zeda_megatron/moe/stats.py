@@ -62,8 +62,11 @@ class RoutingStats:
         if valid_T is not None:
             map_TN = map_TN & valid_T[:, None]
         low, high = SCORE_RANGE
-        place = (score_TN.detach()[map_TN] - low) * (SCORE_BINS / (high - low))
-        counts = torch.bincount(place.long().clamp(0, SCORE_BINS - 1), minlength=SCORE_BINS)
+        place_TN = (score_TN.detach() - low) * (SCORE_BINS / (high - low))
+        place_TN = place_TN.long().clamp(0, SCORE_BINS - 1)
+        # Not the picked scores alone: how many there are the host would have to wait for.
+        counts = torch.zeros(SCORE_BINS, dtype=torch.int64, device=map_TN.device)
+        counts.scatter_add_(0, place_TN.flatten(), map_TN.flatten().long())
         self.score_counts = counts if self.score_counts is None else self.score_counts + counts
 
     def add_group_loss(self, part: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..runtime.agreement import gathered, rank
+from ..runtime.process_groups import device
 
 _ON = "(--no-check-for-nan-in-loss-and-grad goes on regardless)"
 
@@ -53,13 +54,18 @@ class FiniteCheck:
 
     def _weights(self) -> list[str]:
         """Names of weights of all ranks that hold NaN or infinity."""
-        mine = [
-            f"{name} {weight}" + (f" (rank {rank()})" if rank() else "")
+        norms = {
+            f"{name} {weight}": torch.linalg.vector_norm(tensor.detach(), torch.inf).float()
             for name, chunks in self.models.items()
             for chunk in chunks
             for weight, tensor in chunk.named_parameters()
-            if tensor.numel() and not torch.linalg.vector_norm(tensor.detach(), torch.inf).isfinite()
-        ]
+            if tensor.numel()
+        }
+        # A parked teacher's are on the host; the others wait for the device together.
+        where = device()
+        sound = torch.stack([norm.to(where) for norm in norms.values()]).isfinite().tolist() if norms else []
+        told = f" (rank {rank()})" if rank() else ""
+        mine = [name + told for name, fine in zip(norms, sound) if not fine]
         return [name for names in gathered(mine[:3]) for name in names]
 
     def _end(self, what: str, weights: list[str]) -> None:
