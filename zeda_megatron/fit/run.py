@@ -19,8 +19,8 @@ from ..errors import UserError
 from ..runtime import cpu, process_groups
 from ..runtime.agreement import on_rank0
 from ..runtime.process_groups import ParallelConfig
+from ..text_table import text_table
 from .options import SCORES, FitOptions
-from .table import format_fit
 
 CALIBRATION_PASSES = 4
 
@@ -252,3 +252,31 @@ class HeadFit:
             self.passes.forward(self.model, row)
         report = stats.collect(self.model, self.model.config.num_layers, process_groups.device())
         return {"zero_share": report.zero_share, "zero_share_by_layer": report.zero_share_by_layer}
+
+
+def format_fit(report: dict) -> str:
+    """Lines a layer, then what the threshold gives; `report` is what fit.json holds."""
+    from ..moe.threshold import format_thresholds
+
+    lines, rows = [], [["layer", "R^2 of the head", "R^2 of constants", "zero share"]]
+    for number, r2 in report["r2_by_layer"].items():
+        values = (
+            r2,
+            report["r2_of_constants_by_layer"][number],
+            report["zero_share_by_layer"][int(number) - 1],
+        )
+        rows.append([str(number), *(f"{value:.3f}" for value in values)])
+    if len(rows) > 1:
+        lines += text_table(rows, "rrrr")
+    if report["experts_without_rows"] or report["experts_with_few_rows"]:
+        lines.append(
+            f"{report['experts_without_rows']} experts had no row and got the mean over the others, "
+            f"{report['experts_with_few_rows']} had fewer rows than channels (more --fit-rows would help)"
+        )
+    threshold = report["threshold"]
+    told = format_thresholds(threshold if isinstance(threshold, list) else [threshold])
+    lines.append(
+        f"threshold {told}: zero share {report['zero_share']:.1%} "
+        f"({report['rows']} rows, {report['seconds']:.0f} s)"
+    )
+    return "\n".join(lines)

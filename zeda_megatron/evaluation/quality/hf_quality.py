@@ -25,6 +25,7 @@ from ...durable_file import write_result
 from ...errors import UserError, run_main
 from ...ops.vocab_kl import token_metrics
 from ...serving.load import load_model
+from ...text_table import markdown_table
 from ..benchmarks.checkable import exactly
 from .heldout import Task, load_held_out
 from .left_padding import left_padded, until_stop
@@ -195,14 +196,11 @@ COLUMNS = {
 
 def table(result: dict[str, dict[str, float]]) -> list[str]:
     """Markdown lines, a model per line."""
-    lines = [
-        "| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |",
-        "|---" * (1 + len(COLUMNS)) + "|",
+    rows = [
+        [name, *("" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items())]
+        for name, row in result.items()
     ]
-    for name, row in result.items():
-        cells = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    return markdown_table(["", *(head for head, _ in COLUMNS.values())], rows)
 
 
 def main(argv: list[str] | None = None) -> int:
