@@ -44,7 +44,7 @@ class ZeroExpertConfig:
     group_loss_variant: str = "routed"
     """`routed`: count the slots that were really routed. `authors`: count a fresh top-k of the scores, without
     expert bias, padding included (what the paper's code does). `adamoe`: balance every real expert too, with the zero
-    experts as one kind (arXiv 2406.13233; `moe.null_expert_loss`); it counts like `routed` and pulls the zero share to
+    experts as one kind (arXiv 2406.13233; `moe.balancing`); it counts like `routed` and pulls the zero share to
     Nz / (N + Nz). With `renormalize_after_drop` it makes AdaMoE's layer."""
 
     group_loss_scope: str = "tp_cp"

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             with locked(options.generate.rollout_path + ".lock", "--rollout-path", warn):
                 return run_stage0(options)
         if options.model.stage == "eval":
-            from .training.eval_stage import run_evaluation
+            from .training.evaluate import run_evaluation
 
             return run_evaluation(options)
         from .training.loop import TrainingRun

@@ -13,9 +13,8 @@ from zeda_megatron.moe import stats
 from zeda_megatron.moe.pick_rules import StaticTopK
 from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.moe.threshold import calibrate_threshold
-from zeda_megatron.training.build_optimizer import build_optimizer
+from zeda_megatron.training.build import build_optimizer, build_student
 from zeda_megatron.training.options import GROUPS, Options
-from zeda_megatron.training.setup import build_student
 from zeda_megatron.training.step import Stepper
 
 from .traffic import Traffic

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..models.architecture import Architecture
-from ..models.paired_config import SettingsWriter
+from ..models.hf_config import SettingsWriter
 from ..models.weight_kinds import ModelDims, ScoreBias, Setting, WeightMapping
 from ..models.weight_map import WeightMap
 from .carried import carried_plans, read_carried

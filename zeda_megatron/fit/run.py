@@ -53,8 +53,8 @@ class HeadFit:
         from ..models.build import build_gpt_model, transformer_config
         from ..models.on_disk import ModelFacts, read_facts
         from ..models.origin import adapted_steps, weights_id
+        from ..training.build import hf_folder, zero_experts
         from ..training.model_options import ModelOptions
-        from ..training.setup import hf_folder, zero_experts
         from .paired_fit import moe_layers
         from .passes import WatchedPasses
         from .rows import read_fit_rows

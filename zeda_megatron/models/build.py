@@ -14,8 +14,7 @@ from ..config import ZeroExpertConfig
 from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
 from ..moe.paired import install_residual_norms
-from ..moe.score_bias import train_score_bias
-from ..moe.spec import apply_grouped_experts, apply_zero_experts
+from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
 from ..runtime.process_groups import ParallelConfig
 from .architecture import Architecture
 from .layer_spec import decoder_block_spec, has_transformer_engine

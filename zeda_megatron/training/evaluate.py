@@ -1,4 +1,5 @@
-"""Evaluation on held-out text while training: how far the student is from its teacher, at which zero share.
+"""Evaluation on held-out text, while training or of a checkpoint: how far the student is from its teacher, at which
+zero share.
 
 A forward pass in evaluation mode that leaves no trace: weights, gradients, random numbers and the routing statistics
 of training steps stay as they are.
@@ -6,7 +7,11 @@ of training steps stay as they are.
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -14,12 +19,14 @@ from megatron.core import parallel_state
 from ..distill.losses import LossConfig
 from ..distill.passes import compare, means, total
 from ..distill.teacher import Teacher
+from ..durable_file import write_result
+from ..errors import UserError
 from ..moe import stats
 from ..runtime.process_groups import device
+from .build import Student, build_student, build_teacher, teacher_source
 from .eval_rows import EvalRows, read_eval_rows
 from .log import RunLog
 from .options import Options
-from .setup import Student
 
 
 class Evaluator:
@@ -131,3 +138,37 @@ def build_evaluator(options: Options, rows: EvalRows, student: Student, teacher:
     group = max(in_step // multiple, 1) * multiple
     length, chunk = options.data.seq_length, options.distill.loss_chunk_tokens
     return Evaluator(rows, student, teacher, length, group, chunk)
+
+
+def run_evaluation(options: Options) -> int:
+    """Measure --pretrained-checkpoint on --eval-data-path; print the figures, write them to --eval-output.
+
+    Returns the exit code. Raises `UserError` naming the flag.
+    """
+    checkpoint = options.model.pretrained_checkpoint
+    if not checkpoint:
+        raise UserError("--pretrained-checkpoint is missing: give the checkpoint to evaluate")
+    output = options.evaluation.eval_output
+    if output and not os.access(Path(output).resolve().parent, os.W_OK):
+        raise UserError(f"--eval-output {output}: its folder does not exist or cannot be written")
+    # Nothing is learned, so a static checkpoint needs no word about the group loss.
+    options = replace(options, model=replace(options.model, moe_router_load_balancing_type="none"))
+    if options.distill.teacher_memory == "shared":  # one set of weights: that was while they had not moved
+        options = replace(options, distill=replace(options.distill, teacher_memory="own"))
+    teacher_source(options)  # says what is missing, and bad rows are told, before a large model is built
+    rows = read_eval_rows(options)
+    begun = time.perf_counter()
+    student = build_student(options, trains=False)
+    teacher = build_teacher(options, student)
+    found, by_layer = build_evaluator(options, rows, student, teacher).measure_layers()
+    if torch.distributed.get_rank() == 0:
+        print(f"{checkpoint}: {line_of(found)} ({time.perf_counter() - begun:.1f} s)")
+        if output:
+            report = found | {"eval_zero_share_by_layer": by_layer, "checkpoint": str(checkpoint)}
+            report |= {
+                "teacher": str(teacher_source(options)),
+                "rows": rows.count,
+                "rows_fingerprint": rows.fingerprint,
+            }
+            write_result("--eval-output", output, json.dumps(report, indent=2) + "\n")
+    return 0

@@ -20,17 +20,14 @@ from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
-from .build_control import build_share_control
+from .build import build_optimizer, build_student, build_teacher, hf_folder, teacher_id
 from .build_feed import data_facts, prepare_feed, what_differs
-from .build_optimizer import build_optimizer
-from .build_teacher import build_teacher, teacher_id
+from .controls import build_share_control
 from .evaluate import build_evaluation
-from .finite import FiniteCheck, NotFinite
-from .guards import Guards, GuardTripped
+from .guards import FiniteCheck, Guards, GuardTripped, NotFinite
 from .log import RunLog, told, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
-from .setup import build_student, hf_folder
 from .side_files import write_side_files
 from .signals import StopRequest, exit_code_if_stopped
 from .step import Stepper

@@ -19,11 +19,10 @@ from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..moe.router_dials import set_dials
 from ..runtime.agreement import from_rank0, on_rank0
-from .build_teacher import teacher_id, teacher_source
+from .build import build_chunks, hf_folder, run_tokenizer, teacher_id, teacher_source, zero_experts
 from .log import warn
 from .options import Options
 from .rollouts.choose import rollout_engine
-from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
 from .signals import StopRequest
 
 ROUND = 4

@@ -18,7 +18,7 @@ from ..moe.paired import forget_residuals
 from ..moe.replay import enable_replay, set_targets
 from ..moe.router_dials import set_dials
 from ..runtime.process_groups import device, seconds_now
-from .setup import Student
+from .build import Student
 
 
 class Stepper:

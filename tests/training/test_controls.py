@@ -10,8 +10,7 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import KEEP_ALL, paired_modules
 from zeda_megatron.moe.router_dials import OPEN, set_thresholds
-from zeda_megatron.training.group_loss_control import WeightControl
-from zeda_megatron.training.paired_control import SparsityControl
+from zeda_megatron.training.controls import SparsityControl, WeightControl
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
