@@ -56,9 +56,13 @@ def sizes_of(layout: dict) -> dict:
 def train(world, out: Path, layout: dict, flags: dict) -> dict:
     """A whole run with our own loop; its checkpoint and metrics stay in OUT."""
     run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
-    before = run.teacher.weight_hash()
+    before = tiny_world.weight_hash(run.teacher)
     code = run.run()
-    return {"code": code, "iteration": run.iteration, "teacher_still": run.teacher.weight_hash() == before}
+    return {
+        "code": code,
+        "iteration": run.iteration,
+        "teacher_still": tiny_world.weight_hash(run.teacher) == before,
+    }
 
 
 def train_on_stand_ins(world, out: Path, layout: dict, flags: dict) -> dict:

@@ -6,7 +6,6 @@ memory between passes, `shared` borrows the student's weights where only routers
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,16 +60,6 @@ class Teacher:
         """The teacher's LM head on the last stage, on the device of the computation."""
         weight = self.model_chunks[-1].head_weight().detach()
         return weight.cuda() if self.mode == "offload" and torch.cuda.is_available() else weight
-
-    def weight_hash(self) -> str:
-        """SHA-256 over what the teacher computes with on this rank; equal before and after training."""
-        digest = hashlib.sha256()
-        with self._in_place():
-            for chunk in self.model_chunks:
-                for name, parameter in sorted(chunk.named_parameters()):
-                    digest.update(name.encode())
-                    digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -100,13 +100,13 @@ class HeadFit:
         """Fit, set the threshold, save. Returns the exit code."""
         from ..checkpoint.state import model_state, save_checkpoint
         from ..durable_file import write_atomically, writing
+        from ..models.hf_config import describe_checkpoint
         from ..runtime.new_folder import new_folder
-        from ..training.side_files import write_side_files
 
         with new_folder(self.options.save, "--save") as staging, self.bar:
             report = self._fit_and_calibrate()
             with writing(f"--save {self.options.save}"):
-                on_rank0(lambda: write_side_files(staging, self.hf, self.facts))
+                on_rank0(lambda: describe_checkpoint(staging, self.hf, self.facts))
                 on_rank0(lambda: write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n"))
             save_checkpoint(
                 staging, 0, model_state([self.model]) | {"adapted_steps": self.facts.adapted_steps}

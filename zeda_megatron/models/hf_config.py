@@ -23,6 +23,7 @@ from ..regular_file import is_regular
 from ..strict_json import is_int, is_number, read_json
 from .architecture import MODELS
 from .bits import DTYPES
+from .on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from .weight_kinds import Setting, WeightMapping
 
 PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold")
@@ -317,3 +318,11 @@ def _cleaned(path: Path) -> dict[str, Any] | None:
     value = read_json(path)
     clean = without_code(value)
     return None if clean == value else clean
+
+
+def describe_checkpoint(root: Path, source: Path, facts: ModelFacts) -> None:
+    """Put beside a Megatron checkpoint what export and evaluation need, as the converter does: `hf_config/` (config and
+    tokenizer of the folder `source`) and `zeda.json`."""
+    copy_side_files(source, root / HF_CONFIG_NAME)
+    write_config(root / HF_CONFIG_NAME, static_config(read_json(source / "config.json")))
+    write_atomically(root / ZEDA_NAME, facts.text())

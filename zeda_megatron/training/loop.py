@@ -14,6 +14,7 @@ from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..distill.passes import forward_only
 from ..errors import UserError
+from ..models.hf_config import describe_checkpoint
 from ..models.on_disk import ModelFacts, read_facts
 from ..models.origin import adapted_steps
 from ..moe import stats
@@ -28,7 +29,6 @@ from .guards import FiniteCheck, Guards, GuardTripped, NotFinite
 from .log import RunLog, told, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .options import Options
-from .side_files import write_side_files
 from .signals import StopRequest, exit_code_if_stopped
 from .step import Stepper
 
@@ -213,7 +213,7 @@ class TrainingRun:
         self.finite.weights()
         self.lock.require()
         facts = replace(self.facts, adapted_steps=self.adapted_steps())
-        describe = partial(write_side_files, self.saver.root, hf_folder(self.options.model), facts)
+        describe = partial(describe_checkpoint, self.saver.root, hf_folder(self.options.model), facts)
         self.saver.save(self.iteration, self.state(), describe)
         self.guards.newest = self.saver.folder(self.iteration)
 
