@@ -7,6 +7,7 @@ import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK
+from zeda_megatron.moe.router_dials import set_dials
 
 N, K, H = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"], tiny.TINY["hidden_size"]
 ROUTINGS = ("shared", "paired", "paired head", "topk", "skip")
@@ -73,7 +74,7 @@ def fill(layer, weights: dict, routing: str, threshold: float, first: int, place
             paired.bias.copy_(weights["c"])
             paired.threshold.fill_(threshold)
             paired.requires_grad_(routing == "paired head")
-    layer.router.pick_rule = RULES.get(routing)
+    set_dials(layer, pick_rule=RULES.get(routing))
 
 
 class DenseLayer:

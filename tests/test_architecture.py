@@ -28,6 +28,7 @@ FLOORS = {
     "errors": 0,
     "regular_file": 0,
     "strict_json": 0,
+    "text_table": 0,
 }
 """Floor of each room (folder or single file). On one floor rooms may use each other, but not in a circle."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -171,3 +172,14 @@ def run_on_pairs(world: World, seq_length: int, scope: str, **more):
     run = start(world, seq_length=seq_length, **values, **more)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return run, [rows[i] for i in range(rank, 256 // seq_length, ranks)]
+
+
+def weight_hash(teacher) -> str:
+    """SHA-256 over what a teacher computes with on this rank."""
+    digest = hashlib.sha256()
+    with teacher._in_place():
+        for chunk in teacher.model_chunks:
+            for name, parameter in sorted(chunk.named_parameters()):
+                digest.update(name.encode())
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -103,15 +103,10 @@ STAGE2 = (
 )
 STUDY = (
     adamoe("adamoe"),
-    Arm(
-        "zeda_model_budget_kl",
-        "dynamic",
-        {"--moe-zero-expert-weight": str(ZEDA_WEIGHT), "--group-loss-budget": "model"},
-    ),
     Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
     *(Arm(name, name) for name in PRUNED),
 )
-"""AdaMoE's loss; one budget for all layers; a share that is held by the controller of w; pruning (REAP)."""
+"""AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
 FULL = (
     *DEFAULT,
     *STAGE2,

@@ -157,6 +157,7 @@ def test_what_megatron_users_type_by_habit_is_understood(tmp_path):
         (["--num-zero-expert", "4"], ["--num-zero-expert", "did you mean --num-zero-experts"]),
         (["--num_zero_experts", "4"], ["--num_zero_experts", "did you mean --num-zero-experts"]),
         (["--qqqqqq", "4"], ["--qqqqqq"]),
+        (["--group-loss-budget", "model"], ["unknown argument --group-loss-budget"]),
         (["stray"], ["stray"]),
         (["--seq-length", "long"], ["--seq-length", "'long'"]),
         (["--seq-length"], ["--seq-length"]),

@@ -23,7 +23,7 @@ from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
-from zeda_megatron.moe.switches import zero_mask
+from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.runtime.process_groups import initialize
 from zeda_megatron.serving.load import load_zero_expert_model
 

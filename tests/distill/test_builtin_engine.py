@@ -13,10 +13,10 @@ from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill import builtin_engine
 from zeda_megatron.distill.answering_pass import AnsweringPass, answering
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.moe.paired import paired_modules, set_threshold
+from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.replay import recorded_picks, recording
+from zeda_megatron.moe.router_dials import set_thresholds, zero_mask
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.moe.switches import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 LENGTHS = (5, 1, 8, 3, 2, 13, 1, 4, 6, 9, 7)
@@ -148,7 +148,7 @@ def test_recorded_routing_of_paired_experts_says_which_picks_were_skipped(hf, pr
     model = tiny.megatron_model(hf, ZeroExpertConfig(8, zero_expert_routing="paired"))
     for i, paired in enumerate(paired_modules(model)):
         tiny.draw(paired, seed=i)
-    set_threshold(model, -2.0)
+    set_thresholds(model, [-2.0])
     made = answers(model, prompts, record_routing=True)
     picks = torch.cat([one.routed_experts_TLK for one in made])
     assert 0.1 < float((picks >= 8).float().mean()) < 0.9
@@ -172,7 +172,7 @@ def test_statistics_and_replay_of_training_are_untouched(model, prompts):
     assert state() == before
 
 
-SPLITS = ("sequence_parallel", "context_parallel_size", "cp_group", "return_hidden", "training")
+SPLITS = ("sequence_parallel", "context_parallel_size", "cp_group", "training")
 
 
 def splits(chunks):
@@ -187,7 +187,7 @@ def test_how_sequences_are_split_is_set_aside_while_answering_and_put_back(hf, e
     chunks = [tiny.megatron_model(hf, ZeroExpertConfig(4)).train() for _ in range(2)]
     group = torch.distributed.group.WORLD
     for chunk in chunks:
-        chunk.return_hidden = chunk.config.sequence_parallel = True
+        chunk.config.sequence_parallel = True
         chunk.config.context_parallel_size = 2
         chunk.rotary_pos_emb.cp_group = group
         for layer in chunk.decoder.layers:
@@ -196,7 +196,7 @@ def test_how_sequences_are_split_is_set_aside_while_answering_and_put_back(hf, e
     before = splits(chunks)
     with pytest.raises(KeyError) if ends == "badly" else nullcontext(), answering(chunks):
         for chunk in chunks:
-            assert not (chunk.training or chunk.return_hidden or chunk.config.sequence_parallel)
+            assert not (chunk.training or chunk.config.sequence_parallel)
             assert chunk.config.context_parallel_size == 1 and chunk.rotary_pos_emb.cp_group is None
             assert all(layer.self_attention.core_attention.cp_group is None for layer in chunk.decoder.layers)
         if ends == "badly":

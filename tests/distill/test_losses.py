@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from zeda_megatron.config.run import LOSS_KINDS, LossConfig
 from zeda_megatron.distill.losses import distill_loss
 from zeda_megatron.errors import UserError
+from zeda_megatron.ops.vocab_kl import LossInputs
 
 RANKS, SEQUENCE, BATCH, HIDDEN, VOCAB, TRUE_VOCAB = 2, 6, 3, 8, 24, 21
 
@@ -39,7 +40,8 @@ def inputs():
 
 def test_hidden_states_meet_the_labels_of_their_own_token():
     student_SBH, student_VH, _, _, labels_BS, mask_BS = inputs()
-    loss, metrics = distill_loss(student_SBH, student_VH, None, None, labels_BS, mask_BS, LossConfig("ce"))
+    given = LossInputs(student_SBH, student_VH, None, None, labels_BS, mask_BS)
+    loss, metrics = distill_loss(given, LossConfig("ce"))
     logits_BSV = (student_SBH @ student_VH.t()).transpose(0, 1)
     expected_BS = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none")
     torch.testing.assert_close(loss, (expected_BS.view(BATCH, SEQUENCE) * mask_BS).sum())
@@ -52,7 +54,7 @@ def test_hidden_states_meet_the_labels_of_their_own_token():
 def test_the_config_reaches_the_loss():
     *tensors, labels_BS, mask_BS = inputs()
     config = LossConfig("jsd", beta=0.2, temperature=1.5, chunk_tokens=4)
-    loss, _ = distill_loss(*tensors, labels_BS, mask_BS, config, vocab_size=TRUE_VOCAB)
+    loss, _ = distill_loss(LossInputs(*tensors, labels_BS, mask_BS), config, vocab_size=TRUE_VOCAB)
     p, q = (
         F.softmax(tensors[i] @ tensors[i + 1][:TRUE_VOCAB].t() / 1.5, dim=-1).transpose(0, 1) for i in (0, 2)
     )
@@ -65,7 +67,7 @@ def test_the_teacher_gets_no_gradient():
     *tensors, labels_BS, mask_BS = inputs()
     tensors[2].requires_grad_()
     tensors[3].requires_grad_()
-    distill_loss(*tensors, labels_BS, mask_BS, LossConfig("forward_kl"))[0].backward()
+    distill_loss(LossInputs(*tensors, labels_BS, mask_BS), LossConfig("forward_kl"))[0].backward()
     assert tensors[2].grad is None and tensors[3].grad is None and tensors[0].grad.any()
 
 
@@ -87,15 +89,16 @@ def test_senseless_settings_are_user_errors_that_name_the_flag(values, words):
 
 def test_a_missing_teacher_is_a_user_error():
     student_SBH, student_VH, _, _, labels_BS, mask_BS = inputs()
+    given = LossInputs(student_SBH, student_VH, None, None, labels_BS, mask_BS)
     with pytest.raises(UserError, match="needs a teacher"):
-        distill_loss(student_SBH, student_VH, None, None, labels_BS, mask_BS, LossConfig("reverse_kl"))
+        distill_loss(given, LossConfig("reverse_kl"))
 
 
 def test_one_process_needs_no_megatron():
     code = (
         "import sys, torch; from zeda_megatron.distill.losses import *;"
         "x, w = torch.ones(2, 1, 4), torch.ones(5, 4); labels = torch.zeros(1, 2, dtype=torch.long);"
-        "distill_loss(x, w, x, w, labels, torch.ones(1, 2), LossConfig());"
+        "distill_loss(LossInputs(x, w, x, w, labels, torch.ones(1, 2)), LossConfig());"
         "sys.exit(any(name.startswith('megatron') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -123,16 +126,13 @@ def worker(rank: int, folder: str) -> None:
         )
         for kind in LOSS_KINDS:
             config = LossConfig(kind, temperature=1.3, chunk_tokens=5)
-            whole, whole_metrics = distill_loss(
-                student_SBH, student_VH, teacher_SBH, teacher_VH, labels_BS, mask_BS, config
-            )
+            every = LossInputs(student_SBH, student_VH, teacher_SBH, teacher_VH, labels_BS, mask_BS)
+            whole, whole_metrics = distill_loss(every, config)
             whole_grads = torch.autograd.grad(whole, (student_SBH, student_VH))
             mine_SBH = student_SBH[part].detach().clone().requires_grad_()
             mine_VH = student_VH[rows].detach().clone().requires_grad_()
-            split, metrics = distill_loss(
-                mine_SBH, mine_VH, teacher_SBH[part], teacher_VH[rows], labels_BS, mask_BS, config,
-                tp_group=group, sequence_parallel=sequence_parallel,
-            )  # fmt: skip
+            mine = LossInputs(mine_SBH, mine_VH, teacher_SBH[part], teacher_VH[rows], labels_BS, mask_BS)
+            split, metrics = distill_loss(mine, config, group, sequence_parallel)
             grads = torch.autograd.grad(split, (mine_SBH, mine_VH))
             torch.testing.assert_close((split, metrics), (whole, whole_metrics), rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(grads[0], whole_grads[0][part], rtol=1e-12, atol=1e-12)
@@ -141,9 +141,8 @@ def worker(rank: int, folder: str) -> None:
     # Megatron's own vocabulary-parallel cross entropy, which works on full logits.
     logits_SBV = (student_SBH @ student_VH[rows].t()).float()
     theirs_SB = vocab_parallel_cross_entropy(logits_SBV, labels_BS.t().contiguous())
-    ours, _ = distill_loss(
-        student_SBH, student_VH[rows], None, None, labels_BS, mask_BS, LossConfig("ce"), tp_group=group
-    )
+    mine = LossInputs(student_SBH, student_VH[rows], None, None, labels_BS, mask_BS)
+    ours, _ = distill_loss(mine, LossConfig("ce"), tp_group=group)
     tiny.close(ours.float(), (theirs_SB * mask_BS.t()).sum(), rtol=1e-5, atol=1e-6)
     dist.destroy_process_group()
     # Not the interpreter's own exit: there gloo's threads may still let go of a tensor, which aborts the process

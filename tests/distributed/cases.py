@@ -27,7 +27,6 @@ WORLD_FLAGS = {
     "reverse": {"distill_loss": "reverse_kl"},
     "jsd": {"distill_loss": "jsd"},
     "adamoe": {"group_loss_variant": "adamoe", "renormalize_after_drop": True},
-    "model budget": {"group_loss_budget": "model"},
     "rows": ALIGNED | {"calculate_per_token_loss": False},
     "paired": {},
     "paired head": HEAD,
@@ -118,8 +117,6 @@ TRAIN = [
         for name in ("tp", "ep", "pp")
     ),
     case("adamoe tp2", world="adamoe", tp=2, slow=True),
-    case("model budget pp2", world="model budget", pp=2),
-    case("model budget tp2", world="model budget", tp=2, slow=True),
     case("evaluated ep2", world="evaluated", ep=2, slow=True),
     case("evaluated tp2", world="evaluated", tp=2, slow=True),
     case("evaluated pp2", world="evaluated", pp=2),

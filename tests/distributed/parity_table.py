@@ -40,7 +40,6 @@ WORLDS = {
     "reverse": "reverse KL",
     "jsd": "JSD",
     "adamoe": "AdaMoE's loss and weights",
-    "model budget": "one budget for all layers",
     "rows": "mean over rows",
     "paired": "paired",
     "paired head": "paired, head trains",

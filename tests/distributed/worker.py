@@ -34,11 +34,10 @@ from pytest import MonkeyPatch  # noqa: E402
 from zeda_megatron.config.parallel import ParallelConfig  # noqa: E402
 from zeda_megatron.config.zero_experts import ZeroExpertConfig  # noqa: E402
 from zeda_megatron.errors import UserError  # noqa: E402
-from zeda_megatron.moe.switches import zero_mask  # noqa: E402
+from zeda_megatron.moe.router_dials import zero_mask  # noqa: E402
 from zeda_megatron.runtime.process_groups import initialize  # noqa: E402
 from zeda_megatron.runtime.whole_folder import new_folder  # noqa: E402
 from zeda_megatron.training.stage0 import run_stage0  # noqa: E402
-from zeda_megatron.training.step import forward_model  # noqa: E402
 
 own_kernels.install()
 
@@ -61,9 +60,13 @@ def sizes_of(layout: dict) -> dict:
 def train(world, out: Path, layout: dict, flags: dict) -> dict:
     """A whole run with our own loop; its checkpoint and metrics stay in OUT."""
     run = tiny_world.start(world, save=out, **sizes_of(layout), **flags)
-    before = run.teacher.weight_hash()
+    before = tiny_world.weight_hash(run.teacher)
     code = run.run()
-    return {"code": code, "iteration": run.iteration, "teacher_still": run.teacher.weight_hash() == before}
+    return {
+        "code": code,
+        "iteration": run.iteration,
+        "teacher_still": tiny_world.weight_hash(run.teacher) == before,
+    }
 
 
 def train_on_stand_ins(world, out: Path, layout: dict, flags: dict) -> dict:
@@ -207,7 +210,7 @@ def masked(world, out: Path, layout: dict, flags: dict) -> dict:
         batches = run.feed.rows_of_rank(range(2))
         run.teacher.model_chunks = run.student.chunks  # its forward pass, on the student's own weights
         with zero_mask(run.student.chunks):
-            hidden[name] = run.teacher.hidden_states(batches, 128, forward_model)
+            hidden[name] = run.teacher.hidden_states(batches, 128)
         if name == "dynamic":
             run.student.chunks[0].eval()
     equal = all(torch.equal(a, b) for a, b in zip(hidden["dynamic"], hidden["static"], strict=True))

@@ -9,7 +9,8 @@ import tiny_world
 def paired_export(world, one_process, tmp_path_factory):
     """(checkpoint of paired zero experts with drawn heads, folder exported from it)."""
     from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
-    from zeda_megatron.moe.paired import paired_modules, set_threshold
+    from zeda_megatron.moe.paired import paired_modules
+    from zeda_megatron.moe.router_dials import set_thresholds
 
     folder = tmp_path_factory.mktemp("paired")
     run = tiny_world.start(
@@ -17,7 +18,7 @@ def paired_export(world, one_process, tmp_path_factory):
     )
     for i, head in enumerate(paired_modules(run.student.chunks)):
         tiny.draw(head, seed=i, std=0.1)
-    set_threshold(run.student.chunks, -2.0)
+    set_thresholds(run.student.chunks, [-2.0])
     run.save()
     megatron_to_hf(folder, world.hf, folder / "out")
     return folder, folder / "out"

@@ -11,14 +11,14 @@ from ridge_reference import dense_ridge
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality.models import load_model, load_rows
 from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules
-from zeda_megatron.moe.switches import set_zero_mask
+from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.strict_json import read_json
-from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 ROWS = {"fit_rows": 5, "held_out_rows": 2, "seq_length": 128}
@@ -57,7 +57,6 @@ def test_the_checkpoint_serves_the_wanted_share_and_the_report_says_so(world, fi
     assert report["zero_share"] == pytest.approx(0.5, abs=0.005)
     chunk = load_model(str(out)).chunk
     stats.reset(chunk)
-    chunk.return_hidden = True
     rows = rows_of(world, 7)
     with torch.no_grad():
         for row in rows:
@@ -87,7 +86,7 @@ def test_heads_predict_the_norm_that_the_expert_really_gives(world, fitted):
     chunk = load_model(str(fitted[1])).chunk
     layer, seen = chunk.decoder.layers[1].mlp, []
     layer.router.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, 32)))
-    set_zero_mask(chunk, True)
+    set_dials(chunk, zero_mask=True)
     row = rows_of(world, 1)[0]
     with torch.no_grad():
         forward_model(chunk, row)
@@ -104,7 +103,7 @@ def test_heads_predict_the_norm_that_the_expert_really_gives(world, fitted):
 
 def test_masked_student_is_the_teacher_after_the_fit(world, fitted):
     static, paired = load_model(str(world.static)).chunk, load_model(str(fitted[1])).chunk
-    set_zero_mask(paired, True)
+    set_dials(paired, zero_mask=True)
     row = rows_of(world, 1)[0]
     with torch.no_grad():
         assert torch.equal(forward_model(static, row), forward_model(paired, row))
@@ -113,7 +112,6 @@ def test_masked_student_is_the_teacher_after_the_fit(world, fitted):
 def test_heads_are_the_ridge_fit_to_experts_run_by_hand_without_padding(world, fitted):
     """Inputs of every layer of the static model, padding cut off, each expert on its tokens, a dense solver."""
     static, inputs = load_model(str(world.static)), {1: [], 2: []}
-    static.chunk.return_hidden = True
     rows = load_rows(str(world.rollouts), static.tokenizer, 128, 5)
     assert any(row.padding_mask.any() for row in rows)
     for number, layer in enumerate(static.chunk.decoder.layers, 1):

@@ -9,7 +9,7 @@ import torch
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.fit.paired_fit import Sensitivity, moe_layers, watch_effects, watch_experts
 from zeda_megatron.models.build import build_gpt_model
-from zeda_megatron.moe.switches import set_zero_mask
+from zeda_megatron.moe.router_dials import set_dials
 
 N, H = tiny.TINY["num_experts"], tiny.TINY["hidden_size"]
 
@@ -17,7 +17,7 @@ N, H = tiny.TINY["num_experts"], tiny.TINY["hidden_size"]
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 def test_rows_are_the_inputs_and_log_norms_of_the_routed_experts_without_padding(backend):
     layer = tiny.moe_layer(ZeroExpertConfig(N, zero_expert_routing="paired"), backend=backend).eval()
-    set_zero_mask(layer, True)
+    set_dials(layer, zero_mask=True)
     hidden = tiny.hidden_states()
     padding = torch.zeros(1, 13, dtype=torch.bool)
     padding[0, 10:] = True
@@ -44,7 +44,7 @@ def test_rows_are_the_inputs_and_log_norms_of_the_routed_experts_without_padding
 @pytest.mark.parametrize("floor", [0.0, 0.7])
 def test_effects_are_the_change_of_the_loss_along_each_output_with_a_floor(floor):
     layer = tiny.moe_layer(ZeroExpertConfig(N, zero_expert_routing="paired")).eval()
-    set_zero_mask(layer, True)
+    set_dials(layer, zero_mask=True)
     hidden, seen, found = tiny.hidden_states(), [], {1: Sensitivity()}
     coefficients = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(6))
     with watch_effects(moe_layers(layer), {1: lambda *row: seen.append(row)}, {1: floor}, found):

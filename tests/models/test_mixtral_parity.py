@@ -7,7 +7,7 @@ import torch
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
-from zeda_megatron.moe.switches import zero_mask
+from zeda_megatron.moe.router_dials import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -11,7 +11,7 @@ from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.distill.sampling import Sampler, filter_logits
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.switches import zero_mask
+from zeda_megatron.moe.router_dials import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 VARIANTS = {
@@ -46,8 +46,8 @@ def tokens(rows=2, length=11, seed=4):
 
 
 @torch.no_grad()
-def logits(model, tokens_BS):
-    return model(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS), None)
+def logits(model, tokens_BS, **more):
+    return model(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS), None, **more)
 
 
 @torch.no_grad()
@@ -128,11 +128,7 @@ def test_packed_rows_equal_separate_sequences(request, which):
 
 def test_hidden_states_times_the_head_are_the_logits(model):
     expected = logits(model, tokens())
-    model.return_hidden = True
-    try:
-        hidden_SBH = logits(model, tokens())
-    finally:
-        model.return_hidden = False
+    hidden_SBH = logits(model, tokens(), return_hidden=True)
     assert hidden_SBH.shape == (11, 2, 32)
     tiny.close((hidden_SBH @ model.head_weight().t()).transpose(0, 1), expected, rtol=0, atol=1e-5)
 
@@ -204,11 +200,9 @@ def test_sampling_is_reproducible_and_independent_of_the_batch(model):
 def test_generation_leaves_the_model_as_it_was(model):
     before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
     model.train()
-    model.return_hidden = True
     engine(model).generate(PROMPTS, GREEDY, [0, 1, 2, 3])
-    assert model.training and model.return_hidden
+    assert model.training
     model.eval()
-    model.return_hidden = False
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert engine(model).generate([], GREEDY, []) == []
 

@@ -5,9 +5,18 @@ import torch
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.qwen3_moe import WEIGHTS as QWEN3_MOE_WEIGHTS
-from zeda_megatron.models.weight_kinds import QKV, Added, Direct, GateUp, ModelDims, Router, Setting
+from zeda_megatron.models.weight_kinds import (
+    QKV,
+    Added,
+    Direct,
+    GateUp,
+    ModelDims,
+    Router,
+    Setting,
+    widen,
+    zero_rows,
+)
 from zeda_megatron.models.weight_map import WeightMap
-from zeda_megatron.models.zero_rows import widen, zero_rows
 
 DIMS = ModelDims(num_query_groups=2, head_dim=4, num_real_experts=6, seed=7)
 

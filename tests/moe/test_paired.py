@@ -9,9 +9,9 @@ import torch
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.build import build_gpt_model
-from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
+from zeda_megatron.moe.paired import KEEP_ALL, paired_modules
+from zeda_megatron.moe.router_dials import set_dials, set_thresholds
 from zeda_megatron.moe.stats import collect, reset
-from zeda_megatron.moe.switches import set_zero_mask
 
 N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
 PAIRED = ZeroExpertConfig(N, zero_expert_routing="paired")
@@ -27,7 +27,7 @@ def make(score="weight+head+residual", overrides=None, threshold=0.0, **changes)
     """A router with drawn weights and head."""
     zero = ZeroExpertConfig(N, zero_expert_routing="paired", paired_score=score)
     router = tiny.router(zero, overrides, **changes)
-    set_threshold(router, threshold)
+    set_thresholds(router, [threshold])
     return router
 
 
@@ -65,7 +65,7 @@ def test_picks_below_the_threshold_go_to_their_zero_expert_and_the_others_keep_t
     hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5) * 3
     weights, scores = definition(router, hidden, residual, kind, 1.8 if kind == "sigmoid" else 1.0)
     theta = middle(scores)
-    set_threshold(router, theta)
+    set_thresholds(router, [theta])
     probs, kept = route(router.eval(), hidden, residual)
     expected = (~scores.isnan()) & (scores >= theta)
     assert torch.equal(kept, expected)
@@ -86,7 +86,7 @@ def test_a_score_has_the_terms_it_names(score):
         expected = expected + x_TH @ router.paired.weight.detach().t() + router.paired.bias.detach()
     picked = ~full.isnan()
     theta = middle(expected[picked])
-    set_threshold(router, theta)
+    set_thresholds(router, [theta])
     _, kept = route(router, hidden)
     assert torch.equal(kept, picked & (expected >= theta))
 
@@ -102,9 +102,9 @@ def test_masked_student_is_the_teacher_and_so_is_a_fresh_head():
         expected = static(*arguments)
         assert torch.equal(paired(*arguments), expected)
         assert all(float(module.threshold) == KEEP_ALL for module in paired_modules(paired))
-        set_threshold(paired, 0.0)
+        set_thresholds(paired, [0.0])
         assert not torch.equal(paired(*arguments), expected)
-        set_zero_mask(paired, True)
+        set_dials(paired, zero_mask=True)
         assert torch.equal(paired(*arguments), expected)
 
 
@@ -136,7 +136,7 @@ def test_recomputation_changes_no_gradient_with_micro_batches_in_flight(granular
     for overrides in ({}, changes):
         model = build_gpt_model(tiny.architecture(), tiny.megatron_config(overrides), PAIRED).train()
         tiny.draw(model)
-        set_threshold(model, -3.0)
+        set_thresholds(model, [-3.0])
         generator = torch.Generator().manual_seed(4)
         for _ in range(2):
             batches = [torch.randint(0, 96, (1, 9), generator=generator) for _ in range(2)]
@@ -154,7 +154,7 @@ def test_a_head_that_trains_computes_all_picks_and_gets_the_straight_through_gra
     router = make(threshold=0.0).train()
     hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5)
     _, scores = definition(router, hidden, residual)
-    set_threshold(router, middle(scores))
+    set_thresholds(router, [middle(scores)])
     probs, dispatched = route(router, hidden, residual)
     assert torch.equal(dispatched, ~scores.isnan())
     weights, _ = definition(router, hidden, residual)
@@ -174,7 +174,7 @@ def test_a_frozen_head_dispatches_kept_picks_only_and_gets_no_gradient():
     router.paired.requires_grad_(False)
     hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5)
     _, scores = definition(router, hidden, residual)
-    set_threshold(router, middle(scores))
+    set_thresholds(router, [middle(scores)])
     probs, dispatched = route(router, hidden, residual)
     assert torch.equal(dispatched, (scores >= router.paired.threshold) & ~scores.isnan())
     probs.sum().backward()
@@ -184,7 +184,7 @@ def test_a_frozen_head_dispatches_kept_picks_only_and_gets_no_gradient():
 
 def test_sparsity_loss_is_the_mean_gate_over_picks_that_are_no_padding():
     router = make("head", threshold=0.0).train()
-    router.paired.sparsity_coeff = 0.7
+    set_dials(router, sparsity_coeff=0.7)
     hidden = tiny.hidden_states()
     padding = torch.zeros(13, 1, dtype=torch.bool)
     padding[9:] = True
@@ -209,7 +209,7 @@ def test_scores_are_counted_without_padding():
 
 def test_no_cast_rounds_the_threshold():
     router = make()
-    set_threshold(router, -2.3456789)
+    set_thresholds(router, [-2.3456789])
     exact = router.paired.threshold.clone()
     assert torch.equal(router.bfloat16().paired.threshold, exact)
     assert router.paired.weight.dtype == torch.bfloat16
@@ -240,7 +240,7 @@ def test_replayed_picks_are_weighed_like_routed_ones():
     router = make(overrides={"moe_enable_routing_replay": True}).eval()
     hidden, residual = tiny.hidden_states(), tiny.hidden_states(seed=5)
     _, scores = definition(router, hidden, residual)
-    set_threshold(router, middle(scores))
+    set_thresholds(router, [middle(scores)])
     try:
         router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
         probs, kept = route(router, hidden, residual)

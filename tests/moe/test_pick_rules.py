@@ -7,7 +7,7 @@ import torch
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK, TopP, apply_pick_rule, parse_pick_rule
-from zeda_megatron.moe.switches import set_pick_rule, zero_mask
+from zeda_megatron.moe.router_dials import set_dials, zero_mask
 
 N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
 
@@ -80,7 +80,7 @@ def test_gradient_flows_through_kept_weights_only():
 
 def test_rule_in_the_router_thins_the_real_picks_and_counts_the_dropped_as_zero():
     router, hidden = tiny.router(ZeroExpertConfig(4)), tiny.hidden_states()
-    set_pick_rule(router, StaticTopK(1))
+    set_dials(router, pick_rule=StaticTopK(1))
     probs_TN, map_TN = router(hidden)
     dense = tiny.dense_routing(hidden.reshape(13, -1) @ router.weight.t(), K, N)
     best_TN = (
@@ -91,7 +91,7 @@ def test_rule_in_the_router_thins_the_real_picks_and_counts_the_dropped_as_zero(
     assert int(router.routing_stats.zero_slots) == 13 * K - real and real <= 13
     with zero_mask(router):
         assert (router(hidden)[1].sum(1) == K).all()  # the masked model is the teacher: no rule
-    assert router.pick_rule == StaticTopK(1)
+    assert router.dials.pick_rule == StaticTopK(1)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.replay import RoutingReplay, enable_replay, recorded_picks, recording, set_targets
+from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.moe.switches import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 ZERO = ZeroExpertConfig(4)

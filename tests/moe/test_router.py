@@ -6,7 +6,7 @@ import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.switches import set_zero_mask, zero_mask
+from zeda_megatron.moe.router_dials import set_dials, zero_mask
 
 N, NZ, K, ALPHA, W = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"], 0.1, 2.0
 SIGMOID = {
@@ -176,7 +176,7 @@ def test_masked_routing_is_bit_equal_to_megatrons_own_router(kind, width):
         if stock.expert_bias is not None:
             stock.expert_bias.copy_(wide.expert_bias[:N])
     results = []
-    set_zero_mask(wide, True)
+    set_dials(wide, zero_mask=True)
     for router in (wide, stock):
         hidden = tiny.hidden_states(size=width)
         probs_TN, map_TN = router(hidden)
@@ -189,11 +189,11 @@ def test_mask_is_a_visit_and_not_a_change():
     router, hidden = make(), tiny.hidden_states()
     before = router(hidden)[0]
     with zero_mask(router):
-        assert router.zero_mask and not torch.equal(router(hidden)[0], before)
-    assert not router.zero_mask and torch.equal(router(hidden)[0], before)
+        assert router.dials.zero_mask and not torch.equal(router(hidden)[0], before)
+    assert not router.dials.zero_mask and torch.equal(router(hidden)[0], before)
     with pytest.raises(RuntimeError), zero_mask(router):
         raise RuntimeError
-    assert not router.zero_mask
+    assert not router.dials.zero_mask
 
 
 def test_no_zero_experts_route_like_the_stock_router():

@@ -8,7 +8,7 @@ import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.routed_slots import RoutedSlots
+from zeda_megatron.moe.balancing import RoutedSlots
 from zeda_megatron.moe.stats import RoutingStats
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.moe import stats
-from zeda_megatron.moe.paired import set_threshold
 from zeda_megatron.moe.pick_rules import StaticTopK
+from zeda_megatron.moe.router_dials import set_dials, set_thresholds
 
 N, NZ, K = tiny.TINY["num_experts"], 4, tiny.TINY["num_experts_per_tok"]
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_tokens_are_recorded_on_request():
     hidden = tiny.hidden_states()
     routers[0](hidden)
     assert routers[0].routing_stats.real_picks_T == []
-    routers[0].routing_stats.record_tokens = True
+    routers[0].routing_stats.recording = True
     map_TE = tiny.dense_routing(hidden.reshape(13, -1) @ routers[0].weight.t(), K, N).map_TE
     for _ in range(2):
         routers[0](hidden)
@@ -91,10 +91,10 @@ def test_skipped_shares_of_tokens_are_those_of_the_maps_over_layers_and_passes(r
     if routing == "paired":
         zero = ZeroExpertConfig(N, zero_expert_routing="paired", paired_score="head")
         routers = torch.nn.ModuleList(tiny.router(zero, seed=i) for i in range(2))
-        set_threshold(routers, 0.0)
-    routers[1].pick_rule = StaticTopK(2)
+        set_thresholds(routers, [0.0])
+    set_dials(routers[1], pick_rule=StaticTopK(2))
     routers.eval()
-    stats.record_tokens(routers)
+    stats.record(routers)
     inputs = [tiny.hidden_states(13, seed=1), tiny.hidden_states(5, seed=2)]
     kept_T = torch.cat([sum(router(hidden)[1].sum(1) for router in routers) for hidden in inputs])
     assert 0 < kept_T.sum() < 18 * 2 * K and len(kept_T.unique()) > 1
@@ -103,8 +103,7 @@ def test_skipped_shares_of_tokens_are_those_of_the_maps_over_layers_and_passes(r
     kept_T = sum(router(again)[1].sum(1) for router in routers)
     torch.testing.assert_close(stats.take_skipped(routers), 1 - kept_T.double() / (2 * K))
     routers[0](again)
-    stats.record_tokens(routers, False)
-    routers[0](again)
+    stats.reset(routers)
     assert routers[0].routing_stats.real_picks_T == []
 
 
@@ -117,12 +116,12 @@ def test_picks_are_counted_per_expert_on_request_padding_left_out():
     """Against a direct count; the pick rule keeps the heaviest pick of every token."""
     routers = model(2, 4)
     hidden, valid_T = tiny.hidden_states(), torch.arange(13) < 10
-    routers[0].pick_rule = StaticTopK(1)
+    set_dials(routers[0], pick_rule=StaticTopK(1))
     for router in routers:
         router.eval()
         router(hidden, ~valid_T[:, None])
     assert routers[0].routing_stats.picks_2N is None
-    stats.record_experts(routers)
+    stats.record(routers)
     for _ in range(2):
         for router in routers:
             router(hidden, ~valid_T[:, None])

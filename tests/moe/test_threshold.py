@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
+from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.moe.stats import SCORE_BINS, RoutingStats, routers
-from zeda_megatron.moe.switches import evaluating, zero_mask
 from zeda_megatron.moe.threshold import ScoreQuantiles, calibrate_threshold, quantile, thresholds
 
 
@@ -73,12 +73,3 @@ def test_a_calibration_that_fails_leaves_mode_and_statistics_as_they_were(fault)
     assert model.training and all(
         router.routing_stats is kept for router, kept in zip(routers(model), before)
     )
-
-
-def test_evaluation_mode_and_attributes_come_back_after_an_error():
-    chunks = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).eval()]
-    chunks[0].return_hidden, chunks[1].return_hidden = True, False
-    with pytest.raises(ValueError, match="x"), evaluating(chunks, return_hidden=True):
-        assert not chunks[0].training and chunks[1].return_hidden
-        raise ValueError("x")
-    assert [(c.training, c.return_hidden) for c in chunks] == [(True, True), (False, False)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
+from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss, reference_distill_loss
 
 TOKENS, HIDDEN, VOCAB, TRUE_VOCAB, TEMPERATURE = 9, 6, 24, 21, 1.4
 
@@ -23,7 +23,8 @@ def case():
 def run(operator, kind, hidden_TH, head_VH, *rest, temperature=TEMPERATURE):
     """(loss, d hidden, d head)."""
     hidden_TH, head_VH = (t.clone().requires_grad_() for t in (hidden_TH, head_VH))
-    loss, _ = operator(hidden_TH, head_VH, *rest, kind=kind, temperature=temperature, vocab_size=TRUE_VOCAB)
+    inputs = LossInputs(hidden_TH, head_VH, *rest)
+    loss, _ = operator(inputs, kind=kind, temperature=temperature, vocab_size=TRUE_VOCAB)
     return loss.detach(), *torch.autograd.grad(loss, (hidden_TH, head_VH))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from zeda_megatron.config.run import LOSS_KINDS
-from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
+from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss, reference_distill_loss
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB, TRUE_VOCAB = 23, 12, 10, 40, 37
 BETA, TEMPERATURE = 0.3, 1.7
@@ -30,7 +30,8 @@ class Case:
         hidden_TH = self.hidden_TH.clone().requires_grad_()
         weight_VH = self.weight_VH.clone().requires_grad_()
         teacher = (self.teacher_hidden_TH, self.teacher_weight_VH)
-        loss, metrics = operator(hidden_TH, weight_VH, *teacher, self.labels_T, self.weights_T, **options)
+        inputs = LossInputs(hidden_TH, weight_VH, *teacher, self.labels_T, self.weights_T)
+        loss, metrics = operator(inputs, **options)
         (3 * loss).backward()
         return loss.detach(), metrics, hidden_TH.grad, weight_VH.grad
 
@@ -56,13 +57,13 @@ def options(kind, **more):
     return {"kind": kind, "beta": BETA, "temperature": TEMPERATURE, "vocab_size": TRUE_VOCAB, **more}
 
 
-def torch_loss(
-    hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, labels_T, weights_T, *, kind, **_ignored
-):
+def torch_loss(inputs: LossInputs, *, kind, **_ignored):
     """The losses spelled with torch.nn.functional: F.kl_div(input, target) is KL(target || input). A policy gradient is
     that of the labels' cross-entropy, weighted by the negative advantage of each."""
+    hidden_TH, weight_VH, labels_T = inputs.hidden, inputs.weight_VH, inputs.labels
+    teacher_VH = inputs.teacher_weight_VH[:TRUE_VOCAB]
     log_p_TV = F.log_softmax(hidden_TH @ weight_VH[:TRUE_VOCAB].t() / TEMPERATURE, dim=1)
-    log_q_TV = F.log_softmax(teacher_hidden_TH @ teacher_weight_VH[:TRUE_VOCAB].t() / TEMPERATURE, dim=1)
+    log_q_TV = F.log_softmax(inputs.teacher_hidden @ teacher_VH.t() / TEMPERATURE, dim=1)
     log_mixture = torch.tensor([1 - BETA, BETA], dtype=log_p_TV.dtype).log()[:, None, None]
     log_m_TV = torch.logsumexp(torch.stack([log_p_TV, log_q_TV]) + log_mixture, dim=0)
 
@@ -87,7 +88,7 @@ def torch_loss(
         "reverse_kl": lambda: kl(log_q_TV, log_p_TV),
         "jsd": lambda: BETA * kl(log_m_TV, log_q_TV) + (1 - BETA) * kl(log_m_TV, log_p_TV),
     }[kind]()
-    return (loss_T * weights_T).sum(), {}
+    return (loss_T * inputs.weights).sum(), {}
 
 
 def assert_same(ours, theirs, rtol=1e-5, atol=1e-6):
@@ -114,9 +115,8 @@ def test_gradients_are_the_finite_differences(kind):
 
     def loss(hidden_TH, weight_VH):
         teacher = (case.teacher_hidden_TH, case.teacher_weight_VH)
-        return fused_distill_loss(
-            hidden_TH, weight_VH, *teacher, case.labels_T, case.weights_T, **options(kind, chunk_tokens=2)
-        )[0]
+        inputs = LossInputs(hidden_TH, weight_VH, *teacher, case.labels_T, case.weights_T)
+        return fused_distill_loss(inputs, **options(kind, chunk_tokens=2))[0]
 
     assert torch.autograd.gradcheck(
         loss, (case.hidden_TH.clone().requires_grad_(), case.weight_VH.clone().requires_grad_())
@@ -222,12 +222,13 @@ def test_a_student_equal_to_its_teacher_has_no_divergence():
 
 def test_gradients_are_computed_only_where_wanted():
     case = make_case()
-    inputs = (case.teacher_hidden_TH, case.teacher_weight_VH, case.labels_T, case.weights_T)
     hidden_TH = case.hidden_TH.clone().requires_grad_()
+    teacher = (case.teacher_hidden_TH, case.teacher_weight_VH)
+    inputs = LossInputs(hidden_TH, case.weight_VH, *teacher, case.labels_T, case.weights_T)
     with torch.no_grad():
-        loss, _ = fused_distill_loss(hidden_TH, case.weight_VH, *inputs, **options("forward_kl"))
+        loss, _ = fused_distill_loss(inputs, **options("forward_kl"))
     assert not loss.requires_grad
-    loss, _ = fused_distill_loss(hidden_TH, case.weight_VH, *inputs, **options("forward_kl"))
+    loss, _ = fused_distill_loss(inputs, **options("forward_kl"))
     assert loss.grad_fn.saved_tensors[1] is None  # a frozen head costs no gradient buffer
     loss.backward(retain_graph=True)
     once = hidden_TH.grad.clone()

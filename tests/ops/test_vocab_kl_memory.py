@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from zeda_megatron.config.run import LOSS_KINDS
-from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
+from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss, reference_distill_loss
 
 HIDDEN, VOCAB, CHUNK = 8, 2000, 16
 
@@ -30,7 +30,7 @@ def allocations(operator, tokens: int, **options) -> Allocations:
     teacher = (torch.randn(tokens, HIDDEN), torch.randn(VOCAB, HIDDEN))
     labels_T, weights_T = torch.randint(0, VOCAB, (tokens,)), torch.ones(tokens)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        operator(hidden_TH, weight_VH, *teacher, labels_T, weights_T, **options)[0].backward()
+        operator(LossInputs(hidden_TH, weight_VH, *teacher, labels_T, weights_T), **options)[0].backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = largest = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -58,9 +58,9 @@ def test_the_measurement_sees_full_logits_where_there_are_some():
 
 
 def test_masked_tokens_cost_no_logits():
-    def masked(*inputs, **options):
-        *inputs, weights_T = inputs
-        return fused_distill_loss(*inputs, weights_T * (torch.arange(len(weights_T)) < 3), **options)
+    def masked(inputs, **options):
+        three = inputs.weights * (torch.arange(len(inputs.weights)) < 3)
+        return fused_distill_loss(replace(inputs, weights=three), **options)
 
     seen = allocations(masked, 64, kind="forward_kl", chunk_tokens=1000)
     assert seen.largest <= max(3 * VOCAB, VOCAB * HIDDEN)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from zeda_megatron.config.run import LOSS_KINDS
-from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
+from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss, reference_distill_loss
 
 RANKS, TOKENS, HIDDEN, VOCAB = 2, 11, 6, 20
 
@@ -34,7 +34,7 @@ def inputs(dtype, true_vocab, whole_numbers=False):
 
 def run(operator, hidden_TH, weight_VH, *rest, **options):
     hidden_TH, weight_VH = (t.detach().clone().requires_grad_() for t in (hidden_TH, weight_VH))
-    loss, metrics = operator(hidden_TH, weight_VH, *rest, **options)
+    loss, metrics = operator(LossInputs(hidden_TH, weight_VH, *rest), **options)
     (2 * loss).backward()
     return loss.detach(), metrics, hidden_TH.grad, weight_VH.grad
 

@@ -16,16 +16,16 @@ from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.distill.answering_pass import AnsweringPass, answering
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
-from zeda_megatron.ops.vocab_kl import fused_distill_loss
+from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss
 from zeda_megatron.planning.memory_activations import Layer
 from zeda_megatron.planning.memory_command import read_command
 from zeda_megatron.planning.memory_parameters import stage_parameters
 from zeda_megatron.planning.memory_phases import Shapes, answers, loss_bytes, student_pass, teacher_pass
 from zeda_megatron.planning.memory_sheet import main, memory_sheet
-from zeda_megatron.training.step import forward_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN, GLM = (str(EXAMPLES / name) for name in ("qwen3_30b_a3b", "glm_4_7_flash"))
@@ -87,8 +87,8 @@ def test_the_losss_working_set_is_near_the_estimate(one_process, tmp_path, kind)
     hidden.requires_grad_(), head.requires_grad_()
 
     def run():
-        inputs = (hidden, head, teacher, teacher_head, labels, torch.ones(tokens))
-        loss, _ = fused_distill_loss(*inputs, kind=kind, chunk_tokens=chunk)
+        inputs = LossInputs(hidden, head, teacher, teacher_head, labels, torch.ones(tokens))
+        loss, _ = fused_distill_loss(inputs, kind=kind, chunk_tokens=chunk)
         loss.backward()
 
     final_norm = 2 * tokens * 32 * 4
@@ -118,7 +118,6 @@ def test_the_peak_of_a_pass_is_near_the_estimate(one_process, tmp_path, config, 
     model = build_gpt_model(
         made.arch, transformer_config(made.arch, overrides=overrides), STATIC, expert_backend="loop"
     ).train()
-    model.return_hidden = True
     for parameter in model.parameters():  # as DDP does: a gradient lives until it has been added
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     sample = TokenSample([1 + i % 90 for i in range(256)], [True] * 256)

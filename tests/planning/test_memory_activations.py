@@ -9,10 +9,10 @@ import torch
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.data.packing import PackedDataset, TokenSample
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.planning.memory_activations import Layer, kept_per_layer
-from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 TOKENS, ZERO = 256, ZeroExpertConfig(4, group_loss_coeff=0.1)
@@ -60,7 +60,6 @@ def saved_bytes(arch, recompute) -> tuple[list[int], float]:
     overrides = RECOMPUTE[recompute] | {"moe_grouped_gemm": False}
     model = build_gpt_model(arch, transformer_config(arch, overrides=overrides), ZERO, expert_backend="loop")
     tiny.draw(model, std=0.1)
-    model.return_hidden = True
     model.train()
     batch = PackedDataset([TokenSample([1 + i % 90 for i in range(TOKENS)], [True] * TOKENS)], TOKENS, 0, 1)[
         0

@@ -71,8 +71,7 @@ def allocated(options) -> dict:
     """What one rank holds after its first optimizer step."""
     from megatron.core import parallel_state
 
-    from zeda_megatron.training.build_optimizer import build_optimizer
-    from zeda_megatron.training.setup import build_student
+    from zeda_megatron.training.build import build_optimizer, build_student
 
     student = build_student(options)
     parameters = [(name, p) for chunk in student.chunks for name, p in chunk.named_parameters()]
@@ -130,7 +129,7 @@ def check(folder: Path, world: int, layouts: dict) -> None:
     from zeda_megatron.models.architecture import read_architecture
     from zeda_megatron.planning.memory import data_ranks, standing_bytes
     from zeda_megatron.planning.memory_parameters import stage_parameters
-    from zeda_megatron.training.setup import zero_experts
+    from zeda_megatron.training.build import zero_experts
 
     for model, config in MODELS.items():
         (folder / model).mkdir()

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zeda_megatron.checkpoint.state import TRACKER, find_checkpoint
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.data.packing import PackedDataset, TokenSample
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
+from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.moe.switches import zero_mask
-from zeda_megatron.training.step import forward_model
 
 pytestmark = pytest.mark.usefixtures("one_process")
 CONTRACT = {"step", "loss", "kd_loss", "group_loss", "grad_norm", "zero_share", "lr", "tokens", "seconds"}
@@ -293,7 +293,7 @@ def test_one_iteration_of_a_checkpoint_can_be_named(world, straight):
 def test_the_teacher_may_be_the_static_checkpoint(world):
     batch = batches_of(tiny_world.start(world), 1)
     hidden = [
-        tiny_world.start(world, teacher_load=source).teacher.hidden_states(batch, 128, forward_model)[0]
+        tiny_world.start(world, teacher_load=source).teacher.hidden_states(batch, 128)[0]
         for source in (world.static, world.dynamic)
     ]
     assert torch.equal(*hidden)
@@ -309,7 +309,6 @@ def reference_gradients(run, batches, alpha):
     total, count = 0.0, sum(float(b.loss_mask.sum()) for b in batches)
     for batch in batches:
         with torch.no_grad(), zero_mask(teacher):
-            teacher.return_hidden = True
             target = (forward_model(teacher, batch) @ teacher.head_weight().t()).log_softmax(-1)[:, 0]
         picked = []  # per layer: router, its input, its routing map
         watch = partial(lambda into, router, args, out: into.append((router, args[0], out[1])), picked)
@@ -455,11 +454,11 @@ def test_the_teacher_does_not_move_and_is_the_static_model(world, memory, traina
     flags = {"teacher_memory": memory, "trainable": trainable, "train_iters": 2, "lr_warmup_fraction": 0.0}
     run = tiny_world.start(world, **flags)
     batch = batches_of(run, 1)
-    before = run.teacher.weight_hash()
-    first = run.teacher.hidden_states(batch, 128, forward_model)[0]
+    before = tiny_world.weight_hash(run.teacher)
+    first = run.teacher.hidden_states(batch, 128)[0]
     run.run()
-    assert run.teacher.weight_hash() == before
-    after = run.teacher.hidden_states(batch, 128, forward_model)[0]
+    assert tiny_world.weight_hash(run.teacher) == before
+    after = run.teacher.hidden_states(batch, 128)[0]
     static = tiny_world.start(
         world, pretrained_checkpoint=world.static, moe_router_load_balancing_type="none"
     ).student.chunks[0]
@@ -486,9 +485,9 @@ def test_the_three_memory_modes_give_the_same_losses_and_weights(world, tmp_path
 def test_a_resumed_run_keeps_its_first_teacher(world, tmp_path, memory):
     flags = {"teacher_memory": memory, "trainable": "router", "save": tmp_path}
     first = tiny_world.start(world, exit_interval=2, **flags)
-    before = first.teacher.weight_hash()
+    before = tiny_world.weight_hash(first.teacher)
     first.run()
-    assert tiny_world.start(world, **flags).teacher.weight_hash() == before
+    assert tiny_world.weight_hash(tiny_world.start(world, **flags).teacher) == before
 
 
 # --- what is written ----------------------------------------------------------------------------------------
@@ -673,6 +672,5 @@ def test_a_schedule_that_has_changed_since_the_save_is_told_with_both_learning_r
 def test_the_teachers_passes_leave_its_chunks_as_they_were(world, memory):
     run = tiny_world.start(world, teacher_memory=memory)
     (chunk,) = run.teacher.model_chunks
-    chunk.return_hidden = False
-    run.teacher.hidden_states(batches_of(run, 1), 128, forward_model)
-    assert not chunk.return_hidden and not chunk.training
+    run.teacher.hidden_states(batches_of(run, 1), 128)
+    assert not chunk.training

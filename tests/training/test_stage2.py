@@ -11,11 +11,11 @@ import tiny
 import tiny_world
 import torch
 
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.replay import set_targets
-from zeda_megatron.moe.stats import routers, stats_aside
-from zeda_megatron.training.step import forward_model
+from zeda_megatron.moe.stats import routers
 
 pytestmark = pytest.mark.usefixtures("one_process")
 FLAGS = {"stage": "2", "train_iters": 4, "global_batch_size": 4, "samples_per_prompt": 2, "lr": 1e-2}
@@ -34,7 +34,7 @@ def assert_same(one: dict, other: dict) -> None:
 def log_probs(run, row, temperature=1.0):
     """log p of the row's response tokens under the student, from whole logits."""
     student = run.student.chunks[0].train()
-    with torch.no_grad(), stats_aside(student):
+    with torch.no_grad():
         hidden = forward_model(student, row)
         logits_SV = (hidden @ student.head_weight().t())[:, 0, : run.feed.vocab_size].float() / temperature
     learned = row.loss_mask[0] > 0

@@ -22,6 +22,7 @@ from zeda_megatron.durable_file import write_result
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime import cpu
 from zeda_megatron.runtime.worker import run_worker
+from zeda_megatron.text_table import text_table
 
 _CONVERT = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 _BASE = (
@@ -168,18 +169,14 @@ def _print(report: dict) -> None:
         f"{report['workers']} workers, {report['cores']} cores, "
         f"base memory {report['base_bytes'] / 1e9:.2f} GB, start of Python {report['start_seconds']:.1f} s"
     )
-    print(
-        f"{'step':8} {'seconds':>8} {'GB/s':>6} {'of copy':>8} {'CPU s':>7} {'peak GB':>8} {'above base':>10}"
-    )
-    copy = 0.0
+    rows, copy = [["step", "seconds", "GB/s", "of copy", "CPU s", "peak GB", "above base"]], 0.0
     for step in report["steps"]:
         copy = step["gb_per_second"] if step["name"] == "copy" else copy
         above = max(step["peak_bytes"] - report["base_bytes"], 0)
-        print(
-            f"{step['name']:8} {step['seconds']:8.1f} {step['gb_per_second']:6.3f} "
-            f"{step['gb_per_second'] / copy:8.2f} {step['cpu_seconds']:7.1f} "
-            f"{step['peak_bytes'] / 1e9:8.2f} {above / 1e9:10.2f}"
-        )
+        speed = [f"{step['gb_per_second']:.3f}", f"{step['gb_per_second'] / copy:.2f}"]
+        memory = [f"{step['peak_bytes'] / 1e9:.2f}", f"{above / 1e9:.2f}"]
+        rows.append([step["name"], f"{step['seconds']:.1f}", *speed, f"{step['cpu_seconds']:.1f}", *memory])
+    print("\n".join(text_table(rows)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from zeda_megatron.config.arguments import check_choices, parse
 from zeda_megatron.durable_file import write_result
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime.worker import run_worker
+from zeda_megatron.text_table import markdown_table
 
 ROUTINGS = ("paired", "topk")
 GEOMETRY = {
@@ -123,9 +124,7 @@ def _mib(size: int) -> str:
 
 def table(rows: list[dict]) -> str:
     """The figures as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(markdown_table([*COLUMNS], [[show(row) for show in COLUMNS.values()] for row in rows]))
 
 
 def work(options: ByteOptions) -> int:

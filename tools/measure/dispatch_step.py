@@ -8,14 +8,14 @@ from megatron.core import parallel_state
 from zeda_megatron.config.arguments import parse
 from zeda_megatron.config.options import GROUPS, Options
 from zeda_megatron.data.packing import PackedBatch
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.pick_rules import StaticTopK
-from zeda_megatron.moe.switches import set_pick_rule
+from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.moe.threshold import calibrate_threshold
-from zeda_megatron.training.build_optimizer import build_optimizer
-from zeda_megatron.training.setup import build_student
-from zeda_megatron.training.step import Stepper, forward_model
+from zeda_megatron.training.build import build_optimizer, build_student
+from zeda_megatron.training.step import Stepper
 
 from .traffic import Traffic
 
@@ -39,7 +39,7 @@ def measure(options, share: float, hf_config: str | None, **fields) -> dict:
     rows = random_rows(options, student.arch.vocab_size)
     if options.routing == "topk":
         topk = student.arch.megatron["moe_router_topk"]
-        set_pick_rule(student.chunks, StaticTopK(max(round(topk * (1 - share)), 1)))
+        set_dials(student.chunks, pick_rule=StaticTopK(max(round(topk * (1 - share)), 1)))
     elif share:
         calibrate_threshold(student.chunks, rows, share, lambda chunks, row: forward_model(chunks[0], row))
     stats.reset(student.chunks)
@@ -51,7 +51,7 @@ def measure(options, share: float, hf_config: str | None, **fields) -> dict:
         stepper.step(rows)
     # Without gradients and masked, so the same for every share.
     with Traffic(groups) as teacher:
-        Teacher(student.chunks, "shared").hidden_states(rows, options.seq_length, forward_model)
+        Teacher(student.chunks, "shared").hidden_states(rows, options.seq_length)
     routers = stats.routers(student.chunks)
     slots = sum(int(router.routing_stats.slots) for router in routers)
     real = slots - sum(int(router.routing_stats.zero_slots) for router in routers)

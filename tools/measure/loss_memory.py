@@ -51,22 +51,22 @@ def measure(path: str, options: argparse.Namespace) -> dict[str, float]:
     """Run one call in this process: {"peak": bytes above the inputs, "seconds": of CPU, "loss": per token}."""
     import torch
 
-    from zeda_megatron.ops.vocab_kl import fused_distill_loss, reference_distill_loss
+    from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss, reference_distill_loss
 
     torch.manual_seed(0)
     tokens, vocab = options.tokens[0], options.vocab[0]
     shapes = ((tokens, options.hidden), (vocab, options.hidden)) * 2
     hidden_TH, weight_VH, teacher_TH, teacher_VH = (torch.randn(*shape) * 0.2 for shape in shapes)
-    inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_(), teacher_TH, teacher_VH)
-    targets = (torch.randint(0, vocab, (tokens,)), torch.ones(tokens))
+    heads = (hidden_TH.requires_grad_(), weight_VH.requires_grad_(), teacher_TH, teacher_VH)
+    inputs = LossInputs(*heads, torch.randint(0, vocab, (tokens,)), torch.ones(tokens))
     with contextlib.suppress(OSError):  # not every sandbox has it; the peak then counts from the start
         Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     start = time.process_time()
     if path == "fused":
-        loss, _ = fused_distill_loss(*inputs, *targets, kind=options.kind, chunk_tokens=options.chunk_tokens)
+        loss, _ = fused_distill_loss(inputs, kind=options.kind, chunk_tokens=options.chunk_tokens)
     else:
-        loss, _ = reference_distill_loss(*inputs, *targets, kind=options.kind)
+        loss, _ = reference_distill_loss(inputs, kind=options.kind)
     loss.backward()
     seconds = time.process_time() - start
     return {"peak": resident("VmHWM") - before, "seconds": seconds, "loss": loss.item() / tokens}

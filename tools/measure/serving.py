@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from zeda_megatron.durable_file import write_result
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime.worker import run_worker
+from zeda_megatron.text_table import markdown_table
 
 from .serving_arms import WAYS, Contest
 
@@ -131,7 +132,7 @@ def table(rows: list[dict]) -> list[str]:
     """Markdown lines: a workload per line, ratios of the MoE layers and of the whole model."""
     shares = sorted({row["share"] for row in rows if row["way"] != "static"})
     heads = [f"{way}, z={share:g}" for way in WAYS[1:] for share in shares]
-    lines = ["| pass | static | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    lines = []
     workloads = list(dict.fromkeys((r["phase"], r["batch"], r["tokens"]) for r in rows))
     for phase, batch, tokens in workloads:
         found = {
@@ -144,10 +145,8 @@ def table(rows: list[dict]) -> list[str]:
         for part in ("moe", "model"):
             cells = [f"{found['static', 0.0][f'{part}_seconds'] * 1e3:.0f} ms"]
             cells += [f"{found[way, share][f'{part}_ratio']:.2f}" for way in WAYS[1:] for share in shares]
-            lines.append(
-                f"| {name}: {'MoE layer' if part == 'moe' else 'whole layer'} | {' | '.join(cells)} |"
-            )
-    return lines
+            lines.append([f"{name}: {'MoE layer' if part == 'moe' else 'whole layer'}", *cells])
+    return markdown_table(["pass", "static", *heads], lines)
 
 
 def main() -> int:

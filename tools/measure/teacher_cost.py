@@ -22,6 +22,7 @@ from pathlib import Path
 from zeda_megatron.durable_file import write_result
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime.worker import run_worker
+from zeda_megatron.text_table import markdown_table
 
 from .loss_memory import resident
 
@@ -163,12 +164,17 @@ def main() -> int:
                 "above_plain_mib": (memory[name] - memory[base]) / 2**20,
             }
         )
-    print("| teacher | step | × plain | peak memory | above plain |\n|---|---|---|---|---|")
-    for row in table:
-        print(
-            f"| {row['variant']} | {row['seconds']:.2f} s | {row['times_plain']:.2f} | {row['peak_mib']:.0f} MiB "
-            f"| {row['above_plain_mib']:+.0f} MiB |"
-        )
+    rows = [
+        [
+            row["variant"],
+            f"{row['seconds']:.2f} s",
+            f"{row['times_plain']:.2f}",
+            f"{row['peak_mib']:.0f} MiB",
+            f"{row['above_plain_mib']:+.0f} MiB",
+        ]
+        for row in table
+    ]
+    print("\n".join(markdown_table(["teacher", "step", "× plain", "peak memory", "above plain"], rows)))
     if options.json:
         write_result("--json", options.json, json.dumps(table, indent=2) + "\n")
     return 0

@@ -5,8 +5,6 @@ The front door of this room: what others need of `folders` and `saving` can be h
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ..durable_file import write_atomically
 from ..errors import UserError
 from ..runtime.agreement import barrier
 from ..runtime.lost_peer import is_lost_peer
@@ -38,7 +35,6 @@ __all__ = [
     "model_state",
     "require_checkpoint",
     "save_checkpoint",
-    "truncate_metrics",
 ]
 _HEAD = ".router.paired."
 _EXTRA = "._extra_state"
@@ -159,15 +155,3 @@ def _named(model_chunks: list[torch.nn.Module]):
     if len(model_chunks) == 1:
         return [("model", model_chunks[0])]
     return [(f"model{i}", chunk) for i, chunk in enumerate(model_chunks)]
-
-
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop lines of metrics.jsonl behind `last_step` (and a torn last line), so a resumed run has each step once."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-    write_atomically(path, "".join(line + "\n" for line in kept))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .zero_experts import (
-    GROUP_LOSS_BUDGETS,
     GROUP_LOSS_SCOPES,
     GROUP_LOSS_VARIANTS,
     ZERO_EXPERT_ROUTINGS,
@@ -69,10 +68,6 @@ class ModelOptions:
     group_loss_scope: Literal[GROUP_LOSS_SCOPES] = "tp_cp"
     """tp_cp: slots of one micro-batch. tp_dp_cp: of all data-parallel ranks."""
 
-    group_loss_budget: Literal[GROUP_LOSS_BUDGETS] = "layer"
-    """layer: the group loss steers the zero share of every layer. model: of all layers together, which may differ then
-    (by the share of the step before)."""
-
     renormalize_after_drop: bool = False
     """Rescale the real weights after dropping zero slots (for study; costs quality)."""
 
@@ -115,6 +110,5 @@ class ModelOptions:
             moe_zero_expert_weight=self.moe_zero_expert_weight,
             group_loss_variant=self.group_loss_variant,
             group_loss_scope=self.group_loss_scope,
-            group_loss_budget=self.group_loss_budget,
             renormalize_after_drop=self.renormalize_after_drop,
         )

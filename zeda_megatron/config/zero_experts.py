@@ -11,7 +11,6 @@ ZERO_EXPERT_ROUTINGS = ("shared", "paired")
 SCORE_TERMS = ("weight", "head", "residual")
 GROUP_LOSS_VARIANTS = ("routed", "authors", "adamoe")
 GROUP_LOSS_SCOPES = ("tp_cp", "tp_dp_cp")
-GROUP_LOSS_BUDGETS = ("layer", "model")
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,11 @@ class ZeroExpertConfig:
     group_loss_variant: str = "routed"
     """`routed`: count the slots that were really routed. `authors`: count a fresh top-k of the scores, without
     expert bias, padding included (what the paper's code does). `adamoe`: balance every real expert too, with the zero
-    experts as one kind (arXiv 2406.13233; `moe.null_expert_loss`); it counts like `routed` and pulls the zero share to
+    experts as one kind (arXiv 2406.13233; `moe.balancing`); it counts like `routed` and pulls the zero share to
     Nz / (N + Nz). With `renormalize_after_drop` it makes AdaMoE's layer."""
 
     group_loss_scope: str = "tp_cp"
     """Ranks over which slots are counted: one micro-batch (`tp_cp`) or all data-parallel ones (`tp_dp_cp`)."""
-
-    group_loss_budget: str = "layer"
-    """Whose zero share the group loss steers. `layer`: every layer's own. `model`: one budget for all layers: a layer's
-    loss takes the share of all layers and ranks at the step before in place of its own slots (which the first step
-    counts), so layers may differ while the model keeps the target. With a large alpha the share may swing around it.
-    Variant `routed` only."""
 
     renormalize_after_drop: bool = False
     """Rescale the weights of the real picks to their sum before the drop. Costs 1.7 points in the paper."""
@@ -90,17 +83,11 @@ class ZeroExpertConfig:
             ("--zero-expert-routing", self.zero_expert_routing, ZERO_EXPERT_ROUTINGS),
             ("--group-loss-variant", self.group_loss_variant, GROUP_LOSS_VARIANTS),
             ("--group-loss-scope", self.group_loss_scope, GROUP_LOSS_SCOPES),
-            ("--group-loss-budget", self.group_loss_budget, GROUP_LOSS_BUDGETS),
         ):
             if value not in allowed:
                 raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
         if self.zero_expert_routing == "paired":
             self._validate_paired(num_moe_experts)
-        if self.group_loss_budget == "model" and self.group_loss_variant != "routed":
-            raise UserError(
-                f"--group-loss-budget model cannot be combined with --group-loss-variant {self.group_loss_variant}: it "
-                "counts each layer's own slots; use routed"
-            )
         if self.group_loss_coeff:
             if self.num_zero_experts <= 0:
                 raise UserError(
@@ -124,10 +111,6 @@ class ZeroExpertConfig:
         if unknown or len(set(self.score_terms)) != len(self.score_terms):
             raise UserError(
                 f"--paired-score {self.paired_score!r} is unknown; join some of {', '.join(SCORE_TERMS)} with '+'"
-            )
-        if self.group_loss_budget == "model":
-            raise UserError(
-                "--group-loss-budget model steers shared zero experts; with paired routing use --paired-budget model"
             )
         if not self.paired_temperature > 0:
             raise UserError(f"--paired-temperature {self.paired_temperature} must be positive")

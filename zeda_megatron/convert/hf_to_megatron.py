@@ -22,6 +22,7 @@ from ..models.bits import HashingRead, caster, source_digest
 from ..models.hf_config import (
     adapted_steps_of,
     copy_side_files,
+    settings_of,
     side_files,
     static_config,
     with_dtype,
@@ -29,7 +30,6 @@ from ..models.hf_config import (
     zero_experts_of,
 )
 from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
-from ..models.paired_config import settings_of
 from ..models.weight_kinds import Added, ModelDims, ScoreBias, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
 from ..moe.paired import KEEP_ALL
@@ -70,7 +70,7 @@ def hf_to_megatron(
     """Import a Hugging Face folder as a Megatron torch_dist checkpoint.
 
     Writes OUT/release/, OUT/latest_checkpointed_iteration.txt, OUT/hf_config/ and OUT/zeda.json. With
-    `num_zero_experts` the routers are widened by seeded rows (`models.zero_rows`); all else keeps its bits. With
+    `num_zero_experts` the routers are widened by seeded rows (`models.weight_kinds`); all else keeps its bits. With
     `zero_expert_routing` "paired" every layer gets a fresh head, which keeps all picks (`moe.paired`). Zero experts
     that the folder already has are taken as they are.
 

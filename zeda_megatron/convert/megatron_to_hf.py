@@ -18,6 +18,7 @@ from ..checkpoint.own_files import own_file
 from ..models.architecture import read_architecture
 from ..models.bits import caster
 from ..models.hf_config import (
+    SettingsWriter,
     copy_side_files,
     dynamic_config,
     side_files,
@@ -25,7 +26,6 @@ from ..models.hf_config import (
     with_stored_dtype,
     write_config,
 )
-from ..models.paired_config import SettingsWriter
 from ..models.weight_kinds import ModelDims, ScoreBias, Setting, WeightMapping
 from ..models.weight_map import WeightMap
 from ..models.weight_maps import dims_of, weight_map_of

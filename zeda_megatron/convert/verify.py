@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from ..models.architecture import read_architecture
 from ..models.bits import same_bits
-from ..models.hf_config import zero_experts_of
-from ..models.paired_config import settings_of
+from ..models.hf_config import settings_of, zero_experts_of
 from ..models.weight_kinds import ModelDims, Setting, WeightMapping
 from ..models.weight_maps import dims_of, weight_map_of
 from .carried import carried_differences, own_keys

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from ..models.local_layers import SDPAttention
-from ..moe.switches import evaluating
+from ..moe.stats import evaluating
 from ..runtime.process_groups import device
 
 _SPLIT = {
@@ -97,8 +97,8 @@ class AnsweringPass:
 
 @contextmanager
 def answering(chunks: list[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode, logits instead of hidden states, and no sequence or context parallelism: one new token cannot
-    be split over ranks. All as before afterwards."""
+    """Evaluation mode, and no sequence or context parallelism: one new token cannot be split over ranks. All as before
+    afterwards."""
     modules = [module for chunk in chunks for module in chunk.modules()]
     changes = [
         (holder, name, value)
@@ -110,7 +110,7 @@ def answering(chunks: list[torch.nn.Module]) -> Iterator[None]:
     # Their packed passes find the group again; RoPE keeps split and whole tables apart (`packed_seq`).
     changes += [(m, "cp_group", None) for m in modules if isinstance(m, (SDPAttention, RotaryEmbedding))]
     before = [getattr(holder, name) for holder, name, _ in changes]
-    with evaluating(chunks, return_hidden=False):
+    with evaluating(chunks):
         try:
             for holder, name, value in changes:
                 setattr(holder, name, value)

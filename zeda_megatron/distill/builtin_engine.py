@@ -12,7 +12,6 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from ..config.generate import SamplingConfig
 from ..errors import UserError
 from ..moe.replay import recorded_picks, recording
-from ..moe.stats import stats_aside
 from ..runtime.process_groups import device
 from .answering_pass import AnsweringPass, answering
 from .kv_slots import KVSlots
@@ -78,7 +77,7 @@ class BuiltinEngine:
         """Answer prompts (lists of token ids, each shorter than `max_length`); see `RolloutEngine`."""
         check_prompts(prompts, self.max_length)
         record = recording(self.chunks) if record_routing else nullcontext()
-        with answering(self.chunks), stats_aside(self.chunks), record:
+        with answering(self.chunks), record:
             return _Answers(self, prompts, sampling, stream_ids, record_routing).run()
 
 

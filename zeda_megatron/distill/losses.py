@@ -5,21 +5,18 @@ Dimensions: S sequence, B batch, H hidden, V rows of the LM head on this tensor-
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
 from ..config.run import LossConfig
 from ..errors import UserError
-from ..ops.vocab_kl import fused_distill_loss
+from ..ops.vocab_kl import LossInputs, fused_distill_loss
 
 
 def distill_loss(
-    student_hidden_SBH: torch.Tensor,
-    student_head_weight: torch.Tensor,
-    teacher_hidden_SBH: torch.Tensor | None,
-    teacher_head_weight: torch.Tensor | None,
-    labels_BS: torch.Tensor,
-    loss_mask_BS: torch.Tensor,
+    inputs: LossInputs,
     config: LossConfig,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
@@ -27,27 +24,29 @@ def distill_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over tokens of mask * loss, and the metric sums of `fused_distill_loss`.
 
-    Hidden states are what the final norm gives, [s, b, h] in Megatron's order; with `sequence_parallel` (and
-    a group of several ranks) each rank passes its [s / tp, b, h] part. The heads are this rank's [V, H] rows.
-    labels_BS (int64) and loss_mask_BS (floats, 0 = not counted) are whole sequences on every rank.
+    Hidden states are what the final norm gives, [S, B, H] in Megatron's order; with `sequence_parallel` (and
+    a group of several ranks) each rank passes its [S / TP, B, H] part. Labels and weights (floats, 0 = not counted)
+    are [B, S]: whole sequences on every rank.
 
-    The gradient of student_hidden_SBH is complete: summed over the group here. The teacher gets none. Loss
+    The gradient of the hidden states is complete: summed over the group here. The teacher gets none. Loss
     and metrics are the same on every rank of the group: reduce them over data-parallel ranks only.
     Raises UserError if the kind needs a teacher and there is none.
     """
-    if config.needs_teacher and teacher_hidden_SBH is None:
+    if config.needs_teacher and inputs.teacher_hidden is None:
         raise UserError(f"loss kind {config.kind!r} needs a teacher: give one, or choose the kind ce")
-    student_hidden_SBH = _enter_tp_region(student_hidden_SBH, tp_group, sequence_parallel)
-    if teacher_hidden_SBH is not None:
+    teacher_TH = inputs.teacher_hidden
+    if teacher_TH is not None:
         with torch.no_grad():
-            teacher_hidden_SBH = _enter_tp_region(teacher_hidden_SBH, tp_group, sequence_parallel)
+            teacher_TH = _enter_tp_region(teacher_TH, tp_group, sequence_parallel).flatten(0, 1)
+    flat = replace(
+        inputs,
+        hidden=_enter_tp_region(inputs.hidden, tp_group, sequence_parallel).flatten(0, 1),
+        labels=inputs.labels.t().flatten(),
+        weights=inputs.weights.t().flatten(),
+        teacher_hidden=teacher_TH,
+    )
     return fused_distill_loss(
-        student_hidden_SBH.flatten(0, 1),
-        student_head_weight,
-        None if teacher_hidden_SBH is None else teacher_hidden_SBH.flatten(0, 1),
-        teacher_head_weight,
-        labels_BS.t().flatten(),
-        loss_mask_BS.t().flatten(),
+        flat,
         kind=config.kind,
         beta=config.beta,
         temperature=config.temperature,

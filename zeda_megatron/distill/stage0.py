@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,11 +20,12 @@ from ..config.generate import SamplingConfig
 from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
-from ..durable_file import append_whole, write_atomically, writing
+from ..durable_file import write_atomically, writing
 from ..errors import UserError, cut_short
 from ..regular_file import is_regular
 from ..runtime.agreement import on_rank0
-from ..strict_json import read_json, strict_loads
+from ..runtime.lines_file import LinesFile
+from ..strict_json import read_json
 from .rollout import RolloutEngine
 
 
@@ -124,11 +126,8 @@ class RolloutFile:
 
     def open(self) -> None:
         """Check settings, drop a torn last line, remember which questions are answered. Raises `UserError`."""
-        with self._writing():
+        with writing(f"--rollout-path {self.path}"):
             self._open()
-
-    def _writing(self) -> contextlib.AbstractContextManager:
-        return writing(f"--rollout-path {self.path}")
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,33 +144,24 @@ class RolloutFile:
                         f"{self.path} was sampled with {name} = {was}, now it is {value!r}: "
                         "use the same, or give another --rollout-path"
                     )
-            self._read()
         else:
             is_regular(self.meta)
             write_atomically(self.meta, json.dumps(self.settings, indent=2) + "\n")
-
-    def _read(self) -> None:
-        with open(self.path, "rb+") as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break  # the process died while writing this line
-                try:
-                    self.answered.add(strict_loads(line, finite=False)["key"])
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{self.path} line {number}: not a line of stage 0; repair or move it"
-                    ) from None
-                whole += len(line)
-            file.truncate(whole)
+        self.lines = LinesFile(
+            self.path, "--rollout-path", _checked, itemgetter("key"), finite=False, ascii=False
+        )
+        self.answered = set(self.lines.lines)
 
     def append(self, lines: list[dict]) -> None:
         """Add answers and flush them to disk. Raises `UserError`; then none of them is there."""
-        with self._writing():
-            append_whole(
-                self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-            )
+        self.lines.append(lines)
         self.answered |= {line["key"] for line in lines}
+
+
+def _checked(line: Any, where: str) -> dict[str, Any]:
+    if not (isinstance(line, dict) and isinstance(line.get("key"), str)):
+        raise UserError(f"{where}: not a line of stage 0; repair or move it")
+    return line
 
 
 def answer_questions(

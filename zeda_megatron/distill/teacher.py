@@ -6,43 +6,15 @@ memory between passes, `shared` borrows the student's weights where only routers
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..data.packing import PackedBatch
-from ..moe.stats import routers, stats_aside
-from ..moe.switches import evaluating, zero_mask
-
-
-def forward_only(
-    model_chunks: list[torch.nn.Module],
-    batches: list[PackedBatch],
-    seq_length: int,
-    forward: Callable[[Any, PackedBatch], torch.Tensor],
-) -> list[torch.Tensor]:
-    """Run chunks of a pipeline over micro-batches, no gradients. Returns outputs on the last stage, else []."""
-
-    def forward_step(iterator, model):
-        return forward(model, next(iterator)), lambda hidden, non_loss_data=False: hidden
-
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in model_chunks],
-            model=model_chunks,
-            num_microbatches=len(batches),
-            seq_length=seq_length,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return outputs if parallel_state.is_pipeline_last_stage() else []
+from ..moe.router_dials import zero_mask
+from ..moe.stats import evaluating, routers
+from .passes import forward_model, forward_only
 
 
 class Teacher:
@@ -65,13 +37,8 @@ class Teacher:
             if mode == "offload":
                 self._move("cpu")
 
-    def hidden_states(
-        self, batches: list[PackedBatch], seq_length: int, forward: Callable[[Any, PackedBatch], torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def hidden_states(self, batches: list[PackedBatch], seq_length: int) -> list[torch.Tensor]:
         """Run the teacher over micro-batches through the pipeline.
-
-        Args:
-            forward: runs one model chunk on one batch.
 
         Returns:
             On the last pipeline stage one [S, B, H] tensor per micro-batch (this rank's part under sequence
@@ -79,35 +46,20 @@ class Teacher:
         """
 
         with self._in_place():
-            return forward_only(self.model_chunks, batches, seq_length, forward)
+            return forward_only(self.model_chunks, batches, seq_length)
 
     @torch.no_grad()
-    def stage_output(
-        self,
-        batch: PackedBatch,
-        received: torch.Tensor | None,
-        forward: Callable[[Any, PackedBatch], torch.Tensor],
-    ) -> torch.Tensor:
+    def stage_output(self, batch: PackedBatch, received: torch.Tensor | None) -> torch.Tensor:
         """Run this rank's pipeline stage on one micro-batch: `received` is what the stage before it gave."""
         (chunk,) = self.model_chunks
         with self._in_place():
             chunk.set_input_tensor(None if received is None else received.detach())
-            return forward(chunk, batch)
+            return forward_model(chunk, batch)
 
     def head_weight(self) -> torch.Tensor:
         """The teacher's LM head on the last stage, on the device of the computation."""
         weight = self.model_chunks[-1].head_weight().detach()
         return weight.cuda() if self.mode == "offload" and torch.cuda.is_available() else weight
-
-    def weight_hash(self) -> str:
-        """SHA-256 over what the teacher computes with on this rank; equal before and after training."""
-        digest = hashlib.sha256()
-        with self._in_place():
-            for chunk in self.model_chunks:
-                for name, parameter in sorted(chunk.named_parameters()):
-                    digest.update(name.encode())
-                    digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -119,11 +71,7 @@ class Teacher:
         if self.mode == "offload":
             self._move("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with (
-                evaluating(self.model_chunks, return_hidden=True),
-                zero_mask(self.model_chunks),
-                stats_aside(self.model_chunks),
-            ):
+            with evaluating(self.model_chunks), zero_mask(self.model_chunks):
                 yield
         finally:
             if self.mode == "offload":

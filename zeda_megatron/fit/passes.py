@@ -22,7 +22,7 @@ class WatchedPasses:
         self, rows: list, sinks: dict, floors: dict[int, float], sensitivities: dict | None = None
     ) -> None:
         """Watch the layers that have a sink; see `fit.paired_fit.watch_experts` and `watch_effects`."""
-        from ..moe.switches import zero_mask
+        from ..moe.router_dials import zero_mask
         from .paired_fit import watch_effects, watch_experts
 
         # Gradients flow from the embedding on; no parameter keeps one.
@@ -41,29 +41,14 @@ class WatchedPasses:
 
     def forward(self, model, row) -> torch.Tensor:
         """Hidden states of a row."""
-        from ..training.step import forward_model
+        from ..distill.passes import forward_model
 
         self.on_row()
         return forward_model(model, row)
 
     def _answers(self, hidden: torch.Tensor, row) -> torch.Tensor:
         """Minus the log-probability of the row's response tokens."""
-        from megatron.core import parallel_state
+        from ..distill.losses import LossConfig
+        from ..distill.passes import row_loss
 
-        from ..config.run import LossConfig
-        from ..distill.losses import distill_loss
-
-        head = self.model.head_weight()
-        loss, _ = distill_loss(
-            hidden.to(head.dtype),
-            head,
-            None,
-            None,
-            row.labels.to(hidden.device),
-            row.loss_mask.to(hidden.device),
-            LossConfig("ce"),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=self.model.config.sequence_parallel,
-            vocab_size=self.vocab_size,
-        )
-        return loss
+        return row_loss(self.model, row, hidden, None, LossConfig("ce"), self.vocab_size)[0]

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..models.on_disk import ZEDA_NAME
 from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
-from .table import format_fit
+from ..text_table import text_table
 
 CALIBRATION_PASSES = 4
 
@@ -67,7 +67,7 @@ class HeadFit:
         from ..models.build import build_gpt_model, transformer_config
         from ..models.on_disk import ModelFacts, read_facts
         from ..models.origin import adapted_steps, weights_id
-        from ..training.setup import hf_folder, zero_experts
+        from ..training.build import hf_folder, zero_experts
         from .paired_fit import moe_layers
         from .passes import WatchedPasses
         from .rows import read_fit_rows
@@ -102,7 +102,6 @@ class HeadFit:
         self.rows = read_fit_rows(options, self.hf)
         load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
         self.model.to(dtype).eval().requires_grad_(False)
-        self.model.return_hidden = True
         self.layers = moe_layers(self.model)
         self.effect, self.floors = options.fit_target == "effect", {}
         self.experts = parallel_state.get_expert_model_parallel_group()
@@ -115,13 +114,13 @@ class HeadFit:
         """Fit, set the threshold, save. Returns the exit code."""
         from ..checkpoint.state import model_state, save_checkpoint
         from ..durable_file import write_atomically, writing
+        from ..models.hf_config import describe_checkpoint
         from ..runtime.whole_folder import new_folder
-        from ..training.side_files import write_side_files
 
         with new_folder(self.options.save, "--save") as staging, self.bar:
             report = self._fit_and_calibrate()
             with writing(f"--save {self.options.save}"):
-                on_rank0(lambda: write_side_files(staging, self.hf, self.facts))
+                on_rank0(lambda: describe_checkpoint(staging, self.hf, self.facts))
                 on_rank0(lambda: write_atomically(staging / "fit.json", json.dumps(report, indent=2) + "\n"))
             save_checkpoint(
                 staging, 0, model_state([self.model]) | {"adapted_steps": self.facts.adapted_steps}
@@ -267,3 +266,31 @@ class HeadFit:
             self.passes.forward(self.model, row)
         report = stats.collect(self.model, self.model.config.num_layers, process_groups.device())
         return {"zero_share": report.zero_share, "zero_share_by_layer": report.zero_share_by_layer}
+
+
+def format_fit(report: dict) -> str:
+    """Lines a layer, then what the threshold gives; `report` is what fit.json holds."""
+    from ..moe.threshold import format_thresholds
+
+    lines, rows = [], [["layer", "R^2 of the head", "R^2 of constants", "zero share"]]
+    for number, r2 in report["r2_by_layer"].items():
+        values = (
+            r2,
+            report["r2_of_constants_by_layer"][number],
+            report["zero_share_by_layer"][int(number) - 1],
+        )
+        rows.append([str(number), *(f"{value:.3f}" for value in values)])
+    if len(rows) > 1:
+        lines += text_table(rows, "rrrr")
+    if report["experts_without_rows"] or report["experts_with_few_rows"]:
+        lines.append(
+            f"{report['experts_without_rows']} experts had no row and got the mean over the others, "
+            f"{report['experts_with_few_rows']} had fewer rows than channels (more --fit-rows would help)"
+        )
+    threshold = report["threshold"]
+    told = format_thresholds(threshold if isinstance(threshold, list) else [threshold])
+    lines.append(
+        f"threshold {told}: zero share {report['zero_share']:.1%} "
+        f"({report['rows']} rows, {report['seconds']:.0f} s)"
+    )
+    return "\n".join(lines)

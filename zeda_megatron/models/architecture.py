@@ -137,7 +137,7 @@ def read_architecture(source: str | Path | dict[str, Any], where: str = "config"
         rotary_base=float(rope["rope_theta"]),
         max_position_embeddings=theirs.max_position_embeddings,
         tie_word_embeddings=theirs.tie_word_embeddings,
-        num_zero_experts=sum(hf.get("zce_nums") or [0]) if "PlusPlus" in name or hf.get("zce_nums") else 0,
+        num_zero_experts=sum(hf.get("zce_nums") or [0]),
     )
 
 

@@ -15,24 +15,28 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
 from ..moe.paired import install_residual_norms
-from ..moe.score_bias import train_score_bias
-from ..moe.spec import apply_grouped_experts, apply_zero_experts
+from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
 from .architecture import Architecture
 from .layer_spec import decoder_block_spec, has_transformer_engine
 from .pipeline_split import stage_sizes
 
 
 class ZedaGPTModel(GPTModel):
-    """GPTModel that can stop before the LM head, so that the loss meets the vocabulary in chunks.
+    """GPTModel that can stop before the LM head, so that the loss is computed in chunks of the vocabulary."""
 
-    With `return_hidden` on, the last pipeline stage returns hidden states [S, B, H] (after the final norm; the
-    local part under sequence parallelism) instead of logits.
-    """
+    _to_head = True
 
-    return_hidden = False
+    def forward(self, *args, return_hidden: bool = False, **kwargs):
+        """Megatron's. With `return_hidden` the last pipeline stage returns hidden states [S, B, H] (after the final
+        norm; the local part under sequence parallelism) instead of logits."""
+        self._to_head = not return_hidden
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._to_head = True
 
     def _postprocess(self, hidden_states, *args, **kwargs):
-        if self.return_hidden and self.post_process:
+        if self.post_process and not self._to_head:
             return hidden_states
         return super()._postprocess(hidden_states, *args, **kwargs)
 

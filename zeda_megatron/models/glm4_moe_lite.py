@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .common_weights import HF, IGNORED, MC, TIED, decoder
 from .weight_kinds import Direct, GateUp, ScoreBias
-from .weight_map import WeightMap
+from .weight_map import HF, IGNORED, MC, TIED, WeightMap, decoder
 
 ARCHITECTURES = ("Glm4MoeLiteForCausalLM", "Glm4MoeLitePlusPlusForCausalLM")
 MODEL_TYPES = ("glm4_moe_lite", "glm4_moe_lite_plus_plus")

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .common_weights import IGNORED, QKV_PROJECTIONS, TIED, decoder
-from .weight_map import WeightMap
+from .weight_map import IGNORED, QKV_PROJECTIONS, TIED, WeightMap, decoder
 
 ARCHITECTURES = ("MixtralForCausalLM", "MixtralPlusPlusForCausalLM")
 MODEL_TYPES = ("mixtral", "mixtral_plus_plus")

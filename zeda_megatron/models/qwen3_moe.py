@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .common_weights import HF, IGNORED, MC, QKV_PROJECTIONS, TIED, decoder
 from .weight_kinds import Direct
-from .weight_map import WeightMap
+from .weight_map import HF, IGNORED, MC, QKV_PROJECTIONS, TIED, WeightMap, decoder
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen3MoePlusPlusForCausalLM")
 MODEL_TYPES = ("qwen3_moe", "qwen3_moe_plus_plus")

@@ -29,7 +29,6 @@ class PairedZeroExperts(torch.nn.Module):
 
     Attributes:
         weight: U [N, H]. bias: c [N]. threshold: one number, float32 whatever the model's type.
-        sparsity_coeff: coefficient of the mean gate as an extra loss (BEAM's regulariser); 0 adds none.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class PairedZeroExperts(torch.nn.Module):
         super().__init__()
         self.terms = zero.score_terms
         self.temperature = zero.paired_temperature
-        self.sparsity_coeff = 0.0
         experts = zero.num_zero_experts
         self.weight = torch.nn.Parameter(torch.zeros(experts, hidden_size, dtype=dtype))
         self.bias = torch.nn.Parameter(torch.zeros(experts, dtype=dtype))
@@ -152,9 +150,3 @@ def paired_modules(model_chunks) -> list[PairedZeroExperts]:
     """The paired zero experts of all layers of a model (or list of chunks)."""
     chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, PairedZeroExperts)]
-
-
-def set_threshold(model_chunks, value: float) -> None:
-    """Give all layers this threshold."""
-    for paired in paired_modules(model_chunks):
-        paired.threshold.fill_(value)

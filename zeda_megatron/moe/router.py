@@ -13,13 +13,12 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from ..config.zero_experts import ZeroExpertConfig
-from .conflicts import only_megatron_does, refuse_conflicts
-from .group_loss import group_loss
-from .null_expert_loss import null_expert_loss
+from ..errors import UserError
+from .balancing import RoutedSlots, group_loss, null_expert_loss
 from .paired import PairedZeroExperts
-from .pick_rules import PickRule, apply_pick_rule
+from .pick_rules import apply_pick_rule
 from .replay import RoutingReplay
-from .routed_slots import RoutedSlots
+from .router_dials import RouterDials
 from .stats import RoutingStats
 from .zero_output import ZeroExpertOutput
 
@@ -32,13 +31,8 @@ class ZeroExpertRouter(TopKRouter):
     (arXiv 2605.18643, Table 6).
 
     Attributes:
-        zero_mask: route over the N real experts only; the layer is then bit-equal to the static one.
-        pick_rule: optional rule that thins out the picks (baselines).
+        dials: mask, pick rule, w and the like; only `router_dials` sets them.
         paired: scores of paired zero experts, or None (shared routing).
-        zero_logit_bias: added to the logits of shared zero experts: the compute dial at inference.
-        zero_weight: w of the group loss; a share control may move it.
-        loss_factor: multiplies the losses attached here; above 1 where some micro-batches are padding alone.
-        model_zero_share: zero share that the group loss takes in place of this layer's slots, or None.
         routing_stats: counts since the last reset.
         router_replay: `replay.RoutingReplay` (or Megatron's) that fixes or records the picks, or None. The masked
             model, which is the teacher, routes freely.
@@ -56,12 +50,7 @@ class ZeroExpertRouter(TopKRouter):
         super().__init__(config=wide, pg_collection=pg_collection, **kwargs)
         self.zero = zero
         self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
-        self.zero_mask = False
-        self.zero_logit_bias = 0.0
-        self.zero_weight = zero.moe_zero_expert_weight
-        self.loss_factor = 1.0
-        self.model_zero_share: float | None = None
-        self.pick_rule: PickRule | None = None
+        self.dials = RouterDials(zero_weight=zero.moe_zero_expert_weight)
         self.routing_stats = RoutingStats()
         self.zero_output = None
         self.paired = None
@@ -96,14 +85,14 @@ class ZeroExpertRouter(TopKRouter):
         """[S, B, H] -> logits [S, B, N+Nz]; [S, B, N] with the mask on, where zero rows are not multiplied at
         all: a wider GEMM may round differently."""
         if self.paired is not None:
-            if self.zero_mask:
+            if self.dials.zero_mask:
                 self.paired.pass_masked()
             else:
                 self._hidden_TH = input.reshape(-1, input.shape[-1])
-        if not self.zero_mask or self.num_zero == 0:
+        if not self.dials.zero_mask or self.num_zero == 0:
             logits = super().gating(input)
-            if self.zero_logit_bias and self.num_zero:
-                logits[..., self.num_real :] += self.zero_logit_bias
+            if self.dials.zero_logit_bias and self.num_zero:
+                logits[..., self.num_real :] += self.dials.zero_logit_bias
             return logits
         dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
         bias = None if self.bias is None else self.bias[: self.num_real]
@@ -115,7 +104,7 @@ class ZeroExpertRouter(TopKRouter):
         Returns:
             probs [T, N] and map [T, N] (bool) of the real experts.
         """
-        logits_TE = logits.reshape(-1, logits.shape[-1])
+        masked, logits_TE = self.dials.zero_mask, logits.reshape(-1, logits.shape[-1])
         padding_T = self._local_padding(padding_mask, logits_TE.shape[0])
         if self._stock:
             probs_TE, map_TE = super().routing(logits, padding_T)
@@ -125,26 +114,26 @@ class ZeroExpertRouter(TopKRouter):
         if self.zero.renormalize_after_drop:
             total = probs_TE.sum(1, keepdim=True)
             probs_TN = probs_TN * (total / probs_TN.sum(1, keepdim=True).clamp(min=1e-20))
-        if self.zero_output is not None and not self.zero_mask:
-            self.zero_output.probs_TZ = probs_TE[:, self.num_real :]
-        if self.pick_rule is not None:
-            probs_TN, map_TN = apply_pick_rule(self.pick_rule, probs_TN, map_TN, self.topk)
+        if self.zero_output is not None and not masked:
+            self.zero_output.hand_over(probs_TE[:, self.num_real :])
+        if self.dials.pick_rule is not None:
+            probs_TN, map_TN = apply_pick_rule(self.dials.pick_rule, probs_TN, map_TN, self.topk)
         learning = self.training and torch.is_grad_enabled()
         counting = learning or not self.training  # the first pass of a recomputed block counts nothing
         valid_T = None if padding_T is None else ~padding_T
         kept_TN = map_TN
-        if self.paired is not None and not self.zero_mask:
+        if self.paired is not None and not masked:
             probs_TN, map_TN, kept_TN = self._hand_to_pairs(probs_TN, map_TN, valid_T, counting)
         if counting:
             self.routing_stats.count(kept_TN.sum(1), valid_T, self.topk)
             self.routing_stats.add_picks(map_TE[:, : self.num_real], kept_TN, valid_T)
-        if learning and self.zero.group_loss_coeff and not self.zero_mask:
+        if learning and self.zero.group_loss_coeff and not masked:
             probs_TN = self._attach_group_loss(probs_TN, logits_TE, map_TE, padding_T)
         return probs_TN, map_TN
 
     def _pick(self, logits_TE: torch.Tensor):
         """Probabilities and map [T, E] of the K picks over real and zero experts."""
-        bias, replay = self.expert_bias, None if self.zero_mask else self.router_replay
+        bias, replay = self.expert_bias, None if self.dials.zero_mask else self.router_replay
         if isinstance(replay, RoutingReplay):
             replay.begin(self.training)
         return topk_routing_with_score_function(
@@ -170,7 +159,7 @@ class ZeroExpertRouter(TopKRouter):
         if isinstance(self.router_replay, RoutingReplay):
             kept_TN = self.router_replay.kept(kept_TN)
         probs, dispatched_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN, kept_TN)
-        if gate_TN is not None and torch.is_grad_enabled() and self.paired.sparsity_coeff:
+        if gate_TN is not None and torch.is_grad_enabled() and self.dials.sparsity_coeff:
             probs = self._attach_sparsity_loss(probs, gate_TN, map_TN, valid_T)
         return probs, dispatched_TN, kept_TN
 
@@ -181,7 +170,7 @@ class ZeroExpertRouter(TopKRouter):
         total, tokens = sums[1].detach().clone(), sums[1].detach() / self.topk
         if self.tp_cp_group.size() > 1:
             torch.distributed.all_reduce(total, group=self.tp_cp_group)
-        part = self.loss_factor * self.paired.sparsity_coeff * sums[0] / total.clamp(min=1)
+        part = self.dials.loss_factor * self.dials.sparsity_coeff * sums[0] / total.clamp(min=1)
         if self.calculate_per_token_loss:
             part = part * tokens * self.tp_cp_group.size()
         return MoEAuxLossAutoScaler.apply(probs_TN, part)
@@ -197,7 +186,7 @@ class ZeroExpertRouter(TopKRouter):
             torch.distributed.all_reduce(counts, group=group)
         part = self._balance(counts[:-1], counts[-1], routed.scores_TE)
         self.routing_stats.add_group_loss(part, counts[-1])
-        part = part * self.zero.group_loss_coeff * self.loss_factor
+        part = part * self.zero.group_loss_coeff * self.dials.loss_factor
         if self.zero.group_loss_scope == "tp_dp_cp":
             # Data-parallel gradients are averaged, so each rank's part counts once per data-parallel rank.
             part = part * (group.size() / self.tp_cp_group.size())
@@ -211,10 +200,7 @@ class ZeroExpertRouter(TopKRouter):
         if self.zero.group_loss_variant == "adamoe":
             return null_expert_loss(slots_E, tokens, scores_TE, self.num_real)
         real, zero = slots_E[: self.num_real].sum(), slots_E[self.num_real :].sum()
-        if self.model_zero_share is not None:
-            zero = slots_E.new_tensor(self.model_zero_share)
-            real = 1 - zero
-        return group_loss(real, zero, tokens, scores_TE, self.num_real, self.num_zero, self.zero_weight)
+        return group_loss(real, zero, tokens, scores_TE, self.num_real, self.num_zero, self.dials.zero_weight)
 
     def _local_padding(self, padding_mask, num_tokens: int):
         """Flatten [S, B] to [T]; take this rank's part where Megatron handed over the whole sequence.
@@ -230,3 +216,37 @@ class ZeroExpertRouter(TopKRouter):
         if flat.numel() != num_tokens * ranks:
             raise ValueError(f"padding mask has {flat.numel()} entries for {num_tokens} tokens")
         return flat.chunk(ranks)[self.tp_group.rank()]
+
+
+def refuse_conflicts(config, zero: ZeroExpertConfig) -> None:
+    """Raise `UserError` for settings of a Megatron config that zero experts, if any, cannot live with."""
+    if not zero.num_zero_experts:
+        return
+    if config.moe_expert_capacity_factor is not None:
+        raise UserError(
+            "--moe-expert-capacity-factor cannot be combined with zero experts (dropless routing only)"
+        )
+    for kind in per_expert_losses(config):
+        raise UserError(
+            f"--moe-router-load-balancing-type {kind} treats zero experts like real ones and pulls their share "
+            "to Nz/(N+Nz); use grouped_aux_loss, or --moe-aux-loss-coeff 0"
+        )
+    if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
+        raise UserError(
+            "--moe-router-bias-update-rate must be 0 with zero experts: bias updates work against the group loss"
+        )
+
+
+def per_expert_losses(config) -> list[str]:
+    """Megatron's own losses on routing that this config asks for."""
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coeffs = config.moe_aux_loss_coeff
+    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs] * len(kinds)
+    return [kind for kind, coeff in zip(kinds, coeffs) if kind not in ("none", "grouped_aux_loss") and coeff]
+
+
+def only_megatron_does(config) -> bool:
+    """Whether routing has parts that are Megatron's alone: losses per expert, a capacity, updates of the score bias."""
+    updates = config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate
+    return bool(per_expert_losses(config) or config.moe_expert_capacity_factor is not None or updates)

@@ -31,18 +31,16 @@ class RoutingStats:
     """Micro-batches summed in `group_loss`, without those of padding alone (0-d)."""
     score_counts: torch.Tensor | None = None
     """Histogram of the scores of all picks (paired routing), [SCORE_BINS] int64 over SCORE_RANGE."""
-    record_tokens: bool = False
-    """Also keep the number of real picks of every token (evaluation)."""
+    recording: bool = False
+    """Also keep the two below (evaluation)."""
     real_picks_T: list[torch.Tensor] = field(default_factory=list)
-    """One [T] tensor per forward pass while `record_tokens` is on."""
-    record_experts: bool = False
-    """Also count the picks of every real expert (evaluation)."""
+    """Number of real picks of every token: one [T] tensor per forward pass."""
     picks_2N: torch.Tensor | None = None
-    """[2, N] int64 while `record_experts` is on: the router's picks of each real expert, and those it kept."""
+    """[2, N] int64: the router's picks of each real expert, and those it kept."""
 
     def count(self, real_T: torch.Tensor, valid_T: torch.Tensor | None, topk: int) -> None:
         """Add one forward pass: real picks per token, which tokens are no padding, K."""
-        if self.record_tokens:
+        if self.recording:
             self.real_picks_T.append(real_T.detach().clone())
         valid = real_T.numel() if valid_T is None else valid_T.sum()
         real = real_T.sum() if valid_T is None else (real_T * valid_T).sum()
@@ -53,7 +51,7 @@ class RoutingStats:
 
     def add_picks(self, map_TN: torch.Tensor, kept_TN: torch.Tensor, valid_T: torch.Tensor | None) -> None:
         """Count the picks of one pass per expert, if they are recorded."""
-        if not self.record_experts:
+        if not self.recording:
             return
         both = torch.stack([map_TN, kept_TN])
         counts = (both if valid_T is None else both & valid_T[:, None]).sum(1)
@@ -64,8 +62,11 @@ class RoutingStats:
         if valid_T is not None:
             map_TN = map_TN & valid_T[:, None]
         low, high = SCORE_RANGE
-        place = (score_TN.detach()[map_TN] - low) * (SCORE_BINS / (high - low))
-        counts = torch.bincount(place.long().clamp(0, SCORE_BINS - 1), minlength=SCORE_BINS)
+        place_TN = (score_TN.detach() - low) * (SCORE_BINS / (high - low))
+        place_TN = place_TN.long().clamp(0, SCORE_BINS - 1)
+        # Not the picked scores alone: how many there are the host would have to wait for.
+        counts = torch.zeros(SCORE_BINS, dtype=torch.int64, device=map_TN.device)
+        counts.scatter_add_(0, place_TN.flatten(), map_TN.flatten().long())
         self.score_counts = counts if self.score_counts is None else self.score_counts + counts
 
     def add_group_loss(self, part: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -147,22 +148,32 @@ def collect(
 
 
 @contextmanager
-def stats_aside(model_chunks) -> Iterator[None]:
-    """What runs inside leaves no trace in the statistics."""
-    mine = [(router, router.routing_stats) for router in routers(model_chunks)]
-    for router, kept in mine:
-        router.routing_stats = type(kept)()
+def evaluating(model_chunks) -> Iterator[None]:
+    """`with evaluating(model): ...` runs it in evaluation mode, with fresh statistics.
+
+    Mode and statistics are as before afterwards, whatever happens inside.
+    """
+    chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
+    modes = [(chunk, chunk.training) for chunk in chunks]
+    mine = [(router, router.routing_stats) for router in routers(chunks)]
     try:
+        for chunk in chunks:
+            chunk.eval()
+        for router, _ in mine:
+            router.routing_stats = RoutingStats()
         yield
     finally:
         for router, kept in mine:
             router.routing_stats = kept
+        for chunk, training in modes:
+            chunk.train(training)
 
 
-def record_experts(model_chunks, on: bool = True) -> None:
-    """Let all routers count the picks of every expert from now on, or stop it."""
+def record(model_chunks) -> None:
+    """Let all routers also keep the number of real picks of every token, and count the picks of every expert, while
+    these statistics last (`evaluating`)."""
     for router in routers(model_chunks):
-        router.routing_stats.record_experts = on
+        router.routing_stats.recording = True
 
 
 def collect_experts(
@@ -175,13 +186,6 @@ def collect_experts(
             picks[layer_of(router)] += router.routing_stats.picks_2N.to(device)
     (picks,) = _sum_over_ranks(device, picks)
     return picks[:, 0], picks[:, 1]
-
-
-def record_tokens(model_chunks, on: bool = True) -> None:
-    """Let all routers keep the number of real picks of every token from now on, or stop it and forget them."""
-    for router in routers(model_chunks):
-        router.routing_stats.record_tokens = on
-        router.routing_stats.real_picks_T.clear()
 
 
 def take_skipped(model_chunks) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from ..runtime.process_groups import device
 from . import stats
+from .router_dials import set_thresholds
 from .stats import SCORE_BINS, SCORE_RANGE
-from .switches import evaluating
 
 
 def quantile(counts: torch.Tensor, share: float) -> float:
@@ -28,14 +28,6 @@ def quantile(counts: torch.Tensor, share: float) -> float:
 def thresholds(counts: torch.Tensor, share: float) -> list[float | None]:
     """One quantile per row of histograms [rows, SCORE_BINS]; None where a row has counted nothing."""
     return [quantile(row, share) if row.any() else None for row in counts]
-
-
-def set_thresholds(model_chunks, values: list[float | None]) -> None:
-    """Give all layers one threshold (a list of one), or each its own (one per decoder layer, None leaves it)."""
-    for router in stats.routers(model_chunks):
-        value = values[0 if len(values) == 1 else stats.layer_of(router)]
-        if router.paired is not None and value is not None:
-            router.paired.threshold.fill_(value)
 
 
 class ScoreQuantiles:
@@ -79,7 +71,7 @@ def calibrate_threshold(
     """
     chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     layers, values = chunks[0].config.num_layers, []
-    with evaluating(chunks), stats.stats_aside(chunks), torch.no_grad():
+    with stats.evaluating(chunks), torch.no_grad():
         for _ in range(passes):
             for row in rows:
                 forward(model_chunks, row)

@@ -11,6 +11,8 @@ X values per token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,13 +24,45 @@ from zeda_megatron.ops.vocab_scores import compute_dtype
 from ..config.run import LOSS_KINDS
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """The tensors of one loss. Here hidden states are [T, H], labels and weights [T]; `distill.losses` takes Megatron's
+    layouts of them."""
+
+    hidden: torch.Tensor
+    """The student's last hidden states: all tokens, the same on every rank of the group."""
+    weight_VH: torch.Tensor
+    """This rank's rows of its LM head; one dtype with `hidden` (float64, float32, bfloat16, float16)."""
+    teacher_hidden: torch.Tensor | None
+    """The teacher's hidden states, of its own hidden size; never differentiated. None is allowed for kind "ce"."""
+    teacher_weight_VH: torch.Tensor | None
+    """The teacher's head; with its hidden states or not at all."""
+    labels: torch.Tensor
+    """int64 global vocabulary ids."""
+    weights: torch.Tensor
+    """Weight of every token, any sign. Tokens of weight 0 are dropped before any GEMM, so their labels and hidden
+    states may hold anything."""
+
+    def check(self) -> None:
+        """Raise ValueError for tensors that do not fit together."""
+        if (self.teacher_hidden is None) != (self.teacher_weight_VH is None):
+            raise ValueError("give both the teacher's hidden states and its head, or neither")
+        tokens = self.hidden.shape[0]
+        if self.labels.shape != (tokens,) or self.weights.shape != (tokens,):
+            raise ValueError(
+                f"{tokens} hidden states, labels {self.labels.shape}, weights {self.weights.shape}"
+            )
+        if self.teacher_hidden is None:
+            return
+        if self.teacher_hidden.shape[0] != tokens:
+            raise ValueError(f"{tokens} student tokens, {self.teacher_hidden.shape[0]} teacher tokens")
+        rows, teacher_rows = self.weight_VH.shape[0], self.teacher_weight_VH.shape[0]
+        if rows != teacher_rows:
+            raise ValueError(f"head rows differ: {rows} student, {teacher_rows} teacher")
+
+
 def fused_distill_loss(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    teacher_hidden_TH: torch.Tensor | None,
-    teacher_weight_VH: torch.Tensor | None,
-    labels_T: torch.Tensor,
-    weights_T: torch.Tensor,
+    inputs: LossInputs,
     *,
     kind: str,
     beta: float = 0.5,
@@ -39,12 +73,6 @@ def fused_distill_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over tokens of weight * loss, and sums of metrics.
 
-    hidden_TH, weight_VH: the student's last hidden states (all T tokens, the same on every rank of the group)
-        and this rank's rows of its LM head, in one dtype (float64, float32, bfloat16, float16).
-    teacher_hidden_TH, teacher_weight_VH: the teacher's, with its own hidden size; never differentiated. Both
-        None is allowed for kind "ce".
-    labels_T: int64 global vocabulary ids. weights_T: any sign; tokens of weight 0 are dropped before any
-        GEMM, so their labels and hidden states may hold anything.
     kind: see the table in `vocab_chunk`; beta belongs to "jsd" alone. "sampled_reverse_kl" expects labels that the
         student has sampled at this temperature.
     temperature: divides both models' logits, for the loss ("ce" included) and the metrics; the loss is not
@@ -55,33 +83,23 @@ def fused_distill_loss(
     "weight", weight * "ce" (label under the student) and, with a teacher, weight * "teacher_ce", "kl"
     (KL(teacher || student)) and "top1_agreement". All are the same on every rank of the group.
 
-    Gradients: weight_VH gets its rows' full gradient. hidden_TH gets only THIS RANK'S PART, from its own
+    Gradients: weight_VH gets its rows' full gradient. `hidden` gets only THIS RANK'S PART, from its own
     columns: the caller sums it over the group, which Megatron's copy_to_tensor_model_parallel_region and
     gather_from_sequence_parallel_region do in their backward. First derivatives only.
     Raises ValueError for arguments that do not fit together and for a label outside the vocabulary.
     """
     if kind not in LOSS_KINDS:
         raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(LOSS_KINDS)}")
-    if (teacher_hidden_TH is None) != (teacher_weight_VH is None):
-        raise ValueError("give both the teacher's hidden states and its head, or neither")
-    if kind != "ce" and teacher_hidden_TH is None:
+    inputs.check()
+    if kind != "ce" and inputs.teacher_hidden is None:
         raise ValueError(f"kind {kind!r} needs a teacher")
     if kind == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(f"beta must lie between 0 and 1, got {beta}: the ends are forward_kl and reverse_kl")
     if temperature <= 0.0 or chunk_tokens < 1:
         raise ValueError(f"temperature ({temperature}) and chunk_tokens ({chunk_tokens}) must be positive")
-    tokens = hidden_TH.shape[0]
-    if labels_T.shape != (tokens,) or weights_T.shape != (tokens,):
-        raise ValueError(f"{tokens} hidden states, labels {labels_T.shape}, weights {weights_T.shape}")
-    if teacher_hidden_TH is not None and teacher_hidden_TH.shape[0] != tokens:
-        raise ValueError(f"{tokens} student tokens, {teacher_hidden_TH.shape[0]} teacher tokens")
-    if teacher_weight_VH is not None and teacher_weight_VH.shape[0] != weight_VH.shape[0]:
-        raise ValueError(
-            f"head rows differ: {weight_VH.shape[0]} student, {teacher_weight_VH.shape[0]} teacher"
-        )
 
     ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
-    columns = weight_VH.shape[0]
+    columns = inputs.weight_VH.shape[0]
     if vocab_size is not None and vocab_size > columns * ranks:
         raise ValueError(f"vocab_size {vocab_size} exceeds the {columns * ranks} rows of the head")
     plan = LossPlan(
@@ -96,9 +114,15 @@ def fused_distill_loss(
         with_grad=torch.is_grad_enabled(),
     )
     loss, sums = _FusedDistillLoss.apply(
-        hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, labels_T, weights_T, plan
+        inputs.hidden,
+        inputs.weight_VH,
+        inputs.teacher_hidden,
+        inputs.teacher_weight_VH,
+        inputs.labels,
+        inputs.weights,
+        plan,
     )
-    names = ("ce",) if teacher_hidden_TH is None else ("ce", "teacher_ce", "kl", "top1_agreement")
+    names = ("ce",) if inputs.teacher_hidden is None else ("ce", "teacher_ce", "kl", "top1_agreement")
     return loss, dict(zip(("weight", *names), sums.unbind()))
 
 
@@ -170,12 +194,7 @@ def _add_outer(total_VH, dlogits_CV, hidden_CH):
 
 
 def reference_distill_loss(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    teacher_hidden_TH: torch.Tensor | None,
-    teacher_weight_VH: torch.Tensor | None,
-    labels_T: torch.Tensor,
-    weights_T: torch.Tensor,
+    inputs: LossInputs,
     *,
     kind: str,
     beta: float = 0.5,
@@ -183,20 +202,18 @@ def reference_distill_loss(
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The same loss and metrics with full logits and plain autograd: one process, whole heads."""
-    dtype = compute_dtype(hidden_TH.dtype)
-    labels_T = labels_T.masked_fill(weights_T == 0, 0)
-    weights_T = weights_T.to(dtype)
-    log_p_TV = F.log_softmax((hidden_TH @ weight_VH[:vocab_size].t()).to(dtype) / temperature, dim=-1)
-    ce_T = -log_p_TV.gather(1, labels_T[:, None]).squeeze(1)
-    values = {"weight": torch.ones_like(ce_T), "ce": ce_T}
-    loss_T = ce_T
-    if teacher_hidden_TH is not None:
+    dtype = compute_dtype(inputs.hidden.dtype)
+    labels_T = inputs.labels.masked_fill(inputs.weights == 0, 0)
+    weights_T = inputs.weights.to(dtype)
+    logits_TV = (inputs.hidden @ inputs.weight_VH[:vocab_size].t()).to(dtype)
+    log_p_TV, log_q_TV = F.log_softmax(logits_TV / temperature, dim=-1), None
+    if inputs.teacher_hidden is not None:
         with torch.no_grad():
-            logits_TV = (teacher_hidden_TH @ teacher_weight_VH[:vocab_size].t()).to(dtype)
+            logits_TV = (inputs.teacher_hidden @ inputs.teacher_weight_VH[:vocab_size].t()).to(dtype)
             log_q_TV = F.log_softmax(logits_TV / temperature, dim=-1)
-        values["teacher_ce"] = -log_q_TV.gather(1, labels_T[:, None]).squeeze(1)
-        values["kl"] = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(dim=1)
-        values["top1_agreement"] = (log_p_TV.argmax(dim=1) == log_q_TV.argmax(dim=1)).to(dtype)
+    values = token_metrics(log_p_TV, log_q_TV, labels_T)
+    loss_T = ce_T = values["ce"]
+    if log_q_TV is not None:
         if kind == "forward_kl":
             loss_T = values["kl"]
         elif kind == "reverse_kl":
@@ -210,5 +227,19 @@ def reference_distill_loss(
             to_teacher_T = (log_q_TV.exp() * (log_q_TV - log_m_TV)).sum(dim=1)
             to_student_T = (log_p_TV.exp() * (log_p_TV - log_m_TV)).sum(dim=1)
             loss_T = beta * to_teacher_T + (1 - beta) * to_student_T
+    values = {"weight": torch.ones_like(ce_T), **values}
     metrics = {name: (weights_T * value_T).sum().detach() for name, value_T in values.items()}
     return (weights_T * loss_T).sum(), metrics
+
+
+def token_metrics(
+    log_p_TV: torch.Tensor, log_q_TV: torch.Tensor | None, labels_T: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """How far a model (p) is from the labels and from another (q), per token, from whole distributions: `ce`, and with
+    the other `teacher_ce`, `kl` (KL(q || p)) and `top1_agreement` (0 or 1), [T] each, in nats."""
+    values = {"ce": -log_p_TV.gather(1, labels_T[:, None]).squeeze(1)}
+    if log_q_TV is not None:
+        values["teacher_ce"] = -log_q_TV.gather(1, labels_T[:, None]).squeeze(1)
+        values["kl"] = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(dim=1)
+        values["top1_agreement"] = (log_p_TV.argmax(dim=1) == log_q_TV.argmax(dim=1)).to(log_p_TV.dtype)
+    return values

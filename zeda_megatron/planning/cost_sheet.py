@@ -6,6 +6,7 @@ import argparse
 import json
 
 from ..errors import UserError
+from ..text_table import text_table
 from .flops import flop_ratio, flops_per_token
 from .geometry import Geometry
 from .roofline import BYTES, Gpu, gpu, predict
@@ -89,28 +90,28 @@ def format_cost_sheet(sheet: dict) -> str:
         "routed experts (zero experts do not shrink them)",
         "",
         f"FLOPs per token, attending to {sheet['context']:,} positions   [{unit}]",
-        f"  {'':24}{'static':>10}{'':8}{'dynamic':>10}",
     ]
+    rows = [["", "static", "of all", "dynamic"]]
     static, dynamic = sheet["flops_per_token"]["static"], sheet["flops_per_token"]["dynamic"]
     for part, value in static.items():
         if value or part == "total":
             name, of_all = part.replace("_", " "), value / static["total"]
-            out.append(f"  {name:24}{value / one:10.3f}{of_all:8.1%}{dynamic[part] / one:10.3f}")
+            rows.append([name, f"{value / one:.3f}", f"{of_all:.1%}", f"{dynamic[part] / one:.3f}"])
     out += [
+        *text_table(rows, indent="  "),
         f"  expert FLOPs left {sheet['expert_flops']:.1%} of the static model's; "
         f"static/dynamic in all {sheet['flop_ratio']:.2f}x",
         "",
         f"Roofline, {device['name']}: {device['flops'] / 1e12:.5g} TFLOP/s dense bf16, "
         f"{device['bandwidth'] / 1e12:.4g} TB/s ({device['source']})",
-        f"  {'phase':10}{'tokens':>8}{'static ms':>12}{'dynamic ms':>12}{'speed-up':>10}   "
-        "distinct experts read per layer",
     ]
+    rows = [["phase", "tokens", "static ms", "dynamic ms", "speed-up", "distinct experts read per layer"]]
     for line in sheet["roofline"]:
-        out.append(
-            f"  {line['phase']:10}{line['tokens']:8,}{_ms(line['static_ms']):>12}{_ms(line['dynamic_ms']):>12}"
-            f"{line['speedup']:9.2f}x   {line['static_experts']:.0f} -> {line['dynamic_experts']:.0f}"
-        )
+        times = [_ms(line["static_ms"]), _ms(line["dynamic_ms"]), f"{line['speedup']:.2f}x"]
+        experts = f"{line['static_experts']:.0f} -> {line['dynamic_experts']:.0f}"
+        rows.append([line["phase"], f"{line['tokens']:,}", *times, experts])
     out += [
+        *text_table(rows, "lrrrrl", "  "),
         f"  decode: one new token per sequence, {sheet['context']:,} cached positions. "
         f"prefill: causal sequences of {sheet['context']:,}, last logits.",
         "  A bound under uniform routing (no launches, no communication): predicted, not measured.",

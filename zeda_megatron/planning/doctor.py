@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..runtime.machine import Machine, inspect
+from ..text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def format_examination(machine: Machine) -> str:
         **{name: version or "-" for name, version in machine.packages.items()},
         "apex": APEX[machine.apex],
     }
-    found = [f"  {name:20}{value}" for name, value in facts.items()]
-    paths = [f"  {r.operator:14}{r.path:34}{r.why}" for r in routes(machine)]
+    found = text_table([*facts.items()], "ll", "  ")
+    paths = text_table([(r.operator, r.path, r.why) for r in routes(machine)], "lll", "  ")
     return "\n".join(["Installed (- is absent)", *found, "", "Path of each operator", *paths])
 
 

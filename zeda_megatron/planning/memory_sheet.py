@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from ..text_table import text_table
 from .memory import GIB, StageMemory, estimate
 from .memory_advice import advice, worst_stage
 from .memory_command import Command, read_command
@@ -63,23 +64,29 @@ def format_sheet(command: Command, sheet: dict) -> str:
         f"rows of {data.seq_length:,} tokens",
         f"GiB on each GPU of pipeline stage {number + 1} of {len(sheet['stages'])}"
         + (", which needs most" if len(sheet["stages"]) > 1 else ""),
-        f"  {'':34}{'even load':>12}{'worst load':>12}",
-        *(f"  {part:34}{size:12.2f}{size:12.2f}" for part, size in stage["standing"].items()),
     ]
+    rows = [["", "even load", "worst load"]]
+    rows += [_sizes(part, size, size) for part, size in stage["standing"].items()]
     for phase, parts in stage["phases"].items():
-        peak = "  <- peak" if phase == stage["peak"][0] else ""
-        out.append(f"  {phase}{peak}")
-        out += [f"    {part:32}{a:12.2f}{w:12.2f}" for part, (a, w) in parts.items() if w]
+        rows.append([phase + ("  <- peak" if phase == stage["peak"][0] else "")])
+        rows += [_sizes(f"  {part}", *loads) for part, loads in parts.items() if loads[1]]
+    rows.append(_sizes("reserve", *stage["reserve"]))
+    rows.append(_sizes("in all, at the peak", sheet["total"], sheet["total_at_worst_load"]))
     out += [
-        f"  {'reserve':34}{stage['reserve'][0]:12.2f}{stage['reserve'][1]:12.2f}",
-        f"  {'in all, at the peak':34}{sheet['total']:12.2f}{sheet['total_at_worst_load']:12.2f}",
+        *text_table(rows, indent="  "),
         f"{sheet['verdict']} ({about.gpu_memory:g} GiB)"
         + ("" if other == number else f"; at the worst load stage {other + 1} needs most"),
     ]
-    for change in sheet["changes"][:6]:
-        left = "fits at even load" if change["fits"] else "not enough alone"
-        out.append(f"  {change['flags']:58}{change['total']:8.2f}  {left}")
+    changes = [
+        [
+            change["flags"],
+            f"{change['total']:.2f}",
+            "fits at even load" if change["fits"] else "not enough alone",
+        ]
+        for change in sheet["changes"][:6]
+    ]
     out += [
+        *text_table(changes, "lrl", "  "),
         "Weights, gradients, optimizer states, teacher: counted. The rest: estimated, not measured on a GPU.",
         f"Assumed: Transformer Engine, no pick dropped (zero share {about.zero_share:g}), prompts of at most "
         f"{about.prompt_tokens:,} tokens,",
@@ -87,6 +94,10 @@ def format_sheet(command: Command, sheet: dict) -> str:
         "The optimizer cannot be offloaded.",
     ]
     return "\n".join(out)
+
+
+def _sizes(part: str, even: float, worst: float) -> list[str]:
+    return [part, f"{even:.2f}", f"{worst:.2f}"]
 
 
 COLUMNS = (

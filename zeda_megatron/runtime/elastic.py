@@ -19,7 +19,9 @@ import sys
 MISSED = 3
 """Exit code of a worker that another one did not answer."""
 
-TOLD = (2, MISSED, 75)
+STOPPED = 75
+"""Customary code of a program that wants to be started again (EX_TEMPFAIL of sysexits.h)."""
+TOLD = (2, MISSED, STOPPED)
 """Exit codes of a worker that has told the user what is wrong: a mistake, a process that does not answer, a stop before
 the end (where --stopped-exit-code asks for 75)."""
 

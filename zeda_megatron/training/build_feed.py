@@ -15,10 +15,10 @@ from ..data.tokenizers import ChatTokenizer
 from ..distill.stage0 import make_questions
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
+from .build import Student, hf_folder, run_tokenizer
 from .feed import Feed, StoredFeed
 from .log import warn
 from .rollouts.feed import RolloutFeed
-from .setup import Student, hf_folder, run_tokenizer
 
 
 def prepare_feed(options: Options) -> Callable[[Student], Feed]:

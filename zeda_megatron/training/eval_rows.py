@@ -8,9 +8,9 @@ from ..config.options import Options
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedBatch, blank_row
 from ..data.rows import rows_for
+from .build import run_tokenizer
 from .dealing import filled_up, rank_part, split_over_context
 from .log import warn
-from .setup import run_tokenizer
 
 
 @dataclass(frozen=True)

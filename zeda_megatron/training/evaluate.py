@@ -1,4 +1,5 @@
-"""Evaluation on held-out text while training: how far the student is from its teacher, at which zero share.
+"""Evaluation on held-out text, while training or of a checkpoint: how far the student is from its teacher, at which
+zero share.
 
 A forward pass in evaluation mode that leaves no trace: weights, gradients, random numbers and the routing statistics
 of training steps stay as they are.
@@ -6,23 +7,26 @@ of training steps stay as they are.
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
 from ..config.options import Options
 from ..config.run import LossConfig
-from ..distill.teacher import Teacher, forward_only
+from ..distill.passes import compare, means, total
+from ..distill.teacher import Teacher
+from ..durable_file import write_result
+from ..errors import UserError
 from ..moe import stats
-from ..moe.switches import evaluating
 from ..runtime.process_groups import device
+from .build import Student, build_student, build_teacher, teacher_source
 from .eval_rows import EvalRows, read_eval_rows
 from .log import RunLog
-from .setup import Student
-from .step import forward_model, row_loss
-
-_SUMS = ("weight", "ce", "kl", "top1_agreement")
 
 
 class Evaluator:
@@ -59,38 +63,20 @@ class Evaluator:
 
     def measure_layers(self) -> tuple[dict[str, float], list[float | None]]:
         """`measure`, and the zero share of every layer (None: no MoE layer)."""
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-        chunks = self.student.chunks
-        # Routing statistics of training steps stay as they are.
-        with evaluating(chunks), stats.stats_aside(chunks), torch.no_grad():
+        chunks, vocab, rows = self.student.chunks, self.student.arch.vocab_size, []
+        with stats.evaluating(chunks):
             for group in self.groups:
-                sums += self._group_sums(group)
+                compared = compare(chunks, self.teacher, group, self.seq_length, self.loss, vocab)
+                rows += [one.sums for one in compared]
             report = stats.collect(chunks, chunks[0].config.num_layers, device())
+        # Tensor-parallel ranks have the same sums.
+        sums = total(rows if parallel_state.get_tensor_model_parallel_rank() == 0 else [])
         if torch.distributed.get_world_size() > 1:
             sums = sums.to(device())
             torch.distributed.all_reduce(sums)
-        tokens, ce, kl, agreement = sums.tolist()
-        tokens = max(tokens, 1.0)
-        found = {"eval_ce": ce / tokens}
-        if self.teacher is not None:
-            found |= {"eval_kl": kl / tokens, "eval_top1_agreement": agreement / tokens}
+        names = ("ce",) if self.teacher is None else ("ce", "kl", "top1_agreement")
+        found = {f"eval_{name}": value for name, value in means(sums).items() if name in names}
         return found | {"eval_zero_share": report.zero_share}, report.zero_share_by_layer
-
-    def _group_sums(self, batches: list) -> torch.Tensor:
-        """Sums over the response tokens of some rows; 0 where another rank counts them."""
-        theirs = [None] * len(batches)
-        if self.teacher is not None:
-            theirs = self.teacher.hidden_states(batches, self.seq_length, forward_model)
-        mine = forward_only(self.student.chunks, batches, self.seq_length, forward_model)
-        total = torch.zeros(len(_SUMS), dtype=torch.float64)
-        for batch, hidden, teacher_hidden in zip(batches, mine, theirs):  # none before the last stage
-            if not batch.loss_mask.any():
-                continue
-            model, vocab = self.student.chunks[-1], self.student.arch.vocab_size
-            _, sums = row_loss(model, self.teacher, batch, hidden, teacher_hidden, self.loss, vocab)
-            total += torch.tensor([float(sums.get(name, 0.0)) for name in _SUMS], dtype=torch.float64)
-        # Tensor-parallel ranks have the same sums.
-        return total if parallel_state.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(total)
 
 
 class Evaluation:
@@ -152,3 +138,37 @@ def build_evaluator(options: Options, rows: EvalRows, student: Student, teacher:
     group = max(in_step // multiple, 1) * multiple
     length, chunk = options.data.seq_length, options.distill.loss_chunk_tokens
     return Evaluator(rows, student, teacher, length, group, chunk)
+
+
+def run_evaluation(options: Options) -> int:
+    """Measure --pretrained-checkpoint on --eval-data-path; print the figures, write them to --eval-output.
+
+    Returns the exit code. Raises `UserError` naming the flag.
+    """
+    checkpoint = options.model.pretrained_checkpoint
+    if not checkpoint:
+        raise UserError("--pretrained-checkpoint is missing: give the checkpoint to evaluate")
+    output = options.evaluation.eval_output
+    if output and not os.access(Path(output).resolve().parent, os.W_OK):
+        raise UserError(f"--eval-output {output}: its folder does not exist or cannot be written")
+    # Nothing is learned, so a static checkpoint needs no word about the group loss.
+    options = replace(options, model=replace(options.model, moe_router_load_balancing_type="none"))
+    if options.distill.teacher_memory == "shared":  # one set of weights: that was while they had not moved
+        options = replace(options, distill=replace(options.distill, teacher_memory="own"))
+    teacher_source(options)  # says what is missing, and bad rows are told, before a large model is built
+    rows = read_eval_rows(options)
+    begun = time.perf_counter()
+    student = build_student(options, trains=False)
+    teacher = build_teacher(options, student)
+    found, by_layer = build_evaluator(options, rows, student, teacher).measure_layers()
+    if torch.distributed.get_rank() == 0:
+        print(f"{checkpoint}: {line_of(found)} ({time.perf_counter() - begun:.1f} s)")
+        if output:
+            report = found | {"eval_zero_share_by_layer": by_layer, "checkpoint": str(checkpoint)}
+            report |= {
+                "teacher": str(teacher_source(options)),
+                "rows": rows.count,
+                "rows_fingerprint": rows.fingerprint,
+            }
+            write_result("--eval-output", output, json.dumps(report, indent=2) + "\n")
+    return 0

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint.state import truncate_metrics
 from ..config.run import RunOptions
 from ..errors import UserError
 from ..runtime.agreement import on_rank0, rank
+from ..runtime.lines_file import rewind
 
 _TENSORBOARD = {
     "loss": "loss",
@@ -70,7 +70,8 @@ class RunLog:
                     f"--metrics-path {path}: holds another run's figures; remove it or choose another file"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            truncate_metrics(path, first_step)
+            # A resumed run has each step once.
+            rewind(path, lambda line: line["step"] <= first_step, warn)
             self.file = open(path, "a", buffering=1)  # noqa: SIM115
         target = options.tensorboard_dir or (options.save and str(Path(options.save) / "tensorboard"))
         if target:

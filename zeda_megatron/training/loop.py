@@ -13,27 +13,24 @@ from ..checkpoint.resume import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..config.options import Options
-from ..distill.teacher import forward_only
+from ..distill.passes import forward_only
 from ..errors import UserError
+from ..models.hf_config import describe_checkpoint
 from ..models.on_disk import ModelFacts, read_facts
 from ..models.origin import adapted_steps
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
-from .build_control import build_share_control
+from .build import build_optimizer, build_student, build_teacher, hf_folder, teacher_id
 from .build_feed import data_facts, prepare_feed, what_differs
-from .build_optimizer import build_optimizer
-from .build_teacher import build_teacher, teacher_id
+from .controls import build_share_control
 from .evaluate import build_evaluation
-from .finite import FiniteCheck, NotFinite
-from .guards import Guards, GuardTripped
+from .guards import FiniteCheck, Guards, GuardTripped, NotFinite
 from .log import RunLog, told, warn
 from .optimizer_state import load_optimizer_state, optimizer_step, sharded_optimizer_state
-from .setup import build_student, hf_folder
-from .side_files import write_side_files
 from .signals import StopRequest, exit_code_if_stopped
-from .step import Stepper, forward_model
+from .step import Stepper
 
 
 class TrainingRun:
@@ -179,9 +176,8 @@ class TrainingRun:
         if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
             return
         rows = self.feed.calibration_rows(wanted.calibration_rows)
-        forward = partial(
-            forward_only, seq_length=self.options.data.seq_length, forward=forward_model
-        )  # all rows in one run of the pipeline
+        # All rows in one run of the pipeline.
+        forward = partial(forward_only, seq_length=self.options.data.seq_length)
         share, by_layer = wanted.paired_target, wanted.paired_budget == "layer"
         found = calibrate_threshold(chunks, [rows], share, forward, by_layer=by_layer)
         log.say(f"threshold {format_thresholds(found)} for a zero share of {share:.1%}")
@@ -217,7 +213,7 @@ class TrainingRun:
         self.finite.weights()
         self.lock.require()
         facts = replace(self.facts, adapted_steps=self.adapted_steps())
-        describe = partial(write_side_files, self.saver.root, hf_folder(self.options.model), facts)
+        describe = partial(describe_checkpoint, self.saver.root, hf_folder(self.options.model), facts)
         self.saver.save(self.iteration, self.state(), describe)
         self.guards.newest = self.saver.folder(self.iteration)
 

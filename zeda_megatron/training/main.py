@@ -8,7 +8,7 @@ from ..config.options import Options
 from ..runtime import process_groups
 from ..runtime.lock import NAME, locked
 from .check import check_machine
-from .eval_stage import run_evaluation
+from .evaluate import run_evaluation
 from .log import warn
 from .loop import TrainingRun
 from .stage0 import run_stage0

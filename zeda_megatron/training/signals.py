@@ -11,9 +11,6 @@ import torch
 from ..runtime.agreement import rank
 from ..runtime.process_groups import device
 
-STOPPED = 75
-"""Customary code of a program that wants to be started again (EX_TEMPFAIL of sysexits.h)."""
-
 
 def exit_code_if_stopped(code: int) -> int:
     """Exit code of this rank: rank 0 speaks for the run, so that no launcher ends it while it tidies up."""

@@ -18,12 +18,11 @@ from ..distill.stage0 import (
 )
 from ..errors import UserError
 from ..models.architecture import read_architecture
-from ..moe.switches import set_zero_mask
+from ..moe.router_dials import set_dials
 from ..runtime.agreement import from_rank0, on_rank0
-from .build_teacher import teacher_id, teacher_source
+from .build import build_chunks, hf_folder, run_tokenizer, teacher_id, teacher_source, zero_experts
 from .log import warn
 from .rollouts.choose import rollout_engine
-from .setup import build_chunks, hf_folder, run_tokenizer, zero_experts
 from .signals import StopRequest
 
 ROUND = 4
@@ -60,7 +59,7 @@ def run_stage0(options: Options) -> int:
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
     load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
-    set_zero_mask(chunks, True)  # the teacher is the static model
+    set_dials(chunks, zero_mask=True)  # the teacher is the static model
     engine = rollout_engine(
         generate, chunks, arch, zero, tokenizer, arch.max_position_embeddings, static=True
     )

@@ -8,70 +8,21 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..config.run import LossConfig
 from ..data.packing import PackedBatch
-from ..distill.losses import distill_loss
+from ..distill.passes import forward_model, means, row_loss, total
 from ..distill.teacher import Teacher
 from ..moe.paired import forget_residuals
 from ..moe.replay import enable_replay, set_targets
-from ..moe.switches import set_loss_factor
+from ..moe.router_dials import set_dials
 from ..runtime.process_groups import device, seconds_now
-from .setup import Student
-
-
-def forward_model(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Run one model chunk on one packed row; sequences inside the row do not see each other."""
-    to = partial(torch.Tensor.to, device=device(), non_blocking=True)
-    ends = to(batch.cu_seqlens)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
-    return model(
-        to(batch.tokens),
-        to(batch.position_ids),
-        None,
-        packed_seq_params=packed,
-        padding_mask=to(batch.padding_mask),
-    )
-
-
-def row_loss(
-    model: torch.nn.Module,
-    teacher: Teacher | None,
-    batch: PackedBatch,
-    hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    config: LossConfig,
-    vocab_size: int,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`distill_loss` of one packed row, from the last hidden states of both models [S, B, H]; `model` is the student's
-    last chunk. Sums over this row's response tokens."""
-    head = model.head_weight()
-    return distill_loss(
-        hidden.to(head.dtype),  # Megatron's bf16 wrapper hands out fp32
-        head,
-        teacher_hidden,
-        None if teacher_hidden is None else teacher.head_weight(),
-        batch.labels.to(hidden.device),
-        batch.loss_mask.to(hidden.device),
-        config,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        sequence_parallel=model.config.sequence_parallel,
-        vocab_size=vocab_size,
-    )
+from .build import Student
 
 
 class Stepper:
     """Runs optimizer steps of the distillation (or, without a teacher, of plain training)."""
-
-    METRICS = ("weight", "loss", "ce", "teacher_ce", "kl", "top1_agreement")
 
     def __init__(
         self,
@@ -118,9 +69,9 @@ class Stepper:
         self.optimizer.zero_grad()
         ahead = self.teacher is not None and not self.alongside
         started = seconds_now()
-        hidden = self.teacher.hidden_states(batches, self.seq_length, forward_model) if ahead else []
+        hidden = self.teacher.hidden_states(batches, self.seq_length) if ahead else []
         teacher_seconds = seconds_now() - started
-        set_loss_factor(self.student.chunks, padding_factor)
+        set_dials(self.student.chunks, loss_factor=padding_factor)
         scales = self._scales(batches, padding_factor)
         rows = list(zip(batches, hidden or [None] * len(batches), scales, strict=True))
 
@@ -183,7 +134,7 @@ class Stepper:
         mine = theirs = None
         if not student.pre_process:
             mine, theirs = student.decoder.input_tensor.chunk(2, dim=-1)
-        hidden = self.teacher.stage_output(batch, theirs, forward_model)
+        hidden = self.teacher.stage_output(batch, theirs)
         student.set_input_tensor(mine)
         output = forward_model(model, batch)
         if student.post_process:
@@ -195,30 +146,26 @@ class Stepper:
         return parallel_state.get_pipeline_model_parallel_world_size()
 
     def _loss(self, batch, teacher_hidden, scale, student_hidden):
-        model = self.student.chunks[-1]
+        theirs = None if teacher_hidden is None else (teacher_hidden, self.teacher.head_weight())
         loss, sums = row_loss(
-            model, self.teacher, batch, student_hidden, teacher_hidden, self.loss, self.vocab_size
+            self.student.chunks[-1], batch, student_hidden, theirs, self.loss, self.vocab_size
         )
         logged = {"loss": loss.detach(), **sums}
         return loss * scale, torch.ones((), dtype=torch.int), logged
 
     def _reduce(self, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Add up over micro-batches and ranks, divide by the tokens. Same result on every rank."""
-        total = torch.zeros(len(self.METRICS), dtype=torch.float64)
-        if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            for entry in sums:
-                total += torch.tensor(
-                    [float(entry.get(name, 0.0)) for name in self.METRICS], dtype=torch.float64
-                )
+        mine = (
+            parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        found = total(sums if mine else [])
         if torch.distributed.get_world_size() > 1:
-            total = total.to(device())
-            torch.distributed.all_reduce(total)
-        values = dict(zip(self.METRICS, total.tolist()))
-        tokens = values.pop("weight")
-        means = {name: value / max(tokens, 1.0) for name, value in values.items()}
+            found = found.to(device())
+            torch.distributed.all_reduce(found)
+        metrics = means(found)
         if self.teacher is None:
-            means = {name: means[name] for name in ("loss", "ce")}
-        return {**means, "tokens": tokens}
+            metrics = {name: metrics[name] for name in ("loss", "ce", "tokens")}
+        return metrics
 
 
 def _twice_as_wide(received: list[tuple], sent: list[tuple]) -> tuple[list[tuple], list[tuple]]:

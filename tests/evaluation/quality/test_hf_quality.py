@@ -11,7 +11,8 @@ from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.quality import hf_quality
 from zeda_megatron.evaluation.quality.measure import MeasureOptions, measure_arm
-from zeda_megatron.moe.paired import paired_modules, set_threshold
+from zeda_megatron.moe.paired import paired_modules
+from zeda_megatron.moe.router_dials import set_thresholds
 from zeda_megatron.serving.load import load_model
 
 
@@ -39,7 +40,7 @@ def pairs(world, one_process, tmp_path_factory):
         run = tiny_world.start(world, save=folder, **start)
         for i, head in enumerate(paired_modules(run.student.chunks)):
             tiny.draw(head, seed=i, std=0.1)
-        set_threshold(run.student.chunks, -2.0)
+        set_thresholds(run.student.chunks, [-2.0])
         run.save()
         megatron_to_hf(folder, world.hf, folder / "out")
         made[routing] = folder, folder / "out"

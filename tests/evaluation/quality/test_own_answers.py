@@ -8,8 +8,8 @@ from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.evaluation.quality.heldout import load_held_out
 from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.evaluation.quality.own_answers import own_answers
+from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.moe.switches import set_zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -22,7 +22,7 @@ def prompts(world):
 
 def ask(world, prompts, mask):
     student, teacher = load_model(str(world.dynamic)), load_model(str(world.static))
-    set_zero_mask(student.chunk, mask)
+    set_dials(student.chunk, zero_mask=mask)
     found = own_answers(student.chunk, Teacher([teacher.chunk], "own"), prompts, teacher.tokenizer, 128, 16)
     return found, student
 

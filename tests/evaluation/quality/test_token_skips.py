@@ -13,8 +13,8 @@ from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.evaluation.quality.scored_tokens import ScoredTokens
 from zeda_megatron.evaluation.quality.token_skips import spearman, token_skips
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK
+from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.moe.stats import routers
-from zeda_megatron.moe.switches import set_pick_rule, set_zero_mask
 
 TABLES = ("by_kind", "by_position", "by_entropy", "by_class")
 SEQ_LENGTH = 128
@@ -56,7 +56,7 @@ def count_picks(model) -> list[torch.Tensor]:
     seen = []
 
     def look(router, _inputs, output):
-        if not router.zero_mask:  # the teacher's passes
+        if not router.dials.zero_mask:  # the teacher's passes
             seen.append(output[1].sum(1))
 
     for router in routers(model):
@@ -102,7 +102,7 @@ def test_the_mean_of_each_table_weighted_by_tokens_is_the_zero_share_of_scored_t
 
 def test_a_student_that_is_the_teachers_own_module_is_counted_alone(world, one_process, held_out):
     static = load_model(str(world.static))
-    set_pick_rule(static.chunk, DynamicSkipping(0.8))
+    set_dials(static.chunk, pick_rule=DynamicSkipping(0.8))
     seen = count_picks(static.chunk)
     result = measured(static, static, held_out)
     expected = torch.cat(list(skipped_by_kind(seen, held_out).values()))
@@ -113,7 +113,7 @@ def test_a_student_that_is_the_teachers_own_module_is_counted_alone(world, one_p
 
 
 def test_a_mask_routes_all_so_nothing_is_skipped(models, held_out):
-    set_zero_mask(models[1].chunk, True)
+    set_dials(models[1].chunk, zero_mask=True)
     tokens = measured(*models, held_out)["tokens"]
     assert tokens["all"]["skipped"] == 0.0 and tokens["correlations"] is None
     for table in TABLES:
@@ -124,7 +124,7 @@ def test_arms_in_which_every_token_skips_the_same_have_tables_but_no_correlation
     world, one_process, held_out
 ):
     static = load_model(str(world.static))
-    set_pick_rule(static.chunk, StaticTopK(1))
+    set_dials(static.chunk, pick_rule=StaticTopK(1))
     tokens = measured(static, static, held_out)["tokens"]
     assert tokens["correlations"] is None
     assert tokens["all"]["skipped"] == pytest.approx(2 / 3)
@@ -134,7 +134,7 @@ def test_arms_in_which_every_token_skips_the_same_have_tables_but_no_correlation
 def test_recording_stops_when_measuring_ends(models, held_out):
     measured(*models, held_out)
     for router in routers(models[1].chunk):
-        assert not router.routing_stats.record_tokens and router.routing_stats.real_picks_T == []
+        assert not router.routing_stats.recording and router.routing_stats.real_picks_T == []
 
 
 def test_fifths_of_entropy_are_even_and_say_where_they_lie():

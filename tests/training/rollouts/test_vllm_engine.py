@@ -21,8 +21,8 @@ from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.hf_config import static_config
-from zeda_megatron.moe.paired import paired_modules, set_threshold
-from zeda_megatron.moe.switches import set_zero_mask
+from zeda_megatron.moe.paired import paired_modules
+from zeda_megatron.moe.router_dials import set_dials, set_thresholds
 from zeda_megatron.training.rollouts.vllm_engine import VLLMEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
@@ -57,9 +57,9 @@ def pair(request, one_process):
     added = [module for name, module in model.named_modules() if name.endswith(".zero_output")]
     for i, module in enumerate([*paired_modules(model), *added]):
         tiny.draw(module, seed=i, std=0.1)
-    set_threshold(model, -3.0)
+    set_thresholds(model, [-3.0])
     static = request.param == "static"
-    set_zero_mask(model, static)
+    set_dials(model, zero_mask=static)
     config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
     arch = read_architecture(static_config(config))
     builtin = BuiltinEngine(model, STOP, 0, LONGEST, VOCAB)
@@ -103,7 +103,7 @@ def test_answers_follow_the_weights_and_the_threshold(pair):
     with torch.no_grad():
         for parameter in pair.model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    set_threshold(pair.model, -2.5)
+    set_thresholds(pair.model, [-2.5])
     after = check_equal(pair, record=True)
     assert [one.response_ids for one in before] != [one.response_ids for one in after]
 

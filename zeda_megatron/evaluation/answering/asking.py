@@ -15,11 +15,11 @@ from tqdm import tqdm
 from ...config.generate import SamplingConfig
 from ...durable_file import write_result, writing
 from ...regular_file import is_regular
+from ...runtime.lines_file import LinesFile, Parse, read_whole_lines
 from ..benchmarks.benchmark import Benchmark, Question, Verdict
 from .engine import Engine, Request, stream_of
 from .run_folder import ANSWERS, SLOTS, VERDICTS
-from .samples_file import LinesFile, read_whole_lines
-from .saved import Parse, answers_of, slots_line, verdicts_of
+from .saved import answers_of, slots_line, verdicts_of
 
 Job = tuple[Question, int]
 """A question and the number of the answer, from 0."""
@@ -37,7 +37,7 @@ def ask_all(
     jobs = [(question, sample) for question in questions for sample in range(samples)]
     groups = [jobs[i : i + engine.group] for i in range(0, len(jobs), engine.group)]
     uids = [question.uid for question in questions]
-    file = LinesFile(folder / ANSWERS, answers_of(uids, samples))
+    file = LinesFile(folder / ANSWERS, "--output", answers_of(uids, samples))
     done = {(line["uid"], line["sample"]) for line in file.lines}
     _drop_verdicts(folder / VERDICTS, verdicts_of(uids, samples), done)
 
@@ -91,7 +91,7 @@ def _slots_counted(folder: Path, engine: Engine) -> Iterator[None]:
     finally:
         after = engine.slots()
         if before is not None and after is not None and after[1] > before[1]:
-            file = LinesFile(folder / SLOTS, slots_line)
+            file = LinesFile(folder / SLOTS, "--output", slots_line)
             file.append([{"zero": after[0] - before[0], "routed": after[1] - before[1]}])
 
 
@@ -104,7 +104,7 @@ def judge_all(
             (folder / VERDICTS).unlink()
     by_uid = {question.uid: question for question in questions}
     answers, _ = read_whole_lines(folder / ANSWERS, answers_of(by_uid, samples))
-    file = LinesFile(folder / VERDICTS, verdicts_of(by_uid, samples))
+    file = LinesFile(folder / VERDICTS, "--output", verdicts_of(by_uid, samples))
     done = {(line["uid"], line["sample"]) for line in file.lines}
     pending = [line for line in answers if (line["uid"], line["sample"]) not in done]
 

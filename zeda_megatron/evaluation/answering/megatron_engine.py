@@ -22,7 +22,7 @@ class MegatronEngine:
     """
 
     def __init__(self, options):
-        from ...moe.switches import set_zero_mask
+        from ...moe.router_dials import set_dials
         from ..quality.measure import head_cost
         from ..quality.models import load_model
         from ..quality.tune import apply_rule, turn_dial
@@ -33,7 +33,7 @@ class MegatronEngine:
         if options.chat_variables:
             self.tokenizer.template_args = options.chat_variables
         self.prompts = ChatPrompts(self.tokenizer)
-        set_zero_mask(self.chunk, options.mask)
+        set_dials(self.chunk, zero_mask=options.mask)
         rule = apply_rule(self.chunk, options, self.tokenizer)
         dial = turn_dial(self.chunk, options, self.tokenizer) if options.zero_dial else {}
         heads = 0.0 if options.mask else head_cost(self.chunk)
@@ -80,12 +80,10 @@ class MegatronEngine:
         if not self.skips:
             return 0.0
         where = process_groups.device()
-        self.chunk.eval()
-        self.chunk.return_hidden = True
-        stats.reset(self.chunk)
-        ids = torch.tensor([tokens], device=where)
-        self.chunk(ids, torch.arange(len(tokens), device=where)[None], None)
-        return stats.collect(self.chunk, self.chunk.config.num_layers, where).zero_share
+        ids, places = torch.tensor([tokens], device=where), torch.arange(len(tokens), device=where)[None]
+        with stats.evaluating(self.chunk):
+            self.chunk(ids, places, None, return_hidden=True)
+            return stats.collect(self.chunk, self.chunk.config.num_layers, where).zero_share
 
     def slots(self) -> None:
         return None

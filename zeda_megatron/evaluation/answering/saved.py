@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, shown
+from ...runtime.lines_file import Parse
 from ...strict_json import is_int, is_number, read_json
 
 Check = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""
-Parse = Callable[[Any, str], dict[str, Any]]
-"""A line's value and where it stands to what is kept of it. Raises `UserError` for what is no such line."""
 _MOST = 1 << 40
 _DEEPEST = 20
 

@@ -63,7 +63,7 @@ def check(options: CheckOptions) -> dict:
     from ...data.conversation import tokenize_rollout
     from ...data.prompts import load_rollouts
     from ...distill.builtin_engine import BuiltinEngine
-    from ...moe.switches import evaluating
+    from ...moe.stats import evaluating
     from .models import load_model
 
     _refuse_foreign_code(Path(options.hf), options.trust_remote_code)
@@ -94,7 +94,7 @@ def check(options: CheckOptions) -> dict:
         equal += made[0, len(prompt) :].tolist() == answer
         tokens = torch.tensor([tokenize_rollout(rollout, tokenizer).tokens], device=where)
         positions = torch.arange(tokens.shape[1], device=where)[None]
-        with evaluating(ours.chunk, return_hidden=False):
+        with evaluating(ours.chunk):
             mine = ours.chunk(tokens, positions, None)[..., : ours.arch.vocab_size]
         others = theirs(tokens).logits
         largest = max(largest, (mine - others).abs().max().item())

@@ -22,7 +22,9 @@ from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result
 from ...errors import UserError
+from ...ops.vocab_kl import token_metrics
 from ...serving.load import load_model
+from ...text_table import markdown_table
 from ..benchmarks.checkable import exactly
 from .heldout import Task, load_held_out
 from .left_padding import left_padded, until_stop
@@ -71,12 +73,11 @@ class Sums:
     def add(self, log_p_TV: torch.Tensor, labels_T: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
         """Count T tokens. `others`: log-probabilities [T, V] that the model is compared with, by name."""
         self.values["tokens"] += labels_T.numel()
-        self.values["ce"] -= float(log_p_TV.gather(1, labels_T[:, None]).double().sum())
         for name, log_q_TV in others.items():
-            self.values[f"kl_to_{name}"] += float(
-                (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(1).double().sum()
-            )
-            self.values[f"top1_agreement_{name}"] += float((log_q_TV.argmax(1) == log_p_TV.argmax(1)).sum())
+            found = token_metrics(log_p_TV, log_q_TV, labels_T)
+            self.values[f"kl_to_{name}"] += float(found["kl"].double().sum())
+            self.values[f"top1_agreement_{name}"] += float(found["top1_agreement"].sum())
+        self.values["ce"] += float(found["ce"].double().sum())
 
     def means(self) -> dict[str, float]:
         """Per token."""
@@ -194,14 +195,11 @@ COLUMNS = {
 
 def table(result: dict[str, dict[str, float]]) -> list[str]:
     """Markdown lines, a model per line."""
-    lines = [
-        "| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |",
-        "|---" * (1 + len(COLUMNS)) + "|",
+    rows = [
+        [name, *("" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items())]
+        for name, row in result.items()
     ]
-    for name, row in result.items():
-        cells = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    return markdown_table(["", *(head for head, _ in COLUMNS.values())], rows)
 
 
 def main(argv: list[str]) -> int:

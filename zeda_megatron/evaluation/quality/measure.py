@@ -80,44 +80,35 @@ def measure(
         teacher: `distill.teacher.Teacher`; may hold the same chunk.
         held_out: `heldout.HeldOut`.
     """
-    from ...moe.stats import record_experts, record_tokens
+    from ...distill.passes import means, total
     from .token_classes import TokenClasses
     from .token_skips import token_skips
 
     by_kind, layers, picks_2LN, tokens = {}, None, 0, {}
-    total, classes = defaultdict(float), TokenClasses(tokenizer, tokenizer.is_marker)
-    record_experts(student)
-    record_tokens(student)
+    sums, slots, zero = total([]), 0.0, 0.0
+    classes = TokenClasses(tokenizer, tokenizer.is_marker)
     for kind, rows in held_out.rows_by_kind.items():
-        sums, report, picks, tokens[kind] = _score(student, teacher, rows, vocab_size, seq_length, classes)
+        mine, report, picks, tokens[kind] = _score(student, teacher, rows, vocab_size, seq_length, classes)
         picks_2LN = picks_2LN + picks
-        slots = sums.pop("tokens_routed")
-        for name, value in sums.items():
-            total[name] += value
-        total["slots"] += slots
-        total["zero"] += slots * report.zero_share
+        routed = float(sum((~row.padding_mask).sum() for row in rows))
+        sums, slots, zero = sums + mine, slots + routed, zero + routed * report.zero_share
         shares = torch.tensor([math.nan if s is None else s for s in report.zero_share_by_layer])
-        layers = shares * slots if layers is None else layers + shares * slots
-        by_kind[kind] = {
-            "ce": sums["ce"] / sums["weight"],
-            "kl": sums["kl"] / sums["weight"],
-            "zero_share": report.zero_share,
-        }
-    record_experts(student, False)
-    record_tokens(student, False)
+        layers = shares * routed if layers is None else layers + shares * routed
+        found = means(mine)
+        by_kind[kind] = {"ce": found["ce"], "kl": found["kl"], "zero_share": report.zero_share}
     right = _right_answers(student, held_out.tasks, tokenizer, max_new_tokens)
     for kind, value in _by_family(held_out.tasks, right).items():
         by_kind[kind]["exact_match"] = value
-    share = total["zero"] / total["slots"]
+    share, found = zero / slots, means(sums)
     return {
-        "ce": total["ce"] / total["weight"],
-        "kl_to_teacher": total["kl"] / total["weight"],
-        "top1_agreement": total["top1_agreement"] / total["weight"],
+        "ce": found["ce"],
+        "kl_to_teacher": found["kl"],
+        "top1_agreement": found["top1_agreement"],
         **_answered(held_out.tasks, right),
         "zero_share": share,
         "expert_flops": 1.0 - share,
         "by_kind": by_kind,
-        "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / total["slots"]).tolist()],
+        "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / slots).tolist()],
         **_by_expert(*picks_2LN),
         "tokens": token_skips(tokens),
     }
@@ -135,30 +126,25 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def _score(student, teacher, rows, vocab_size, seq_length, classes):
+    """Sums over rows of one kind, their routing, the picks of every expert, and what is known of every token."""
     from ...config.run import LossConfig
+    from ...distill.passes import compare, total
     from ...moe import stats
-    from ...training.step import forward_model, row_loss
     from .scored_tokens import ScoredTokens
 
-    expected = teacher.hidden_states(rows, seq_length, forward_model)
-    student.eval()
-    student.return_hidden = True
-    stats.reset(student)
-    sums, tokens = defaultdict(float), []
-    head = student.head_weight()
-    for row, hidden in zip(rows, expected, strict=True):
-        got = forward_model(student, row)
-        _, metrics = row_loss(student, teacher, row, got, hidden, LossConfig("forward_kl"), vocab_size)
-        for name, value in metrics.items():
-            sums[name] += float(value)
-        sums["tokens_routed"] += float((~row.padding_mask).sum())
-        mine, theirs = (got.to(head.dtype), head), (hidden, teacher.head_weight())
-        skipped_S = stats.take_skipped(student)
-        tokens.append(ScoredTokens.of_row(row, skipped_S, mine, theirs, vocab_size, classes))
     layers, where = student.config.num_layers, process_groups.device()
-    picks = stats.collect_experts(student, layers, student.config.num_moe_experts, where)
-    report = stats.collect(student, layers, where)
-    return sums, report, torch.stack(picks), ScoredTokens.join(tokens)
+    with stats.evaluating(student):
+        stats.record(student)
+        compared = compare([student], teacher, rows, seq_length, LossConfig("forward_kl"), vocab_size)
+        skipped_RS = stats.take_skipped(student).view(len(rows), -1)
+        picks = stats.collect_experts(student, layers, student.config.num_moe_experts, where)
+        report = stats.collect(student, layers, where)
+    head, teacher_head = student.head_weight(), teacher.head_weight()
+    tokens = []
+    for one, skipped_S in zip(compared, skipped_RS, strict=True):
+        mine, theirs = (one.hidden.to(head.dtype), head), (one.teacher_hidden, teacher_head)
+        tokens.append(ScoredTokens.of_row(one.row, skipped_S, mine, theirs, vocab_size, classes))
+    return total([one.sums for one in compared]), report, torch.stack(picks), ScoredTokens.join(tokens)
 
 
 def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
@@ -221,7 +207,7 @@ def main(argv: list[str]) -> int:
 def measure_arm(options: MeasureOptions) -> dict:
     """Load teacher and student, tune the rule if asked to, measure."""
     from ...distill.teacher import Teacher
-    from ...moe.switches import set_zero_mask
+    from ...moe.router_dials import set_dials
     from .heldout import load_held_out
     from .models import load_model
     from .tune import apply_rule, turn_dial
@@ -230,7 +216,7 @@ def measure_arm(options: MeasureOptions) -> dict:
     student_model = load_model(options.student) if options.student else teacher_model
     student, tokenizer = student_model.chunk, teacher_model.tokenizer
     teacher = Teacher([teacher_model.chunk], "own")
-    set_zero_mask(student, options.mask)
+    set_dials(student, zero_mask=options.mask)
     rule = apply_rule(student, options, tokenizer)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)
     dial = turn_dial(student, options, tokenizer) if options.zero_dial else {}

@@ -8,8 +8,9 @@ from ...config.generate import SamplingConfig
 from ...config.run import LossConfig
 from ...data.packing import PackedDataset, TokenSample
 from ...distill.builtin_engine import BuiltinEngine
+from ...distill.passes import compare, means, total
 from ...distill.teacher import Teacher
-from ...moe.stats import stats_aside
+from ...moe.stats import evaluating
 
 SLOTS = 128
 """Answers under way at a time."""
@@ -29,8 +30,6 @@ def own_answers(
         `reverse_kl`: KL(student || teacher), exact over the vocabulary that is sampled from, mean over the answers'
         tokens, nats; `tokens`; `response_length`: mean.
     """
-    from ...training.step import forward_model, row_loss
-
     prompts = [prompt for prompt in prompts if len(prompt) < seq_length]
     vocab = min(tokenizer.vocab_size, student.head_weight().shape[0])
     engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, seq_length, vocab, SLOTS)
@@ -41,17 +40,11 @@ def own_answers(
     ]
     data = PackedDataset(samples, seq_length, tokenizer.pad_id, seed=0)
     rows = [data[row] for row in range(data.rows_in_epoch(0))]
-    total = tokens = 0.0
-    student.return_hidden = True
-    with stats_aside(student):
-        expected = teacher.hidden_states(rows, seq_length, forward_model)
-        student.eval()
-        for row, hidden in zip(rows, expected, strict=True):
-            got = forward_model(student, row)
-            loss, sums = row_loss(student, teacher, row, got, hidden, LossConfig("reverse_kl"), vocab)
-            total, tokens = total + float(loss), tokens + float(sums["weight"])
+    with evaluating(student):
+        compared = compare([student], teacher, rows, seq_length, LossConfig("reverse_kl"), vocab)
+    found = means(total([row.sums for row in compared]))
     return {
-        "reverse_kl": total / tokens,
-        "tokens": tokens,
-        "response_length": tokens / len(made),
+        "reverse_kl": found["loss"],
+        "tokens": found["tokens"],
+        "response_length": found["tokens"] / len(made),
     }

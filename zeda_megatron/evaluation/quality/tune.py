@@ -11,7 +11,7 @@ from ...runtime import process_groups
 def apply_rule(student, options, tokenizer) -> str | None:
     """Give the student the pick rule of `MeasureOptions`, tuned if it has no number; returns it, complete."""
     from ...moe.pick_rules import parse_pick_rule
-    from ...moe.switches import set_pick_rule
+    from ...moe.router_dials import set_dials
     from .models import load_rows
 
     rule = options.moe_pick_rule
@@ -22,17 +22,17 @@ def apply_rule(student, options, tokenizer) -> str | None:
             )
         rows = load_rows(options.calibration, tokenizer, options.seq_length, count=8)
         rule = f"{rule}={tune_rule(student, rule, rows, options.target_share):.6f}"
-    set_pick_rule(student, parse_pick_rule(rule) if rule else None)
+    set_dials(student, pick_rule=parse_pick_rule(rule) if rule else None)
     return rule
 
 
 def turn_dial(student, options, tokenizer) -> dict:
     """Set the compute dial as asked; returns {"dial": its value}."""
-    from ...moe.paired import paired_modules, set_threshold
+    from ...distill.passes import forward_model
+    from ...moe.paired import paired_modules
+    from ...moe.router_dials import set_dials, set_thresholds
     from ...moe.stats import routers
-    from ...moe.switches import set_logit_bias
     from ...moe.threshold import calibrate_threshold
-    from ...training.step import forward_model
     from .models import load_rows
 
     paired = paired_modules(student)
@@ -51,17 +51,17 @@ def turn_dial(student, options, tokenizer) -> dict:
         value = float(options.zero_dial)
     except ValueError:
         raise UserError(f"--zero-dial {options.zero_dial!r}: give a number or auto") from None
-    set_threshold(student, value) if paired else set_logit_bias(student, value)
+    set_thresholds(student, [value]) if paired else set_dials(student, zero_logit_bias=value)
     return {"dial": value}
 
 
 def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float:
     """Number of a `skip` or `top_p` rule that gives the target share on these rows."""
     from ...moe.pick_rules import parse_pick_rule
-    from ...moe.switches import set_pick_rule
+    from ...moe.router_dials import set_dials
 
     def apply(value: float) -> None:
-        set_pick_rule(student, parse_pick_rule(f"{name}={value}"))
+        set_dials(student, pick_rule=parse_pick_rule(f"{name}={value}"))
 
     # A larger ratio skips more, a larger p skips less.
     return _bisect(student, rows, apply, target, 0.0, 1.0, rising=name == "skip", steps=steps)
@@ -69,10 +69,10 @@ def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float
 
 def tune_dial(student, rows, target: float, steps: int = 12) -> float:
     """Number that, added to the logits of shared zero experts, gives the target share on these rows; it is set."""
-    from ...moe.switches import set_logit_bias
+    from ...moe.router_dials import set_dials
 
     def apply(value: float) -> None:
-        set_logit_bias(student, value)
+        set_dials(student, zero_logit_bias=value)
 
     value = _bisect(student, rows, apply, target, -16.0, 16.0, rising=True, steps=steps)
     apply(value)
@@ -80,19 +80,16 @@ def tune_dial(student, rows, target: float, steps: int = 12) -> float:
 
 
 def _bisect(student, rows, apply, target, low, high, rising: bool, steps: int) -> float:
+    from ...distill.passes import forward_model
     from ...moe import stats
-    from ...training.step import forward_model
 
-    student.eval()
-    student.return_hidden = True
     for _ in range(steps):
         value = (low + high) / 2
         apply(value)
-        stats.reset(student)
-        with torch.no_grad():
+        with stats.evaluating(student), torch.no_grad():
             for row in rows:
                 forward_model(student, row)
-        share = stats.collect(student, student.config.num_layers, process_groups.device()).zero_share
+            share = stats.collect(student, student.config.num_layers, process_groups.device()).zero_share
         if (share < target) == rising:
             low = value
         else:

@@ -16,8 +16,8 @@ from ...distill.answers import Answer, Asked, Round, roll_out
 from ...distill.rollout import RolloutEngine
 from ...distill.stage0 import Question
 from ...runtime.process_groups import seconds_now
+from ..build import Student
 from ..feed import StepRows
-from ..setup import Student
 from .answer_rows import AnswerRows
 from .choose import rollout_engine
 

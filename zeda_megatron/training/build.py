@@ -1,9 +1,9 @@
-"""From options to live objects: the model's chunks and the student."""
+"""From options to live objects: student, teacher, optimizer."""
 
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
@@ -20,16 +28,19 @@ from ..checkpoint.folders import require_folder
 from ..checkpoint.state import load_weights, require_checkpoint
 from ..config.model import ModelOptions
 from ..config.options import Options
+from ..config.run import OptimizerOptions
 from ..config.zero_experts import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
+from ..distill.teacher import Teacher
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import zero_experts_of
-from ..models.on_disk import HF_CONFIG_NAME, beside, read_facts
+from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, beside, read_facts
+from ..models.origin import adapted_steps, weights_id
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
-from ..moe.switches import set_pick_rule
+from ..moe.router_dials import set_dials
 
 
 @dataclass(frozen=True)
@@ -170,10 +181,9 @@ def build_student(options: Options, trains: bool = True) -> Student:
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
-        set_pick_rule(chunks, parse_pick_rule(options.model.moe_pick_rule))
+        set_dials(chunks, pick_rule=parse_pick_rule(options.model.moe_pick_rule))
     if not trains:
         for chunk in chunks:
-            chunk.return_hidden = True
             chunk.requires_grad_(False)
             if options.model.bf16:
                 chunk.bfloat16()
@@ -182,14 +192,115 @@ def build_student(options: Options, trains: bool = True) -> Student:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=options.optimizer.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # it raises on one rank alone; ours (`finite`) on all
+        check_for_nan_in_grad=False,  # it raises on one rank alone; ours (`guards`) on all
     )
     wrapped = []
     for chunk in chunks:
-        chunk.return_hidden = True
         config = get_model_config(chunk)
         module = Float16Module(config, chunk) if options.model.bf16 else chunk
         wrapped.append(DistributedDataParallel(config, ddp, module))
     config = get_model_config(chunks[0])
     config.finalize_model_grads_func = finalize_model_grads
     return Student(chunks, wrapped, arch, zero)
+
+
+def build_teacher(options: Options, student: Student) -> Teacher:
+    """The frozen teacher in its memory mode, loaded from --teacher-load (default: where the student started)."""
+    mode = options.distill.teacher_memory
+    source = teacher_source(options)
+    if mode == "shared":
+        if Path(source).resolve() != Path(options.model.pretrained_checkpoint or "").resolve():
+            raise UserError(
+                "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal "
+                "--pretrained-checkpoint"
+            )
+        return Teacher(student.chunks, mode)
+    zero = student.zero
+    if options.distill.teacher_load and beside(source, ZEDA_NAME):
+        # The teacher may be the static checkpoint: its zero experts are masked anyway.
+        plain = replace(
+            options.model, num_zero_experts=None, zero_experts_type=None, zero_expert_routing=None
+        )
+        zero = zero_experts(plain, student.arch, source)
+    chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
+    folder = require_checkpoint(source, "--teacher-load")
+    seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
+    verify = "none" if seen else options.run.verify_checkpoint
+    load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
+    if options.model.bf16:
+        for chunk in chunks:
+            chunk.bfloat16()
+    return Teacher(chunks, mode)
+
+
+def teacher_source(options: Options) -> str:
+    """Checkpoint of the teacher: --teacher-load, else where the student starts. Every default teacher is chosen here.
+
+    Raises `UserError` if there is none, or if the student starts from weights that have been adapted already.
+    """
+    if options.distill.teacher_load:
+        return options.distill.teacher_load
+    source = options.model.pretrained_checkpoint
+    if source is None:
+        raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
+    if adapted_steps(source, "--pretrained-checkpoint") != 0:
+        raise UserError(
+            f"--teacher-load is missing: --pretrained-checkpoint {source} has been adapted already, so it is not the "
+            "original; give the checkpoint of the original as teacher"
+        )
+    return source
+
+
+def teacher_id(options: Options) -> str:
+    """What tells one teacher from another, whatever its folder is called (`origin.weights_id`)."""
+    return weights_id(teacher_source(options), "--teacher-load")
+
+
+def build_optimizer(
+    options: OptimizerOptions, student: Student, bf16: bool, paired_head_lr: float = 0.0
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps.
+
+    Heads of paired zero experts have a learning rate of their own and no weight decay.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    overrides = get_standard_config_overrides(config)
+    if paired_head_lr:
+        head = ParamGroupOverride(wd_mult=0.0)
+        if paired_head_lr != options.lr:
+            # Megatron's schedule takes the rates; when it resumes, it tells groups apart by the factor.
+            factor = paired_head_lr / options.lr
+            head.update(max_lr=paired_head_lr, min_lr=options.min_lr * factor, lr_mult=factor)
+        overrides[ParamKey(name="*.router.paired.*")] = head
+    optimizer = get_megatron_optimizer(
+        config, student.wrapped, config_overrides=overrides, use_gloo_process_groups=False
+    )
+    get_model_config(student.chunks[0]).grad_scale_func = optimizer.scale_loss
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=min(round(options.lr_warmup_fraction * options.train_iters), options.train_iters - 1),
+        lr_decay_steps=options.train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=options.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, schedule

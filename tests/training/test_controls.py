@@ -5,12 +5,12 @@ import tiny
 import tiny_world
 import torch
 
+from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe import stats
-from zeda_megatron.moe.paired import KEEP_ALL, paired_modules, set_threshold
-from zeda_megatron.training.group_loss_control import WeightControl
-from zeda_megatron.training.paired_control import OPEN, SparsityControl
-from zeda_megatron.training.step import forward_model
+from zeda_megatron.moe.paired import KEEP_ALL, paired_modules
+from zeda_megatron.moe.router_dials import OPEN, set_thresholds
+from zeda_megatron.training.controls import SparsityControl, WeightControl
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -208,7 +208,7 @@ def test_the_dial_can_be_turned_without_new_weights(world, paired_world):
     run = tiny_world.start(world, **paired_world)
     shares = []
     for threshold in (-50.0, -4.0, -2.0, 50.0):
-        set_threshold(run.student.chunks, threshold)
+        set_thresholds(run.student.chunks, [threshold])
         shares.append(share_of(run, rows=2))
     assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == 1.0
 
