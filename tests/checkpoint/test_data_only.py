@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from zeda_megatron.checkpoint.integrity import INTEGRITY
 from zeda_megatron.checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.quality.models import load_model
+from zeda_megatron.models.load import load_model
 from zeda_megatron.models.origin import adapted_steps
 
 

@@ -22,9 +22,9 @@ from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
+from zeda_megatron.models.load import load_model
 from zeda_megatron.runtime.process_groups import initialize
 
 CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from zeda_megatron.evaluation.quality.models import load_model
+from zeda_megatron.models.load import load_model
 from zeda_megatron.moe.paired import paired_modules
 
 pytestmark = pytest.mark.timeout(600)

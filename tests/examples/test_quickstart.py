@@ -82,7 +82,7 @@ def test_the_teacher_answers_held_out_questions_as_its_readme_says(name):
 @torch.no_grad()
 def test_megatron_gives_the_logits_of_transformers_on_the_trained_teacher(name, one_process, tmp_path):
     from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
-    from zeda_megatron.evaluation.quality.models import load_model
+    from zeda_megatron.models.load import load_model
 
     model, tokenizer = teacher(name)
     hf_to_megatron(TEACHERS[name], tmp_path / "static", dtype="fp32")

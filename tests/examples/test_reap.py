@@ -100,7 +100,7 @@ def test_a_pruned_folder_is_the_model_cut_by_hand(name, tmp_path):
 
 def test_a_pruned_model_answers_in_megatron_too(world, one_process, tmp_path):
     from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
-    from zeda_megatron.evaluation.quality.models import load_model
+    from zeda_megatron.models.load import load_model
 
     options = PruneOptions(str(world.hf), str(world.rollouts), 10, 0.5, str(tmp_path / "cut"))
     assert main(["--hf", options.hf, "--calibration", options.calibration, "--out", options.out]) == 0

@@ -7,7 +7,7 @@ import tiny_world
 
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.quality.models import load_model
+from zeda_megatron.models.load import load_model
 from zeda_megatron.moe.stats import routers
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -14,8 +14,8 @@ from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.run import HeadFit
+from zeda_megatron.models.load import load_model
 from zeda_megatron.models.on_disk import ModelFacts, read_facts
 from zeda_megatron.models.origin import adapted_steps, weights_id
 from zeda_megatron.training.build import teacher_source

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
-from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.run import FitOptions, HeadFit
+from zeda_megatron.models.load import load_model
 from zeda_megatron.moe.stats import routers
 from zeda_megatron.serving.load import load_zero_expert_model
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from ..errors import UserError
 from .chat_tokenizer import ChatTokenizer
 from .conversation import pieces_differ, tokenize_rollouts
-from .packing import PackedDataset
+from .packing import PackedBatch, PackedDataset
 from .prompts import load_rollouts
 
 LOOKED_AT = 8
@@ -54,3 +54,9 @@ def rows_for(
             "cut off while thinking)"
         )
     return PackedDataset(chain([first], samples), seq_length, tokenizer.pad_id, seed, align)
+
+
+def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:
+    """The first packed rows of a rollout file."""
+    packed = rows_for([file], tokenizer, seq_length, overlong="skip")
+    return [packed[i] for i in range(min(count, packed.rows_in_epoch(0)))]

@@ -147,6 +147,14 @@ def collect(
     )
 
 
+def zero_share(model_chunks, reset_after: bool = True) -> float:
+    """Zero picks / all picks since the last call, over all layers and processes. Every process must call it."""
+    found = routers(model_chunks)
+    device = found[0].weight.device if found else torch.device("cpu")
+    layers = 1 + max(map(layer_of, found), default=0)
+    return collect(model_chunks, layers, device, reset_after).zero_share
+
+
 @contextmanager
 def evaluating(model_chunks) -> Iterator[None]:
     """`with evaluating(model): ...` runs it in evaluation mode, with fresh statistics.

@@ -9,9 +9,9 @@ from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.evaluation.quality.heldout import load_held_out
 from zeda_megatron.evaluation.quality.measure import measure
-from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.evaluation.quality.scored_tokens import ScoredTokens
 from zeda_megatron.evaluation.quality.token_skips import spearman, token_skips
+from zeda_megatron.models.load import load_model
 from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK
 from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.moe.stats import routers

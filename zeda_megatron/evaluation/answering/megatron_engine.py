@@ -22,9 +22,9 @@ class MegatronEngine:
     """
 
     def __init__(self, options):
+        from ...models.load import load_model
         from ...moe.router_dials import set_dials
         from ..quality.measure import head_cost
-        from ..quality.models import load_model
         from ..quality.tune import apply_rule, turn_dial
 
         self.group, self.parallel = options.concurrency, 1

@@ -63,8 +63,8 @@ def check(options: CheckOptions) -> dict:
     from ...data.conversation import tokenize_rollout
     from ...data.prompts import load_rollouts
     from ...distill.builtin_engine import BuiltinEngine
+    from ...models.load import load_model
     from ...moe.stats import evaluating
-    from .models import load_model
 
     _refuse_foreign_code(Path(options.hf), options.trust_remote_code)
     ours = load_model(options.megatron)

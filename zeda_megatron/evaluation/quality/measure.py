@@ -207,9 +207,9 @@ def main(argv: list[str]) -> int:
 def measure_arm(options: MeasureOptions) -> dict:
     """Load teacher and student, tune the rule if asked to, measure."""
     from ...distill.teacher import Teacher
+    from ...models.load import load_model
     from ...moe.router_dials import set_dials
     from .heldout import load_held_out
-    from .models import load_model
     from .tune import apply_rule, turn_dial
 
     teacher_model = load_model(options.teacher)
