@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -43,8 +44,9 @@ def test_every_flag_can_be_given_in_both_ways(tmp_path):
     samples = {bool: ("", "true", True), int: ("7", "7", 7), float: ("0.5", "0.5", 0.5), str: ("x", "x", "x")}
     for cls in GROUPS.values():
         for field in dataclasses.fields(cls):
-            kind = next((k for k in samples if k.__name__ in str(field.type)), str)
-            if "list" in str(field.type):
+            hint = str(typing.get_type_hints(cls)[field.name])
+            kind = next((k for k in samples if k.__name__ in hint), str)
+            if "list" in hint:
                 text, yaml, value = "x", "[x]", ["x"]
             else:
                 text, yaml, value = samples[kind]

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -96,6 +96,36 @@ def parse(
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a setting may be, for `Annotated` fields."""
+
+    least: float | None = None
+    """Not below this."""
+    above: float | None = None
+    """More than this."""
+    below: float | None = None
+    """Less than this."""
+
+    def __contains__(self, value: float) -> bool:
+        return not (  # NaN is in no range
+            (self.least is not None and not value >= self.least)
+            or (self.above is not None and not value > self.above)
+            or (self.below is not None and not value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "above": self.above, "below": self.below}
+        return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
+
+
+Count = Annotated[int, Range(least=1)]
+Whole = Annotated[int, Range(least=0)]
+Amount = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, below=1)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Habit:
     """A flag (and key) that people type because another program has it."""
 
@@ -136,8 +166,9 @@ def _field(title: str, hint: Any) -> _Field:
         bare, optional = next(arg for arg in typing.get_args(hint) if arg is not type(None)), True
     else:
         bare, optional = hint, False
-    if typing.get_origin(bare) is typing.Annotated:
-        bare, form = typing.get_args(bare)
+    if typing.get_origin(bare) is Annotated:
+        bare, told = typing.get_args(bare)
+        form = told if isinstance(told, str) else None
     if typing.get_origin(bare) is typing.Literal:
         bare, form = str, "{" + ",".join(typing.get_args(bare)) + "}"
     return _Field(title, list if typing.get_origin(bare) in (list, tuple) else bare, optional, form)
@@ -150,18 +181,21 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def check_choices(options: Any) -> None:
-    """Raise `UserError` for a field of type `Literal[...]` whose value is none of these."""
-    for name, hint in typing.get_type_hints(type(options)).items():
-        bare = next((arg for arg in (hint, *typing.get_args(hint)) if _is_literal(arg)), None)
+    """Raise `UserError` for a value that is none of its field's `Literal[...]`, or out of its `Range`."""
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name, None)
-        if bare is not None and value is not None and value not in typing.get_args(bare):
-            raise UserError(
-                f"{_flag(name)} {shown(value)} is unknown; choose one of {', '.join(typing.get_args(bare))}"
-            )
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal
+        for bare in (hint, *typing.get_args(hint)) if value is not None else ():
+            allowed = typing.get_args(bare)
+            if typing.get_origin(bare) is typing.Literal and value not in allowed:
+                raise UserError(
+                    f"{_flag(name)} {shown(value)} is unknown; choose one of {', '.join(allowed)}"
+                )
+            if (
+                typing.get_origin(bare) is Annotated
+                and isinstance(allowed[1], Range)
+                and value not in allowed[1]
+            ):
+                raise UserError(f"{_flag(name)} {value} must be {allowed[1]}")
 
 
 def _flag(name: str) -> str:

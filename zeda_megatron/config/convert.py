@@ -7,28 +7,26 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import UserError
-from .arguments import check_choices
+from .arguments import Count, check_choices
 from .run import VERIFY_LEVELS
 from .zero_experts import ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES
+
+_WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class _Conversion:
     """What every command has."""
 
-    workers: int = min(4, os.cpu_count() or 1)
+    workers: Count = _WORKERS
     """Threads; each holds one parameter."""
 
     def validate(self) -> None:
         """Raise `UserError` naming the flag that is missing or cannot work."""
         check_choices(self)
         for field in fields(self):
-            value = getattr(self, field.name)
-            flag = "--" + field.name.replace("_", "-")
-            if value is None and field.name in ("hf", "megatron", "hf_template", "out"):
-                raise UserError(f"{flag} is missing")
-            if field.name in ("workers", "max_shard_bytes") and value < 1:
-                raise UserError(f"{flag} {value} must be at least 1")
+            if field.name in ("hf", "megatron", "hf_template", "out") and getattr(self, field.name) is None:
+                raise UserError(f"--{field.name.replace('_', '-')} is missing")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class _Written(_Conversion):
     out: str | None = None
     """New folder; it appears when it is complete. Until then the work is in OUT.partial."""
 
-    max_shard_bytes: int = 2_000_000_000
+    max_shard_bytes: Count = 2_000_000_000
     """Longest file of weights."""
 
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"

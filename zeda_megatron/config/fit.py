@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
-from .arguments import check_choices
+from .arguments import Amount, Count, Positive, Share, check_choices
 from .parallel import ParallelConfig
 from .share import BUDGETS
 from .zero_experts import ZeroExpertConfig
@@ -35,7 +35,7 @@ class FitOptions:
     """norm: a head predicts the size of its expert's output. effect: the effect of the pick on the answer's
     log-probability; takes a backward pass."""
 
-    effect_floor: float = 1.0
+    effect_floor: Amount = 1.0
     """For effect: part of an expert's output that counts wherever it points. 0: the bare effect, which starves
     tokens whose answer is certain. Large: the norm, weighted by how sensitive each layer is."""
 
@@ -46,25 +46,25 @@ class FitOptions:
     constants_only: bool = False
     """One constant per expert instead of a linear head."""
 
-    ridge: float = 1.0
+    ridge: Positive = 1.0
     """Penalty on an expert's head: as if it had seen this many rows more per hidden channel, all with answer 0."""
 
-    target_zero_share: float = 0.5
+    target_zero_share: Share = 0.5
     """Zero share that the threshold is set for."""
 
     paired_budget: Literal[BUDGETS] = "model"
     """model: one threshold, layers share the target among themselves. layer: each layer holds the target itself."""
 
-    fit_rows: int = 64
+    fit_rows: Count = 64
     """Packed rows that heads are fitted on, over all processes."""
 
-    held_out_rows: int = 8
+    held_out_rows: Count = 8
     """Further rows, for R^2."""
 
-    seq_length: int = 2048
+    seq_length: Count = 2048
     """Tokens of a packed row."""
 
-    max_memory_gb: float = 8.0
+    max_memory_gb: Positive = 8.0
     """Memory for the sums of one pass on each process; layers that do not fit wait for the next pass."""
 
     bf16: bool = False
@@ -81,20 +81,6 @@ class FitOptions:
         ):
             if not value:
                 raise UserError(f"{flag} is missing")
-        if not 0 <= self.target_zero_share < 1:
-            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
-        if not self.effect_floor >= 0:
-            raise UserError(f"--effect-floor {self.effect_floor} must not be negative")
-        for flag, value in (
-            ("--fit-rows", self.fit_rows),
-            ("--held-out-rows", self.held_out_rows),
-            ("--seq-length", self.seq_length),
-        ):
-            if value < 1:
-                raise UserError(f"{flag} {value} must be at least 1")
-        for flag, value in (("--ridge", self.ridge), ("--max-memory-gb", self.max_memory_gb)):
-            if not value > 0:
-                raise UserError(f"{flag} {value} must be positive")
         for flag, value in (
             ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
             ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size),

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from ..errors import UserError
+from .arguments import Count, Whole
 
 ROLLOUT_ENGINES = ("builtin", "vllm")
 
@@ -56,23 +57,23 @@ class GenerateOptions:
     top_k: int = 0
     """Sample among the k likeliest tokens; 0 is all (stage 0 only)."""
 
-    num_shards: int = 1
+    num_shards: Count = 1
     """Stage 0: so many jobs share the prompts, each with a --rollout-path of its own; prompt i goes to shard i modulo
     this. Answers are those of one job that answers all."""
 
     shard_index: int = 0
     """Stage 0: which shard this job answers, from 0."""
 
-    generate_batch_size: int = 32
+    generate_batch_size: Count = 32
     """Answers under way at a time; the next prompt takes the place of one that has ended."""
 
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Answers per prompt."""
 
     rollout_engine: Literal[ROLLOUT_ENGINES] = "builtin"
     """What samples answers: builtin (the model itself), or vllm (in this process; weights are handed over)."""
 
-    rollout_batch_size: int = 0
+    rollout_batch_size: Whole = 0
     """Stage 2: prompts per round of rollouts. 0: as many as one step trains on, so every step has fresh answers."""
 
     truncated_answers: Literal["train", "mask"] = "train"
@@ -88,14 +89,7 @@ class GenerateOptions:
 
     def validate(self, stage: str, global_batch_size: int) -> None:
         """Raise `UserError` naming the flag that cannot work."""
-        for flag, value in (
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--generate-batch-size", self.generate_batch_size),
-            ("--samples-per-prompt", self.samples_per_prompt),
-            ("--num-shards", self.num_shards),
-        ):
-            if value < 1:
-                raise UserError(f"{flag} {value} must be at least 1")
+        self.sampling(0)
         if not 0 <= self.shard_index < self.num_shards:
             raise UserError(
                 f"--shard-index {self.shard_index} must be from 0 to --num-shards - 1 ({self.num_shards - 1})"
@@ -122,8 +116,6 @@ class GenerateOptions:
                     f"{flag} {value} does not work in stage 2: the loss compares whole distributions, so answers must "
                     f"be sampled from the whole one; leave the flag away"
                 )
-        if self.rollout_batch_size < 0:
-            raise UserError(f"--rollout-batch-size {self.rollout_batch_size} must not be negative")
         if not self.rollout_batch_size and global_batch_size % self.samples_per_prompt:
             raise UserError(
                 f"--global-batch-size {global_batch_size} (answers per step) is not a multiple of "

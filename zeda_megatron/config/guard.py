@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..errors import UserError
+from .arguments import Count, Share, Whole, check_choices
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,10 @@ class EvalOptions:
     eval_data_path: list[str] | None = None
     """Conversations (jsonl with `messages`) that are not trained on. None: no evaluation."""
 
-    eval_interval: int = 0
+    eval_interval: Whole = 0
     """Steps between evaluations. There is always one before the first step and one after the last; 0: only these."""
 
-    eval_rows: int = 16
+    eval_rows: Count = 16
     """At most so many packed rows of --seq-length tokens, over all data-parallel ranks."""
 
     eval_output: str | None = None
@@ -27,16 +28,13 @@ class EvalOptions:
 
     def validate(self, stage: str) -> None:
         """Raise `UserError` naming the flag that cannot work."""
+        check_choices(self)
         if stage == "eval" and not self.eval_data_path:
             raise UserError(
                 "--eval-data-path is missing: give one or more jsonl files of held-out conversations"
             )
         if self.eval_output and stage != "eval":
             raise UserError("--eval-output is for --stage eval; while training, figures go to metrics.jsonl")
-        if self.eval_interval < 0:
-            raise UserError(f"--eval-interval {self.eval_interval} must not be negative")
-        if self.eval_rows < 1:
-            raise UserError(f"--eval-rows {self.eval_rows} must be at least 1")
         if self.eval_interval and not self.eval_data_path:
             raise UserError(
                 f"--eval-interval {self.eval_interval} needs --eval-data-path: a jsonl file of held-out conversations"
@@ -52,14 +50,14 @@ class GuardOptions:
     """Two numbers, LOW HIGH: end the run when the mean zero share of the last --guard-window steps, or the zero share
     of an evaluation after the first step, is outside. None: off."""
 
-    max_kl_rises: int = 0
+    max_kl_rises: Whole = 0
     """End the run when the KL to the teacher on held-out text rose in so many evaluations in a row; 0: off."""
 
-    min_response_length_share: float = 0.0
+    min_response_length_share: Share = 0.0
     """Stage 2: end the run when the mean response length of the last --guard-window steps is below this share of that
     of the run's first --guard-window steps; 0: off."""
 
-    guard_window: int = 10
+    guard_window: Count = 10
     """Steps that a mean is over. Before so many steps were made, no mean is looked at."""
 
     def band(self) -> tuple[float, float] | None:
@@ -78,11 +76,8 @@ class GuardOptions:
 
     def validate(self, stage: str, evaluates: bool) -> None:
         """Raise `UserError` naming the flag that cannot work. `evaluates`: there is held-out text."""
+        check_choices(self)
         self.band()
-        if self.guard_window < 1:
-            raise UserError(f"--guard-window {self.guard_window} must be at least 1")
-        if self.max_kl_rises < 0:
-            raise UserError(f"--max-kl-rises {self.max_kl_rises} must be at least 1 (or 0: off)")
         if self.max_kl_rises and not evaluates:
             raise UserError(
                 f"--max-kl-rises {self.max_kl_rises} needs --eval-data-path: a jsonl file of held-out conversations"
@@ -90,8 +85,6 @@ class GuardOptions:
         if self.max_kl_rises and stage == "pretrain":
             raise UserError(f"--max-kl-rises {self.max_kl_rises} needs a teacher: --stage pretrain has none")
         share = self.min_response_length_share
-        if not 0 <= share < 1:
-            raise UserError(f"--min-response-length-share {share} must be above 0 and below 1 (or 0: off)")
         if share and stage != "2":
             raise UserError(
                 f"--min-response-length-share {share} is for --stage 2, where the student writes responses; "

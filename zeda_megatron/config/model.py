@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .arguments import Amount, Whole
 from .zero_experts import (
     GROUP_LOSS_SCOPES,
     GROUP_LOSS_VARIANTS,
@@ -29,7 +30,7 @@ class ModelOptions:
     pretrained_checkpoint: str | None = None
     """Megatron checkpoint to start from (from tools/checkpoint_convert.py). None: random weights."""
 
-    num_zero_experts: int | None = None
+    num_zero_experts: Whole | None = None
     """Nz. Default: as many as the checkpoint has."""
 
     zero_experts_type: Literal[ZERO_EXPERT_TYPES] | None = None
@@ -54,10 +55,10 @@ class ModelOptions:
     """grouped_aux_loss (shared zero experts; paired ones have no such loss), aux_loss or seq_aux_loss (static
     models), none."""
 
-    moe_aux_loss_coeff: float = 0.1
+    moe_aux_loss_coeff: Amount = 0.1
     """Coefficient of that loss (alpha)."""
 
-    moe_router_bias_update_rate: float = 0.0
+    moe_router_bias_update_rate: Amount = 0.0
     """Step of the score bias towards experts that get fewer tokens (stage pretrain of a static model with such a bias,
     beside aux_loss or seq_aux_loss). 0 freezes it."""
 

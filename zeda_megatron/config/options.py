@@ -99,39 +99,8 @@ class Options:
         for group in vars(self).values():
             check_choices(group)
         self.parallel.validate()
-        for flag, value in (
-            ("--train-iters", self.optimizer.train_iters),
-            ("--global-batch-size", self.optimizer.global_batch_size),
-            ("--seq-length", self.data.seq_length),
-        ):
-            if value < 1:
-                raise UserError(f"{flag} {value} must be at least 1")
-        for flag, value in (
-            ("--lr", self.optimizer.lr),
-            ("--min-lr", self.optimizer.min_lr),
-            ("--weight-decay", self.optimizer.weight_decay),
-            ("--adam-eps", self.optimizer.adam_eps),
-            ("--moe-aux-loss-coeff", self.model.moe_aux_loss_coeff),
-            ("--moe-router-bias-update-rate", self.model.moe_router_bias_update_rate),
-            ("--num-zero-experts", self.model.num_zero_experts or 0),
-            ("--clip-grad", self.optimizer.clip_grad),
-            ("--save-interval", self.run.save_interval),
-            ("--exit-interval", self.run.exit_interval),
-            ("--most-recent-k", self.run.most_recent_k),
-        ):
-            if not value >= 0:
-                raise UserError(f"{flag} {value} must not be negative")
-        for flag, value in (
-            ("--adam-beta1", self.optimizer.adam_beta1),
-            ("--adam-beta2", self.optimizer.adam_beta2),
-            ("--lr-warmup-fraction", self.optimizer.lr_warmup_fraction),
-        ):
-            if not 0 <= value < 1:
-                raise UserError(f"{flag} {value} must be at least 0 and below 1")
         if not 0 <= self.run.stopped_exit_code <= 255:
             raise UserError(f"--stopped-exit-code {self.run.stopped_exit_code} must be from 0 to 255")
-        if self.run.log_interval < 1:
-            raise UserError(f"--log-interval {self.run.log_interval} must be at least 1")
         if self.optimizer.min_lr > self.optimizer.lr:
             raise UserError(f"--min-lr {self.optimizer.min_lr} is larger than --lr {self.optimizer.lr}")
         self._validate_rows()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import UserError
+from .arguments import Amount, Count, Share, Whole
 
 LOSS_KINDS = ("ce", "forward_kl", "reverse_kl", "sampled_reverse_kl", "jsd")
 VERIFY_LEVELS = ("hash", "size", "none")
@@ -27,7 +28,7 @@ class DataOptions:
     chat_template_file: str | None = None
     """jinja2 chat template that replaces the tokenizer's."""
 
-    seq_length: int = 2048
+    seq_length: Count = 2048
     """Tokens of one packed row; a micro-batch is one row."""
 
     pad_seq_to_mult: int = 0
@@ -108,37 +109,37 @@ class LossConfig:
 class OptimizerOptions:
     """Optimizer and schedule; defaults are the paper's stage 1."""
 
-    train_iters: int = 100
+    train_iters: Count = 100
     """Optimizer steps."""
 
-    global_batch_size: int = 128
+    global_batch_size: Count = 128
     """Packed rows per step over all data-parallel ranks; in stage 2 answers per step."""
 
-    lr: float = 2e-5
+    lr: Amount = 2e-5
     """Peak learning rate."""
 
-    min_lr: float = 0.0
+    min_lr: Amount = 0.0
     """Learning rate at the end."""
 
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     """constant, linear or cosine."""
 
-    lr_warmup_fraction: float = 0.1
+    lr_warmup_fraction: Share = 0.1
     """Share of the steps that warm up."""
 
-    weight_decay: float = 0.1
+    weight_decay: Amount = 0.1
     """AdamW's weight decay."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: Share = 0.9
     """beta1."""
 
-    adam_beta2: float = 0.98
+    adam_beta2: Share = 0.98
     """beta2."""
 
-    adam_eps: float = 1e-8
+    adam_eps: Amount = 1e-8
     """epsilon."""
 
-    clip_grad: float = 1.0
+    clip_grad: Amount = 1.0
     """Largest gradient norm; 0 does not clip."""
 
     check_for_nan_in_loss_and_grad: bool = True
@@ -166,10 +167,10 @@ class RunOptions:
     load: str | None = None
     """Folder to resume from. Default: --save, if it holds a checkpoint."""
 
-    save_interval: int = 0
+    save_interval: Whole = 0
     """Steps between checkpoints; 0 saves at the end only."""
 
-    most_recent_k: int = 0
+    most_recent_k: Whole = 0
     """Keep only the newest k checkpoints; 0 keeps all."""
 
     async_save: bool = False
@@ -185,13 +186,13 @@ class RunOptions:
     metrics_path: str | None = None
     """File for a line of figures per step. Default: metrics.jsonl in --save."""
 
-    log_interval: int = 1
+    log_interval: Count = 1
     """Steps between TensorBoard entries; metrics.jsonl gets every step."""
 
     progress: bool = True
     """Progress bar on rank 0."""
 
-    exit_interval: int = 0
+    exit_interval: Whole = 0
     """Stop (and save) when the step is a multiple of this; 0 never."""
 
     stopped_exit_code: int = 0

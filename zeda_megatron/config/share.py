@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..errors import UserError
+from .arguments import Amount, Share, Whole
 
 BUDGETS = ("model", "layer")
 
@@ -14,7 +15,7 @@ BUDGETS = ("model", "layer")
 class ShareOptions:
     """The zero share and what holds it."""
 
-    target_zero_share: float | None = None
+    target_zero_share: Share | None = None
     """Zero share to hold. Paired zero experts: by their threshold, calibrated at the end; default 0.5. Shared ones:
     by the weight w of the group loss, which a slow controller moves; default: w stays at
     --moe-zero-expert-weight."""
@@ -27,10 +28,10 @@ class ShareOptions:
     """Two whole numbers: every step draws k between them and keeps each token's k heaviest picks (NET for many
     shares)."""
 
-    zero_weight_gain: float = 16.0
+    zero_weight_gain: Amount = 16.0
     """Gain of the controller of w: growth of log w per unit of missing share; its integral moves a fiftieth as fast."""
 
-    zero_share_ramp_fraction: float = 0.5
+    zero_share_ramp_fraction: Amount = 0.5
     """Share of the steps over which that controller goes from the first step's share to the target."""
 
     paired_control: Literal["threshold", "sparsity", "none"] = "threshold"
@@ -40,16 +41,16 @@ class ShareOptions:
     paired_budget: Literal[BUDGETS] = "model"
     """model: one threshold, layers share the target among themselves. layer: each layer holds the target itself."""
 
-    paired_head_lr: float = 0.0
+    paired_head_lr: Amount = 0.0
     """Peak learning rate of the head; 0 keeps it as it was fitted. A head that trains computes all picks."""
 
-    sparsity_ramp_fraction: float = 0.1
+    sparsity_ramp_fraction: Amount = 0.1
     """Share of the steps over which the target of the sparsity control rises from 0."""
 
-    sparsity_gain: float = 0.3
+    sparsity_gain: Amount = 0.3
     """Gain of the sparsity control: coefficient per unit of missing share."""
 
-    calibration_rows: int = 16
+    calibration_rows: Whole = 16
     """Rows on which the threshold is set at the end; 0 leaves the last step's."""
 
     @property
@@ -69,18 +70,6 @@ class ShareOptions:
         """Raise `UserError` naming the flag that cannot work."""
         self.share_bounds()
         self.topk_bounds()
-        if not 0 <= self.paired_target < 1:
-            raise UserError(f"--target-zero-share {self.target_zero_share} must be at least 0 and below 1")
-        for flag, value in (
-            ("--paired-head-lr", self.paired_head_lr),
-            ("--sparsity-ramp-fraction", self.sparsity_ramp_fraction),
-            ("--sparsity-gain", self.sparsity_gain),
-            ("--zero-weight-gain", self.zero_weight_gain),
-            ("--zero-share-ramp-fraction", self.zero_share_ramp_fraction),
-            ("--calibration-rows", self.calibration_rows),
-        ):
-            if not value >= 0:
-                raise UserError(f"{flag} {value} must not be negative")
         if self.paired_control == "sparsity" and not self.paired_head_lr:
             raise UserError(
                 "--paired-control sparsity needs --paired-head-lr: the sparsity loss trains the head"
