@@ -11,9 +11,10 @@ from ridge_reference import dense_ridge
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.data.rows import load_rows
 from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.quality.models import load_model, load_rows
+from zeda_megatron.evaluation.quality.models import load_model
 from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules

@@ -63,14 +63,16 @@ class HeadFit:
 
         from ..checkpoint.state import load_weights, require_checkpoint
         from ..config.model import ModelOptions
+        from ..data.rows import read_fit_rows
+        from ..data.tokenizers import load_tokenizer
         from ..models.architecture import read_architecture
         from ..models.build import build_gpt_model, transformer_config
         from ..models.on_disk import ModelFacts, read_facts
         from ..models.origin import adapted_steps, weights_id
         from ..training.build import hf_folder, zero_experts
+        from ..training.log import warn
         from .paired_fit import moe_layers
         from .passes import WatchedPasses
-        from .rows import read_fit_rows
 
         _check_target(options)
         self.options, self.started = options, time.perf_counter()
@@ -99,7 +101,7 @@ class HeadFit:
         )
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
-        self.rows = read_fit_rows(options, self.hf)
+        self.rows = read_fit_rows(options, load_tokenizer(self.hf), warn)
         load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
         self.model.to(dtype).eval().requires_grad_(False)
         self.layers = moe_layers(self.model)

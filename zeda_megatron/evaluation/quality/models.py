@@ -9,8 +9,6 @@ import torch
 
 from ...checkpoint.folders import require_folder
 from ...checkpoint.state import load_weights, require_checkpoint
-from ...data.packing import PackedBatch
-from ...data.rows import rows_for
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...errors import UserError
 from ...models.architecture import Architecture, read_architecture
@@ -43,9 +41,3 @@ def load_model(folder: str) -> LoadedModel:
     chunk = build_gpt_model(arch, transformer_config(arch), facts.zero())
     load_weights([chunk], require_checkpoint(folder, "checkpoint"), "checkpoint")
     return LoadedModel(chunk.eval(), arch, load_tokenizer(hf_config))
-
-
-def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:
-    """The first packed rows of a rollout file."""
-    packed = rows_for([file], tokenizer, seq_length, overlong="skip")
-    return [packed[i] for i in range(min(count, packed.rows_in_epoch(0)))]

@@ -10,9 +10,9 @@ from ...runtime import process_groups
 
 def apply_rule(student, options, tokenizer) -> str | None:
     """Give the student the pick rule of `MeasureOptions`, tuned if it has no number; returns it, complete."""
+    from ...data.rows import load_rows
     from ...moe.pick_rules import parse_pick_rule
     from ...moe.router_dials import set_dials
-    from .models import load_rows
 
     rule = options.moe_pick_rule
     if rule in ("skip", "top_p"):
@@ -28,12 +28,12 @@ def apply_rule(student, options, tokenizer) -> str | None:
 
 def turn_dial(student, options, tokenizer) -> dict:
     """Set the compute dial as asked; returns {"dial": its value}."""
+    from ...data.rows import load_rows
     from ...distill.passes import forward_model
     from ...moe.paired import paired_modules
     from ...moe.router_dials import set_dials, set_thresholds
     from ...moe.stats import routers
     from ...moe.threshold import calibrate_threshold
-    from .models import load_rows
 
     paired = paired_modules(student)
     if not paired and not any(router.num_zero for router in routers(student)):

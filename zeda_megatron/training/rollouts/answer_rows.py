@@ -8,9 +8,9 @@ import torch
 from megatron.core import parallel_state
 
 from ...data.packing import PackedBatch, PackedDataset, TokenSample, blank_row
+from ...data.rows import filled_up, rank_part, split_over_context
 from ...distill.answers import Answer, Round
 from ...distill.exchange import exchange
-from ..dealing import filled_up, rank_part, split_over_context
 
 
 @dataclass(frozen=True)

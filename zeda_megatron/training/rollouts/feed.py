@@ -9,8 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ...config.options import Options
-from ...data.order import EpochOrder
-from ...data.packing import PackedBatch
+from ...data.packing import EpochOrder, PackedBatch
 from ...data.tokenizers import ChatTokenizer
 from ...distill.answers import Answer, Asked, Round, roll_out
 from ...distill.rollout import RolloutEngine
