@@ -19,8 +19,7 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import check_layout
 from zeda_megatron.planning import step_plan as plan
-from zeda_megatron.planning.memory_command import read_command
-from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet
+from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet, read_command
 from zeda_megatron.training.build_feed import prepare_feed
 
 ROOT = Path(__file__).resolve().parents[1]
