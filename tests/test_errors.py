@@ -1,8 +1,12 @@
 """One line, whatever a message was made of."""
 
 import pickle
+import subprocess
+import sys
 
-from zeda_megatron.errors import LINE_WIDTH, VALUE_WIDTH, UserError, shown
+import pytest
+
+from zeda_megatron.errors import LINE_WIDTH, VALUE_WIDTH, UserError, library, shown
 
 
 def test_a_message_is_one_printable_line_of_bounded_length():
@@ -28,3 +32,26 @@ def test_values_that_contain_themselves_many_times_are_not_walked():
     for _ in range(60):
         laughs = [laughs] * 9
     assert len(shown(laughs)) <= VALUE_WIDTH
+
+
+CODE = """
+import sys
+
+sys.modules["matplotlib"] = None
+from zeda_megatron.__main__ import main
+from zeda_megatron.runtime.worker import run_worker
+
+run_worker(lambda: main(["evaluate", "report", "--runs", "a", "--output", "b"]))
+"""
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(UserError, match=r"scipy cannot be imported .*: pip install -e '.\[evaluation\]'"):
+        library("scipy.stats")
+
+
+def test_a_report_without_matplotlib_ends_in_one_line():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "matplotlib cannot be imported" in done.stderr and "pip install" in done.stderr

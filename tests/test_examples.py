@@ -13,14 +13,14 @@ import pytest
 
 from zeda_megatron.__main__ import main as zeda
 from zeda_megatron.config.arguments import parse
-from zeda_megatron.config.options import GROUPS, Options
+from zeda_megatron.config.options import GROUPS, Options, read_options
 from zeda_megatron.data.records import parse_prompt, parse_rollout
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import check_layout
 from zeda_megatron.planning import step_plan as plan
-from zeda_megatron.planning.memory_command import read_command
-from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet
+from zeda_megatron.planning.memory_sheet import COLUMNS, markdown_row, memory_sheet, read_command
+from zeda_megatron.training.build_feed import prepare_feed
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -233,6 +233,32 @@ def test_plan_counts_rows_as_training_packs_them(planned, tmp_path):
         planned(data=tmp_path / "long.jsonl")
     said = planned("--overlong", "skip", data=tmp_path / "long.jsonl")[1]
     assert "1 of 9 conversations left out" in said and "8 conversations, 25 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("layout", "padded"),
+    [
+        (["--context-parallel-size", "2"], 28),
+        (["--pad-seq-to-mult", "40"], 40),
+        (["--context-parallel-size", "2", "--pad-seq-to-mult", "16"], 32),
+    ],
+)
+def test_the_plans_steps_are_one_epoch_of_what_the_training_is_fed(
+    planned, layout, padded, tmp_path, one_process
+):
+    """Padded to a multiple, two of the conversations fill a row of 80 tokens, not three."""
+    flags, said = planned("--conversations", "4", *layout)
+    model = str(ROOT / "examples" / "quickstart" / "teacher")
+    words = ["--data-path", str(tmp_path / "a.jsonl"), "--hf-config", model, "--seq-length", "80", *layout]
+    options = read_options([*words, *flags.split()], "zeda train")
+    options.validate()
+    feed = prepare_feed(options)(None)
+    rows = [row for step in range(options.optimizer.train_iters) for row in feed.next_rows(step).rows]
+    assert [row.cu_seqlens.tolist() for row in rows] == [
+        [0, padded, 2 * padded, 80][: 4 - (padded == 40)]
+    ] * 4
+    assert "8 conversations" in said and "; 4 rows of 80" in said
+    assert feed.size == 8 and feed.dataset.rows_in_epoch(0) == len(rows)
 
 
 def test_plan_says_if_one_step_takes_more_than_there_is(planned):

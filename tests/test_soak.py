@@ -16,8 +16,7 @@ import tiny_world
 import torch
 
 from zeda_megatron.checkpoint.folders import iteration_of
-from zeda_megatron.checkpoint.integrity import find_damage, has_integrity
-from zeda_megatron.checkpoint.resume import intact_checkpoint
+from zeda_megatron.checkpoint.integrity import find_damage, has_integrity, intact_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("ZEDA_SOAK_KILLS", 50))

@@ -175,7 +175,7 @@ def moe_layer(zero=None, overrides: dict | None = None, backend: str = "loop", s
     """One MoE layer of the tiny model (zero=None: Megatron's own router), its weights drawn."""
     from megatron.core.transformer.spec_utils import build_module
 
-    from zeda_megatron.models.layer_spec import decoder_block_spec
+    from zeda_megatron.models.build import decoder_block_spec
     from zeda_megatron.moe.dispatch import install_dispatchers
     from zeda_megatron.moe.spec import apply_zero_experts
 
@@ -263,9 +263,8 @@ def hf_reader(model):
 
 def megatron_model(hf, zero=None, backend: str = "auto", overrides: dict | None = None, dtype=torch.float32):
     """The Megatron model with the weights of a Hugging Face model; zero rows are drawn with a seed."""
-    from zeda_megatron.models.architecture import read_architecture
+    from zeda_megatron.models.architecture import dims_of, read_architecture, weight_map_of
     from zeda_megatron.models.build import build_gpt_model, transformer_config
-    from zeda_megatron.models.weight_maps import dims_of, weight_map_of
 
     arch = read_architecture(hf.config.to_dict() | {"architectures": [type(hf).__name__]})
     model = build_gpt_model(

@@ -87,7 +87,7 @@ def options(world: World, *flags: str, **values):
     """
     from zeda_megatron.config.arguments import parse
     from zeda_megatron.config.options import GROUPS, Options
-    from zeda_megatron.training.check import check_machine
+    from zeda_megatron.training.main import check_machine
 
     fields = {
         "pretrained_checkpoint": world.dynamic,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 VALUE_WIDTH, LINE_WIDTH = 60, 1000
@@ -47,3 +49,13 @@ def one_line(text: str) -> str:
 def _middle_out(text: str, width: int) -> str:
     """The text without its middle if it is too long: messages end with what to do."""
     return text if len(text) <= width else f"{text[: width - width // 3 - 5]} ... {text[-(width // 3) :]}"
+
+
+def library(module: str) -> ModuleType:
+    """The module. Raises `UserError` that says what to install."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{module.partition('.')[0]} cannot be imported ({error}): pip install -e '.[evaluation]'"
+        ) from error

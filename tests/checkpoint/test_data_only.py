@@ -17,7 +17,7 @@ from zeda_megatron.checkpoint.integrity import INTEGRITY
 from zeda_megatron.checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.load import load_model
-from zeda_megatron.models.origin import adapted_steps
+from zeda_megatron.models.on_disk import adapted_steps
 
 
 def text(value: str) -> bytes:

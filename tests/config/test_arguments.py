@@ -13,7 +13,7 @@ from zeda_megatron.config.options import GROUPS, Options, read_options
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.training.check import check_machine
+from zeda_megatron.training.main import check_machine
 
 FIELDS = [(cls, field) for cls in (*GROUPS.values(), ZeroExpertConfig) for field in dataclasses.fields(cls)]
 

@@ -372,7 +372,7 @@ def test_thinking_markers_stand_in_the_text_of_an_answer(world, tmp_path):
     import transformers
     from tokenizers import AddedToken
 
-    from zeda_megatron.distill.rollout import Generation
+    from zeda_megatron.distill.answers import Generation
 
     there = transformers.AutoTokenizer.from_pretrained(world.hf)
     there.add_tokens(

@@ -110,7 +110,7 @@ def test_every_pick_of_the_rollout_is_replayed_on_one_rank_and_stage(results, ca
 
 @each(MASKED)
 def test_masked_student_is_the_teacher_on_every_layout(results, worlds, case):
-    from zeda_megatron.data.context_part import local_places
+    from zeda_megatron.data.packing import local_places
 
     ranks = results(case["name"])
     assert all(rank["equal"] for rank in ranks)

@@ -74,9 +74,8 @@ def free_port() -> int:
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
     from zeda_megatron.runtime import cpu
-    from zeda_megatron.runtime.quiet import quiet
 
-    quiet()
+    cpu.quiet()
     cpu.install()
     for part in PARTS:
         importlib.import_module(f"zeda_megatron.{part}")

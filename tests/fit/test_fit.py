@@ -227,7 +227,7 @@ def test_a_fit_that_breaks_off_leaves_nothing(world, tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zeda_megatron.checkpoint.state.save_checkpoint", broken)
+    monkeypatch.setattr("zeda_megatron.fit.run.save_checkpoint", broken)
     with pytest.raises(KeyboardInterrupt):
         fit(world, tmp_path / "out", paired_score="weight")
     assert not list(tmp_path.iterdir())

@@ -16,8 +16,7 @@ from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.fit.run import HeadFit
 from zeda_megatron.models.load import load_model
-from zeda_megatron.models.on_disk import ModelFacts, read_facts
-from zeda_megatron.models.origin import adapted_steps, weights_id
+from zeda_megatron.models.on_disk import ModelFacts, adapted_steps, read_facts, weights_id
 from zeda_megatron.training.build import teacher_source
 from zeda_megatron.training.evaluate import run_evaluation
 from zeda_megatron.training.stage0 import run_stage0

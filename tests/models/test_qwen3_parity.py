@@ -8,8 +8,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
+from zeda_megatron.distill.answers import Sampler, filter_logits
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.sampling import Sampler, filter_logits
 from zeda_megatron.errors import UserError
 from zeda_megatron.moe.router_dials import zero_mask
 

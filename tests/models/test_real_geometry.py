@@ -11,9 +11,8 @@ from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, Qwen3MoeConf
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.layout import model_layout
-from zeda_megatron.models.architecture import read_architecture
+from zeda_megatron.models.architecture import dims_of, read_architecture, weight_map_of
 from zeda_megatron.models.weight_kinds import Router
-from zeda_megatron.models.weight_maps import dims_of, weight_map_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_process")]
 QWEN = dict(

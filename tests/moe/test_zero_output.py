@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
-from zeda_megatron.models.layer_spec import decoder_block_spec
+from zeda_megatron.models.build import decoder_block_spec
 from zeda_megatron.moe.dispatch import install_dispatchers
 from zeda_megatron.moe.spec import apply_zero_experts
 

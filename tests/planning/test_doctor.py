@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.layer_spec import has_transformer_engine
+from zeda_megatron.models import build
+from zeda_megatron.models.build import has_transformer_engine
 from zeda_megatron.moe.experts import backend_for
 from zeda_megatron.planning import doctor
 from zeda_megatron.runtime.machine import OPTIONAL, REQUIRED, Machine, inspect, which_apex
@@ -52,10 +53,8 @@ def test_versions_are_those_of_the_imported_packages():
 def test_paths_are_those_the_code_takes(monkeypatch, cuda, te):
     from importlib.machinery import ModuleSpec
 
-    from zeda_megatron.models import layer_spec
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(layer_spec, "find_spec", lambda name: ModuleSpec(name, None) if te else None)
+    monkeypatch.setattr(build, "find_spec", lambda name: ModuleSpec(name, None) if te else None)
     on = machine(("transformer-engine",) if te else (), GPU if cuda else ())
     assert (path_of("attention", on) == "Transformer Engine") == has_transformer_engine()
     assert (path_of("norm", on) == "Transformer Engine") == has_transformer_engine()

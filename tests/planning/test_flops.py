@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.planning.cost_sheet import main
-from zeda_megatron.planning.flops import flop_ratio, flops_per_token
-from zeda_megatron.planning.geometry import Geometry
+from zeda_megatron.planning.flops import Geometry, flop_ratio, flops_per_token
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY_QWEN = {

@@ -21,11 +21,10 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.ops.vocab_kl import LossInputs, fused_distill_loss
+from zeda_megatron.planning.memory import Shapes, answers, loss_bytes, student_pass, teacher_pass
 from zeda_megatron.planning.memory_activations import Layer
-from zeda_megatron.planning.memory_command import read_command
 from zeda_megatron.planning.memory_parameters import stage_parameters
-from zeda_megatron.planning.memory_phases import Shapes, answers, loss_bytes, student_pass, teacher_pass
-from zeda_megatron.planning.memory_sheet import main, memory_sheet
+from zeda_megatron.planning.memory_sheet import main, memory_sheet, read_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN, GLM = (str(EXAMPLES / name) for name in ("qwen3_30b_a3b", "glm_4_7_flash"))

@@ -183,7 +183,7 @@ def test_stages_of_the_large_models_add_up_to_the_model(example, zero):
     from zeda_megatron.config.parallel import ParallelConfig
     from zeda_megatron.config.zero_experts import ZeroExpertConfig
     from zeda_megatron.models.architecture import read_architecture
-    from zeda_megatron.planning.geometry import Geometry
+    from zeda_megatron.planning.flops import Geometry
     from zeda_megatron.planning.memory_parameters import stage_parameters
 
     folder = Path(__file__).resolve().parents[2] / "examples" / example

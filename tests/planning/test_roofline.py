@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeda_megatron.planning.geometry import Geometry
-from zeda_megatron.planning.roofline import (
+from zeda_megatron.planning.cost_sheet import (
     GPUS,
     Gpu,
     decode_seconds,
@@ -15,6 +14,7 @@ from zeda_megatron.planning.roofline import (
     predict,
     prefill_seconds,
 )
+from zeda_megatron.planning.flops import Geometry
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN = Geometry.read(EXAMPLES / "qwen3_30b_a3b")

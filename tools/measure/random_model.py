@@ -21,8 +21,7 @@ from zeda_megatron.convert.safetensors_shards import (
     plan_shards,
     write_index,
 )
-from zeda_megatron.models.architecture import read_architecture
-from zeda_megatron.models.weight_maps import dims_of, weight_map_of
+from zeda_megatron.models.architecture import dims_of, read_architecture, weight_map_of
 from zeda_megatron.runtime.whole_folder import staged_folder
 
 QWEN3_30B_A3B: dict[str, Any] = {

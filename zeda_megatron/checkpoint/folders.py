@@ -2,6 +2,8 @@
 
 A checkpoint is written under a temporary name and renamed when complete, so a folder called `iter_*` was whole once.
 The tracker names the newest one; if it is missing or stale, the newest whole folder is used.
+
+Files of a folder go by a plain name, and no link leads somewhere else (`own_file`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..regular_file import read_regular, refuse_odd_files
@@ -92,3 +95,47 @@ def set_aside(folder: Path) -> Path:
     aside = folder.with_name(f".{folder.name}.deleted")
     os.replace(folder, aside)
     return aside
+
+
+def own_file(folder: Path, name: Any, where: str | Path, root: Path | None = None) -> Path:
+    """The path of a file that a checkpoint names.
+
+    Links inside the folder are fine, and so are those of the Hugging Face cache (`snapshots/X/` to `blobs/`).
+
+    Args:
+        where: what names the file, for the message.
+        root: the checkpoint's folder, if `folder` is one inside it.
+
+    Raises:
+        UserError: `name` is no plain file name, or leads out of the folder.
+    """
+    if not is_plain(name):
+        raise UserError(f"{where}: names the file {str(name)[:100]!r}, which is no plain file name")
+    path = folder / name
+    linked = path.is_symlink() or (root is not None and folder.is_symlink())
+    if linked and not any(_is_below(path, base) for base in _roots(root or folder)):
+        raise UserError(f"{path}: is a link to a file outside the folder; put the file itself there")
+    return path
+
+
+def is_plain(name: Any) -> bool:
+    """A file's name, without folders."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeEncodeError:  # half a character
+        return False
+
+
+def _roots(folder: Path) -> list[Path]:
+    real = folder.resolve()
+    cache = [real.parents[1] / "blobs"] if real.parent.name == "snapshots" else []
+    return [real, *cache]
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve(strict=False).is_relative_to(root)
+    except (OSError, RuntimeError):  # links in a circle
+        return False

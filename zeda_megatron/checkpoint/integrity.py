@@ -2,6 +2,8 @@
 
 Each writer hashes what it wrote, right after writing (the pages are still in memory); before a load the files are
 split over the ranks. PyTorch's own reader checks neither: a flipped bit would go straight into the weights.
+
+A run goes on from the newest checkpoint that is as it was written (`intact_checkpoint`).
 """
 
 from __future__ import annotations
@@ -9,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..durable_file import write_atomically
 from ..errors import UserError
 from ..regular_file import is_regular, open_regular, require_regular
-from ..runtime.agreement import gathered, rank, world_size
+from ..runtime.agreement import from_rank0, gathered, rank, world_size
 from ..strict_json import is_int, read_json
-from .folders import is_complete
-from .own_files import is_plain
+from .folders import find_checkpoint, is_complete, is_plain, iteration_of, iterations, tracked
 
 INTEGRITY = "integrity.json"
 REMEDY = "copy the file again from a backup, or give another checkpoint"
@@ -126,3 +128,62 @@ def compare_file(file: Path, size: int, sha256: str, level: str) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None
+
+
+def intact_checkpoint(
+    root: str | Path, flag: str, level: str = "hash", warn: Callable[[str], None] = print
+) -> Path | None:
+    """The newest intact checkpoint in `root`, or `root` itself if that is one; None if `root` holds none.
+
+    A damaged one is named in a warning and the next older one is taken. All processes call this.
+
+    Args:
+        flag: the flag that named `root`, for messages.
+        level: how closely to look, see `config.run.VERIFY_LEVELS`.
+        warn: gets a line of text.
+
+    Raises:
+        UserError: all are damaged, or `root` is a single checkpoint and damaged; the message names the file.
+    """
+    root = Path(root)
+    # Rank 0 looks: others may see a shared file system sooner or later, and all must take the same folder.
+    single, found = from_rank0((_is_single(root), _newest_first(root)) if rank() == 0 else (False, []))
+    if single:
+        return _noted(require_intact(root, flag, level), level, warn)
+    damages = []
+    for folder in found:
+        damage = find_damage(folder, level)
+        if damage is None:
+            for name, what in damages:
+                warn(f"{flag} {root}: {name}/{what}; going on from {folder.name} instead")
+            return _noted(folder, level, warn)
+        damages.append((folder.name, damage))
+    if damages:
+        name, what = damages[0]
+        raise UserError(
+            f"{flag} {root}: {name}/{what}, and no older checkpoint is intact; {REMEDY}, or start in a new folder"
+        )
+    return None
+
+
+def _is_single(root: Path) -> bool:
+    """`root` is a checkpoint, or what is left of one, rather than a folder of several."""
+    return is_complete(root) or has_integrity(root) or iteration_of(root) is not None
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """The tracker's folder and older ones, newest first; without a tracker (or if it is stale) all `iter_*`."""
+    found = iterations(root)[::-1]
+    named = tracked(root)
+    if named is not None and named.is_dir() and iteration_of(named) is not None:
+        return [folder for folder in found if iteration_of(folder) <= iteration_of(named)]
+    if found and not (named is not None and is_complete(named)):
+        return found
+    other = find_checkpoint(root)
+    return [other] if other is not None else []
+
+
+def _noted(folder: Path, level: str, warn: Callable[[str], None]) -> Path:
+    if level != "none" and iteration_of(folder) is not None and not has_integrity(folder):
+        warn(f"{folder}: has no {INTEGRITY}, so it was not verified")
+    return folder

@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..durable_file import sync, sync_all, write_atomically
 from ..errors import UserError
 from ..runtime.agreement import on_rank0, rank
-from ..runtime.children import end_with_parent
-from ..runtime.lost_peer import is_lost_peer
 from ..runtime.megatron_api import accepted, results_stay_here
+from ..runtime.worker import end_with_parent, is_lost_peer
 from .folders import TRACKER, is_complete, iteration_of, iterations, set_aside, tracked
 from .integrity import note_own_files, seal
 

@@ -17,12 +17,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ..errors import UserError
 from ..runtime.agreement import barrier
-from ..runtime.lost_peer import is_lost_peer
-from .data_only import data_only, plain_objects
+from ..runtime.worker import is_lost_peer
 from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint
 from .integrity import require_intact
 from .saving import CheckpointSaver, first_line
-from .torch_dist_metadata import read_metadata
+from .torch_dist_metadata import data_only, plain_objects, read_metadata
 
 __all__ = [
     "TRACKER",

@@ -2,13 +2,19 @@
 
 Only the classes that PyTorch's own index is made of are let in, and only in the sizes that an index has; after that
 every number is checked against the files.
+
+Megatron's loader unpickles: on anybody's checkpoint it is given nothing that could be more than data (`data_only`).
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ..errors import UserError
 from ..regular_file import read_regular
 from ..strict_json import is_int
-from .own_files import own_file
+from .folders import own_file
 
 METADATA_NAME = ".metadata"
 MAX_BYTES = 2_000_000_000
@@ -188,3 +194,37 @@ def _chunk_problem(key: Any, item: TensorStorageMetadata) -> str | None:
         if not fits:
             return f"tensor {key} has a part {list(offsets)} + {list(sizes)} outside its shape {list(size)}"
     return None
+
+
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""PyTorch's own switches. Its planner asks for `weights_only=False` for what is no tensor; the first overrules that."""
+
+
+@contextmanager
+def data_only(folder: Path, index: Metadata) -> Iterator[Path]:
+    """A stand-in for `folder` to load from: links to its files, and an index written anew.
+
+    Args:
+        index: of that folder, as `read_metadata` made it. The pickle in the folder is not opened again: what one reader
+            found harmless may be code to another.
+    """
+    with tempfile.TemporaryDirectory(prefix="zeda-index-") as made, plain_objects():
+        view = Path(made)
+        for path in folder.iterdir():
+            if path.name != METADATA_NAME:
+                (view / path.name).symlink_to(path.absolute())
+        with open(view / METADATA_NAME, "wb") as file:
+            pickle.dump(index, file, protocol=4)
+        yield view
+
+
+@contextmanager
+def plain_objects() -> Iterator[None]:
+    """While this lasts, `torch.load` makes tensors and plain objects only, whatever its caller or the user asks for."""
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.own_files import own_file
+from ..checkpoint.folders import own_file
 from ..errors import UserError
 from ..regular_file import is_regular, open_regular
 from ..strict_json import MAX_BYTES, is_int, read_json, strict_loads

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoint.state import TRACKER
 from ..errors import UserError
-from ..models.architecture import read_architecture
+from ..models.architecture import dims_of, read_architecture, weight_map_of
 from ..models.bits import HashingRead, caster, source_digest
 from ..models.hf_config import (
     adapted_steps_of,
@@ -31,7 +31,6 @@ from ..models.hf_config import (
 )
 from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from ..models.weight_kinds import Added, ModelDims, ScoreBias, Setting, WeightMapping
-from ..models.weight_maps import dims_of, weight_map_of
 from ..moe.paired import KEEP_ALL
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from .carried import carried_plans, cast_carried, own_keys

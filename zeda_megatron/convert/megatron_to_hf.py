@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.own_files import own_file
-from ..models.architecture import read_architecture
+from ..checkpoint.folders import own_file
+from ..models.architecture import dims_of, read_architecture, weight_map_of
 from ..models.bits import caster
 from ..models.hf_config import (
     SettingsWriter,
@@ -28,7 +28,6 @@ from ..models.hf_config import (
 )
 from ..models.weight_kinds import ModelDims, ScoreBias, Setting, WeightMapping
 from ..models.weight_map import WeightMap
-from ..models.weight_maps import dims_of, weight_map_of
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from ..strict_json import read_json
 from .carried import carried_plans, carried_source, cast_carried

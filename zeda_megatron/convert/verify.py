@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..models.architecture import read_architecture
+from ..models.architecture import dims_of, read_architecture, weight_map_of
 from ..models.bits import same_bits
 from ..models.hf_config import settings_of, zero_experts_of
 from ..models.weight_kinds import ModelDims, Setting, WeightMapping
-from ..models.weight_maps import dims_of, weight_map_of
 from .carried import carried_differences, own_keys
 from .hf_files import HFReader
 from .import_checks import check_added, check_not_quantised

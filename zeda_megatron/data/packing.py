@@ -16,18 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .conversation import TokenSample, tokenize_conversation, tokenize_rollout, tokenize_rollouts
-from .order import EpochOrder
-
-__all__ = [
-    "PackedBatch",
-    "PackedDataset",
-    "TokenSample",
-    "pack_first_fit",
-    "tokenize_conversation",
-    "tokenize_rollout",
-    "tokenize_rollouts",
-]
+from .conversation import TokenSample
 
 _OPEN_ROWS = 64
 
@@ -219,3 +208,64 @@ class PackedDataset:
             max_seqlen=max(room),
             kinds=tuple(kinds),
         )
+
+
+class EpochOrder:
+    """Item numbers by position: position p lies in epoch p // n, and every epoch is its own shuffle.
+
+    Args:
+        num_items: n, at least 1.
+        seed: of all shuffles.
+    """
+
+    def __init__(self, num_items: int, seed: int):
+        self.num_items, self.seed = num_items, seed
+        self._cached = lru_cache(maxsize=2)(self._shuffle)
+
+    def epoch(self, epoch: int) -> list[int]:
+        """All item numbers in the order of `epoch` (from 0)."""
+        return list(self._cached(epoch))
+
+    def __getitem__(self, position: int) -> int:
+        if position < 0:
+            raise IndexError(f"position {position} is negative")
+        return self._cached(position // self.num_items)[position % self.num_items]
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self.num_items, generator=generator).tolist()
+
+
+def context_part(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+    """The tokens of one context-parallel rank, in the order that Megatron's packed attention and RoPE expect.
+
+    Every sequence is cut into 2 * size chunks; rank r holds chunks r and 2 * size - 1 - r, so causal work is even.
+
+    Args:
+        batch: a row whose sequences all have a length that 2 * size divides (`PackedDataset(align=2 * size)`).
+
+    Returns:
+        The row with S / size tokens; `cu_seqlens` and `max_seqlen` still describe the whole sequences.
+    """
+    if size == 1:
+        return batch
+    index_T = local_places(batch.cu_seqlens, rank, size)
+    parts = {
+        name: value[:, index_T]
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor) and name != "cu_seqlens"
+    }
+    return replace(batch, **parts)
+
+
+def local_places(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """Places in the whole row of the tokens that a rank holds, in its order: int64 [S / size]."""
+    ends = cu_seqlens.tolist()
+    places = []
+    for start, end in zip(ends, ends[1:]):
+        chunk, rest = divmod(end - start, 2 * size)
+        if rest:
+            raise ValueError(f"a sequence of {end - start} tokens cannot be cut into {2 * size} equal chunks")
+        for part in (rank, 2 * size - 1 - rank):
+            places.append(torch.arange(start + part * chunk, start + (part + 1) * chunk))
+    return torch.cat(places)

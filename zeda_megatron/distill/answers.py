@@ -1,15 +1,120 @@
-"""One round of rollouts: data- and context-parallel ranks share the prompts, every rank gets to know all answers."""
+"""Answers sampled from a model: what one is, what gives them, how a token is drawn, and one round of them.
+
+Data- and context-parallel ranks share the prompts of a round, every rank gets to know all answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
 
 from ..config.generate import SamplingConfig
-from .rollout import Generation, RolloutEngine
+from ..errors import UserError
+
+
+def filter_logits(logits_BV: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """Logits at the sampling temperature, -inf where top-k or top-p cut. float32 [B, V]; temperature > 0."""
+    logits_BV = logits_BV.float() / config.temperature
+    if config.top_k and config.top_k < logits_BV.shape[1]:
+        lowest = logits_BV.topk(config.top_k, dim=1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < lowest, float("-inf"))
+    if config.top_p < 1:
+        ordered, index = logits_BV.sort(dim=1, descending=True)
+        probs = ordered.softmax(dim=1)
+        # Keep tokens until the mass before them reaches p; the likeliest always stays.
+        cut = probs.cumsum(dim=1) - probs >= config.top_p
+        logits_BV = logits_BV.masked_fill(torch.zeros_like(cut).scatter(1, index, cut), float("-inf"))
+    return logits_BV
+
+
+class Sampler:
+    """Draws tokens. Answer i has its own random stream, so batching does not change it.
+
+    Args:
+        config: how to sample.
+        stream_ids: one integer per answer; together with the seed it fixes the answer's random numbers.
+    """
+
+    def __init__(self, config: SamplingConfig, stream_ids: list[int], device: torch.device):
+        self.config = config
+        self._streams = []
+        if config.temperature > 0:
+            for stream_id in stream_ids:
+                stream = torch.Generator(device=device)
+                stream.manual_seed((config.seed * 1_000_003 + stream_id) % 2**63)
+                self._streams.append(stream)
+
+    def __call__(self, logits_BV: torch.Tensor, answers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of some answers, and its log-probability under the sampling distribution.
+
+        Args:
+            logits_BV: [B, V], one row per answer. answers: their numbers; others keep their streams.
+
+        Returns:
+            tokens [B] int64, log-probabilities [B] float32.
+        """
+        if self.config.temperature == 0:
+            logp = logits_BV.float().log_softmax(dim=1)
+            tokens = logits_BV.argmax(dim=1)
+        else:
+            logp = filter_logits(logits_BV, self.config).log_softmax(dim=1)
+            # The Gumbel trick: argmax(log p + noise) is a draw from p.
+            noise = torch.stack(
+                [
+                    torch.empty(logp.shape[1], device=logp.device).exponential_(
+                        generator=self._streams[answer]
+                    )
+                    for answer in answers
+                ]
+            )
+            tokens = (logp - noise.log()).argmax(dim=1)
+        return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled answer."""
+
+    response_ids: list[int]
+    """Sampled tokens, the end token included if there is one."""
+    logprobs: list[float]
+    """Log-probability of each under the sampling distribution."""
+    finish_reason: str
+    """`stop`: the model ended its answer. `length`: it was cut off."""
+    routed_experts_TLK: torch.Tensor | None = None
+    """int16 ids in [0, N+Nz), if they were asked for: the picks of every token that was fed to the model (prompt and
+    answer without its last token) in every decoder layer; -1 in layers without experts. A pick that a paired zero
+    expert took has N added to its id."""
+
+
+class RolloutEngine(Protocol):
+    """Something that answers prompts with the weights that the model has now."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        stream_ids: list[int],
+        record_routing: bool = False,
+    ) -> list[Generation]:
+        """One answer per prompt (token ids), in their order.
+
+        Args:
+            stream_ids: one integer per prompt; with the seed it fixes the answer's random numbers.
+            record_routing: fill `routed_experts_TLK`.
+        """
+        ...
+
+
+def check_prompts(prompts: list[list[int]], max_length: int) -> None:
+    """Raise `UserError` for a prompt that is empty or leaves no room for an answer."""
+    for prompt in prompts:
+        if not 0 < len(prompt) < max_length:
+            raise UserError(f"a prompt of {len(prompt)} tokens does not fit a context of {max_length}")
 
 
 @dataclass(frozen=True)

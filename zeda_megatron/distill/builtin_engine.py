@@ -14,9 +14,8 @@ from ..errors import UserError
 from ..moe.replay import recorded_picks, recording
 from ..runtime.process_groups import device
 from .answering_pass import AnsweringPass, answering
+from .answers import Generation, Sampler, check_prompts
 from .kv_slots import KVSlots
-from .rollout import Generation, check_prompts
-from .sampling import Sampler
 
 SLACK = 64
 """Columns of the cache beyond the longest answer: so seldom must it be moved."""

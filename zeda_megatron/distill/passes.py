@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..data.packing import PackedBatch
-from ..models.layer_spec import has_transformer_engine
+from ..models.build import has_transformer_engine
 from ..ops.vocab_kl import LossInputs
 from ..runtime.process_groups import device
 from .losses import LossConfig, distill_loss

@@ -26,7 +26,7 @@ from ..regular_file import is_regular
 from ..runtime.agreement import on_rank0
 from ..runtime.lines_file import LinesFile
 from ..strict_json import read_json
-from .rollout import RolloutEngine
+from .answers import RolloutEngine
 
 
 @dataclass(frozen=True)

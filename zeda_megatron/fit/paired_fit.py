@@ -19,6 +19,10 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from ..distill.losses import LossConfig
+from ..distill.passes import forward_model, row_loss
+from ..moe.router_dials import zero_mask
+
 Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Takes the rows of one pass, sorted by expert: x [R, H], what is to be predicted [R] float32, local expert [R]."""
 
@@ -143,3 +147,45 @@ def _silence_padding(router, args, kwargs, output):
     mask = kwargs.get("padding_mask", args[1] if len(args) > 1 else None)
     padding_T = router._local_padding(mask, probs_TN.shape[0])
     return output if padding_T is None else (probs_TN.masked_fill(padding_T[:, None], 0.0), map_TN)
+
+
+class WatchedPasses:
+    """Runs rows through a model with the zero experts masked.
+
+    Args:
+        layers: MoE layers to watch, by number.
+        effect: also run backward from the answers, so that sinks learn what each expert's output does to them.
+        on_row: called before every row.
+    """
+
+    def __init__(self, model, layers: dict, vocab_size: int, effect: bool, on_row):
+        self.model, self.layers, self.vocab_size = model, layers, vocab_size
+        self.effect, self.on_row = effect, on_row
+
+    def run(
+        self, rows: list, sinks: dict, floors: dict[int, float], sensitivities: dict | None = None
+    ) -> None:
+        """Watch the layers that have a sink; see `fit.paired_fit.watch_experts` and `watch_effects`."""
+
+        # Gradients flow from the embedding on; no parameter keeps one.
+        embedding = self.model.embedding.word_embeddings.weight.requires_grad_(self.effect)
+        watch = (
+            watch_effects(self.layers, sinks, floors, sensitivities)
+            if self.effect
+            else watch_experts(self.layers, sinks)
+        )
+        with zero_mask(self.model), watch, torch.set_grad_enabled(self.effect):
+            for row in rows:
+                hidden = self.forward(self.model, row)
+                if self.effect:
+                    torch.autograd.grad(self._answers(hidden, row), embedding)
+        self.model.requires_grad_(False)
+
+    def forward(self, model, row) -> torch.Tensor:
+        """Hidden states of a row."""
+        self.on_row()
+        return forward_model(model, row)
+
+    def _answers(self, hidden: torch.Tensor, row) -> torch.Tensor:
+        """Minus the log-probability of the row's response tokens."""
+        return row_loss(self.model, row, hidden, None, LossConfig("ce"), self.vocab_size)[0]

@@ -11,17 +11,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from tqdm import tqdm
 
+from ..checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
 from ..config.arguments import parse
 from ..config.fit import SCORES, FitOptions
+from ..config.model import ModelOptions
 from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
+from ..data.rows import read_fit_rows
+from ..data.tokenizers import load_tokenizer
+from ..durable_file import write_atomically, writing
 from ..errors import UserError
-from ..models.on_disk import ZEDA_NAME
+from ..models.architecture import read_architecture
+from ..models.build import build_gpt_model, transformer_config
+from ..models.hf_config import describe_checkpoint
+from ..models.on_disk import ZEDA_NAME, ModelFacts, adapted_steps, read_facts, weights_id
+from ..moe import stats
+from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
+from ..runtime.whole_folder import new_folder
 from ..text_table import text_table
+from ..training.build import hf_folder, zero_experts
+from ..training.log import warn
+from .paired_fit import Sensitivity, WatchedPasses, moe_layers
+from .ridge import Explained, RidgeSums, fill_empty, sums_bytes
 
 CALIBRATION_PASSES = 4
 
@@ -59,19 +75,6 @@ class HeadFit:
     """One fit, from checkpoint to checkpoint."""
 
     def __init__(self, options: FitOptions, parallel: ParallelConfig):
-        from megatron.core import parallel_state
-
-        from ..checkpoint.state import load_weights, require_checkpoint
-        from ..config.model import ModelOptions
-        from ..models.architecture import read_architecture
-        from ..models.build import build_gpt_model, transformer_config
-        from ..models.on_disk import ModelFacts, read_facts
-        from ..models.origin import adapted_steps, weights_id
-        from ..training.build import hf_folder, zero_experts
-        from .paired_fit import moe_layers
-        from .passes import WatchedPasses
-        from .rows import read_fit_rows
-
         _check_target(options)
         self.options, self.started = options, time.perf_counter()
         self.first = torch.distributed.get_rank() == 0
@@ -99,7 +102,7 @@ class HeadFit:
         )
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
-        self.rows = read_fit_rows(options, self.hf)
+        self.rows = read_fit_rows(options, load_tokenizer(self.hf), warn)
         load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
         self.model.to(dtype).eval().requires_grad_(False)
         self.layers = moe_layers(self.model)
@@ -112,11 +115,6 @@ class HeadFit:
 
     def run(self) -> int:
         """Fit, set the threshold, save. Returns the exit code."""
-        from ..checkpoint.state import model_state, save_checkpoint
-        from ..durable_file import write_atomically, writing
-        from ..models.hf_config import describe_checkpoint
-        from ..runtime.whole_folder import new_folder
-
         with new_folder(self.options.save, "--save") as staging, self.bar:
             report = self._fit_and_calibrate()
             with writing(f"--save {self.options.save}"):
@@ -134,8 +132,6 @@ class HeadFit:
         return 0
 
     def _fit_and_calibrate(self) -> dict:
-        from ..moe.threshold import calibrate_threshold
-
         options, rows = self.options, self.rows
         fitted = "head" in self.zero.score_terms
         passes = self._passes() if fitted else []
@@ -172,8 +168,6 @@ class HeadFit:
 
     def _passes(self) -> list[list[int]]:
         """Layers of each pass over the data: as many as have room for their sums."""
-        from .ridge import sums_bytes
-
         first = next(iter(self.layers.values()))
         size = sums_bytes(first.num_local_experts, first.config.hidden_size)
         room, numbers = max(int(self.options.max_memory_gb * 1e9 / size), 1), sorted(self.layers)
@@ -182,8 +176,6 @@ class HeadFit:
     @torch.no_grad()
     def _fit(self, passes: list[list[int]]) -> dict[int, tuple[float, float]]:
         """Install the heads of all layers; returns layer number -> R^2 of head and of constants, held out."""
-        from .ridge import RidgeSums
-
         first, constants = next(iter(self.layers.values())), {}
         if self.effect:
             self.floors = self._floors()
@@ -199,8 +191,6 @@ class HeadFit:
 
     def _floors(self) -> dict[int, float]:
         """Per layer, what the norm of an output counts beside its effect: --effect-floor times the sensitivity."""
-        from .paired_fit import Sensitivity
-
         found = {number: Sensitivity() for number in self.layers}
         nowhere, none = dict.fromkeys(self.layers, lambda *rows: None), dict.fromkeys(self.layers, 0.0)
         self.passes.run(self.rows.held_out, nowhere, none, found)
@@ -211,8 +201,6 @@ class HeadFit:
 
     def _install(self, number: int, sums) -> torch.Tensor:
         """Solve one layer and give all ranks the whole head; returns the constants of all experts."""
-        from .ridge import fill_empty
-
         sums.reduce(self.replicas)
         count = self._gather(sums.count)
         constant = fill_empty(self._gather(sums.constants()), count)
@@ -229,8 +217,6 @@ class HeadFit:
         return constant
 
     def _explained(self, constants: dict[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
-        from .ridge import Explained
-
         quality, sinks = {}, {}
         for number, layer in self.layers.items():
             own, head = layer.local_expert_indices, layer.router.paired
@@ -259,8 +245,6 @@ class HeadFit:
     @torch.no_grad()
     def _shares(self) -> dict:
         """Zero share on the calibration rows under the threshold, over all layers and per layer."""
-        from ..moe import stats
-
         stats.reset(self.model)
         for row in self.rows.calibration:
             self.passes.forward(self.model, row)
@@ -270,8 +254,6 @@ class HeadFit:
 
 def format_fit(report: dict) -> str:
     """Lines a layer, then what the threshold gives; `report` is what fit.json holds."""
-    from ..moe.threshold import format_thresholds
-
     lines, rows = [], [["layer", "R^2 of the head", "R^2 of constants", "zero share"]]
     for number, r2 in report["r2_by_layer"].items():
         values = (

@@ -16,6 +16,7 @@ from ..regular_file import refuse_odd_files
 from ..strict_json import is_number, read_json
 from . import glm4_moe_lite, mixtral, qwen3_moe
 from .config_values import ROPE_THETAS, check_config_values
+from .weight_kinds import ModelDims
 from .weight_map import WeightMap
 
 
@@ -184,3 +185,19 @@ def _as_transformers_reads(hf: dict[str, Any], model: ModelFile, where: str) -> 
 
 def _aliases(key: str, names: dict[str, str]) -> set[str]:
     return {key, *(one for pair in names.items() if key in pair for one in pair)}
+
+
+def weight_map_of(arch: Architecture) -> WeightMap:
+    """The map of an architecture."""
+    return REGISTRY[arch.name].WEIGHTS
+
+
+def dims_of(arch: Architecture, seed: int = 0, paired: bool = False) -> ModelDims:
+    """What the mappings need to know besides names and shapes. `paired`: the model has paired zero experts."""
+    return ModelDims(
+        num_query_groups=arch.megatron.get("num_query_groups") or arch.megatron["num_attention_heads"],
+        head_dim=arch.megatron.get("kv_channels") or 0,
+        num_real_experts=arch.megatron["num_moe_experts"],
+        seed=seed,
+        paired=paired,
+    )

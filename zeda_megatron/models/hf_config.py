@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.own_files import own_file
+from ..checkpoint.folders import own_file
 from ..config.zero_experts import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..durable_file import copy_whole, write_atomically
 from ..errors import UserError

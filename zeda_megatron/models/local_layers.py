@@ -86,7 +86,7 @@ class SDPAttention(MegatronModule):
         """Packed attention of this context-parallel rank's tokens [T / size, heads, D].
 
         Keys and values of the whole row are gathered (Transformer Engine's ring needs less memory; there is none
-        here). Each sequence is held as chunks r and 2 * size - 1 - r, see `data.context_part`.
+        here). Each sequence is held as chunks r and 2 * size - 1 - r, see `data.packing.context_part`.
         """
         size, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = (

@@ -31,7 +31,7 @@ class Route:
 
 def routes(machine: Machine) -> list[Route]:
     """The path of every operator that has more than one."""
-    te = machine.has_gpu and machine.has("transformer-engine")  # models/layer_spec.py
+    te = machine.has_gpu and machine.has("transformer-engine")  # models/build.py
     no_te = (
         "torch sees no CUDA device"
         if not machine.has_gpu

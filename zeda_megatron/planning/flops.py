@@ -7,14 +7,157 @@ The paper's "FLOP theory" for Qwen3-30B-A3B (zero share .5, lengths 1k to 8k: pr
 1.44x to 1.26x) comes out of these formulas to both digits with `lm_head=False`, a router widened by 64 rows,
 and `keys` = L in prefill (no discount for causality), L/2 in decode (mean context of L generated tokens).
 Those are the conventions that fit, not ones the paper states; the four figures are a test.
+
+The geometry that decides it is that of Megatron's config, so every architecture of `models/` has one: grouped-query or
+multi-latent attention, shared experts, dense layers. Nothing here needs the weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from ..errors import UserError
-from .geometry import Geometry
+from ..models.architecture import Architecture, read_architecture
+from ..strict_json import read_json
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer, in multiply-adds and numbers per token."""
+
+    projection: int
+    """Weights of all projections; also multiply-adds per token (every weight is used once)."""
+    norm: int
+    """Weights of the norms inside attention (parameters only)."""
+    per_key: int
+    """Multiply-adds per token and attended key, scores and values together, keys and values expanded."""
+    per_cached_key: int
+    """The same when decoding from the cache. With latent attention the cache holds latents and the query is
+    projected into their space (weights absorbed), which costs more per key and reads far less memory."""
+    cache: int
+    """Numbers kept per token in the key/value cache."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one model. All counts are of numbers, not bytes."""
+
+    model_type: str
+    """`model_type` of the config."""
+    hidden: int
+    """Width of the residual stream, H."""
+    layers: int
+    """Decoder layers (multi-token-prediction layers are not counted: they do not run in generation)."""
+    moe_layers: int
+    """Layers with routed experts; the others have one dense MLP."""
+    dense_width: int
+    """Width of that dense MLP."""
+    experts: int
+    """Real routed experts per layer, N."""
+    topk: int
+    """Picks per token, K."""
+    expert_width: int
+    """Width of one routed expert, F."""
+    shared_width: int
+    """Width of the shared expert(s); 0 if there is none."""
+    zero_experts: int
+    """Zero experts the checkpoint already has, Nz (key `zce_nums`); 0 for a static model."""
+    vocabulary: int
+    """V."""
+    tied: bool
+    """True when the LM head is the embedding."""
+    attention: Attention
+
+    @property
+    def expert(self) -> int:
+        """Weights of one routed expert (gate, up, down), also its multiply-adds per row."""
+        return 3 * self.hidden * self.expert_width
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        norms = self.hidden * (2 * self.layers + 1) + self.layers * self.attention.norm
+        attention = self.layers * self.attention.projection
+        router = self.moe_layers * self.hidden * (self.experts + self.zero_experts)
+        shared = self.moe_layers * 3 * self.hidden * self.shared_width
+        dense = (self.layers - self.moe_layers) * 3 * self.hidden * self.dense_width
+        vocabulary = self.hidden * self.vocabulary * (1 if self.tied else 2)
+        return norms + attention + router + shared + dense + vocabulary + self.routed_parameters
+
+    @property
+    def routed_parameters(self) -> int:
+        """Parameters of the routed experts of all layers."""
+        return self.moe_layers * self.experts * self.expert
+
+    def active_parameters(self, zero_share: float = 0.0) -> float:
+        """Parameters one token uses when the share `zero_share` of its picks chose a zero expert."""
+        idle = self.experts - self.topk * (1.0 - zero_share)
+        return self.parameters - self.moe_layers * idle * self.expert
+
+    @classmethod
+    def read(cls, hf: str | Path) -> Geometry:
+        """Read the config.json in the folder `hf` (or that file itself)."""
+        path = Path(hf)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise UserError(f"{path}: no such file; --hf takes a folder with a HF config.json")
+        return cls.from_config(read_json(path), name=str(path))
+
+    @classmethod
+    def from_config(cls, config: dict, name: str = "config.json") -> Geometry:
+        """Build from the keys of a HF config; `name` is used in error messages."""
+        return _geometry(read_architecture(config, name))
+
+
+def _geometry(arch: Architecture) -> Geometry:
+    sizes, config = arch.megatron, arch.hf
+    sparse = sum(sizes["moe_layer_freq"])
+    return Geometry(
+        model_type=config["model_type"],
+        hidden=sizes["hidden_size"],
+        layers=sizes["num_layers"],
+        moe_layers=sparse,
+        dense_width=sizes["ffn_hidden_size"],
+        experts=sizes["num_moe_experts"],
+        topk=sizes["moe_router_topk"],
+        expert_width=sizes["moe_ffn_hidden_size"],
+        shared_width=sizes.get("moe_shared_expert_intermediate_size") or 0,
+        zero_experts=arch.num_zero_experts,
+        vocabulary=arch.vocab_size,
+        tied=arch.tie_word_embeddings,
+        attention=_latent(sizes) if sizes.get("multi_latent_attention") else _grouped_query(sizes),
+    )
+
+
+def _grouped_query(sizes: dict) -> Attention:
+    hidden, head = sizes["hidden_size"], sizes["kv_channels"]
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    return Attention(
+        projection=2 * hidden * heads * head + 2 * hidden * groups * head,
+        norm=2 * head if sizes["qk_layernorm"] else 0,
+        per_key=2 * heads * head,
+        per_cached_key=2 * heads * head,
+        cache=2 * groups * head,
+    )
+
+
+def _latent(sizes: dict) -> Attention:
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    nope, rope, value = sizes["qk_head_dim"], sizes["qk_pos_emb_head_dim"], sizes["v_head_dim"]
+    latent, query_latent = sizes["kv_lora_rank"], sizes["q_lora_rank"]
+    query_width = heads * (nope + rope)
+    query = hidden * query_latent + query_latent * query_width if query_latent else hidden * query_width
+    return Attention(
+        projection=query
+        + hidden * (latent + rope)
+        + latent * heads * (nope + value)
+        + heads * value * hidden,
+        norm=latent + (query_latent or 0),
+        per_key=heads * (nope + rope + value),
+        per_cached_key=heads * (2 * latent + rope),
+        cache=latent + rope,
+    )
 
 
 @dataclass(frozen=True)

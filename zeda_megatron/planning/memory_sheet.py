@@ -1,13 +1,93 @@
-"""GPU memory of a recipe on the terminal, as JSON or as a table row: tools/memory.py."""
+"""GPU memory of a recipe on the terminal, as JSON or as a table row: `zeda plan memory`.
+
+The command line has GPUs, assumptions, and the flags and files of a training run. Where the recipe does not fit, single
+changes are tried, and the total of each stands beside it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from ..config.options import Options, read_options
+from ..config.zero_experts import ZeroExpertConfig
+from ..errors import UserError
+from ..models.architecture import Architecture, read_architecture
+from ..models.build import check_layout
 from ..text_table import text_table
-from .memory import GIB, StageMemory, estimate
-from .memory_advice import advice, worst_stage
-from .memory_command import Command, read_command
+from .memory import GIB, Assumptions, StageMemory, estimate
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for."""
+
+    options: Options
+    """The recipe, as training reads it."""
+    arch: Architecture
+    """The model."""
+    zero: ZeroExpertConfig
+    """Its zero experts."""
+    about: Assumptions
+    """GPUs and what no option says."""
+    form: str
+    """text, json or markdown."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zeda plan memory",
+        allow_abbrev=False,
+        description="GPU memory of a training recipe: will it fit, and what to change if it does not",
+        epilog="All other flags, --config FILE.yaml among them, are those of launch/pretrain_zeda.sh.",
+    )
+    add, default = parser.add_argument, Assumptions(gpus=8)
+    add("--hf", required=True, metavar="DIR", help="folder with a HF config.json (no weights needed)")
+    add("--gpus", type=int, required=True, help="GPUs of the whole run")
+    add("--gpu-memory", type=float, default=default.gpu_memory, metavar="GIB", help="of one GPU (80)")
+    add("--zero-share", type=float, default=0.0, metavar="Z", help="share of zero picks (0: the safe end)")
+    add("--prompt-tokens", type=int, default=default.prompt_tokens, metavar="T", help="longest prompt (1024)")
+    add("--context", type=float, default=default.context_gib, metavar="GIB", help="CUDA context, NCCL (1.5)")
+    add("--fragmentation", type=float, default=default.fragmentation, metavar="SHARE", help="(0.05)")
+    add("--json", action="store_true", help="print JSON")
+    add("--markdown", action="store_true", help="print one row of a table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def read_command(argv: list[str]) -> Command:
+    """Read the command line. Raises `UserError` for what training would refuse too."""
+    mine, rest = _parser().parse_known_args(argv)
+    for flag, value in (("--gpus", mine.gpus), ("--prompt-tokens", mine.prompt_tokens)):
+        if value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    for flag, value in (("--zero-share", mine.zero_share), ("--fragmentation", mine.fragmentation)):
+        if not 0 <= value < 1:
+            raise UserError(f"{flag} {value} must be at least 0 and below 1")
+    if not mine.gpu_memory > 0 or not mine.context >= 0:
+        raise UserError("--gpu-memory must be above 0 and --context not negative")
+    options = read_options(rest, "zeda plan memory")
+    # Files come later.
+    replace(
+        options,
+        data=replace(options.data, data_path=options.data.data_path or ["data"]),
+        generate=replace(options.generate, rollout_path=options.generate.rollout_path or "rollouts"),
+    ).validate()
+    arch = read_architecture(mine.hf)
+    check_layout(arch, options.parallel)
+    model, experts = options.model, arch.megatron["num_moe_experts"]
+    routing, number = model.zero_expert_routing or "shared", model.num_zero_experts
+    if number is None:  # as many as the config has, else the paper's half
+        number = experts if routing == "paired" else arch.num_zero_experts or experts // 2
+    zero = model.zero(number, model.zero_experts_type or "zero", routing, model.paired_score)
+    about = Assumptions(
+        mine.gpus, mine.gpu_memory, mine.zero_share, mine.prompt_tokens, mine.context, mine.fragmentation
+    )
+    return Command(
+        options, arch, zero, about, "json" if mine.json else "markdown" if mine.markdown else "text"
+    )
 
 
 def memory_sheet(command: Command) -> dict:
@@ -137,3 +217,83 @@ def main(argv: list[str]) -> int:
     }
     print(forms[command.form]())
     return 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to a recipe."""
+
+    flags: str
+    """What to add to the command."""
+    total: float
+    """GiB of the worst stage then, at even expert load."""
+    fits: bool
+    """Whether that is enough."""
+
+
+def worst_stage(stages: list[StageMemory], worst: bool = False) -> StageMemory:
+    """The stage that needs most."""
+    return max(stages, key=lambda stage: stage.total(worst))
+
+
+def advice(options: Options, arch: Architecture, zero: ZeroExpertConfig, about: Assumptions) -> list[Change]:
+    """Single changes that need less than the recipe, the best first."""
+    now = worst_stage(estimate(options, arch, zero, about)).total() / GIB
+    made = []
+    for flags, changed, gpus in _candidates(options, arch, about):
+        try:
+            check_layout(arch, changed.parallel)
+            total = worst_stage(estimate(changed, arch, zero, replace(about, gpus=gpus))).total() / GIB
+        except UserError:
+            continue  # a layout that this model or these GPUs cannot have
+        if total < now - 0.1:
+            made.append(Change(flags, total, total <= about.gpu_memory))
+    return sorted(made, key=lambda change: (not change.fits, change.total))
+
+
+def _candidates(
+    options: Options, arch: Architecture, about: Assumptions
+) -> Iterator[tuple[str, Options, int]]:
+    """(flags, options, GPUs) of changes that may help; what has been chosen already is left out."""
+    model, distill, parallel = options.model, options.distill, options.parallel
+    if model.stage != "0":
+        if model.recompute_granularity != "full":
+            changed = replace(model, recompute_granularity="full")
+            yield "--recompute-granularity full", replace(options, model=changed), about.gpus
+        if not options.optimizer.use_distributed_optimizer:
+            changed = replace(options.optimizer, use_distributed_optimizer=True)
+            yield "--use-distributed-optimizer", replace(options, optimizer=changed), about.gpus
+        if distill.teacher_memory == "own":
+            changed = replace(distill, teacher_memory="offload")
+            yield "--teacher-memory offload", replace(options, distill=changed), about.gpus
+        if distill.teacher_schedule == "ahead" and not parallel.virtual_stages:
+            changed = replace(distill, teacher_schedule="alongside")
+            yield "--teacher-schedule alongside", replace(options, distill=changed), about.gpus
+        if model.trainable == "all":
+            changed = replace(
+                options,
+                model=replace(model, trainable="router"),
+                distill=replace(distill, teacher_memory="shared"),
+            )
+            yield "--trainable router --teacher-memory shared", changed, about.gpus
+    rows = options.generate.generate_batch_size
+    while model.stage in ("0", "2") and rows > 1:
+        rows //= 2
+        changed = replace(options.generate, generate_batch_size=rows)
+        yield f"--generate-batch-size {rows}", replace(options, generate=changed), about.gpus
+    for flag, name in (
+        ("--tensor-model-parallel-size", "tensor_model_parallel_size"),
+        ("--context-parallel-size", "context_parallel_size"),
+        ("--expert-model-parallel-size", "expert_model_parallel_size"),
+        ("--pipeline-model-parallel-size", "pipeline_model_parallel_size"),
+    ):
+        size = 2 * getattr(parallel, name)
+        changed, more = replace(parallel, **{name: size}), ""
+        layers = arch.megatron["num_layers"]
+        if name.startswith("pipeline") and layers % size:
+            first = layers - (size - 1) * (layers // size)
+            changed = replace(changed, decoder_first_pipeline_num_layers=first)
+            more = f" --decoder-first-pipeline-num-layers {first}"
+        yield f"{flag} {size}{more}", replace(options, parallel=changed), about.gpus
+    for times in (2, 4, 8):
+        yield f"--gpus {times * about.gpus}", options, times * about.gpus

@@ -9,10 +9,10 @@ import argparse
 import math
 import sys
 
-from ..config.options import sequence_multiple
+from ..config.run import DataOptions
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.conversation import OVERLONG
-from ..data.rows import rows_for
+from ..data.rows import training_rows
 from ..data.tokenizers import KINDS, load_tokenizer
 from ..errors import UserError
 
@@ -54,15 +54,13 @@ def main(argv: list[str]) -> int:
     )
     for line in tokenizer.notes:
         _say(line)
-    packed = rows_for(
-        args.data_path,
-        tokenizer,
-        args.seq_length,
+    data = DataOptions(
+        data_path=args.data_path,
+        seq_length=args.seq_length,
         overlong=args.overlong,
-        seed=args.seed,
-        align=sequence_multiple(args.context_parallel_size, args.pad_seq_to_mult),
-        say=_say,
+        pad_seq_to_mult=args.pad_seq_to_mult,
     )
+    packed = training_rows(data, args.context_parallel_size, args.seed, tokenizer, _say)
     rows, count, ranks = packed.rows_in_epoch(0), packed.num_samples, args.data_parallel_size
     lengths = packed.lengths()
     batch = max(1, round(args.conversations * rows / count / ranks)) * ranks

@@ -1,18 +1,80 @@
-"""Entry of a process that may be one of many: a user's mistake is told once, and torchrun's report repeats it."""
+"""Entry of a process that may be one of many: a user's mistake is told once, and torchrun's report repeats it.
+
+So is a collective that cannot end because another process is gone or hangs: one line instead of gloo's. (NCCL does
+not come here when a rank hangs: its watchdog ends the process with a report of its own.) And no child outlives its
+parent: Megatron's writers of checkpoints, forked by a run that was killed, may wait for ever, with the run's terminal
+or pipe still open.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from ..errors import UserError
-from .lost_peer import lost_peer
+
+_GLOO = re.compile(r"gloo|pair closure", re.IGNORECASE)
+_GONE = re.compile(r"closed by peer|reset by peer|connection (was )?(closed|refused|reset)|broken pipe", re.I)
+_WAITED = re.compile(r"timed? ?out(?: after)?(?: waiting)?(?: (?P<ms>\d+) ?ms)?", re.I)
+_TORCH = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_PACKAGE = Path(__file__).parents[1]
+
+
+class LostPeer(UserError):
+    """Another process of this run does not answer."""
+
+    exit_code = 3
+    patience = 3.0
+    """All ranks that still live meet this at about the same time, and rank 0 may be the one that does not."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` is the word of a communication library about a process that does not answer."""
+    text = str(error)
+    speaks = type(error).__name__ in _TORCH or (isinstance(error, RuntimeError) and _GLOO.search(text))
+    return bool(speaks and (_GONE.search(text) or _WAITED.search(text)))
+
+
+def lost_peer(error: BaseException) -> LostPeer | None:
+    """`error` in one line, or None if it is about something else."""
+    if not is_lost_peer(error):
+        return None
+    waited = None if _GONE.search(str(error)) else _WAITED.search(str(error))
+    again = "start the same command again to go on from the last checkpoint"
+    if waited is None:
+        return LostPeer(
+            f"{_where(error)}: another process of this run is gone, ended or killed; its own message or the "
+            f"launcher's report says why. Then {again}"
+        )
+    limit = f" {int(waited['ms']) / 60000:g}" if waited["ms"] else ""
+    return LostPeer(
+        f"{_where(error)}: another process did not answer within --distributed-timeout-minutes{limit}: it hangs or "
+        f"is too slow. See what it does (py-spy dump --pid PID), then {again}; if it was only slow, raise that limit"
+    )
+
+
+def _where(error: BaseException) -> str:
+    """The collective and the place in our code that called it."""
+    call, place = "a collective", ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if file.name == "distributed_c10d.py":
+            call = frame.name
+        elif file.is_relative_to(_PACKAGE) and file.parent != Path(__file__).parent:
+            place = f" in {file.relative_to(_PACKAGE)} ({frame.name})"
+    return call + place
+
 
 _MAIN_PID = "ZEDA_MAIN_PID"
 LOST_LAUNCHER = 3
@@ -103,3 +165,37 @@ def _tell_torchrun(message: str) -> None:
         about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         with open(file, "w", encoding="utf-8") as handle:
             json.dump({"message": about}, handle)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _Tie:
+    """What happens around each fork of this process and of its children."""
+
+    def __init__(self) -> None:
+        self.call = ctypes.CDLL(None).prctl  # looked up before the fork: afterwards as little as possible
+        self.parent = 0
+        os.register_at_fork(before=self.before, after_in_child=self.in_child)
+
+    def before(self) -> None:
+        # The kernel watches the thread that forks, and only the main thread lives as long as the process.
+        main = threading.current_thread() is threading.main_thread()
+        self.parent = os.getpid() if main else 0
+
+    def in_child(self) -> None:
+        if self.parent:
+            self.call(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self.parent:  # it ended meanwhile
+                os._exit(1)
+
+
+_TIED: list[_Tie] = []
+"""Handlers of forks cannot be taken back: once per process."""
+
+
+def end_with_parent() -> None:
+    """From now on, forked children are killed when the process that forked them ends. Linux only, else nothing."""
+    if not _TIED:
+        with contextlib.suppress(OSError, AttributeError):
+            _TIED.append(_Tie())

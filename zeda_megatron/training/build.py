@@ -36,8 +36,7 @@ from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import zero_experts_of
-from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, beside, read_facts
-from ..models.origin import adapted_steps, weights_id
+from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, read_facts, weights_id
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials

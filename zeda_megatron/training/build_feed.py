@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from ..config.options import Options
 from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedDataset
-from ..data.rows import rows_for
+from ..data.rows import training_rows
 from ..data.tokenizers import ChatTokenizer
 from ..distill.stage0 import make_questions
 from ..errors import UserError
@@ -92,12 +92,5 @@ def _dataset(options: Options, tokenizer: ChatTokenizer) -> PackedDataset:
             f"--global-batch-size {options.optimizer.global_batch_size}: the interleaved schedule wants a multiple of "
             f"--pipeline-model-parallel-size {stages} rows on each of the {data_ranks} data-parallel ranks"
         )
-    return rows_for(
-        data.data_path,
-        tokenizer,
-        data.seq_length,
-        overlong=data.overlong,
-        seed=options.optimizer.seed,
-        align=options.sequence_multiple,
-        say=warn,
-    )
+    context_ranks = options.parallel.context_parallel_size
+    return training_rows(data, context_ranks, options.optimizer.seed, tokenizer, warn)

@@ -18,15 +18,16 @@ from megatron.core import parallel_state
 
 from ..config.options import Options
 from ..config.run import LossConfig
+from ..data.chat_tokenizer import RUN_DAY
+from ..data.rows import EvalRows, read_eval_rows
 from ..distill.passes import compare, means, total
 from ..distill.teacher import Teacher
 from ..durable_file import write_result
 from ..errors import UserError
 from ..moe import stats
 from ..runtime.process_groups import device
-from .build import Student, build_student, build_teacher, teacher_source
-from .eval_rows import EvalRows, read_eval_rows
-from .log import RunLog
+from .build import Student, build_student, build_teacher, run_tokenizer, teacher_source
+from .log import RunLog, warn
 
 
 class Evaluator:
@@ -127,7 +128,9 @@ def build_evaluation(options: Options, student: Student, teacher: Teacher | None
     """The evaluation that the options ask for; one that never measures without --eval-data-path."""
     wanted, evaluator = options.evaluation, None
     if wanted.eval_data_path:
-        evaluator = build_evaluator(options, read_eval_rows(options), student, teacher)
+        evaluator = build_evaluator(
+            options, read_eval_rows(options, run_tokenizer(options, RUN_DAY), warn), student, teacher
+        )
     return Evaluation(evaluator, wanted.eval_interval, options.optimizer.train_iters)
 
 
@@ -156,7 +159,7 @@ def run_evaluation(options: Options) -> int:
     if options.distill.teacher_memory == "shared":  # one set of weights: that was while they had not moved
         options = replace(options, distill=replace(options.distill, teacher_memory="own"))
     teacher_source(options)  # says what is missing, and bad rows are told, before a large model is built
-    rows = read_eval_rows(options)
+    rows = read_eval_rows(options, run_tokenizer(options, RUN_DAY), warn)
     begun = time.perf_counter()
     student = build_student(options, trains=False)
     teacher = build_teacher(options, student)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from megatron.core import parallel_state
 
 from ..data.packing import PackedBatch, PackedDataset
-from .dealing import rank_part, split_over_context
+from ..data.rows import rank_part, split_over_context
 
 
 @dataclass(frozen=True)

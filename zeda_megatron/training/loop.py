@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.resume import intact_checkpoint
+from ..checkpoint.integrity import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..config.options import Options
 from ..distill.passes import forward_only
 from ..errors import UserError
 from ..models.hf_config import describe_checkpoint
-from ..models.on_disk import ModelFacts, read_facts
-from ..models.origin import adapted_steps
+from ..models.on_disk import ModelFacts, adapted_steps, read_facts
 from ..moe import stats
 from ..moe.threshold import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock

@@ -10,8 +10,7 @@ import pytest
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.evaluation.answering.engine import Origin, Request, stream_of
-from zeda_megatron.evaluation.answering.fingerprint import fingerprint
+from zeda_megatron.evaluation.answering.engine import Origin, Request, fingerprint, stream_of
 from zeda_megatron.evaluation.answering.megatron_engine import MegatronEngine
 from zeda_megatron.evaluation.answering.openai_engine import OpenAIEngine
 from zeda_megatron.evaluation.answering.options import RunOptions, engine_name

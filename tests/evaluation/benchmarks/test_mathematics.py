@@ -4,8 +4,7 @@ import pytest
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.benchmarks import mathematics
-from zeda_megatron.evaluation.benchmarks.answer_text import after_thinking, last_box, last_code_block
-from zeda_megatron.evaluation.benchmarks.benchmark import Question
+from zeda_megatron.evaluation.benchmarks.benchmark import Question, after_thinking, last_box, last_code_block
 from zeda_megatron.evaluation.benchmarks.mathematics import questions, verify
 
 AUTHORS = {"uid": "aime-2024-0", "prompt": [{"role": "user", "content": "What? Box it."}], "label": "204"}

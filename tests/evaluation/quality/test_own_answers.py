@@ -6,7 +6,7 @@ import tiny_world
 from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.evaluation.quality.heldout import load_held_out
-from zeda_megatron.evaluation.quality.own_answers import own_answers
+from zeda_megatron.evaluation.quality.measure import own_answers
 from zeda_megatron.models.load import load_model
 from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.moe.stats import routers

@@ -14,8 +14,7 @@ import pytest
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.sandbox import landlock, seccomp
 from zeda_megatron.evaluation.sandbox.folder import SandboxFolder, sweep
-from zeda_megatron.evaluation.sandbox.limits import MIB, Limits
-from zeda_megatron.evaluation.sandbox.run import Program, Ways, run_program
+from zeda_megatron.evaluation.sandbox.run import MIB, Limits, Program, Ways, run_program
 from zeda_megatron.evaluation.sandbox.walls import find_walls, require_walls
 
 WAYS = {

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 
 from ...config.generate import SamplingConfig
+from ...distill.builtin_engine import BuiltinEngine
 from ...errors import UserError
-from ...models.on_disk import ModelFacts, read_facts
-from ...models.origin import adapted_steps
+from ...models.load import load_model
+from ...models.on_disk import ModelFacts, adapted_steps, read_facts
+from ...moe import stats
+from ...moe.router_dials import set_dials
 from ...runtime import process_groups
-from .engine import About, Answer, Origin, Request
-from .fingerprint import fingerprint
-from .prompts import ChatPrompts
+from ..quality.measure import head_cost
+from ..quality.tune import apply_rule, turn_dial
+from .engine import About, Answer, ChatPrompts, Origin, Request, fingerprint
 
 
 class MegatronEngine:
@@ -22,11 +25,6 @@ class MegatronEngine:
     """
 
     def __init__(self, options):
-        from ...models.load import load_model
-        from ...moe.router_dials import set_dials
-        from ..quality.measure import head_cost
-        from ..quality.tune import apply_rule, turn_dial
-
         self.group, self.parallel = options.concurrency, 1
         loaded = load_model(options.model)
         self.chunk, self.arch, self.tokenizer = loaded.chunk, loaded.arch, loaded.tokenizer
@@ -47,8 +45,6 @@ class MegatronEngine:
         self.skips = rule is not None or not options.mask
 
     def answer(self, requests: list[Request], sampling: SamplingConfig) -> list[Answer]:
-        from ...distill.builtin_engine import BuiltinEngine
-
         prompts = [self.prompts.ids(r.messages) for r in requests]
         longest, context = max(map(len, prompts)), self.arch.hf.get("max_position_embeddings")
         length = longest + sampling.max_new_tokens
@@ -75,8 +71,6 @@ class MegatronEngine:
     @torch.no_grad()
     def _share(self, tokens: list[int]) -> float:
         """Routing of the conversation once more, in one pass: it counts what rules and dials skip, too."""
-        from ...moe import stats
-
         if not self.skips:
             return 0.0
         where = process_groups.device()

@@ -15,9 +15,8 @@ from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
 from ...errors import UserError
 from ...strict_json import is_int, is_number, read_json
-from .engine import About, Answer, Origin, Request
+from .engine import END, THINK, About, Answer, ChatPrompts, Origin, Request
 from .fetch import Refused, fetch
-from .prompts import END, THINK, ChatPrompts
 from .transformers_engine import head_flops
 
 _PASSING = (408, 409, 429, 500, 502, 503, 504)

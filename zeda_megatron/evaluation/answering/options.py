@@ -184,10 +184,9 @@ def open_engine(options: RunOptions) -> Iterator[Engine]:
             template_args=options.chat_variables,
         )
     elif name == "megatron":
-        from ...runtime import cpu, process_groups
+        from ...runtime import process_groups
         from .megatron_engine import MegatronEngine
 
-        cpu.install()
         process_groups.initialize()
         try:
             yield MegatronEngine(options)

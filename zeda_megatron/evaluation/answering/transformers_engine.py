@@ -1,7 +1,11 @@
-"""A model folder opened with transformers: ours with zero experts, the authors', or a static one."""
+"""A model folder opened with transformers: ours with zero experts, the authors', or a static one.
+
+Prompts of unequal length are one batch, padded on the left; the zero share is counted by row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,11 @@ import torch
 
 from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
-from ...distill.sampling import Sampler
+from ...distill.answers import Sampler
 from ...errors import UserError
+from ...planning.flops import Geometry
 from ...strict_json import read_json
-from ..quality.left_padding import left_padded, until_stop
-from .engine import About, Answer, Origin, Request
-from .fingerprint import fingerprint
-from .prompts import ChatPrompts
-from .row_shares import RowShares
+from .engine import About, Answer, ChatPrompts, Origin, Request, fingerprint
 
 _GROWING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that depend on the longest row of the batch."""
@@ -182,7 +183,68 @@ def head_flops(config: dict) -> float:
     """Cost of the heads of paired zero experts (see `measure.head_cost`)."""
     if config.get("zce_routing") != "paired" or "head" not in config.get("zce_score", "head"):
         return 0.0
-    from ...planning.geometry import Geometry
 
     geometry = Geometry.from_config(config)
     return geometry.experts / (3 * geometry.topk * geometry.expert_width)
+
+
+class RowShares:
+    """Counts zero slots by row and position while a model of ours runs; a context manager.
+
+    Args:
+        model: a `ZeroExpertModel`, or any other model, which then has no zero slots.
+        batch: rows.
+    """
+
+    def __init__(self, model, batch: int):
+        self.batch = batch
+        self.gates = [block.gate for block in model.moe_blocks()] if hasattr(model, "moe_blocks") else []
+        self.counts_LBS: list[list[torch.Tensor]] = [[] for _ in self.gates]
+        self.picks = 1
+
+    def __enter__(self) -> RowShares:
+        self.hooks = [gate.register_forward_hook(self._count(layer)) for layer, gate in enumerate(self.gates)]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _count(self, layer: int):
+        def hook(gate, _, output):
+            ids_TK = output[2]
+            self.picks = ids_TK.shape[1]
+            zero_T = torch.zeros_like(ids_TK[:, 0]) if gate.dials.masked else (ids_TK >= gate.num_real).sum(1)
+            self.counts_LBS[layer].append(zero_T.view(self.batch, -1))
+
+        return hook
+
+    def shares(self, prompt_lengths: list[int], answer_lengths: list[int]) -> list[float]:
+        """Per row, over prompt and answer without the answer's last token, which was never fed.
+
+        Prompts are padded on the left to the longest; what follows an answer's end does not count.
+        """
+        if not self.gates:
+            return [0.0] * self.batch
+        counts_LBS = torch.stack([torch.cat(steps, dim=1) for steps in self.counts_LBS]).cpu()
+        longest, shares = max(prompt_lengths), []
+        for row, (prompt, answer) in enumerate(zip(prompt_lengths, answer_lengths, strict=True)):
+            fed = counts_LBS[:, row, longest - prompt : longest + max(answer - 1, 0)]
+            shares.append(int(fed.sum()) / max(fed.numel() * self.picks, 1))
+        return shares
+
+
+def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, S] that end where the longest prompt ends, and which of them are real [B, S]."""
+    longest = max(map(len, prompts))
+    ids_BS = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts])
+    mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    return ids_BS, mask_BS
+
+
+def until_stop(ids: list[int], stops: Collection[int]) -> tuple[list[int], str]:
+    """An answer up to its end token, that included, and `stop`; or all of it and `length`."""
+    for place, token in enumerate(ids):
+        if token in stops:
+            return ids[: place + 1], "stop"
+    return ids, "length"

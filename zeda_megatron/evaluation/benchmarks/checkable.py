@@ -10,8 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...strict_json import read_json
-from .answer_text import after_thinking
-from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .benchmark import Benchmark, Question, Row, Source, Verdict, after_thinking
 from .code_tests import judge_evaluated
 from .rows import ask, asked, numbered, take_list, take_text, take_word
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..sandbox.limits import MIB, Limits
-from ..sandbox.run import Ended, Program
+from ..sandbox.run import MIB, Ended, Limits, Program
 from . import plain_data
 from .benchmark import Verdict
 

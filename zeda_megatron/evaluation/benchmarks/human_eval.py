@@ -7,8 +7,7 @@ import ast
 from ...data.records import Message
 from ...errors import UserError, shown
 from ...strict_json import is_number
-from .answer_text import after_thinking, last_code_block
-from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .benchmark import Benchmark, Question, Row, Source, Verdict, after_thinking, last_code_block
 from .code_tests import judge_checked
 from .rows import ask, asked, is_authors, numbered, take, take_list, take_name, take_text, take_word
 

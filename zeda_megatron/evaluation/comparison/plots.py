@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ..library import library
+from ...errors import library
 
 matplotlib, ticker = library("matplotlib"), library("matplotlib.ticker")
 Figure = library("matplotlib.figure").Figure

@@ -14,7 +14,7 @@ from statistics import NormalDist, fmean, stdev
 
 import numpy
 
-from ..library import library
+from ...errors import library
 
 stats = library("scipy.stats")
 CONFIDENCE = 0.95

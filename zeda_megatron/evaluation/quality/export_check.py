@@ -12,10 +12,16 @@ from pathlib import Path
 import torch
 
 from ...config.arguments import parse
+from ...config.generate import SamplingConfig
+from ...data.conversation import tokenize_rollout
+from ...data.prompts import load_rollouts
+from ...distill.builtin_engine import BuiltinEngine
 from ...durable_file import write_result
 from ...errors import UserError
 from ...models.architecture import read_architecture
 from ...models.hf_config import code_of, modeling_files
+from ...models.load import load_model
+from ...moe.stats import evaluating
 from ...regular_file import read_regular
 from ...runtime import process_groups
 
@@ -58,13 +64,6 @@ def check(options: CheckOptions) -> dict:
         difference is within the tolerance), `zero_share_transformers`, `tokens_compared`.
     """
     from transformers import AutoModelForCausalLM
-
-    from ...config.generate import SamplingConfig
-    from ...data.conversation import tokenize_rollout
-    from ...data.prompts import load_rollouts
-    from ...distill.builtin_engine import BuiltinEngine
-    from ...models.load import load_model
-    from ...moe.stats import evaluating
 
     _refuse_foreign_code(Path(options.hf), options.trust_remote_code)
     ours = load_model(options.megatron)

@@ -25,9 +25,9 @@ from ...errors import UserError
 from ...ops.vocab_kl import token_metrics
 from ...serving.load import load_model
 from ...text_table import markdown_table
+from ..answering.transformers_engine import left_padded, until_stop
 from ..benchmarks.checkable import exactly
 from .heldout import Task, load_held_out
-from .left_padding import left_padded, until_stop
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

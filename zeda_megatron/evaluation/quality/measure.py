@@ -14,9 +14,24 @@ from typing import Literal
 import torch
 
 from ...config.arguments import check_choices, parse
+from ...config.generate import SamplingConfig
+from ...config.run import LossConfig
+from ...data.packing import PackedDataset, TokenSample
+from ...distill.builtin_engine import BuiltinEngine
+from ...distill.passes import compare, means, total
+from ...distill.teacher import Teacher
 from ...durable_file import write_result
 from ...errors import UserError
+from ...models.load import load_model
+from ...moe import stats
+from ...moe.paired import paired_modules
+from ...moe.router_dials import set_dials
+from ...moe.stats import evaluating
 from ...runtime import process_groups
+from ..benchmarks.checkable import exactly
+from .heldout import load_held_out
+from .scored_tokens import ScoredTokens, TokenClasses
+from .tune import apply_rule, turn_dial
 
 
 @dataclass(frozen=True)
@@ -80,8 +95,6 @@ def measure(
         teacher: `distill.teacher.Teacher`; may hold the same chunk.
         held_out: `heldout.HeldOut`.
     """
-    from ...distill.passes import means, total
-    from .token_classes import TokenClasses
     from .token_skips import token_skips
 
     by_kind, layers, picks_2LN, tokens = {}, None, 0, {}
@@ -127,11 +140,6 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 @torch.no_grad()
 def _score(student, teacher, rows, vocab_size, seq_length, classes):
     """Sums over rows of one kind, their routing, the picks of every expert, and what is known of every token."""
-    from ...config.run import LossConfig
-    from ...distill.passes import compare, total
-    from ...moe import stats
-    from .scored_tokens import ScoredTokens
-
     layers, where = student.config.num_layers, process_groups.device()
     with stats.evaluating(student):
         stats.record(student)
@@ -149,10 +157,6 @@ def _score(student, teacher, rows, vocab_size, seq_length, classes):
 
 def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
     """Whether each greedy answer is the right one, in the order of the tasks; judged as the benchmark `tasks` does."""
-    from ...config.generate import SamplingConfig
-    from ...distill.builtin_engine import BuiltinEngine
-    from ..benchmarks.checkable import exactly
-
     length = max((len(task.prompt_ids) for task in tasks), default=0) + max_new_tokens
     engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, length, slots=slots)
     greedy = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
@@ -206,12 +210,6 @@ def main(argv: list[str]) -> int:
 
 def measure_arm(options: MeasureOptions) -> dict:
     """Load teacher and student, tune the rule if asked to, measure."""
-    from ...distill.teacher import Teacher
-    from ...models.load import load_model
-    from ...moe.router_dials import set_dials
-    from .heldout import load_held_out
-    from .tune import apply_rule, turn_dial
-
     teacher_model = load_model(options.teacher)
     student_model = load_model(options.student) if options.student else teacher_model
     student, tokenizer = student_model.chunk, teacher_model.tokenizer
@@ -230,8 +228,6 @@ def measure_arm(options: MeasureOptions) -> dict:
         options.max_new_tokens,
     )
     if options.own_answers:
-        from .own_answers import own_answers
-
         every = max(len(held_out.prompts) // options.own_answers, 1)
         prompts = held_out.prompts[::every][: options.own_answers]
         result["own_answers"] = own_answers(
@@ -247,9 +243,45 @@ def head_cost(student) -> float:
 
     A head costs N*H per token and layer, K gated experts cost 3*K*H*F.
     """
-    from ...moe.paired import paired_modules
-
     config = student.config
     if not any("head" in paired.terms for paired in paired_modules(student)):
         return 0.0
     return config.num_moe_experts / (3 * config.moe_router_topk * config.moe_ffn_hidden_size)
+
+
+SLOTS = 128
+"""Answers under way at a time."""
+
+
+@torch.no_grad()
+def own_answers(
+    student, teacher: Teacher, prompts: list[list[int]], tokenizer, seq_length: int, max_new_tokens: int
+) -> dict[str, float]:
+    """Sample one answer per prompt at temperature 1 and score it with both models.
+
+    Args:
+        student: bare model chunk, its mask and pick rule set as the arm wants them.
+        prompts: token ids.
+
+    Returns:
+        `reverse_kl`: KL(student || teacher), exact over the vocabulary that is sampled from, mean over the answers'
+        tokens, nats; `tokens`; `response_length`: mean.
+    """
+    prompts = [prompt for prompt in prompts if len(prompt) < seq_length]
+    vocab = min(tokenizer.vocab_size, student.head_weight().shape[0])
+    engine = BuiltinEngine(student, tokenizer.eos_ids, tokenizer.pad_id, seq_length, vocab, SLOTS)
+    made = engine.generate(prompts, SamplingConfig(max_new_tokens), list(range(len(prompts))))
+    samples = [
+        TokenSample(prompt + one.response_ids, [False] * len(prompt) + [True] * len(one.response_ids))
+        for prompt, one in zip(prompts, made, strict=True)
+    ]
+    data = PackedDataset(samples, seq_length, tokenizer.pad_id, seed=0)
+    rows = [data[row] for row in range(data.rows_in_epoch(0))]
+    with evaluating(student):
+        compared = compare([student], teacher, rows, seq_length, LossConfig("reverse_kl"), vocab)
+    found = means(total([row.sums for row in compared]))
+    return {
+        "reverse_kl": found["loss"],
+        "tokens": found["tokens"],
+        "response_length": found["tokens"] / len(made),
+    }

@@ -7,7 +7,7 @@ zero expert or were dropped by a rule. A block in report.json, with BUCKET = {"t
 * `by_position`: {"0-3": BUCKET, ...}, index of the next token in its response
 * `by_entropy`: {"q1": BUCKET with "from" and "to", ...}, fifths of the teacher's next-token entropy in nats: above
   `from`, up to and including `to`
-* `by_class`: {"digits": BUCKET, ...}, the token's own text (see `token_classes.py`)
+* `by_class`: {"digits": BUCKET, ...}, the token's own text (see `scored_tokens.py`)
 * `correlations`: {VARIABLE: {"all": r, "by_kind": {kind: r}}}, Spearman's r of `skipped` with `teacher_entropy`,
   `log_prob_gap` (|log p_teacher - log p_student| of the next token, nats) and `position`; r is None where either is
   constant, and `correlations` itself is None where every token skips the same
@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from ..library import library
-from .scored_tokens import ScoredTokens
-from .token_classes import CLASSES
+from ...errors import library
+from .scored_tokens import CLASSES, ScoredTokens
 
 stats = library("scipy.stats")
 POSITIONS = {"0-3": 0, "4-15": 4, "16-63": 16, "64+": 64}

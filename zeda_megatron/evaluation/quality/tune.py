@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from ...data.rows import load_rows
+from ...distill.passes import forward_model
 from ...errors import UserError
+from ...moe import stats
+from ...moe.paired import paired_modules
+from ...moe.pick_rules import parse_pick_rule
+from ...moe.router_dials import set_dials, set_thresholds
+from ...moe.stats import routers
+from ...moe.threshold import calibrate_threshold
 from ...runtime import process_groups
 
 
 def apply_rule(student, options, tokenizer) -> str | None:
     """Give the student the pick rule of `MeasureOptions`, tuned if it has no number; returns it, complete."""
-    from ...data.rows import load_rows
-    from ...moe.pick_rules import parse_pick_rule
-    from ...moe.router_dials import set_dials
-
     rule = options.moe_pick_rule
     if rule in ("skip", "top_p"):
         if not options.calibration:
@@ -28,13 +32,6 @@ def apply_rule(student, options, tokenizer) -> str | None:
 
 def turn_dial(student, options, tokenizer) -> dict:
     """Set the compute dial as asked; returns {"dial": its value}."""
-    from ...data.rows import load_rows
-    from ...distill.passes import forward_model
-    from ...moe.paired import paired_modules
-    from ...moe.router_dials import set_dials, set_thresholds
-    from ...moe.stats import routers
-    from ...moe.threshold import calibrate_threshold
-
     paired = paired_modules(student)
     if not paired and not any(router.num_zero for router in routers(student)):
         raise UserError(f"--zero-dial {options.zero_dial}: the student has no zero experts")
@@ -57,8 +54,6 @@ def turn_dial(student, options, tokenizer) -> dict:
 
 def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float:
     """Number of a `skip` or `top_p` rule that gives the target share on these rows."""
-    from ...moe.pick_rules import parse_pick_rule
-    from ...moe.router_dials import set_dials
 
     def apply(value: float) -> None:
         set_dials(student, pick_rule=parse_pick_rule(f"{name}={value}"))
@@ -69,7 +64,6 @@ def tune_rule(student, name: str, rows, target: float, steps: int = 12) -> float
 
 def tune_dial(student, rows, target: float, steps: int = 12) -> float:
     """Number that, added to the logits of shared zero experts, gives the target share on these rows; it is set."""
-    from ...moe.router_dials import set_dials
 
     def apply(value: float) -> None:
         set_dials(student, zero_logit_bias=value)
@@ -80,9 +74,6 @@ def tune_dial(student, rows, target: float, steps: int = 12) -> float:
 
 
 def _bisect(student, rows, apply, target, low, high, rising: bool, steps: int) -> float:
-    from ...distill.passes import forward_model
-    from ...moe import stats
-
     for _ in range(steps):
         value = (low + high) / 2
         apply(value)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from .folder import sweep
-from .limits import MIB, Limits
-from .run import Ways, run_program
+from .run import MIB, Limits, Ways, run_program
 
 NEEDED = ("files", "network", "processes", "memory")
 """Without one of them code benchmarks are refused."""

@@ -1,25 +1,144 @@
-"""Stage 2's rows: prompts, answered by the student as it is now, packed for one optimizer step."""
+"""Stage 2's rows: prompts, answered by the student as it is now, packed for one optimizer step.
+
+Tensors of routed experts change hands between ranks on the way, each sent only to those that need it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
+
+from ...config.generate import GenerateOptions
 from ...config.options import Options
-from ...data.order import EpochOrder
-from ...data.packing import PackedBatch
+from ...config.zero_experts import ZeroExpertConfig
+from ...data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, blank_row
+from ...data.rows import filled_up, rank_part, split_over_context
 from ...data.tokenizers import ChatTokenizer
-from ...distill.answers import Answer, Asked, Round, roll_out
-from ...distill.rollout import RolloutEngine
+from ...distill.answers import Answer, Asked, RolloutEngine, Round, roll_out
+from ...distill.builtin_engine import BuiltinEngine
 from ...distill.stage0 import Question
-from ...runtime.process_groups import seconds_now
+from ...models.architecture import Architecture
+from ...runtime.process_groups import device, seconds_now
 from ..build import Student
 from ..feed import StepRows
-from .answer_rows import AnswerRows
-from .choose import rollout_engine
+from .vllm_engine import VLLMEngine
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """How answers become rows."""
+
+    seq_length: int
+    """Tokens of a row."""
+    pad_id: int
+    """Token id of padding."""
+    align: int = 1
+    """Every sequence is padded to a multiple of this."""
+    multiple: int = 1
+    """The rows of a rank are a multiple of this: blank ones fill up."""
+    train_truncated: bool = True
+    """Whether answers that were cut off are learned from."""
+
+    def learns(self, answer: Answer) -> bool:
+        """Whether its tokens count in the loss."""
+        return self.train_truncated or answer.finish_reason == "stop"
+
+    def pack(self, answers: list[Answer], routing: Round | None = None) -> tuple[list[PackedBatch], float]:
+        """This rank's rows (under context parallelism its part of them), equally many on every rank; all ranks call
+        it with the same answers.
+
+        Args:
+            routing: the round that these answers are, if the rows shall carry its routed experts.
+
+        Returns:
+            The rows, and rows over rows with text on all ranks (`StepRows.padding_factor`).
+        """
+        samples = [
+            TokenSample(
+                answer.prompt_ids + answer.response_ids,
+                [False] * len(answer.prompt_ids) + [self.learns(answer)] * len(answer.response_ids),
+                answer.kind,
+            )
+            for answer in answers
+        ]
+        data = PackedDataset(samples, self.seq_length, self.pad_id, seed=0, align=self.align)
+        numbers = [data.row_samples(row) for row in range(data.rows_in_epoch(0))]
+        rows = [data[row] for row in rank_part(range(len(numbers)))]
+        if routing is not None:
+            lengths = [len(sample.tokens) for sample in samples]
+            rows = self._with_picks(rows, numbers, lengths, routing)
+        rows = filled_up(rows, len(numbers), blank_row(self.seq_length, self.pad_id), self.multiple)
+        total = len(rows) * parallel_state.get_data_parallel_world_size()
+        return split_over_context(rows), total / len(numbers)
+
+    def _with_picks(
+        self, rows: list[PackedBatch], numbers: list[list[int]], lengths: list[int], routing: Round
+    ) -> list[PackedBatch]:
+        """Lay the routed experts beside the tokens. An answer's last token was never fed: its picks are left open."""
+        ranks = parallel_state.get_data_parallel_world_size()
+        place = {number: row % ranks for row, group in enumerate(numbers) for number in group}
+        inner = routing.picks_shape
+        picks = exchange(
+            routing.picks,
+            routing.home,
+            [place[i] for i in range(len(lengths))],
+            [(length - 1, *inner) for length in lengths],
+            torch.int16,
+        )
+        made = []
+        for row, group in zip(rows, rank_part(numbers), strict=True):
+            picks_SLK = torch.full((self.seq_length, *inner), -1, dtype=torch.int16)
+            for start, number in zip(row.cu_seqlens.tolist(), group):
+                picks_SLK[start : start + lengths[number] - 1] = picks[number]
+            made.append(replace(row, picks=picks_SLK[None]))
+        return made
+
+
+def exchange(
+    mine: dict[int, torch.Tensor],
+    home: list[int],
+    place: list[int],
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+) -> dict[int, torch.Tensor]:
+    """Send numbered tensors from the ranks that have them to the ranks that need them; all ranks call it.
+
+    Args:
+        mine: number -> tensor, of those that this rank has.
+        home: per number the rank that has it, among data- and context-parallel ranks.
+        place: per number the data-parallel rank that needs it; all of its context-parallel ranks get it.
+        shapes: per number its shape. dtype: of all.
+
+    Returns:
+        number -> tensor on the CPU, of those that this rank needs.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    rank, ranks = group.rank(), group.size()
+    size = parallel_state.get_context_parallel_world_size()  # they count fastest
+    numbers = range(len(home))
+    if ranks == 1:
+        return {i: mine[i] for i in numbers}
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
+    sent = [[i for i in numbers if (home[i], place[i]) == (rank, other // size)] for other in range(ranks)]
+    received = [
+        [i for i in numbers if (home[i], place[i]) == (other, rank // size)] for other in range(ranks)
+    ]
+    # As bytes: not every backend knows small integers.
+    parts = [mine[i].contiguous().view(torch.uint8).flatten() for some in sent for i in some]
+    source = torch.cat([torch.empty(0, dtype=torch.uint8), *parts]).to(device())
+    lengths, wanted = ([sum(sizes[i] for i in some) for some in groups] for groups in (sent, received))
+    target = torch.empty(sum(wanted), dtype=torch.uint8, device=source.device)
+    torch.distributed.all_to_all_single(target, source, wanted, lengths, group=group)
+    order = [i for some in received for i in some]
+    pieces = target.cpu().split([sizes[i] for i in order])
+    return {i: piece.clone().view(dtype).view(shapes[i]) for i, piece in zip(order, pieces, strict=True)}
+
 
 CALIBRATION_ROUNDS = 8
 """At most so many rounds of rollouts give the rows on which a threshold is set."""
@@ -134,3 +253,19 @@ class RolloutFeed:
                 self.answers += 1
         replay = self.options.generate.routing_replay
         return roll_out(self.engine, asked, self.sampling, step, replay, self.picks_shape)
+
+
+def rollout_engine(
+    options: GenerateOptions,
+    chunks: list[torch.nn.Module],
+    arch: Architecture,
+    zero: ZeroExpertConfig,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    static: bool = False,
+) -> RolloutEngine:
+    """The engine that --rollout-engine names. `static`: the zero experts are masked, the weights do not change."""
+    vocab, slots = min(tokenizer.vocab_size, arch.vocab_size), options.generate_batch_size
+    if options.rollout_engine == "vllm":
+        return VLLMEngine(chunks[0], arch, zero, tokenizer.eos_ids, max_length, vocab, slots, static)
+    return BuiltinEngine(chunks, tokenizer.eos_ids, tokenizer.pad_id, max_length, vocab, slots)

@@ -1,9 +1,13 @@
-"""Generation with vLLM in this process, on the weights of the Megatron model beside it."""
+"""Generation with vLLM in this process, on the weights of the Megatron model beside it.
+
+They go to it under their Hugging Face names.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,13 +15,13 @@ from safetensors.torch import save_file
 
 from ...config.generate import SamplingConfig
 from ...config.zero_experts import ZeroExpertConfig
-from ...distill.rollout import Generation, check_prompts
+from ...distill.answers import Generation, check_prompts
 from ...errors import UserError
-from ...models.architecture import Architecture
+from ...models.architecture import Architecture, dims_of, weight_map_of
 from ...models.hf_config import dynamic_config, static_config, write_config
+from ...models.weight_kinds import Added, Router, Setting
 from ...moe.stats import routers
 from ...serving.vllm.recorder import RoutingRecorder
-from .hf_weights import hf_settings, hf_weights
 
 GPU_SHARE = 0.4
 """Share of a GPU's memory that vLLM may take: the rest is the training's."""
@@ -166,3 +170,35 @@ def _start(folder: str, dtype: str, max_length: int, slots: int):
         enforce_eager=not torch.cuda.is_available(),
         gpu_memory_utilization=GPU_SHARE,
     )
+
+
+def hf_weights(
+    model: torch.nn.Module, arch: Architecture, static: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key, tensor) of every weight, views where possible.
+
+    Args:
+        model: a bare chunk that is the whole model (no tensor, expert or pipeline parallelism).
+        static: of the static model: without zero experts.
+    """
+    weights, state = weight_map_of(arch), model.state_dict()
+    dims = dims_of(arch, paired=any(".router.paired." in name for name in state))
+    for name, tensor in state.items():
+        if not torch.is_tensor(tensor):
+            continue  # Megatron's empty extra states
+        mapping = weights.for_mcore_name(name)
+        if isinstance(mapping, Setting) or (static and isinstance(mapping, Added)):
+            continue
+        for key, part in mapping.to_hf(tensor.detach(), dims).items():
+            yield key, part[: dims.num_real_experts] if static and isinstance(mapping, Router) else part
+
+
+def hf_settings(model: torch.nn.Module, arch: Architecture) -> dict[str, list[float]]:
+    """Numbers that config.json has per MoE layer (`zce_threshold`), in layer order."""
+    weights, found = weight_map_of(arch), {}
+    for name, tensor in model.state_dict().items():
+        if torch.is_tensor(tensor):
+            mapping = weights.for_mcore_name(name)
+            if isinstance(mapping, Setting):
+                found.setdefault(mapping.key, []).append(float(tensor))
+    return found
