@@ -85,7 +85,7 @@ def require_folder(root: str | Path, flag: str) -> None:
         raise UserError(f"{flag} {root}: no such folder")
     if (root / "config.json").is_file() and not is_complete(root) and not (root / "hf_config").is_dir():
         raise UserError(
-            f"{flag} {root}: is a Hugging Face folder; convert it first (tools/checkpoint_convert.py hf-to-megatron "
+            f"{flag} {root}: is a Hugging Face folder; convert it first (zeda convert hf-to-megatron "
             f"--hf {root} --out DIR)"
         )
 

@@ -28,7 +28,7 @@ class ModelOptions:
     """Folder of the HF model (config.json gives the architecture). Default: hf_config/ of the checkpoint."""
 
     pretrained_checkpoint: str | None = None
-    """Megatron checkpoint to start from (from tools/checkpoint_convert.py). None: random weights."""
+    """Megatron checkpoint to start from (from zeda convert). None: random weights."""
 
     num_zero_experts: Whole | None = None
     """Nz. Default: as many as the checkpoint has."""

@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of tools/flops.py."""
+    """Entry point of zeda plan flops."""
     args = _parser().parse_args(argv)
     for flag, values in (("--tokens", args.tokens), ("--batch", args.batch), ("--context", [args.context])):
         if min(values) < 1:

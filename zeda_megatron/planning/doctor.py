@@ -156,7 +156,7 @@ def _write_in(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of tools/doctor.py. Raises `UserError` if something required or expected is missing."""
+    """Entry point of zeda doctor. Raises `UserError` if something required or expected is missing."""
     parser = argparse.ArgumentParser(
         prog="zeda doctor", description="What is installed; which path operators take", allow_abbrev=False
     )

@@ -1,4 +1,4 @@
-"""How many packed rows make a step of 128 conversations, and how many steps make an epoch: tools/plan.py.
+"""How many packed rows make a step of 128 conversations, and how many steps make an epoch: zeda plan steps.
 
 Prints the flags for launch/pretrain_zeda.sh. Packs exactly as the training does, given the flags that training gets.
 """

@@ -309,7 +309,7 @@ def _patch_tensor_methods() -> None:
 
 def quiet() -> None:
     """Silence what a user can do nothing about, and nothing else."""
-    # Megatron warns about every optional package it does not find; `tools/doctor.py` tells that better.
+    # Megatron warns about every optional package it does not find; `zeda doctor` tells that better.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     # Collectives that Megatron calls have a new name in PyTorch.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

@@ -1,6 +1,6 @@
 """Quantise an exported dynamic model with NVIDIA ModelOpt: weights only, router and zero rows as they are.
 
-python tools/quantize.py --hf DIR --out DIR [--number-format int8|fp8] [--packed]
+zeda quantize --hf DIR --out DIR [--number-format int8|fp8] [--packed]
 
 Rounded by default: the folder has the layout, type and size that it had, and its numbers are those that the format can
 hold; every engine serves it, and its quality is that of the packed model. `--packed` writes ModelOpt's own format.

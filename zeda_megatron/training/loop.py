@@ -113,7 +113,7 @@ class TrainingRun:
             elif self.saver and self.iteration > begun:
                 log.say(
                     f"saved {self.saver.folder(self.iteration)}; next: --stage eval measures it, "
-                    f"tools/checkpoint_convert.py megatron-to-hf --megatron {run.save} exports it"
+                    f"zeda convert megatron-to-hf --megatron {run.save} exports it"
                 )
         except (NotFinite, GuardTripped):
             self._finish_saving()  # a checkpoint of before, still on its way to the disk
