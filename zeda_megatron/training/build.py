@@ -251,7 +251,7 @@ def teacher_source(options: Options) -> str:
 
 
 def teacher_id(options: Options) -> str:
-    """What tells one teacher from another, whatever its folder is called (`origin.weights_id`)."""
+    """What tells one teacher from another, whatever its folder is called (`on_disk.weights_id`)."""
     return weights_id(teacher_source(options), "--teacher-load")
 
 

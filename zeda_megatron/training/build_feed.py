@@ -18,7 +18,7 @@ from ..models.architecture import Architecture, read_architecture
 from .build import Student, hf_folder, run_tokenizer
 from .feed import Feed, StoredFeed
 from .log import warn
-from .rollouts.feed import RolloutFeed
+from .rollout_feed import RolloutFeed
 
 
 def prepare_feed(options: Options) -> Callable[[Student], Feed]:

@@ -22,7 +22,7 @@ from ..moe.router_dials import set_dials
 from ..runtime.agreement import from_rank0, on_rank0
 from .build import build_chunks, hf_folder, run_tokenizer, teacher_id, teacher_source, zero_experts
 from .log import warn
-from .rollouts.feed import rollout_engine
+from .rollout_feed import rollout_engine
 from .signals import StopRequest
 
 ROUND = 4

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from ...config.generate import GenerateOptions
-from ...config.options import Options
-from ...config.zero_experts import ZeroExpertConfig
-from ...data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, blank_row
-from ...data.rows import filled_up, rank_part, split_over_context
-from ...data.tokenizers import ChatTokenizer
-from ...distill.answers import Answer, Asked, RolloutEngine, Round, roll_out
-from ...distill.builtin_engine import BuiltinEngine
-from ...distill.stage0 import Question
-from ...models.architecture import Architecture
-from ...runtime.process_groups import device, seconds_now
-from ..build import Student
-from ..feed import StepRows
-from .vllm_engine import VLLMEngine
+from ..config.generate import GenerateOptions
+from ..config.options import Options
+from ..config.zero_experts import ZeroExpertConfig
+from ..data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, blank_row
+from ..data.rows import filled_up, rank_part, split_over_context
+from ..data.tokenizers import ChatTokenizer
+from ..distill.answers import Answer, Asked, RolloutEngine, Round, roll_out
+from ..distill.builtin_engine import BuiltinEngine
+from ..distill.stage0 import Question
+from ..distill.vllm_engine import VLLMEngine
+from ..models.architecture import Architecture
+from ..runtime.process_groups import device, seconds_now
+from .build import Student
+from .feed import StepRows
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...config.generate import SamplingConfig
-from ...config.zero_experts import ZeroExpertConfig
-from ...distill.answers import Generation, check_prompts
-from ...errors import UserError
-from ...models.architecture import Architecture, dims_of, weight_map_of
-from ...models.hf_config import dynamic_config, static_config, write_config
-from ...models.weight_kinds import Added, Router, Setting
-from ...moe.stats import routers
-from ...serving.vllm.recorder import RoutingRecorder
+from ..config.generate import SamplingConfig
+from ..config.zero_experts import ZeroExpertConfig
+from ..errors import UserError
+from ..models.architecture import Architecture, dims_of, weight_map_of
+from ..models.hf_config import dynamic_config, static_config, write_config
+from ..models.weight_kinds import Added, Router, Setting
+from ..moe.stats import routers
+from ..serving.vllm.recorder import RoutingRecorder
+from .answers import Generation, check_prompts
 
 GPU_SHARE = 0.4
 """Share of a GPU's memory that vLLM may take: the rest is the training's."""
@@ -122,7 +122,7 @@ class VLLMEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         thresholds = hf_settings(self.model, self.arch).get("zce_threshold")
         if thresholds is not None:
-            from ...serving.vllm.install import set_dials
+            from ..serving.vllm.install import set_dials
 
             self.llm.apply_model(lambda model: set_dials(model, thresholds))
 
