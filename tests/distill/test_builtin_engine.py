@@ -11,8 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill import builtin_engine
-from zeda_megatron.distill.answering_pass import AnsweringPass, answering
-from zeda_megatron.distill.builtin_engine import BuiltinEngine
+from zeda_megatron.distill.builtin_engine import AnsweringPass, BuiltinEngine, answering
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.replay import recorded_picks, recording
 from zeda_megatron.moe.router_dials import set_thresholds, zero_mask

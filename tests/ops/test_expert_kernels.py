@@ -10,7 +10,6 @@ from zeda_megatron.moe.experts import backend_for
 from zeda_megatron.ops import expert_kernels
 from zeda_megatron.ops.grouped_mlp import grouped_mlp
 from zeda_megatron.planning import doctor
-from zeda_megatron.runtime import machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -44,7 +43,7 @@ def test_without_them_experts_run_as_ever_and_asking_for_them_names_the_installa
     rows, weights = torch.ones(2, 4), [torch.ones(8, 4)]
     with pytest.raises(UserError, match=r"pip install \./kernels"):
         grouped_mlp(rows, torch.ones(2), [2], weights, [torch.ones(4, 4)], "kernels")
-    found = machine.inspect()
+    found = doctor.inspect()
     assert found.kernels is None and found.problems == ()
 
 
@@ -53,12 +52,12 @@ def test_those_that_cannot_be_imported_are_one_clear_line_and_the_cpus_default_n
     with pytest.raises(UserError, match=r"zeda_nowhere.experts:KERNELS cannot be imported .*pip install"):
         backend_for("auto", GPU, torch.bfloat16)
     assert backend_for("auto", CPU, torch.float32) == "grouped_mm"
-    (problem,) = machine.inspect().problems
+    (problem,) = doctor.inspect().problems
     assert "zeda_nowhere" in problem
 
 
 @pytest.mark.parametrize(("installed_version", "missing"), [(None, "not installed"), ("0.1.0", "not built")])
 def test_the_doctor_tells_what_is_missing(installed_version, missing):
-    on = machine.Machine("3.11.0", {"zeda_kernels": installed_version}, (), "absent", None)
+    on = doctor.Machine("3.11.0", {"zeda_kernels": installed_version}, (), "absent", None)
     (route,) = [route for route in doctor.routes(on) if route.operator == "experts"]
     assert route.path == "grouped_mm" and f"kernels are {missing} (kernels/README.md)" in route.why

@@ -15,7 +15,7 @@ from zeda_megatron.models import build
 from zeda_megatron.models.build import has_transformer_engine
 from zeda_megatron.moe.experts import backend_for
 from zeda_megatron.planning import doctor
-from zeda_megatron.runtime.machine import OPTIONAL, REQUIRED, Machine, inspect, which_apex
+from zeda_megatron.planning.doctor import OPTIONAL, REQUIRED, Machine, inspect, which_apex
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = ({"name": "invented", "compute_capability": "9.0", "memory_gib": 80.0},)
@@ -109,7 +109,7 @@ def test_no_extra_needed_to_examine_and_exit_code_is_0():
 
 
 def test_a_missing_requirement_is_one_clear_line_after_the_findings(monkeypatch, capsys):
-    from zeda_megatron.runtime import machine as facts
+    from zeda_megatron.planning import doctor as facts
 
     real = facts._version
     monkeypatch.setattr(facts, "_version", lambda name: None if name == "psutil" else real(name))
@@ -120,7 +120,7 @@ def test_a_missing_requirement_is_one_clear_line_after_the_findings(monkeypatch,
 
 
 def test_a_wrong_version_of_a_requirement_is_a_problem(monkeypatch):
-    from zeda_megatron.runtime import machine as facts
+    from zeda_megatron.planning import doctor as facts
 
     real = facts._version
     monkeypatch.setattr(facts, "_version", lambda name: "0.15.0" if name == "megatron-core" else real(name))

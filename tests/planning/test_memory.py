@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.data.packing import PackedDataset, TokenSample
-from zeda_megatron.distill.answering_pass import AnsweringPass, answering
+from zeda_megatron.distill.builtin_engine import AnsweringPass, answering
 from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture

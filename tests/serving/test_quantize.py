@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.serving.load import load_model, load_zero_expert_model
-from zeda_megatron.serving.packed import unpacked
+from zeda_megatron.serving.load import load_model, load_zero_expert_model, unpacked
 from zeda_megatron.serving.quantize import QuantizeOptions, main, quantize
 
 every_family, every_kind = families.every_family, families.every_kind

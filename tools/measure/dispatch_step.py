@@ -12,8 +12,7 @@ from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.pick_rules import StaticTopK
-from zeda_megatron.moe.router_dials import set_dials
-from zeda_megatron.moe.threshold import calibrate_threshold
+from zeda_megatron.moe.router_dials import calibrate_threshold, set_dials
 from zeda_megatron.training.build import build_optimizer, build_student
 from zeda_megatron.training.step import Stepper
 

@@ -1,20 +1,218 @@
-"""What a torch_dist checkpoint holds, seen as the parameters of one architecture."""
+"""What a torch_dist checkpoint holds, seen as the parameters of one architecture.
+
+The checkpoint's files are torch.distributed.checkpoint's, read one tensor at a time: the stock reader wants the whole
+state dict, and trusts the files; this one holds one tensor and runs no code of theirs.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
 
+from ..checkpoint.folders import is_complete
+from ..checkpoint.integrity import INTEGRITY, REMEDY, compare_file, has_integrity, told_files
+from ..checkpoint.state import require_checkpoint
+from ..checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata
+from ..config.run import VERIFY_LEVELS
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.hf_config import zero_experts_of
 from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts
-from .layout import Layout, Parameter, model_layout, stacked
-from .torch_dist_reader import TorchDistReader
+from ..regular_file import open_regular
+from .layout import Box, Layout, Parameter, model_layout, stacked
+
+
+class CheckedFiles:
+    """Files of a checkpoint folder, compared with `integrity.json` when they are first needed.
+
+    Hashing everything beforehand would read every byte twice from the disk; this way a file is in memory when it is
+    used. Each file is looked at once; threads that need the same file wait for the one that looks.
+
+    Args:
+        folder: checkpoint folder.
+        flag: the flag that named it, for messages.
+        level: "hash" compares size and SHA-256, "size" the size only, "none" nothing.
+
+    Raises:
+        UserError: a file is missing or has another size, which is looked up for all of them at once.
+    """
+
+    def __init__(self, folder: Path, flag: str, level: str):
+        if level not in VERIFY_LEVELS:
+            raise UserError(
+                f"--verify-checkpoint {level!r} is unknown; choose one of {', '.join(VERIFY_LEVELS)}"
+            )
+        self._folder, self._flag, self._level = folder, flag, level
+        self._told: dict[str, tuple[int, str]] = {}
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._lock, self._seen = threading.Lock(), set()
+        if level != "none" and has_integrity(folder):
+            told = told_files(folder)
+            if told is None:
+                raise self._error(f"{INTEGRITY} cannot be read")
+            self._told = told
+            for name, (size, sha256) in sorted(told.items()):
+                self._compare(name, size, sha256, "size")
+        if not is_complete(folder):
+            raise self._error("is not complete")
+
+    def require(self, name: str) -> None:
+        """Compare a file unless that was done before; a file that `integrity.json` lacks passes."""
+        if self._level != "hash" or name not in self._told:
+            return
+        with self._lock:
+            lock = self._locks[name]
+        with lock:
+            if name not in self._seen:
+                self._compare(name, *self._told[name], "hash")
+                self._seen.add(name)
+
+    def _compare(self, name: str, size: int, sha256: str, level: str) -> None:
+        damage = compare_file(self._folder / name, size, sha256, level)
+        if damage:
+            raise self._error(f"{name} {damage}")
+
+    def _error(self, what: str) -> UserError:
+        return UserError(f"{self._flag} {self._folder}: {what}; {REMEDY}")
+
+
+class TorchDistReader:
+    """Reads boxes out of a checkpoint, whatever TP/EP/PP layout wrote it. Several threads may share it.
+
+    Args:
+        verify: how closely files are looked at before they are read (`integrity.LEVELS`).
+
+    Raises:
+        UserError: no such checkpoint, unreadable index, a missing, truncated or changed file.
+    """
+
+    def __init__(self, folder: str | os.PathLike, verify: str = "hash"):
+        self.folder = require_checkpoint(folder, "--megatron")
+        self._files = CheckedFiles(self.folder, "--megatron", verify)
+        self._files.require(METADATA_NAME)
+        self._metadata = read_metadata(self.folder)
+        self._indices: dict[str, dict[tuple[int, ...], list[int]]] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, key: str) -> bool:
+        return isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata)
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        if key not in self:
+            raise UserError(f"{self.folder}: tensor {key} is missing")
+        return self._metadata.state_dict_metadata[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Global shape."""
+        return tuple(self._tensor(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored type."""
+        return self._tensor(key).properties.dtype
+
+    def keys(self) -> list[str]:
+        """Names of all tensors (a training checkpoint's optimizer states too)."""
+        return [key for key in self._metadata.state_dict_metadata if key in self]
+
+    def check(self, box: Box) -> None:
+        """Raise a `UserError` unless the stored tensor has the box's global shape and holds all of the box."""
+        stored = self._tensor(box.key)
+        expected = box.global_shape
+        if box.may_be_padded and tuple(stored.size[1:]) == expected[1:] and stored.size[0] > expected[0]:
+            whole = sum(chunk.sizes.numel() for chunk in stored.chunks) == stored.size.numel()
+            expected = tuple(stored.size) if whole else expected
+        if tuple(stored.size) != expected:
+            raise UserError(
+                f"{self.folder}: tensor {box.key} has shape {list(stored.size)}, "
+                f"expected {list(box.global_shape)}"
+            )
+        lengths = [_overlap(box, stored.chunks[number])[1] for number in self._overlapping(box)]
+        if sum(torch.Size(part).numel() for part in lengths) != torch.Size(box.shape).numel():
+            raise UserError(f"{self.folder}: tensor {box.key} is incomplete; some ranks' files are missing")
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Assemble one box from the chunks that overlap it.
+
+        Raises:
+            UserError: the stored tensor has another shape or lacks part of the box; a file cannot be read.
+        """
+        self.check(box)
+        numbers, stored = self._overlapping(box), self._tensor(box.key)
+        if len(numbers) == 1 and tuple(stored.chunks[numbers[0]].sizes) == box.shape:
+            return self._load(box.key, numbers[0])
+        target = torch.empty(box.shape, dtype=stored.properties.dtype)
+        for number in numbers:
+            chunk = stored.chunks[number]
+            start, lengths = _overlap(box, chunk)
+            target[_window(start, box.offset, lengths)] = self._load(box.key, number)[
+                _window(start, chunk.offsets, lengths)
+            ]
+        return target
+
+    def _load(self, key: str, number: int) -> torch.Tensor:
+        """One chunk as it lies on the disk."""
+        stored = self._tensor(key)
+        chunk = stored.chunks[number]
+        place = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if place is None:
+            raise UserError(f"{self.folder / METADATA_NAME}: does not say where tensor {key} is")
+        file = self.folder / place.relative_path
+        self._files.require(place.relative_path)
+        try:
+            with open_regular(file) as stream:
+                view = _create_file_view(stream, place.offset, place.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{file}: file is missing; the checkpoint is incomplete") from None
+        except Exception as error:  # a damaged archive can raise nearly anything
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UserError(f"{file}: cannot read tensor {key} ({reason})") from error
+        if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tensor.shape) != (
+            stored.properties.dtype,
+            torch.Size(chunk.sizes),
+        ):
+            raise UserError(f"{file}: cannot read tensor {key} (it is not what {METADATA_NAME} says)")
+        return tensor.contiguous()
+
+    def _overlapping(self, box: Box) -> list[int]:
+        """Numbers of the chunks that touch a box. Looked up by the leading axes along which all chunks have
+        length 1 (stacked experts): trying every pair would take hours with thousands of experts."""
+        chunks = self._tensor(box.key).chunks
+        lead = 0
+        while lead < len(box.shape) and box.shape[lead] == 1 and all(c.sizes[lead] == 1 for c in chunks):
+            lead += 1
+        cache_key = f"{box.key}/{lead}"
+        with self._lock:
+            if cache_key not in self._indices:
+                index = self._indices.setdefault(cache_key, {})
+                for number, chunk in enumerate(chunks):
+                    index.setdefault(tuple(chunk.offsets[:lead]), []).append(number)
+        near = self._indices[cache_key].get(tuple(box.offset[:lead]), [])
+        return [number for number in near if all(length > 0 for length in _overlap(box, chunks[number])[1])]
+
+
+def _overlap(box: Box, chunk: ChunkStorageMetadata) -> tuple[list[int], list[int]]:
+    start = [max(a, b) for a, b in zip(box.offset, chunk.offsets)]
+    ends = [min(a + n, b + m) for a, n, b, m in zip(box.offset, box.shape, chunk.offsets, chunk.sizes)]
+    return start, [end - s for s, end in zip(start, ends)]
+
+
+def _window(start: list[int], origin, lengths: list[int]) -> tuple[slice, ...]:
+    return tuple(slice(s - o, s - o + n) for s, o, n in zip(start, origin, lengths))
+
 
 _MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
 _ROUTER_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.weight")

@@ -1,7 +1,7 @@
 """Megatron -> Hugging Face, streaming, from a checkpoint that any parallel layout wrote.
 
 The walk: checkpoint and template are checked and the result is planned from headers (`megatron_model`); then, shard by
-shard on a pool of threads, each parameter is read (`torch_dist_reader`), taken apart and cast (`_Target`), and its
+shard on a pool of threads, each parameter is read (`TorchDistReader`), taken apart and cast (`_Target`), and its
 parts are written (`safetensors_shards`); config and side files come last, and the folder appears
 (`runtime.whole_folder`).
 """

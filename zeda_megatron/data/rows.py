@@ -21,8 +21,11 @@ from .conversation import pieces_differ, tokenize_rollouts
 from .packing import PackedBatch, PackedDataset, blank_row, context_part
 from .prompts import load_rollouts
 
+CALIBRATION_ROWS = 16
+"""Rows that the threshold is set on: at 2048 tokens and 8 picks, a quarter of a million picks per layer."""
 LOOKED_AT = 8
 """Conversations that are encoded in pieces and as a whole, to compare."""
+T = TypeVar("T")
 
 
 def rows_for(
@@ -90,9 +93,6 @@ def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) 
     return [packed[i] for i in range(min(count, packed.rows_in_epoch(0)))]
 
 
-T = TypeVar("T")
-
-
 def rank_part(rows: Sequence[T]) -> Sequence[T]:
     """What this data-parallel rank takes of all rows (or of their numbers)."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -146,10 +146,6 @@ def read_eval_rows(options: Options, tokenizer: ChatTokenizer, say: Callable[[st
     blank = blank_row(data.seq_length, tokenizer.pad_id)
     rows = split_over_context(filled_up(mine, count, blank, options.parallel.row_multiple))
     return EvalRows(rows, count, f"{packed.fingerprint()} {count}")
-
-
-CALIBRATION_ROWS = 16
-"""Rows that the threshold is set on: at 2048 tokens and 8 picks, a quarter of a million picks per layer."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import describe_checkpoint
 from ..models.on_disk import ZEDA_NAME, ModelFacts, adapted_steps, read_facts, weights_id
 from ..moe import stats
-from ..moe.threshold import calibrate_threshold, format_thresholds
+from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
 from ..runtime.whole_folder import new_folder

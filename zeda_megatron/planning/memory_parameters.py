@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
-from ..models.pipeline_split import stage_layers
+from ..models.build import stage_layers
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,24 @@
-"""Load a model from its folder: ours, the authors' published ones, and static ones."""
+"""Load a model from its folder: ours, the authors' published ones, and static ones.
+
+Folders whose weights NVIDIA ModelOpt has packed (int8 or fp8 with scales) are read back as plain numbers.
+transformers does not know the format: it would take the integers for weights. Here every weight is multiplied by its
+scale while it is read, so the model in memory is as large as an unquantised one.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from ..errors import UserError
 from ..models.architecture import REGISTRY, read_architecture
-from .packed import packed_by, unpacked
 
 
 def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
@@ -54,3 +65,70 @@ def _whole(kind, where: str | os.PathLike, folder: str | os.PathLike | None, **k
         if names:
             raise UserError(f"{where}: tensor {names[0]} {why} ({len(names)} such tensors)")
     return model
+
+
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SCALE = "_scale"
+"""`...weight` and `...weight_scale`: one number, or one per row."""
+
+
+def packed_by(config: Mapping[str, Any]) -> str | None:
+    """Who packed the weights, by config.json's `quantization_config`; None if nobody did."""
+    return (config.get("quantization_config") or {}).get("quant_method")
+
+
+def keys_of(folder: str | Path) -> list[str]:
+    """Names of all tensors of a folder; `UserError` if it has no weights."""
+    return [name for path in _files(folder) for name in _keys(path)]
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """Type of most tensors of a folder, whatever its config.json says.
+
+    Raises:
+        UserError: no weights, or most of them are no plain floating-point numbers.
+    """
+    found: Counter[str] = Counter()
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            found.update(file.get_slice(name).get_dtype() for name in list(file.keys()))
+    most = found.most_common(1)[0][0] if found else "none"
+    if most not in _TYPES:
+        raise UserError(f"{folder}: most tensors have type {most}; a folder of plain float weights is needed")
+    return _TYPES[most]
+
+
+def unpacked(folder: str | Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a folder under their names, packed ones as `dtype`, the others as they are.
+
+    Raises:
+        UserError: no weights, or a packed weight without a scale that fits.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in _keys(path)}
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(SCALE)}
+    for name, tensor in tensors.items():
+        if tensor.dtype in (torch.int8, torch.float8_e4m3fn):
+            tensors[name] = _times(tensor, scales.get(name + SCALE), f"{folder}: {name}").to(dtype)
+    return tensors
+
+
+def _files(folder: str | Path) -> list[Path]:
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no .safetensors file")
+    return files
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def _times(packed_OI: torch.Tensor, scale: torch.Tensor | None, where: str) -> torch.Tensor:
+    """[O, I] times one number, or one per row; float32."""
+    if scale is None or scale.numel() not in (1, packed_OI.shape[0]):
+        raise UserError(f"{where} is packed, but has no scale that fits ({where}{SCALE})")
+    return packed_OI.float() * scale.float().reshape(-1, 1)

@@ -25,8 +25,7 @@ from ..models.architecture import read_architecture
 from ..models.hf_config import copy_side_files, with_own_code, write_config
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from ..strict_json import read_json
-from .load import load_model
-from .packed import SCALE, keys_of, packed_by, stored_dtype
+from .load import SCALE, keys_of, load_model, packed_by, stored_dtype
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"num_bits": 8, "axis": 0},

@@ -1,4 +1,4 @@
-"""From options to live objects: student, teacher, optimizer."""
+"""From options to live objects: student, teacher, optimizer, the engine that samples answers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
 from ..checkpoint.state import load_weights, require_checkpoint
+from ..config.generate import GenerateOptions
 from ..config.model import ModelOptions
 from ..config.options import Options
 from ..config.run import OptimizerOptions
 from ..config.zero_experts import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
+from ..distill.answers import RolloutEngine
+from ..distill.builtin_engine import BuiltinEngine
 from ..distill.teacher import Teacher
+from ..distill.vllm_engine import VLLMEngine
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
@@ -251,7 +255,7 @@ def teacher_source(options: Options) -> str:
 
 
 def teacher_id(options: Options) -> str:
-    """What tells one teacher from another, whatever its folder is called (`origin.weights_id`)."""
+    """What tells one teacher from another, whatever its folder is called (`on_disk.weights_id`)."""
     return weights_id(teacher_source(options), "--teacher-load")
 
 
@@ -303,3 +307,19 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, schedule
+
+
+def rollout_engine(
+    options: GenerateOptions,
+    chunks: list[torch.nn.Module],
+    arch: Architecture,
+    zero: ZeroExpertConfig,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    static: bool = False,
+) -> RolloutEngine:
+    """The engine that --rollout-engine names. `static`: the zero experts are masked, the weights do not change."""
+    vocab, slots = min(tokenizer.vocab_size, arch.vocab_size), options.generate_batch_size
+    if options.rollout_engine == "vllm":
+        return VLLMEngine(chunks[0], arch, zero, tokenizer.eos_ids, max_length, vocab, slots, static)
+    return BuiltinEngine(chunks, tokenizer.eos_ids, tokenizer.pad_id, max_length, vocab, slots)

@@ -12,13 +12,13 @@ from ..data.chat_tokenizer import RUN_DAY
 from ..data.packing import PackedDataset
 from ..data.rows import training_rows
 from ..data.tokenizers import ChatTokenizer
-from ..distill.stage0 import make_questions
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from .build import Student, hf_folder, run_tokenizer
 from .feed import Feed, StoredFeed
 from .log import warn
-from .rollouts.feed import RolloutFeed
+from .rollout_feed import RolloutFeed
+from .stage0 import make_questions
 
 
 def prepare_feed(options: Options) -> Callable[[Student], Feed]:

@@ -12,9 +12,8 @@ from ..config.options import Options
 from ..errors import UserError
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import StaticTopK
-from ..moe.router_dials import open_thresholds, set_dials, set_thresholds
+from ..moe.router_dials import ScoreQuantiles, open_thresholds, set_dials, set_thresholds
 from ..moe.stats import SCORE_BINS, StatsReport
-from ..moe.threshold import ScoreQuantiles
 from .build import Student
 
 

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.hf_config import describe_checkpoint
 from ..models.on_disk import ModelFacts, adapted_steps, read_facts
 from ..moe import stats
-from ..moe.threshold import calibrate_threshold, format_thresholds
+from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
 from .build import build_optimizer, build_student, build_teacher, hf_folder, teacher_id

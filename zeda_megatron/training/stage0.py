@@ -1,29 +1,260 @@
-"""Runs stage 0 from options: build the teacher, answer the prompts, append to the rollout file."""
+"""Stage 0: the teacher answers prompts into the rollout file, one by one; a restart goes on where it stopped."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import datetime
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from tqdm import tqdm
 
 from ..checkpoint.state import load_weights, require_checkpoint
+from ..config.generate import SamplingConfig
 from ..config.options import Options
-from ..distill.stage0 import (
-    RolloutFile,
-    answer_questions,
-    begun_on,
-    make_questions,
-    prompt_settings,
-    sampling_settings,
-)
-from ..errors import UserError
+from ..data.prompts import load_prompts
+from ..data.records import Prompt, Rollout
+from ..data.tokenizers import ChatTokenizer
+from ..distill.answers import RolloutEngine
+from ..durable_file import write_atomically, writing
+from ..errors import UserError, cut_short
 from ..models.architecture import read_architecture
 from ..moe.router_dials import set_dials
+from ..regular_file import is_regular
 from ..runtime.agreement import from_rank0, on_rank0
-from .build import build_chunks, hf_folder, run_tokenizer, teacher_id, teacher_source, zero_experts
+from ..runtime.lines_file import LinesFile
+from ..strict_json import read_json
+from .build import (
+    build_chunks,
+    hf_folder,
+    rollout_engine,
+    run_tokenizer,
+    teacher_id,
+    teacher_source,
+    zero_experts,
+)
 from .log import warn
-from .rollouts.feed import rollout_engine
 from .signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt that wants one answer."""
+
+    key: str
+    """Identity over restarts: hash of the messages, their occurrence and the sample number."""
+    prompt: Prompt
+    """As read."""
+    ids: list[int]
+    """Token ids of the prompt, up to where the answer begins."""
+
+
+def make_questions(
+    files: list[str],
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    samples_per_prompt: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    overlong: str = "error",
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Question]:
+    """All questions of the prompt files, or those of shard (i, n): of prompts i, i + n, i + 2n, ...
+
+    A question has the same key, and so the same seed, however many shards there are, whatever is left out and whatever
+    day the chat template writes: the key is made of the messages alone.
+
+    Args:
+        max_length: of the context; a prompt that leaves no room for an answer in it is overlong.
+        overlong: `skip` leaves such prompts out and tells `say` how many.
+
+    Raises:
+        UserError: overlong prompts, all of them named; no prompt is left.
+    """
+    index, shards = shard
+    questions, seen, long = [], {}, []
+    number = 0
+    for number, prompt in enumerate(load_prompts(files), 1):
+        digest = hashlib.sha256(json.dumps(prompt.messages, sort_keys=True).encode()).hexdigest()[:16]
+        occurrence = seen[digest] = seen.get(digest, -1) + 1
+        if any(tokenizer.surely_longer(message["content"], max_length) for message in prompt.messages):
+            long.append(f"{number} has far too many tokens")
+            continue
+        ids = tokenizer.chat_ids(prompt.messages, add_generation_prompt=True)
+        if len(ids) >= max_length:
+            long.append(f"{number} has {len(ids)} tokens")
+            continue
+        for sample in range(samples_per_prompt if (number - 1) % shards == index else 0):
+            questions.append(Question(f"{digest}-{occurrence}-{sample}", prompt, ids))
+    name = ", ".join(map(str, files))
+    if long and overlong != "skip":
+        others = (
+            f" (so do {len(long) - 1} more: {cut_short(', '.join(long[1:]), 400)})" if len(long) > 1 else ""
+        )
+        raise UserError(
+            f"{name} prompt {long[0]}; the context of {max_length} leaves no room for an answer{others}: shorten or "
+            "remove it, or choose --overlong skip"
+        )
+    if long:
+        say(
+            f"{name}: {len(long)} of {number} prompts left out, as long as the context of {max_length} or longer"
+        )
+    if len(long) == number:
+        raise UserError(f"{name}: no prompt is left, all are too long for a context of {max_length}")
+    return questions
+
+
+def begun_on(path: str | Path) -> datetime.date:
+    """The day that a rollout file was begun on, which its other answers shall know too; today for a new one."""
+    meta = _meta_of(path)
+    if not is_regular(meta):
+        return datetime.date.today()
+    day = read_json(meta).get("day")
+    try:
+        return datetime.date.today() if day is None else datetime.date.fromisoformat(day)
+    except (TypeError, ValueError):
+        raise UserError(f'{meta}: "day" is no date; repair it, or give another --rollout-path') from None
+
+
+def _meta_of(path: str | Path) -> Path:
+    return Path(f"{path}.meta.json")
+
+
+class RolloutFile:
+    """The jsonl file of answers. One process writes it.
+
+    Beside it `<name>.meta.json` records what the answers were sampled with; a run with other settings refuses
+    to append.
+    """
+
+    def __init__(self, path: str | Path, settings: dict):
+        self.path = Path(path)
+        self.meta = _meta_of(path)
+        self.settings = settings
+        self.answered: set[str] = set()
+
+    def open(self) -> None:
+        """Check settings, drop a torn last line, remember which questions are answered. Raises `UserError`."""
+        with writing(f"--rollout-path {self.path}"):
+            self._open()
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if is_regular(self.path) and self.path.stat().st_size:
+            if not is_regular(self.meta):
+                raise UserError(
+                    f"{self.path} exists but {self.meta.name} does not: give another --rollout-path"
+                )
+            before = read_json(self.meta)
+            for name, value in self.settings.items():
+                if before.get(name) != value:
+                    was = cut_short(repr(before.get(name)))
+                    raise UserError(
+                        f"{self.path} was sampled with {name} = {was}, now it is {value!r}: "
+                        "use the same, or give another --rollout-path"
+                    )
+        else:
+            is_regular(self.meta)
+            write_atomically(self.meta, json.dumps(self.settings, indent=2) + "\n")
+        self.lines = LinesFile(
+            self.path, "--rollout-path", _checked, itemgetter("key"), finite=False, ascii=False
+        )
+        self.answered = set(self.lines.lines)
+
+    def append(self, lines: list[dict]) -> None:
+        """Add answers and flush them to disk. Raises `UserError`; then none of them is there."""
+        self.lines.append(lines)
+        self.answered |= {line["key"] for line in lines}
+
+
+def _checked(line: Any, where: str) -> dict[str, Any]:
+    if not (isinstance(line, dict) and isinstance(line.get("key"), str)):
+        raise UserError(f"{where}: not a line of stage 0; repair or move it")
+    return line
+
+
+def answer_questions(
+    questions: list[Question],
+    engine: RolloutEngine,
+    tokenizer: ChatTokenizer,
+    sampling: SamplingConfig,
+    file: RolloutFile,
+    batch_size: int,
+    progress: bool = True,
+    should_stop=lambda: False,
+) -> int:
+    """Answer what is not answered yet; all processes call it. Returns how many were answered now.
+
+    `batch_size`: prompts that the engine is given at a time; their answers are then on disk.
+
+    Prompts of similar length share a batch; data- and context-parallel ranks take batches in turn.
+    """
+    rank0 = torch.distributed.get_rank() == 0
+    todo = [[q.key for q in questions if q.key not in file.answered]] if rank0 else [None]
+    torch.distributed.broadcast_object_list(todo, src=0)
+    wanted = set(todo[0])
+    pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), _stream(q), q.key))
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    mine = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    # The ranks of one model (tensor-parallel ones, pipeline stages) know the same answers.
+    speaks = (
+        parallel_state.get_tensor_model_parallel_rank()
+        == parallel_state.get_pipeline_model_parallel_rank()
+        == 0
+    )
+    answered = 0
+    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress)) as bar:
+        for start in range(0, len(pending), batch_size * ranks):
+            batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
+            made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
+            lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
+            gathered = [None] * torch.distributed.get_world_size() if rank0 else None
+            torch.distributed.gather_object(lines, gathered, dst=0)
+            new = [line for part in gathered for line in part] if rank0 else []
+            on_rank0(lambda new=new: file.append(new))
+            answered += len(new)
+            bar.update(len(new))
+            if should_stop():
+                break
+    return answered
+
+
+def _stream(question: Question) -> int:
+    """The random stream of its answer."""
+    occurrence, sample = question.key.split("-")[1:]
+    prompt = hashlib.sha256(json.dumps(question.ids).encode()).hexdigest()[:12]
+    return int(prompt, 16) + int(occurrence) * 1_000_003 + int(sample)
+
+
+def _line(question: Question, made, tokenizer: ChatTokenizer) -> dict:
+    text = tokenizer.decode(made.response_ids)
+    rollout = Rollout(
+        messages=[*question.prompt.messages, {"role": "assistant", "content": text}],
+        label=question.prompt.label,
+        kind=question.prompt.kind,
+        prompt_ids=question.ids,
+        response_ids=made.response_ids,
+        finish_reason=made.finish_reason,
+    )
+    return {"key": question.key, **rollout.to_line()}
+
+
+def sampling_settings(sampling: SamplingConfig, teacher: str) -> dict:
+    """What must be equal for answers to stand in one file."""
+    return {"teacher": teacher, **asdict(sampling)}
+
+
+def prompt_settings(tokenizer: ChatTokenizer) -> dict:
+    """The same of how prompts are written: tokenizer and template, and the day if the template writes it."""
+    day = {"day": str(tokenizer.day)} if tokenizer.tells_the_day else {}
+    return {"prompts_by": tokenizer.fingerprint()} | day
+
 
 ROUND = 4
 """Prompts handed to the engine at a time, per slot: it refills slots from them; then their answers are written."""

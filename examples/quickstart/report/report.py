@@ -7,7 +7,7 @@ has the keys below, None where a figure was not measured, and may have more:
 * `zero_share_by_layer`: one share per layer
 * `skipped_by_expert`: per layer and real expert, the share of its picks that were skipped
 * `tokens`: which tokens skip, over the tokens that are scored; see `token_skips.py`
-* `own_answers`: KL(student || teacher) on the student's own answers to held-out prompts (`evaluation.own_answers`)
+* `own_answers`: KL(student || teacher) on the student's own answers to held-out prompts (`evaluation.quality.measure`)
 * `answers`: one digit per checkable question, 1 for right; `exact_match_interval`: 95%, low and high
 * `kl_to_teacher_std`: spread over seeds; `seeds`: how many
 """

@@ -10,7 +10,7 @@ from typing import Any
 from ...data.jsonl import parse_line
 from ...errors import UserError, cut_short
 from .engine import Engine
-from .saved import is_deep
+from .run_folder import is_deep
 
 ENGINES = ("transformers", "openai", "megatron")
 _OF_ENGINES = {

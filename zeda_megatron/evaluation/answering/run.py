@@ -27,8 +27,17 @@ from ..benchmarks.registry import find, load
 from ..sandbox.walls import require_walls
 from .engine import Engine, Request, stream_of
 from .options import RunOptions, engine_name, open_engine
-from .run_folder import ANSWERS, SLOTS, VERDICTS, claim_benchmark, claim_run, folder_name
-from .saved import answers_of, slots_line, verdicts_of
+from .run_folder import (
+    ANSWERS,
+    SLOTS,
+    VERDICTS,
+    answers_of,
+    claim_benchmark,
+    claim_run,
+    folder_name,
+    slots_line,
+    verdicts_of,
+)
 
 _PACKAGES = (
     "zeda_megatron",

@@ -12,8 +12,19 @@ from ...models.on_disk import read_facts
 from ...regular_file import is_regular
 from ...runtime.lines_file import read_whole_lines
 from ..answering.engine import Origin
-from ..answering.run_folder import ANSWERS, BENCHMARK, RUN, SLOTS, VERDICTS, folder_name
-from ..answering.saved import answers_of, read_benchmark_facts, read_run_facts, slots_line, verdicts_of
+from ..answering.run_folder import (
+    ANSWERS,
+    BENCHMARK,
+    RUN,
+    SLOTS,
+    VERDICTS,
+    answers_of,
+    folder_name,
+    read_benchmark_facts,
+    read_run_facts,
+    slots_line,
+    verdicts_of,
+)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from ...errors import UserError
 from ...moe import stats
 from ...moe.paired import paired_modules
 from ...moe.pick_rules import parse_pick_rule
-from ...moe.router_dials import set_dials, set_thresholds
+from ...moe.router_dials import calibrate_threshold, set_dials, set_thresholds
 from ...moe.stats import routers
-from ...moe.threshold import calibrate_threshold
 from ...runtime import process_groups
 
 

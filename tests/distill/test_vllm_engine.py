@@ -18,12 +18,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vl
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
+from zeda_megatron.distill.vllm_engine import VLLMEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.hf_config import static_config
 from zeda_megatron.moe.paired import paired_modules
 from zeda_megatron.moe.router_dials import set_dials, set_thresholds
-from zeda_megatron.training.rollouts.vllm_engine import VLLMEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 32}

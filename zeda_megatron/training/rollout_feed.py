@@ -14,20 +14,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from ...config.generate import GenerateOptions
-from ...config.options import Options
-from ...config.zero_experts import ZeroExpertConfig
-from ...data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, blank_row
-from ...data.rows import filled_up, rank_part, split_over_context
-from ...data.tokenizers import ChatTokenizer
-from ...distill.answers import Answer, Asked, RolloutEngine, Round, roll_out
-from ...distill.builtin_engine import BuiltinEngine
-from ...distill.stage0 import Question
-from ...models.architecture import Architecture
-from ...runtime.process_groups import device, seconds_now
-from ..build import Student
-from ..feed import StepRows
-from .vllm_engine import VLLMEngine
+from ..config.options import Options
+from ..data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, blank_row
+from ..data.rows import filled_up, rank_part, split_over_context
+from ..data.tokenizers import ChatTokenizer
+from ..distill.answers import Answer, Asked, RolloutEngine, Round, roll_out
+from ..runtime.process_groups import device, seconds_now
+from .build import Student, rollout_engine
+from .feed import StepRows
+from .stage0 import Question
 
 
 @dataclass(frozen=True)
@@ -253,19 +248,3 @@ class RolloutFeed:
                 self.answers += 1
         replay = self.options.generate.routing_replay
         return roll_out(self.engine, asked, self.sampling, step, replay, self.picks_shape)
-
-
-def rollout_engine(
-    options: GenerateOptions,
-    chunks: list[torch.nn.Module],
-    arch: Architecture,
-    zero: ZeroExpertConfig,
-    tokenizer: ChatTokenizer,
-    max_length: int,
-    static: bool = False,
-) -> RolloutEngine:
-    """The engine that --rollout-engine names. `static`: the zero experts are masked, the weights do not change."""
-    vocab, slots = min(tokenizer.vocab_size, arch.vocab_size), options.generate_batch_size
-    if options.rollout_engine == "vllm":
-        return VLLMEngine(chunks[0], arch, zero, tokenizer.eos_ids, max_length, vocab, slots, static)
-    return BuiltinEngine(chunks, tokenizer.eos_ids, tokenizer.pad_id, max_length, vocab, slots)

@@ -11,9 +11,14 @@ from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
-from zeda_megatron.distill.stage0 import RolloutFile, answer_questions, make_questions, sampling_settings
 from zeda_megatron.errors import UserError
-from zeda_megatron.training.stage0 import run_stage0
+from zeda_megatron.training.stage0 import (
+    RolloutFile,
+    answer_questions,
+    make_questions,
+    run_stage0,
+    sampling_settings,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, seed=5)
@@ -239,7 +244,7 @@ def dated(world, tmp_path, monkeypatch):
 
     from transformers.utils import chat_template_utils
 
-    from zeda_megatron.distill import stage0
+    from zeda_megatron.training import stage0
 
     template = tmp_path / "dated.jinja"
     template.write_text("{{ strftime_now('%Y-%m-%d') }}" + tiny_world.CHATML)

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.pipeline_split import stage_layers, stage_sizes
+from zeda_megatron.models.build import stage_layers, stage_sizes
 
 
 def layout(stages, first=None, last=None, virtual=1):

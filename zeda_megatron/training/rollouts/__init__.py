@@ -1,1 +1,0 @@
-"""Rows that stage 2 samples while it trains."""
