@@ -1,6 +1,7 @@
 """The plan of the house: imports run downward, no circles, patching in one room, a docstring in each file."""
 
 import ast
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -141,6 +142,11 @@ def patches(tree: ast.Module) -> list[str]:
 def test_every_room_has_a_floor():
     rooms = {room(name) for name in import_graph(ROOT)} - {""}
     assert rooms <= set(FLOORS), f"give these rooms a floor in the table above: {sorted(rooms - set(FLOORS))}"
+
+
+def test_no_folder_has_more_than_15_files():
+    folders = Counter(path.parent for path in (ROOT / PACKAGE).rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > 15} == {}
 
 
 def test_imports_run_downward():
