@@ -12,6 +12,7 @@ import sysconfig
 from importlib import import_module
 from pathlib import Path
 
+from .config.convert import read_conversion
 from .config.options import Options, read_options
 from .errors import UserError, cut_short
 from .runtime.worker import leave_with_parent, run_worker
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return start_training(rest)
     if name == "recipes":
         return copy_recipes(rest)
+    if name == "convert":
+        read_conversion(rest)  # a mistake is told before torch is read
     install()
     return import_module(f"{__package__}.{COMMANDS[name][0]}").main(rest)
 

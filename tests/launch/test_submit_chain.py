@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from zeda_megatron.config.arguments import parse
-from zeda_megatron.config.convert import ExportOptions, ImportOptions, VerifyOptions
+from zeda_megatron.config.convert import ExportOptions, ImportOptions, VerifyOptions, read_conversion
 from zeda_megatron.config.options import GROUPS, Options
-from zeda_megatron.convert import command as convert
 from zeda_megatron.planning import doctor as machine_check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +83,7 @@ def test_every_printed_command_is_understood(submit, tmp_path, monkeypatch):
         else:
             assert options.model.stage == step[-1] and options.run.stopped_exit_code == 75
     commands = [*steps["convert"][1:], *steps["export"][1:]]
-    read = [type(convert.read(after(words, "convert"))) for words in commands]
+    read = [type(read_conversion(after(words, "convert"))) for words in commands]
     assert read == [ImportOptions, VerifyOptions, ExportOptions]
 
 

@@ -1,13 +1,15 @@
-"""Options of conversions. Field names are arguments of the functions in `convert/`; each is a flag and a YAML key."""
+"""Options of `zeda convert`. Field names are arguments of the functions in `convert/`; each is a flag and a key."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ..errors import UserError
-from .arguments import Count, check_choices
+from ..errors import UserError, shown
+from .arguments import Count, check_choices, parse
 from .run import VERIFY_LEVELS
 from .zero_experts import ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES
 
@@ -98,3 +100,28 @@ class VerifyOptions(_Conversion):
 
     verify_checkpoint: Literal[VERIFY_LEVELS] = "hash"
     """Compare the checkpoint's files with its integrity.json first: hash, size, none."""
+
+
+COMMANDS = {"hf-to-megatron": ImportOptions, "megatron-to-hf": ExportOptions, "verify": VerifyOptions}
+USAGE = """usage: zeda convert COMMAND [flags]; every command has --help
+
+    zeda convert hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S]
+    zeda convert hf-to-megatron --hf DIR --out DIR --zero-expert-routing paired
+    zeda convert megatron-to-hf --megatron DIR --hf-template DIR --out DIR
+    zeda convert verify --hf DIR --megatron DIR
+
+One process, CPU, a few parameters in memory at a time. --out appears when it is complete; until then the work is in
+OUT.partial, and after an interruption the same command goes on from there. See docs/conversion.md."""
+
+
+def read_conversion(argv: Sequence[str]) -> ImportOptions | ExportOptions | VerifyOptions:
+    """The options of a command line; `--help` is printed and ends the program. Raises `UserError` naming the flag."""
+    name = argv[0] if argv else "nothing"
+    if name in ("-h", "--help"):
+        print(USAGE)
+        sys.exit()
+    if name not in COMMANDS:
+        raise UserError(f"zeda convert: {shown(name)} is no command; choose one of {', '.join(COMMANDS)}")
+    options = parse(argv[1:], {name: COMMANDS[name]}, prog=f"zeda convert {name}")[name]
+    options.validate()
+    return options

@@ -1,13 +1,4 @@
-"""`zeda convert`: checkpoints between Hugging Face and Megatron, and a comparison of both, tensor by tensor.
-
-    zeda convert hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S]
-    zeda convert hf-to-megatron --hf DIR --out DIR --zero-expert-routing paired
-    zeda convert megatron-to-hf --megatron DIR --hf-template DIR --out DIR
-    zeda convert verify --hf DIR --megatron DIR
-
-One process, CPU, a few parameters in memory at a time. --out appears when it is complete; until then the work is in
-OUT.partial, and after an interruption the same command goes on from there. See docs/conversion.md.
-"""
+"""`zeda convert`: does what the command line says, and tells what came of it."""
 
 from __future__ import annotations
 
@@ -17,34 +8,17 @@ import time
 import warnings
 from pathlib import Path
 
-from ..config.arguments import parse
-from ..config.convert import ExportOptions, ImportOptions, VerifyOptions
+from ..config.convert import ExportOptions, ImportOptions, VerifyOptions, read_conversion
 from ..data.tokenizers import has_tokenizer
-from ..errors import UserError, shown
 from .file_writer import Summary
 from .hf_to_megatron import hf_to_megatron
 from .megatron_to_hf import megatron_to_hf
 from .verify import verify
 
-COMMANDS = {"hf-to-megatron": ImportOptions, "megatron-to-hf": ExportOptions, "verify": VerifyOptions}
-
-
-def read(argv: list[str]) -> ImportOptions | ExportOptions | VerifyOptions:
-    """The options of a command line. Raises `UserError` naming the flag."""
-    name = argv[0] if argv else "nothing"
-    if name not in COMMANDS:
-        raise UserError(f"zeda convert: {shown(name)} is no command; choose one of {', '.join(COMMANDS)}")
-    options = parse(argv[1:], {name: COMMANDS[name]}, prog=f"zeda convert {name}")[name]
-    options.validate()
-    return options
-
 
 def main(argv: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    options = read(argv)
+    options = read_conversion(argv)
     try:
         return run(options)
     except KeyboardInterrupt:
