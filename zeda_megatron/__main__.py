@@ -12,10 +12,10 @@ import sysconfig
 from importlib import import_module
 from pathlib import Path
 
-from .config.convert import read_conversion
-from .config.options import Options, read_options
-from .errors import UserError, cut_short
-from .runtime.worker import leave_with_parent, run_worker
+from zeda_megatron.config.convert import read_conversion
+from zeda_megatron.config.options import Options, read_options
+from zeda_megatron.errors import UserError, cut_short
+from zeda_megatron.runtime.worker import leave_with_parent, run_worker
 
 COMMANDS = {
     "convert": (
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "convert":
         read_conversion(rest)  # a mistake is told before torch is read
     install()
-    return import_module(f"{__package__}.{COMMANDS[name][0]}").main(rest)
+    return import_module(f"zeda_megatron.{COMMANDS[name][0]}").main(rest)
 
 
 def usage() -> str:
@@ -77,7 +77,7 @@ def usage() -> str:
 
 def install() -> None:
     """Megatron's CPU runtime where there is no GPU; before anything that imports Megatron."""
-    from .runtime import cpu
+    from zeda_megatron.runtime import cpu
 
     cpu.install()
 
@@ -103,7 +103,7 @@ def training_options(argv: list[str]) -> Options:
 def train(options: Options) -> int:
     """Be one training process."""
     install()
-    from .training.main import train as run
+    from zeda_megatron.training.main import train as run
 
     return run(options)
 
@@ -115,7 +115,7 @@ def home() -> Path:
     for place in (above, above / share, Path(sysconfig.get_path("data")) / share):
         if (place / "launch" / "pretrain_zeda.sh").is_file():
             return place
-    raise UserError(f"launch/pretrain_zeda.sh is missing beside {__package__}: install the package again")
+    raise UserError("launch/pretrain_zeda.sh is missing beside zeda_megatron: install the package again")
 
 
 def copy_recipes(argv: list[str]) -> int:
@@ -136,10 +136,13 @@ def copy_recipes(argv: list[str]) -> int:
 
 def door(*command: str) -> None:
     """Be the program `zeda COMMAND`; without a command, `zeda`. Exits."""
+    # Processes that this one starts to write checkpoints shall import its file, as `__mp_main__`: see the last lines.
+    # They would not after `python -m zeda_megatron`, whose module has a name.
+    sys.modules["__main__"].__spec__ = None
     run_worker(lambda: main([*command, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
     door()
-elif "__mp_main__" in sys.modules:  # a child that writes a checkpoint, of a program that came in here
-    leave_with_parent()
+elif sys.modules.get("__mp_main__") not in (None, sys.modules["__main__"]):
+    leave_with_parent()  # a child that writes a checkpoint, of a program that came in here

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -195,3 +196,45 @@ def test_the_run_ends_with_a_code_of_its_own(monkeypatch, capsys):
         run_worker(fail)
     assert end.value.code == 3
     assert capsys.readouterr().err.startswith("error: a collective: another process of this run is gone")
+
+
+CHILD = """
+import multiprocessing, signal, sys
+from zeda_megatron.__main__ import door
+
+def tell():
+    print(signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, flush=True)
+
+if __name__ == "__main__":
+    tell()
+    child = multiprocessing.get_context("spawn").Process(target=tell)
+    child.start()
+    child.join()
+"""
+
+
+def test_only_the_children_of_a_program_leave_the_signals_to_it(tmp_path):
+    (tmp_path / "program.py").write_text(CHILD)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_child_of_python_m_zeda_megatron_leaves_the_signals_to_it_too(tmp_path):
+    """multiprocessing gives children the file of a main module without a spec; that of a package it leaves out."""
+    code = """
+import runpy, sys, zeda_megatron.runtime.worker as worker
+from multiprocessing import get_context
+import multiprocessing.spawn as spawn
+worker.run_worker = lambda main: print(spawn.get_preparation_data("child").get("init_main_from_path"))
+sys.argv = ["zeda"]
+runpy.run_module("zeda_megatron", run_name="__main__", alter_sys=True)
+"""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == str(root / "zeda_megatron" / "__main__.py"), done.stderr

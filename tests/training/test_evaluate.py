@@ -244,7 +244,7 @@ def test_a_held_out_file_that_cannot_be_used_is_a_user_error(world, tmp_path):
     ("flags", "words"),
     [
         ({"eval_interval": 5}, "--eval-interval 5 needs --eval-data-path"),
-        ({"eval_interval": -1, "eval_data_path": "x"}, "--eval-interval -1 must not be negative"),
+        ({"eval_interval": -1, "eval_data_path": "x"}, "--eval-interval -1 must be at least 0"),
         ({"eval_rows": 0}, "--eval-rows 0 must be at least 1"),
     ],
 )
