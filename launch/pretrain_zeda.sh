@@ -146,47 +146,4 @@ if __name__ == "__main__":
     start()
 elif __name__ == "__mp_main__":  # a child that writes a checkpoint
     import zeda_megatron.__main__  # noqa: F401 (it ends with its parent)
-# end of the Python half'
-":"""
-
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def read_environment() -> None:
-    """launch/env.sh, where torchrun came here without passing through bash."""
-    if os.environ.get("ZEDA_ENV") == "1":
-        return
-    shell = ["bash", "-c", 'source "$1" && env -0', "bash", str(ROOT / "launch" / "env.sh")]
-    lines = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.split("\0")
-    os.environ.update(line.split("=", 1) for line in lines if "=" in line)
-
-
-def start() -> None:
-    """Run one training process."""
-    read_environment()
-    if (ROOT / "zeda_megatron").is_dir():
-        sys.path[0] = str(ROOT)
-    missing = [name for name in ("torch", "megatron", "transformers", "yaml") if find_spec(name) is None]
-    if missing:
-        print(f"error: {sys.executable} has no {', '.join(missing)}: activate your environment, or "
-              f"`pip install -e {ROOT}` into it (PYTHON=... chooses another Python)", file=sys.stderr)
-        sys.exit(2)
-    from zeda_megatron.main import main
-    from zeda_megatron.runtime.worker import run_worker
-
-    run_worker(main)
-
-
-if __name__ == "__main__":
-    start()
-elif __name__ == "__mp_main__":  # a child that writes a checkpoint
-    from zeda_megatron.runtime.worker import leave_with_parent
-
-    leave_with_parent()
 # end of the Python half
