@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 
 import pytest
+import torch
 
 from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.errors import UserError
@@ -179,3 +181,33 @@ def test_owner_is_told(tmp_path):
         make(tmp_path / "out", parts(None, KeyboardInterrupt()))
     owner = json.loads((tmp_path / "out.partial/owner.json").read_text())
     assert owner["pid"] == os.getpid() and owner["host"] and owner["since"]
+
+
+def test_the_reason_is_told_though_another_thread_is_stopped_inside_of_torchs_writer(tmp_path):
+    started, (first, second) = threading.Event(), parts()[:2]
+
+    class Slow:
+        """A stream that is stopped between two pieces of one tensor."""
+
+        def __init__(self, stream):
+            self.stream, self.tell, self.flush, self.pieces = stream, stream.tell, stream.flush, 0
+
+        def write(self, data):
+            self.pieces += 1
+            if self.pieces == 2:
+                started.set()
+                assert writer._stop.wait(30)
+            return self.stream.write(data)
+
+    def write(file, stream):
+        if file is second:
+            torch.save(torch.zeros(1000), Slow(stream))
+        assert started.wait(30)
+        raise OSError(5, "Input/output error")
+
+    with (
+        pytest.raises(UserError, match="Input/output error"),
+        staged_folder(tmp_path / "out", REQUEST) as staging,
+    ):
+        writer = FileWriter(staging, [second, first], 2, "test")
+        writer.run(write)

@@ -73,17 +73,17 @@ class FileStream:
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None]):
         self._file, self._report, self._digest, self._size = file, report, hashlib.sha256(), 0
-        self.failure: OSError | None = None
-        """Why the disk refused: PyTorch's writer hides it behind an error of its own."""
+        self.failure: OSError | Stopped | None = None
+        """Why nothing more was written: PyTorch's writer hides it behind an error of its own."""
 
     def write(self, data) -> int:
         """Append bytes (anything with a buffer)."""
         view = memoryview(data).cast("B")
-        self._report(len(view))
-        self._digest.update(view)
         try:
+            self._report(len(view))
+            self._digest.update(view)
             self._file.write(view)
-        except OSError as error:
+        except (OSError, Stopped) as error:
             self.failure = error
             raise
         self._size += len(view)
