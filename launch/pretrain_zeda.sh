@@ -145,5 +145,7 @@ def start() -> None:
 if __name__ == "__main__":
     start()
 elif __name__ == "__mp_main__":  # a child that writes a checkpoint
-    import zeda_megatron.__main__  # noqa: F401 (it ends with its parent)
+    from zeda_megatron.runtime.worker import leave_with_parent
+
+    leave_with_parent()
 # end of the Python half

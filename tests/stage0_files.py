@@ -7,8 +7,8 @@ import json
 import tiny_world
 
 
-def stage0(world, path, expected_code=0, **values):
-    """Run stage 0 in this process; its file."""
+def stage0_options(world, path, **values):
+    """Options of a stage 0 that writes to `path`."""
     fields = {
         "stage": "0",
         "pretrained_checkpoint": world.static,
@@ -16,9 +16,14 @@ def stage0(world, path, expected_code=0, **values):
         "rollout_path": path,
         "max_new_tokens": 5,
     }
+    return tiny_world.options(world, **(fields | values))
+
+
+def stage0(world, path, expected_code=0, **values):
+    """Run stage 0 in this process; its file."""
     from zeda_megatron.training.stage0 import run_stage0
 
-    assert run_stage0(tiny_world.options(world, **(fields | values))) == expected_code
+    assert run_stage0(stage0_options(world, path, **values)) == expected_code
     return path
 
 

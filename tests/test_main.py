@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_world
 
+from zeda_megatron.__main__ import main as zeda
 from zeda_megatron.checkpoint.state import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,3 +99,13 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_still_loads(world, smal
     last = max(name for name in names if name.startswith("iter_"))
     resumed = tiny_world.start(world, load=small_disk, train_iters=50)
     assert f"iter_{resumed.iteration:07d}" == last
+
+
+def test_zeda_train_leaves_what_slurm_has_started_to_the_launcher(monkeypatch):
+    monkeypatch.setattr("os.execvp", lambda file, words: started.append(words))
+    started = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("PYTHON", "python")
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script has it too
+    zeda(["train", "--data-path", "a.jsonl"])
+    assert started == [["bash", str(ROOT / "launch" / "pretrain_zeda.sh"), "--data-path", "a.jsonl"]]

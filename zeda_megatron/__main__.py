@@ -12,16 +12,18 @@ import sysconfig
 from importlib import import_module
 from pathlib import Path
 
-from zeda_megatron.config.convert import read_conversion
+from zeda_megatron.config.convert import ExportOptions, ImportOptions, VerifyOptions, read_conversion
 from zeda_megatron.config.options import Options, read_options
 from zeda_megatron.errors import UserError, cut_short
-from zeda_megatron.runtime.worker import leave_with_parent, run_worker
+from zeda_megatron.runtime.worker import (
+    is_child_of_program,
+    leave_with_parent,
+    let_children_import_main,
+    run_worker,
+)
 
 COMMANDS = {
-    "convert": (
-        "convert.command",
-        "Hugging Face checkpoints to Megatron's and back, and a comparison of both",
-    ),
+    "convert": ("", "Hugging Face checkpoints to Megatron's and back, and a comparison of both"),
     "fit": ("fit.run", "fit the heads of paired zero experts"),
     "train": ("", "adapt a model: stages 0 to 2, pretraining, evaluation on held-out text"),
     "evaluate run": ("evaluation.answering.run", "ask a model the questions of benchmarks"),
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "recipes":
         return copy_recipes(rest)
     if name == "convert":
-        read_conversion(rest)  # a mistake is told before torch is read
+        return convert(read_conversion(rest))
     install()
     return import_module(f"zeda_megatron.{COMMANDS[name][0]}").main(rest)
 
@@ -82,11 +84,23 @@ def install() -> None:
     cpu.install()
 
 
+def convert(options: ImportOptions | ExportOptions | VerifyOptions) -> int:
+    """Convert or compare; an interruption costs nothing."""
+    install()
+    from zeda_megatron.convert.command import run
+
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
 def start_training(argv: list[str]) -> int:
-    """Check the options, then train: as one process of those that torchrun or srun has started, else by the launcher,
-    which starts one for each GPU of this machine."""
+    """Check the options, then train: as one of torchrun's processes, else by the launcher, which starts one for each
+    GPU of this machine, and knows what srun has started."""
     options = training_options(argv)
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    if "RANK" in os.environ:
         return train(options)
     os.environ["PYTHON"] = sys.executable
     script = str(home() / "launch" / "pretrain_zeda.sh")
@@ -136,13 +150,11 @@ def copy_recipes(argv: list[str]) -> int:
 
 def door(*command: str) -> None:
     """Be the program `zeda COMMAND`; without a command, `zeda`. Exits."""
-    # Processes that this one starts to write checkpoints shall import its file, as `__mp_main__`: see the last lines.
-    # They would not after `python -m zeda_megatron`, whose module has a name.
-    sys.modules["__main__"].__spec__ = None
+    let_children_import_main()
     run_worker(lambda: main([*command, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
     door()
-elif sys.modules.get("__mp_main__") not in (None, sys.modules["__main__"]):
-    leave_with_parent()  # a child that writes a checkpoint, of a program that came in here
+elif is_child_of_program():  # a child that writes a checkpoint
+    leave_with_parent()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from zeda_megatron.config.arguments import parse
+from zeda_megatron.config.arguments import parse, require
 from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.import_checks import check_not_quantised
@@ -121,9 +121,7 @@ def prune(options: PruneOptions) -> dict[int, list[int]]:
 
     Raises `UserError` for missing flags, a model with zero experts or groups of experts, or a folder in use.
     """
-    for flag, value in (("--hf", options.hf), ("--calibration", options.calibration), ("--out", options.out)):
-        if not value:
-            raise UserError(f"{flag} is missing")
+    require(options, "hf", "calibration", "out")
     from transformers import AutoModelForCausalLM
 
     from zeda_megatron.data.conversation import tokenize_rollout

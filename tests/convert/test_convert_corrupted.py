@@ -12,8 +12,8 @@ from corruptions import HF_CASES, Payload, snapshot
 from tiny_models import make_hf_folder
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from zeda_megatron.__main__ import main as zeda
 from zeda_megatron.checkpoint.integrity import find_damage, require_intact
-from zeda_megatron.convert import command
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
@@ -41,7 +41,7 @@ def refused(capsys, tmp_path):
             arguments = (*arguments, "--overwrite")
         before, below = snapshot(source), sorted(path.name for path in tmp_path.iterdir())
         with pytest.raises(SystemExit) as stop:
-            run_worker(lambda: command.main([str(argument) for argument in (*arguments, "--out", out)]))
+            run_worker(lambda: zeda(["convert", *map(str, (*arguments, "--out", out))]))
         err = capsys.readouterr().err
         assert stop.value.code == 2
         assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1200, err
@@ -236,7 +236,7 @@ def test_pickles_that_no_conversion_needs_are_never_opened(whole, tmp_path, caps
     (tmp_path / "m/release/integrity.json").unlink()
     (tmp_path / "m/release/common.pt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     arguments = ["--megatron", tmp_path / "m", "--hf-template", whole / "hf", "--out", tmp_path / "out"]
-    assert command.main(["megatron-to-hf", *map(str, arguments)]) == 0
+    assert zeda(["convert", "megatron-to-hf", *map(str, arguments)]) == 0
     assert not (tmp_path / "ran").exists()
 
 
@@ -248,7 +248,7 @@ def test_python_files_of_a_folder_are_never_run(whole, tmp_path, capsys):
     config = json.loads((hf / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}
     (hf / "config.json").write_text(json.dumps(config))
-    assert command.main(["hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
+    assert zeda(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from odd_folders import FILES, MEGATRON_ODD, VALUES
 from transformers import AutoModelForCausalLM
 
-from zeda_megatron.convert import command
+from zeda_megatron.__main__ import main as zeda
 from zeda_megatron.runtime.worker import run_worker
 
 FAMILIES = {
@@ -32,8 +32,9 @@ def folders(tmp_path_factory):
             (hf / file).write_text('{"a": 1}')
         (hf / "chat_template.jinja").write_text("{{ messages }}")
         assert (
-            command.main(
+            zeda(
                 [
+                    "convert",
                     "hf-to-megatron",
                     "--hf",
                     str(hf),
@@ -52,7 +53,7 @@ def outcome(capsys, *arguments) -> str | None:
     """The one line of a refusal, None for a conversion; fails for whatever else may happen."""
     started, _ = time.monotonic(), capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_worker(lambda: command.main(list(map(str, arguments))))
+        run_worker(lambda: zeda(["convert", *map(str, arguments)]))
     said = capsys.readouterr().err
     assert time.monotonic() - started < 60, "it takes too long"
     if stop.value.code == 0:

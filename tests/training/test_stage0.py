@@ -4,8 +4,8 @@ import hashlib
 import json
 
 import pytest
+import stage0_files
 import tiny_world
-from stage0_files import stage0
 
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.data.prompts import load_rollouts
@@ -407,15 +407,8 @@ def test_equal_prompts_are_questions_of_their_own(world, tokenizer, engine, tmp_
 
 
 def stage0_options(world, path, **values):
-    fields = {
-        "stage": "0",
-        "pretrained_checkpoint": world.static,
-        "data_path": world.prompts,
-        "rollout_path": path,
-        "max_new_tokens": 5,
-        "temperature": 0.0,
-    }
-    return tiny_world.options(world, **(fields | values))
+    """Greedy, unless a test wants samples."""
+    return stage0_files.stage0_options(world, path, **{"temperature": 0.0} | values)
 
 
 def test_stage_0_asks_the_static_model_whichever_checkpoint_it_gets(world, tmp_path, capsys):
@@ -466,7 +459,7 @@ def test_the_order_of_answers_follows_from_the_prompts_tokens_alone(world, tmp_p
     """Shorter prompts first, then by a hash: a run that trains on the file meets its rows in the same order as ever."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"say {letter}"}) + "\n" for letter in "abcdefghijkl"))
-    lines = stage0(world, tmp_path / "out.jsonl", data_path=prompts).read_text().splitlines()
+    lines = stage0_files.stage0(world, tmp_path / "out.jsonl", data_path=prompts).read_text().splitlines()
     asked = [json.loads(line)["prompt_ids"] for line in lines]
     hashes = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12] for ids in asked]
     assert len(set(map(len, asked))) == 1 and len(set(hashes)) == 12

@@ -180,6 +180,13 @@ def _default(field: dataclasses.Field) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
+def require(options: Any, *names: str) -> None:
+    """Raise `UserError` for the first of these fields that was not given."""
+    for name in names:
+        if not getattr(options, name):
+            raise UserError(f"{_flag(name)} is missing")
+
+
 def check_choices(options: Any) -> None:
     """Raise `UserError` for a value that is none of its field's `Literal[...]`, or out of its `Range`."""
     for name, hint in typing.get_type_hints(type(options), include_extras=True).items():

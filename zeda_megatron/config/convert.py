@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import UserError, shown
-from .arguments import Count, check_choices, parse
+from .arguments import Count, check_choices, parse, require
 from .run import VERIFY_LEVELS
 from .zero_experts import ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES
 
@@ -26,9 +26,8 @@ class _Conversion:
     def validate(self) -> None:
         """Raise `UserError` naming the flag that is missing or cannot work."""
         check_choices(self)
-        for field in fields(self):
-            if field.name in ("hf", "megatron", "hf_template", "out") and getattr(self, field.name) is None:
-                raise UserError(f"--{field.name.replace('_', '-')} is missing")
+        folders = ("hf", "megatron", "hf_template", "out")
+        require(self, *(field.name for field in fields(self) if field.name in folders))
 
 
 @dataclass(frozen=True)

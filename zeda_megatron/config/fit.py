@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
-from .arguments import Amount, Count, Positive, Share, check_choices
+from .arguments import Amount, Count, Positive, Share, check_choices, require
 from .parallel import ParallelConfig
 from .share import BUDGETS
 from .zero_experts import ZeroExpertConfig
@@ -74,13 +74,7 @@ class FitOptions:
         """Raise `UserError` naming the flag."""
         check_choices(self)
         parallel.validate()
-        for flag, value in (
-            ("--pretrained-checkpoint", self.pretrained_checkpoint),
-            ("--data-path", self.data_path),
-            ("--save", self.save),
-        ):
-            if not value:
-                raise UserError(f"{flag} is missing")
+        require(self, "pretrained_checkpoint", "data_path", "save")
         for flag, value in (
             ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
             ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size),

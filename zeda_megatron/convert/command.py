@@ -8,22 +8,12 @@ import time
 import warnings
 from pathlib import Path
 
-from ..config.convert import ExportOptions, ImportOptions, VerifyOptions, read_conversion
+from ..config.convert import ExportOptions, ImportOptions, VerifyOptions
 from ..data.tokenizers import has_tokenizer
 from .file_writer import Summary
 from .hf_to_megatron import hf_to_megatron
 from .megatron_to_hf import megatron_to_hf
 from .verify import verify
-
-
-def main(argv: list[str]) -> int:
-    """Do what the command line says; returns the exit code."""
-    options = read_conversion(argv)
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
 
 
 def run(options: ImportOptions | ExportOptions | VerifyOptions) -> int:

@@ -142,9 +142,7 @@ def read_eval_rows(options: Options, tokenizer: ChatTokenizer, say: Callable[[st
         say=say,
     )
     count = min(wanted.eval_rows, packed.rows_in_epoch(0))
-    mine = [packed[row] for row in rank_part(range(count))]
-    blank = blank_row(data.seq_length, tokenizer.pad_id)
-    rows = split_over_context(filled_up(mine, count, blank, options.parallel.row_multiple))
+    rows = split_over_context(_deal(packed, range(count), options.parallel.row_multiple))
     return EvalRows(rows, count, f"{packed.fingerprint()} {count}")
 
 
@@ -188,6 +186,6 @@ def read_fit_rows(options: FitOptions, tokenizer: ChatTokenizer, say: Callable[[
     )
 
 
-def _deal(data: PackedDataset, numbers: range) -> list[PackedBatch]:
+def _deal(data: PackedDataset, numbers: range, multiple: int = 1) -> list[PackedBatch]:
     mine = [data[row] for row in rank_part(numbers)]
-    return filled_up(mine, len(numbers), blank_row(data.seq_length, data.pad_id))
+    return filled_up(mine, len(numbers), blank_row(data.seq_length, data.pad_id), multiple)

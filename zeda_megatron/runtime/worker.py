@@ -140,6 +140,18 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
+def let_children_import_main() -> None:
+    """Processes that this one starts shall import the file of its program, which ends with `is_child_of_program`. They
+    would not after `python -m PACKAGE`: multiprocessing leaves out a main module that a package has named."""
+    sys.modules["__main__"].__spec__ = None
+
+
+def is_child_of_program() -> bool:
+    """Whether a module is imported by such a process on behalf of its parent's program. (`__mp_main__` alone tells
+    nothing: wherever multiprocessing was imported it is another name of `__main__`.)"""
+    return sys.modules.get("__mp_main__") not in (None, sys.modules["__main__"])
+
+
 def leave_with_parent(seconds: float = 1.0) -> None:
     """End this process soon after its parent, and not before. For the children that Megatron starts to write
     checkpoints: after a kill -9 they would wait for ever, with the run's terminal or pipe still open. Slurm signals all

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config.arguments import check_choices, parse
+from ..config.arguments import check_choices, parse, require
 from ..convert.hf_files import HFReader
 from ..convert.import_checks import check_not_quantised
 from ..durable_file import write_atomically
@@ -202,9 +202,7 @@ def _round_routers(model: nn.Module, state: dict[str, torch.Tensor], number_form
 def main(argv: list[str]) -> int:
     """Entry point."""
     options = parse(argv, {"quantize": QuantizeOptions}, prog="zeda quantize")["quantize"]
-    for flag in ("hf", "out"):
-        if getattr(options, flag) is None:
-            raise UserError(f"--{flag} is missing")
+    require(options, "hf", "out")
     done = quantize(options)
     print(
         f"{options.out}: {done['weights']} weights, {done['parameters']} parameters as {options.number_format}"

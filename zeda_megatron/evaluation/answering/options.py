@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ...config.arguments import Count, check_choices, require
 from ...data.jsonl import parse_line
 from ...errors import UserError, cut_short
 from .engine import Engine
@@ -50,10 +51,10 @@ class RunOptions:
     data: str | None = None
     """Folder with the benchmarks' files."""
 
-    limit: int | None = None
+    limit: Count | None = None
     """At most so many questions per benchmark."""
 
-    samples: int | None = None
+    samples: Count | None = None
     """Answers per question. Default: the paper's number for each benchmark."""
 
     max_new_tokens: int | None = None
@@ -71,7 +72,7 @@ class RunOptions:
     seed: int = 0
     """Seed of the answers and of made-up questions."""
 
-    concurrency: int = 8
+    concurrency: Count = 8
     """Answers under way at a time."""
 
     chat_args: str | None = None
@@ -113,7 +114,7 @@ class RunOptions:
     allow_weak_sandbox: bool = False
     """Run model-written code although a wall of the sandbox is missing."""
 
-    verify_workers: int = 2
+    verify_workers: Count = 2
     """Programs judged at a time."""
 
     verify_again: bool = False
@@ -131,21 +132,8 @@ class RunOptions:
 
     def check(self) -> None:
         """Raise `UserError` for what is missing or out of range."""
-        for flag, value in (
-            ("--benchmarks", self.benchmarks),
-            ("--model", self.model),
-            ("--output", self.output),
-        ):
-            if not value:
-                raise UserError(f"{flag} is missing")
-        for flag, number in (
-            ("--limit", self.limit),
-            ("--samples", self.samples),
-            ("--concurrency", self.concurrency),
-            ("--verify-workers", self.verify_workers),
-        ):
-            if number is not None and number < 1:
-                raise UserError(f"{flag} {number} must be at least 1")
+        require(self, "benchmarks", "model", "output")
+        check_choices(self)
         if self.engine not in (None, *ENGINES):
             raise UserError(f"--engine {self.engine} is unknown; choose one of {', '.join(ENGINES)}")
         name = engine_name(self)

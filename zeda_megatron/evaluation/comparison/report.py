@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ...config.arguments import parse
+from ...config.arguments import parse, require
 from ...durable_file import write_result
 from ...errors import UserError, cut_short, one_line
 from .choice import MARGIN, choose
@@ -48,9 +48,7 @@ def report(options: ReportOptions) -> dict:
     Raises:
         UserError: no runs, two of one arm, or a folder that is no run.
     """
-    for flag, value in (("--runs", options.runs), ("--output", options.output)):
-        if not value:
-            raise UserError(f"{flag} is missing")
+    require(options, "runs", "output")
     if not 0.0 <= options.margin <= 1.0:
         raise UserError(f"--margin {options.margin} must be from 0 to 1")
     made = make_report(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...config.arguments import parse
+from ...config.arguments import parse, require
 from ...config.generate import SamplingConfig
 from ...data.conversation import tokenize_rollout
 from ...data.prompts import load_rollouts
@@ -135,13 +135,7 @@ def _refuse_foreign_code(folder: Path, trusted: bool) -> None:
 def main(argv: list[str]) -> int:
     """Entry point: 0 if all answers are equal and all logits within the tolerance, 1 otherwise."""
     options = parse(argv, {"check": CheckOptions}, prog="zeda evaluate export")["check"]
-    for flag, value in (
-        ("--megatron", options.megatron),
-        ("--hf", options.hf),
-        ("--heldout", options.heldout),
-    ):
-        if value is None:
-            raise UserError(f"{flag} is missing")
+    require(options, "megatron", "hf", "heldout")
     process_groups.initialize()
     try:
         result = check(options)

@@ -17,11 +17,10 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from ...config.arguments import check_choices, parse
+from ...config.arguments import check_choices, parse, require
 from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result
-from ...errors import UserError
 from ...ops.vocab_kl import token_metrics
 from ...serving.load import load_model
 from ...text_table import markdown_table
@@ -205,9 +204,7 @@ def table(result: dict[str, dict[str, float]]) -> list[str]:
 def main(argv: list[str]) -> int:
     """Entry point: prints a table."""
     options = parse(argv, {"quality": QualityOptions}, prog="zeda evaluate folders")["quality"]
-    for flag in ("teacher", "models", "heldout"):
-        if not getattr(options, flag):
-            raise UserError(f"--{flag} is missing")
+    require(options, "teacher", "models", "heldout")
     check_choices(options)
     tokenizer = load_tokenizer(options.teacher)
     held_out = load_held_out(options.heldout, tokenizer, options.seq_length, limit=options.limit)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ...config.arguments import check_choices, parse
+from ...config.arguments import check_choices, parse, require
 from ...config.generate import SamplingConfig
 from ...config.run import LossConfig
 from ...data.packing import PackedDataset, TokenSample
@@ -21,7 +21,6 @@ from ...distill.builtin_engine import BuiltinEngine
 from ...distill.passes import compare, means, total
 from ...distill.teacher import Teacher
 from ...durable_file import write_result
-from ...errors import UserError
 from ...models.load import load_model
 from ...moe import stats
 from ...moe.paired import paired_modules
@@ -192,9 +191,7 @@ def _by_family(tasks, right: list[bool]) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     """Entry point. Prints the metrics and writes them to --out."""
     options = parse(argv, {"measure": MeasureOptions}, prog="zeda evaluate distance")["measure"]
-    for flag, value in (("--teacher", options.teacher), ("--heldout", options.heldout)):
-        if value is None:
-            raise UserError(f"{flag} is missing")
+    require(options, "teacher", "heldout")
     check_choices(options)
     process_groups.initialize()
     try:
