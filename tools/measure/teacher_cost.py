@@ -136,8 +136,7 @@ def main() -> int:
     from zeda_megatron.runtime import cpu, process_groups
 
     cpu.install()
-    process_groups.initialize()
-    try:
+    with process_groups.started():
         if options.measure:
             print(peak(options, *options.measure))
             return 0
@@ -150,8 +149,6 @@ def main() -> int:
             )
             seconds = times(options, folder)
             memory = {name: peak_apart(options, folder, name) for name in VARIANTS}
-    finally:
-        process_groups.destroy()
     table = []
     for name in VARIANTS:
         base = next((b for words, b in BASE.items() if name.startswith(words)), next(iter(VARIANTS)))

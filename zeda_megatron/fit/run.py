@@ -51,11 +51,8 @@ def main(argv: list[str]) -> int:
     )
     options, parallel = made["fit"], made["parallel"]
     options.validate(parallel)
-    process_groups.initialize(parallel)
-    try:
+    with process_groups.started(parallel):
         return HeadFit(options, parallel).run()
-    finally:
-        process_groups.destroy()
 
 
 def _check_target(options: FitOptions) -> None:

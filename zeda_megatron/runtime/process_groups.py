@@ -6,6 +6,8 @@ import logging
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -76,6 +78,16 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def started(parallel: ParallelConfig | None = None, seed: int = 1234) -> Iterator[None]:
+    """`with started(parallel): ...`: the groups of `initialize`, ended whatever happens inside."""
+    initialize(parallel, seed)
+    try:
+        yield
+    finally:
+        destroy()
 
 
 def device() -> torch.device:

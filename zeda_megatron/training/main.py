@@ -38,8 +38,7 @@ def train(options: Options) -> int:
         UserError: a flag that cannot work here, a file that is not what it should be, a folder in use.
     """
     check_machine(options)
-    process_groups.initialize(options.parallel, options.optimizer.seed)
-    try:
+    with process_groups.started(options.parallel, options.optimizer.seed):
         if options.model.stage == "0":
             with locked(options.generate.rollout_path + ".lock", "--rollout-path", warn):
                 return run_stage0(options)
@@ -48,5 +47,3 @@ def train(options: Options) -> int:
         save = options.run.save
         with locked(save and Path(save) / NAME, "--save", warn) as lock:
             return TrainingRun(options, lock).run()
-    finally:
-        process_groups.destroy()

@@ -175,11 +175,8 @@ def open_engine(options: RunOptions) -> Iterator[Engine]:
         from ...runtime import process_groups
         from .megatron_engine import MegatronEngine
 
-        process_groups.initialize()
-        try:
+        with process_groups.started():
             yield MegatronEngine(options)
-        finally:
-            process_groups.destroy()
     else:
         from .transformers_engine import TransformersEngine
 

@@ -136,11 +136,8 @@ def main(argv: list[str]) -> int:
     """Entry point: 0 if all answers are equal and all logits within the tolerance, 1 otherwise."""
     options = parse(argv, {"check": CheckOptions}, prog="zeda evaluate export")["check"]
     require(options, "megatron", "hf", "heldout")
-    process_groups.initialize()
-    try:
+    with process_groups.started():
         result = check(options)
-    finally:
-        process_groups.destroy()
     text = json.dumps(result, indent=2)
     if options.out:
         write_result("--out", options.out, text + "\n")

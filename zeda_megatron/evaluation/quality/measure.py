@@ -193,11 +193,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv, {"measure": MeasureOptions}, prog="zeda evaluate distance")["measure"]
     require(options, "teacher", "heldout")
     check_choices(options)
-    process_groups.initialize()
-    try:
+    with process_groups.started():
         result = measure_arm(options)
-    finally:
-        process_groups.destroy()
     text = json.dumps(result, indent=2)
     if options.out:
         write_result("--out", options.out, text + "\n")
