@@ -149,6 +149,12 @@ def test_no_folder_has_more_than_15_files():
     assert {str(folder): count for folder, count in folders.items() if count > 15} == {}
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports a test file by its name alone, and collects but the first of two."""
+    files = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert {name: count for name, count in files.items() if count > 1} == {}
+
+
 def test_imports_run_downward():
     assert upward_imports(import_graph(ROOT)) == []
 

@@ -18,7 +18,7 @@ from zeda_megatron.convert.verify import verify
 CONFIG = TINY | dict(
     architectures=["Qwen3MoeForCausalLM"],
     model_type="qwen3_moe",
-    vocab_size=12_000,
+    vocab_size=6_000,
     hidden_size=512,
     num_hidden_layers=5,
     num_attention_heads=16,
@@ -58,7 +58,7 @@ def model(tmp_path_factory):
     """(a model's folder, its bytes); its conversion lands beside it, in `m`."""
     folder = tmp_path_factory.mktemp("large") / "hf"
     size = write_random_model(folder, CONFIG, SHARD, torch.float32)
-    assert size > 300e6
+    assert size > 280e6
     return folder, size
 
 
@@ -83,6 +83,6 @@ def test_peak_memory_is_a_small_part_of_the_model(model, step, record_property):
     record_property("model_MB", size / 1e6)
     record_property("extra_MB", memory.extra / 1e6)
     print(f"{step}: model {size / 1e6:.0f} MB, peak extra memory {memory.extra / 1e6:.0f} MB")
-    # largest tensor 25 MB; a few copies of it and, on export, one shard
+    # largest tensor 12 MB; a few copies of it for each of two workers and, on export, one shard
     assert memory.extra < size / 3
     assert step != "verify" or result == []
