@@ -229,6 +229,9 @@ def test_plan_counts_rows_as_training_packs_them(planned, tmp_path):
         {"messages": [{"role": "user", "content": "a"}], "prompt_ids": [5] * 90, "response_ids": [6]}
     )
     (tmp_path / "long.jsonl").write_text((tmp_path / "a.jsonl").read_text() + long + "\n")
+    for refused, why in (("3", "--seq-length 80 must be a multiple of 3"), ("-1", "must not be negative")):
+        with pytest.raises(UserError, match=why):
+            planned("--pad-seq-to-mult", refused)
     with pytest.raises(UserError, match="sample 9 has 91 tokens"):
         planned(data=tmp_path / "long.jsonl")
     said = planned("--overlong", "skip", data=tmp_path / "long.jsonl")[1]

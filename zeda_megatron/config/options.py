@@ -58,9 +58,28 @@ HABITS = {
 """Flags that users of Megatron-LM type."""
 
 
-def sequence_multiple(context_ranks: int, pad_to: int = 0) -> int:
-    """What the length of every packed sequence is a multiple of: `pad_to`, or else what context parallelism needs."""
-    return pad_to or (2 * context_ranks if context_ranks > 1 else 1)
+def sequence_multiple(context_ranks: int, data: DataOptions) -> int:
+    """What the length of every packed sequence is a multiple of: --pad-seq-to-mult, or else what context parallelism
+    needs.
+
+    Raises:
+        UserError: a sequence or a row of that length could not be cut.
+    """
+    needed = 2 * context_ranks if context_ranks > 1 else 1
+    multiple = data.pad_seq_to_mult or needed
+    if multiple < 1 or multiple % needed:
+        raise UserError(
+            f"--pad-seq-to-mult {data.pad_seq_to_mult} must be a multiple of {needed}, twice "
+            "--context-parallel-size (or 0)"
+            if needed > 1
+            else f"--pad-seq-to-mult {data.pad_seq_to_mult} must not be negative"
+        )
+    if data.seq_length % multiple:
+        raise UserError(
+            f"--seq-length {data.seq_length} must be a multiple of {multiple}, as every sequence in a row "
+            "(--context-parallel-size, --pad-seq-to-mult)"
+        )
+    return multiple
 
 
 def read_options(argv: Sequence[str], prog: str) -> Options:
@@ -156,23 +175,14 @@ class Options:
 
     @property
     def sequence_multiple(self) -> int:
-        """What the length of every packed sequence is a multiple of."""
-        return sequence_multiple(self.parallel.context_parallel_size, self.data.pad_seq_to_mult)
+        """What the length of every packed sequence is a multiple of; see the function."""
+        return sequence_multiple(self.parallel.context_parallel_size, self.data)
 
     def _validate_rows(self) -> None:
         """Rows and sequences can be cut as the layout needs it."""
+        sequence_multiple(self.parallel.context_parallel_size, self.data)
         parallel, length = self.parallel, self.data.seq_length
         context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-        if self.data.pad_seq_to_mult < 0 or (context > 1 and self.sequence_multiple % (2 * context)):
-            raise UserError(
-                f"--pad-seq-to-mult {self.data.pad_seq_to_mult} must be a multiple of {2 * context}, twice "
-                "--context-parallel-size (or 0)"
-            )
-        if length % self.sequence_multiple:
-            raise UserError(
-                f"--seq-length {length} must be a multiple of {self.sequence_multiple}, as every sequence in a row "
-                "(--context-parallel-size, --pad-seq-to-mult)"
-            )
         if length % (tensor * context):
             what = "--tensor-model-parallel-size" + (" x --context-parallel-size" if context > 1 else "")
             raise UserError(

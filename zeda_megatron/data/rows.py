@@ -82,7 +82,7 @@ def training_rows(
         data.seq_length,
         overlong=data.overlong,
         seed=seed,
-        align=sequence_multiple(context_ranks, data.pad_seq_to_mult),
+        align=sequence_multiple(context_ranks, data),
         say=say,
     )
 

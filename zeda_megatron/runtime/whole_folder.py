@@ -9,7 +9,7 @@ Beside the target lives TARGET.partial while it is made:
     work/          takes the target's name in the end (`Swap`)
 
 `staged_folder` is for one process, which may be killed and goes on; `new_folder` for all processes of a run,
-which start again.
+which start again with an empty .TARGET.partial.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Swap:
     who may go on: another command with another key has made something else.
 
     Args:
-        key: of what is made, the same when it is made again.
+        key: of what is made, the same when it is made again; one for all where nothing half done is gone on with.
     """
 
     def __init__(self, target: Path, key: str):
@@ -273,23 +273,17 @@ def new_folder(path: str | Path, flag: str) -> Iterator[Path]:
     moved.
     """
     path = Path(os.path.abspath(path))
-    staging, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced"))
+    staging, swap = path.with_name(f".{path.name}.partial"), Swap(path, "new")
 
     def make() -> None:
-        if old.exists() and not path.exists():  # killed between the two renames below
-            os.replace(old, path)
-        for left_over in (old, staging):
-            if left_over.exists():
-                shutil.rmtree(left_over)
+        swap.go_on()
+        if staging.exists():
+            shutil.rmtree(staging)
         staging.mkdir(parents=True)
 
     def put_in_place() -> None:
-        sync_all(staging)
-        if path.exists():
-            os.replace(path, old)
-        rename_durably(staging, path)
-        if old.exists():
-            shutil.rmtree(old)
+        swap.begin(staging)
+        swap.finish()
 
     try:
         _told(make, flag, path)
