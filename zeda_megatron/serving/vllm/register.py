@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-ARCHITECTURES = {
-    "Qwen3MoePlusPlusForCausalLM": "qwen3_moe",
-    "Glm4MoeLitePlusPlusForCausalLM": "glm4_moe_lite",
-    "MixtralPlusPlusForCausalLM": "mixtral",
-}
-"""Architecture in config.json, and the file here that has it."""
+ARCHITECTURES = ("Qwen3MoePlusPlusForCausalLM", "Glm4MoeLitePlusPlusForCausalLM", "MixtralPlusPlusForCausalLM")
+"""Architectures in config.json: the classes of `models`, which a process imports when it meets one."""
 
 
 def register() -> None:
     """Tell vLLM the architectures, and transformers the authors' model types. May be called again."""
     from vllm import ModelRegistry
 
-    for name, file in ARCHITECTURES.items():
-        ModelRegistry.register_model(name, f"{__package__}.{file}:{name}")
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, f"{__package__}.models:{name}")
     _register_model_types()
 
 

@@ -1,33 +1,59 @@
-"""GLM-4.7-Flash with zero experts for vLLM; the rest of the model is vLLM's own, with transformers' numbers."""
+"""vLLM's own models with zero experts in their MoE layers, shared or paired; the rest of each is vLLM's."""
 
 from __future__ import annotations
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.glm4_moe_lite import Glm4MoeLite, Glm4MoeLiteForCausalLM
+from vllm.model_executor.models.mixtral import MixtralForCausalLM, MixtralMoE
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM, Qwen3MoeSparseMoeBlock
 from vllm.platforms import current_platform
 
 from .install import install_zero_experts
+from .meter import ZeroShareMeter
 
 LATENT_EPS = 1e-6
-"""Epsilon of the norms of the latents in transformers (and of training here); vLLM gives them the config's."""
+"""Epsilon of the norms of GLM's latents in transformers (and of training here); vLLM gives them the config's."""
 
 
-class Glm4MoeLitePlusPlusForCausalLM(Glm4MoeLiteForCausalLM):
-    """Stock GLM-4.7-Flash whose MoE layers skip zero experts, shared or paired.
+class _Metered:
+    """What every model here has beside its layers."""
 
-    Attributes:
-        zero_share_meter: counts of every MoE layer.
-    """
+    zero_share_meter: ZeroShareMeter
+    """Counts of every MoE layer."""
+
+    def compute_logits(self, hidden_states):
+        self.zero_share_meter.tick()
+        return super().compute_logits(hidden_states)
+
+
+class Qwen3MoePlusPlusForCausalLM(_Metered, Qwen3MoeForCausalLM):
+    """Qwen3-MoE."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.zero_share_meter = install_zero_experts(
+            self.model.layers, Qwen3MoeSparseMoeBlock, self.config, vllm_config
+        )
+
+
+class MixtralPlusPlusForCausalLM(_Metered, MixtralForCausalLM):
+    """Mixtral."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.zero_share_meter = install_zero_experts(
+            self.model.layers, MixtralMoE, self.config, vllm_config, name="block_sparse_moe"
+        )
+
+
+class Glm4MoeLitePlusPlusForCausalLM(_Metered, Glm4MoeLiteForCausalLM):
+    """GLM-4.7-Flash, with transformers' numbers in its attention."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         _name_dense_layers(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         _correct_attention(self.model.layers)
         self.zero_share_meter = install_zero_experts(self.model.layers, Glm4MoeLite, self.config, vllm_config)
-
-    def compute_logits(self, hidden_states):
-        self.zero_share_meter.tick()
-        return super().compute_logits(hidden_states)
 
 
 def _correct_attention(layers) -> None:
