@@ -13,6 +13,7 @@ STAGE2 |= {"adam_eps": 1e-6}
 GLM = {"adam_eps": 1e-6}
 """For the same reason: gradients of latents that few tokens move."""
 ALIGNED = {"pad_seq_to_mult": 4}
+MATCHED = {"hidden_loss_coeff": 5.0}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
 """Three rows: two data-parallel ranks have one silent row between them."""
 WORLD_FLAGS = {
@@ -28,6 +29,13 @@ WORLD_FLAGS = {
     "jsd": {"distill_loss": "jsd"},
     "adamoe": {"group_loss_variant": "adamoe", "renormalize_after_drop": True},
     "rows": ALIGNED | {"calculate_per_token_loss": False},
+    "matched": MATCHED,
+    "matched aligned": MATCHED | ALIGNED,
+    "matched deep": MATCHED,
+    "matched paired": MATCHED,
+    "matched glm": MATCHED | GLM,
+    "matched rows": MATCHED | ALIGNED | {"calculate_per_token_loss": False},
+    "stage 2 matched": STAGE2 | MATCHED,
     "paired": {},
     "paired head": HEAD,
     "stage 2": STAGE2,
@@ -106,6 +114,25 @@ TRAIN = [
         flags={"moe_token_dispatcher_type": "allgather"},
         slow=True,
     ),
+    case("matched tp2", world="matched", tp=2),
+    case("matched pp2", world="matched", pp=2),
+    case("matched paired ep2", world="matched paired", ep=2),
+    case("matched cp2", world="matched aligned", cp=2),
+    case("matched dp2", world="matched", slow=True),
+    case("matched rows cp2", world="matched rows", cp=2, slow=True),
+    case("matched glm tp2", world="matched glm", tp=2, slow=True),
+    case("matched pp2 vpp2", world="matched deep", pp=2, vpp=2, slow=True),
+    case("matched pp2 alongside", world="matched", pp=2, flags={"teacher_schedule": "alongside"}, slow=True),
+    case("matched pp2 full", world="matched deep", pp=2, flags={"recompute_granularity": "full"}, slow=True),
+    case(
+        "matched pp2 vpp2 selective offload",
+        world="matched deep",
+        pp=2,
+        vpp=2,
+        flags={"recompute_granularity": "selective", "teacher_memory": "offload"},
+        slow=True,
+    ),
+    case("matched stage 2 ep2", world="stage 2 matched", ep=2, slow=True),
     case("ce tp2", world="ce", tp=2),
     *(
         case(f"ce {name}", world="ce", slow=True, **layout)

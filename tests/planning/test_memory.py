@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_world
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch.profiler import ProfilerActivity, profile
@@ -129,6 +130,25 @@ def test_the_peak_of_a_pass_is_near_the_estimate(one_process, tmp_path, config, 
     parts = student_pass(made.options, shapes_of(made))
     estimate = parts["activations kept"] + parts["one layer at work"] + parts["dispatch buffers"]
     assert 0.5 * estimate < peak_bytes(run) < 1.1 * estimate
+
+
+def test_matched_hidden_states_cost_what_is_estimated(one_process, world):
+    """The teacher's streams of all rows wait; the first row's leave while the gradients of its errors come."""
+
+    def most(**flags) -> int:
+        run, rows = tiny_world.run_on_pairs(world, 64, "tp_cp", **flags)
+        run.optimizer.step = lambda: (True, 0.0, 0)
+        run.stepper.step(rows)  # caches of the rotary embedding
+        return peak_bytes(lambda: run.stepper.step(rows))
+
+    def estimate(*flags) -> float:
+        flags = ["--seq-length", 64, "--global-batch-size", 4, *flags]
+        made = command(world.hf, *flags, "--num-zero-experts", 4)
+        parts = student_pass(made.options, shapes_of(made))
+        return parts["activations kept"] + parts["teacher's hidden states"]
+
+    extra = estimate("--hidden-loss-coeff", 1) - estimate()
+    assert 0.7 * extra < most(hidden_loss_coeff=1.0) - most() < 1.1 * extra
 
 
 def total(folder, *flags, gpus=8):

@@ -150,6 +150,8 @@ class Options:
     def _validate_loss(self) -> None:
         """The loss fits the stage."""
         loss, stage = self.loss(), self.model.stage
+        if self.distill.hidden_loss_coeff and stage == "pretrain":
+            raise UserError("--hidden-loss-coeff: --stage pretrain has no teacher to match; leave it away")
         if stage == "2" and loss.kind == "ce":
             raise UserError(
                 "--distill-loss ce does not work in stage 2: on its own samples a model learns nothing from them; "

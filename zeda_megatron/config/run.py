@@ -53,6 +53,10 @@ class DistillOptions:
     distill_temperature: float = 1.0
     """Divides both logits. Stage 2 scores at the --temperature it samples with."""
 
+    hidden_loss_coeff: Amount = 0.0
+    """Also match the residual stream after each layer: coefficient of its squared error relative to the teacher's, a
+    mean over layers and response tokens (stages 1 and 2). 0: do not."""
+
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at a time."""
 

@@ -23,10 +23,13 @@ class Teacher:
     Args:
         model_chunks: unwrapped model chunks of this pipeline rank; for `shared`, the student's own.
         mode: own, offload or shared.
+
+    Attributes:
+        running: a pass is under way.
     """
 
     def __init__(self, model_chunks: list[torch.nn.Module], mode: str):
-        self.model_chunks, self.mode = model_chunks, mode
+        self.model_chunks, self.mode, self.running = model_chunks, mode, False
         self._router_weights: list[torch.Tensor] = []
         if mode == "shared":
             # Routers train, so the teacher needs their first weights: N x H per layer, all it costs.
@@ -70,10 +73,12 @@ class Teacher:
             router.weight.data = weight
         if self.mode == "offload":
             self._move("cuda" if torch.cuda.is_available() else "cpu")
+        self.running = True
         try:
             with evaluating(self.model_chunks), zero_mask(self.model_chunks):
                 yield
         finally:
+            self.running = False
             if self.mode == "offload":
                 self._move("cpu")
             for router, weight in zip(mine, student):

@@ -258,6 +258,8 @@ def student_pass(options: Options, shapes: Shapes) -> dict[str, float]:
         number * kept_per_layer(layer, recompute, shapes.tokens, shapes.load, sparse)
         for number, sparse in ((count.moe_layers, True), (dense, False))
     )
+    if options.distill.hidden_loss_coeff and recompute != "full":
+        kept += shapes.hidden_bytes * count.layers  # the gradient of each layer's error
     at_work = layer.gradients(shapes.tokens, shapes.load) + layer.width * count.largest_layer
     if recompute == "full":
         at_work += shapes.busiest(shapes.tokens, shapes.load)
@@ -313,9 +315,15 @@ def answers(options: Options, shapes: Shapes, prompt_tokens: int) -> dict[str, f
 
 
 def _teacher_hidden(options: Options, shapes: Shapes) -> float:
-    if not shapes.is_last:
-        return 0.0
-    return shapes.hidden_bytes * (shapes.microbatches if options.distill.teacher_schedule == "ahead" else 1)
+    """What the student will meet: what the last stage gave, and where hidden states are matched, what all layers gave
+    (which waits on the host for an offloaded teacher's student)."""
+    ahead, last = options.distill.teacher_schedule == "ahead", float(shapes.is_last)
+    rows = shapes.microbatches if ahead else 1
+    if not options.distill.hidden_loss_coeff or options.distill.teacher_memory == "offload":
+        return shapes.hidden_bytes * rows * last
+    # Recomputed, alongside: they wait for the backward pass.
+    waiting = rows if ahead or options.model.recompute_granularity != "full" else shapes.in_flight
+    return shapes.hidden_bytes * (rows * last + waiting * shapes.count.layers)
 
 
 def loss_bytes(options: Options, shapes: Shapes) -> float:

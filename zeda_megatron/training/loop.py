@@ -13,6 +13,7 @@ from ..checkpoint.integrity import intact_checkpoint
 from ..checkpoint.saving import CheckpointSaver
 from ..checkpoint.state import load_checkpoint, load_plain_values, model_state, require_checkpoint
 from ..config.options import Options
+from ..distill.hidden_match import HiddenMatch
 from ..distill.passes import forward_only
 from ..errors import UserError
 from ..models.hf_config import describe_checkpoint
@@ -58,6 +59,7 @@ class TrainingRun:
             run.save,
             options.optimizer.check_for_nan_in_loss_and_grad,
         )
+        coeff = options.distill.hidden_loss_coeff
         self.stepper = Stepper(
             self.student,
             self.teacher,
@@ -69,6 +71,7 @@ class TrainingRun:
             check=self.finite.loss,
             replay=options.generate.routing_replay,
             vocab_size=self.feed.vocab_size,
+            matching=HiddenMatch(self.student.chunks, self.teacher, coeff) if coeff else None,
         )
         self.control = build_share_control(options, self.student)
         self.evaluation = build_evaluation(options, self.student, self.teacher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,7 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..config.run import LossConfig
 from ..data.packing import PackedBatch
-from ..distill.passes import forward_model, means, row_loss, total
+from ..distill.hidden_match import HiddenMatch
+from ..distill.passes import SUMS, forward_model, means, row_loss, total
 from ..distill.teacher import Teacher
 from ..moe.paired import forget_residuals
 from ..moe.replay import enable_replay, set_targets
@@ -36,15 +38,16 @@ class Stepper:
         check: Callable[[dict[str, float]], None] | None = None,
         replay: bool = False,
         vocab_size: int | None = None,
+        matching: HiddenMatch | None = None,
     ):
         """`alongside`: run the teacher's micro-batch just before the student's, in one pipeline; else all of its
         micro-batches come first. `per_token`: see `step`. `check` gets the metrics before the weights are
         updated; it may raise. `replay`: the student takes the experts that the rows' `picks` name. `vocab_size`: ids
-        that the loss compares (default: the model's)."""
+        that the loss compares (default: the model's). `matching`: also match hidden states."""
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.seq_length = loss, seq_length
         self.alongside, self.per_token = alongside and teacher is not None, per_token
-        self.check, self.replay = check, replay
+        self.check, self.replay, self.matching = check, replay, matching
         self.vocab_size = vocab_size or student.arch.vocab_size
         if replay:
             enable_replay(student.chunks)
@@ -61,19 +64,40 @@ class Stepper:
 
         Returns:
             Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens`, `grad_norm`,
-            `update_seconds` (student's passes and update), and with a teacher that runs ahead `teacher_seconds`.
+            `update_seconds` (student's passes and update), with a teacher that runs ahead `teacher_seconds`, and with
+            `matching` `hidden_error`, the mean over layers too.
         """
         for chunk in self.student.wrapped:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
         ahead = self.teacher is not None and not self.alongside
-        started = seconds_now()
-        hidden = self.teacher.hidden_states(batches, self.seq_length) if ahead else []
-        teacher_seconds = seconds_now() - started
-        set_dials(self.student.chunks, loss_factor=padding_factor)
         scales = self._scales(batches, padding_factor)
-        rows = list(zip(batches, hidden or [None] * len(batches), scales, strict=True))
+        with self.matching.step(batches, scales) if self.matching else nullcontext():
+            started = seconds_now()
+            hidden = self.teacher.hidden_states(batches, self.seq_length) if ahead else []
+            teacher_seconds = seconds_now() - started
+            set_dials(self.student.chunks, loss_factor=padding_factor)
+            sums = self._run_student(batches, hidden or [None] * len(batches), scales)
+        forget_residuals(self.student.chunks)
+        metrics = self._reduce(sums)
+        if self.check is not None:
+            self.check(metrics)
+        ok, grad_norm, _ = self.optimizer.step()
+        metrics["grad_norm"] = float(grad_norm or 0.0)
+        metrics["updated"] = float(ok)
+        if ahead:
+            metrics["teacher_seconds"] = teacher_seconds
+        metrics["update_seconds"] = seconds_now() - started - teacher_seconds
+        return metrics
+
+    def _run_student(self, batches, hidden, scales) -> list[dict[str, torch.Tensor]]:
+        """Forward and backward passes of all micro-batches; `hidden` is the teacher's, None where it runs alongside.
+
+        Returns:
+            On the last pipeline stage the sums of each micro-batch.
+        """
+        rows = list(zip(batches, hidden, scales, strict=True))
 
         def forward_step(iterator, model):
             batch, teacher_hidden, scale = next(iterator)
@@ -86,7 +110,7 @@ class Stepper:
                 output = forward_model(model, batch)
             return output, partial(self._loss, batch, teacher_hidden, scale)
 
-        sums = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(rows) for _ in self.student.wrapped],
             model=self.student.wrapped,
@@ -96,17 +120,6 @@ class Stepper:
             forward_only=False,
             adjust_tensor_shapes_fn=_twice_as_wide if self.alongside and self._stages() > 1 else None,
         )
-        forget_residuals(self.student.chunks)
-        metrics = self._reduce(sums)
-        if self.check is not None:
-            self.check(metrics)
-        ok, grad_norm, _ = self.optimizer.step()
-        metrics["grad_norm"] = float(grad_norm or 0.0)
-        metrics["updated"] = float(ok)
-        if ahead:
-            metrics["teacher_seconds"] = teacher_seconds
-        metrics["update_seconds"] = seconds_now() - started - teacher_seconds
-        return metrics
 
     def _scales(self, batches: list[PackedBatch], padding_factor: float) -> list[torch.Tensor]:
         """What each micro-batch's sum of losses is multiplied by.
@@ -159,10 +172,14 @@ class Stepper:
             parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         )
         found = total(sums if mine else [])
+        if self.matching:
+            found = torch.cat([found, self.matching.error_sum().double().cpu()[None]])
         if torch.distributed.get_world_size() > 1:
             found = found.to(device())
             torch.distributed.all_reduce(found)
-        metrics = means(found)
+        metrics = means(found[: len(SUMS)])
+        if self.matching:
+            metrics["hidden_error"] = found[-1].item() / max(metrics["tokens"], 1.0)
         if self.teacher is None:
             metrics = {name: metrics[name] for name in ("loss", "ce", "tokens")}
         return metrics

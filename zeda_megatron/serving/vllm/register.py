@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-ARCHITECTURES = ("Qwen3MoePlusPlusForCausalLM", "Glm4MoeLitePlusPlusForCausalLM", "MixtralPlusPlusForCausalLM")
+ARCHITECTURES = (
+    "Qwen3MoePlusPlusForCausalLM",
+    "Glm4MoeLitePlusPlusForCausalLM",
+    "MixtralPlusPlusForCausalLM",
+)
 """Architectures in config.json: the classes of `models`, which a process imports when it meets one."""
 
 
