@@ -13,7 +13,7 @@ STAGE2 |= {"adam_eps": 1e-6}
 GLM = {"adam_eps": 1e-6}
 """For the same reason: gradients of latents that few tokens move."""
 ALIGNED = {"pad_seq_to_mult": 4}
-MATCHED = {"hidden_loss_coeff": 5.0}
+MATCHED = {"hidden_loss_coeff": 5.0, "adam_eps": 1e-6}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
 """Three rows: two data-parallel ranks have one silent row between them."""
 WORLD_FLAGS = {

@@ -2,9 +2,9 @@
 
     coefficient / layers * sum over layers of the mean over response tokens of |h - t|^2 / |t|^2
 
-h is the student's stream after a layer, t the teacher's. No extra pass: the teacher keeps what its layers give, L * T * H
-numbers a micro-batch on the stages that have the layers, and every pipeline stage adds the gradient of its own
-layers where the stream leaves them. Under sequence parallelism each rank matches its own tokens; nothing is sent.
+h is the student's stream after a layer, t the teacher's. No extra pass: the teacher keeps what its layers give, L * T
+* H numbers a micro-batch on the stages that have the layers, and every pipeline stage adds the gradient of its own layers
+where the stream leaves them. Under sequence parallelism each rank matches its own tokens; nothing is sent.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class HiddenMatch:
         self._teacher, self._layers = teacher, []
         self._active, self._error = False, None
         config = student[0].config
-        self._factor = coeff / config.num_layers
+        # Megatron multiplies losses that are attached on the way by the context-parallel size.
+        self._factor = coeff / config.num_layers / config.context_parallel_size
         for mine, theirs in zip(student, teacher.model_chunks, strict=True):
             for layer, other in zip(mine.decoder.layers, theirs.decoder.layers, strict=True):
                 kept = _Layer()
@@ -83,7 +84,7 @@ class HiddenMatch:
                     queue.clear()
 
     def error_sum(self) -> torch.Tensor:
-        """Of the last step on this rank: sum over its layers and tokens of the relative error, over all layers (0-d)."""
+        """Of the last step on this rank: sum over its layers and tokens of the relative error, over L (0-d)."""
         return self._error
 
     def _keep(self, kept: _Layer, hidden_SBH: torch.Tensor) -> None:
