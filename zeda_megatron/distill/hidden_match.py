@@ -2,8 +2,8 @@
 
     coefficient / layers * sum over layers of the mean over response tokens of |h - t|^2 / |t|^2
 
-h is the student's stream after a layer, t the teacher's. No extra pass: the teacher keeps what its layers give, L * T
-* H numbers a micro-batch on the stages that have the layers, and every pipeline stage adds the gradient of its own layers
+h is the student's stream after a layer, t the teacher's. No extra pass: the teacher keeps what its layers give (L*T*H
+numbers a micro-batch, on the stages that have the layers), and every pipeline stage adds the gradient of its own layers
 where the stream leaves them. Under sequence parallelism each rank matches its own tokens; nothing is sent.
 """
 
