@@ -162,12 +162,13 @@ def test_zero_slots_give_what_their_kind_says(make, kind):
                 expected[t] += weight * hidden[t]
             elif e >= N and kind == "learned":
                 expected[t] += weight * gate.zero_bias[e - N]
-    found = zero_output(hidden, weights, ids, routing, getattr(gate, "zero_bias", None))
+    found = zero_output(hidden, weights, ids, gate)
     if kind == "zero":
         assert found is None
     else:
         torch.testing.assert_close(found, expected)
-    assert zero_output(hidden, weights, ids, replace(routing, masked=True), None) is None
+    gate.routing = replace(routing, masked=True)
+    assert zero_output(hidden, weights, ids, gate) is None
 
 
 def router_scores(router, hidden, residual):
@@ -195,7 +196,7 @@ def test_only_real_slots_become_rows():
     weights, ids = run(gate, torch.randn(30, H))
     token_R, id_R1, weight_R1 = real_slots(ids, weights, N)
     dense = torch.zeros(30, N).index_put((token_R, id_R1[:, 0]), weight_R1[:, 0], accumulate=True)
-    assert torch.equal(dense, by_expert(weights, ids, N + routing.num_zero)[:, :N])
+    assert torch.equal(dense, by_expert(weights, ids, N + routing.zero.count)[:, :N])
     assert len(token_R) == int((ids < N).sum()) and int(id_R1.max()) < N
 
 

@@ -44,6 +44,7 @@ from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, r
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
+from ..moe.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,13 @@ def zero_experts(
     """
     checkpoint = checkpoint or options.pretrained_checkpoint
     have = zero_experts_of(arch.hf)
-    number, kind = have.num_zero_experts, have.zero_experts_type
-    routing, score = have.zero_expert_routing, have.paired_score if have.paired else None
     facts = read_facts(checkpoint) if checkpoint else None
     if facts is not None:
-        number, kind = facts.num_zero_experts, facts.zero_experts_type
-        routing, score = facts.zero_expert_routing, facts.paired_score
-    if kind == "learned" and options.zero_experts_type not in (None, kind):
+        have = facts.zero()
+    number, kind, routing = have.num_zero_experts, have.zero_experts_type, have.zero_expert_routing
+    if kind not in ("zero", "copy") and options.zero_experts_type not in (None, kind):
         raise UserError(
-            f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has learned zero experts, which this "
+            f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has {kind} zero experts, which this "
             "would drop; leave the flag away"
         )
     if options.num_zero_experts is not None:
@@ -118,7 +117,14 @@ def zero_experts(
         )
     if wanted == "paired" and options.num_zero_experts is None:
         number = arch.megatron["num_moe_experts"]
-    return options.zero(number, options.zero_experts_type or kind, wanted, options.paired_score or score)
+    return options.zero(
+        replace(
+            have,
+            num_zero_experts=number,
+            zero_experts_type=options.zero_experts_type or kind,
+            zero_expert_routing=wanted,
+        )
+    )
 
 
 def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -> list[torch.nn.Module]:
@@ -183,6 +189,8 @@ def build_student(options: Options, trains: bool = True) -> Student:
     for paired in paired_modules(chunks):
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
+    for module in (part for chunk in chunks for part in chunk.modules() if isinstance(part, StandIns)):
+        module.requires_grad_(False)
     if options.model.moe_pick_rule:
         set_dials(chunks, pick_rule=parse_pick_rule(options.model.moe_pick_rule))
     if not trains:
