@@ -78,7 +78,7 @@ TRAIN = [
     case("tp2 sp", tp=2),
     case("tp2 etp2", tp=2, etp=2),
     case("pp2", pp=2),
-    case("pp2 odd", world="odd", pp=2),
+    case("pp2 odd", world="odd", pp=2, slow=True),
     case("pp2 vpp2", world="deep", pp=2, vpp=2),
     case("pp2 1+3", world="deep", pp=2, first=1, slow=True),
     case("pp2 3+1", world="deep", pp=2, last=1, slow=True),
@@ -89,14 +89,14 @@ TRAIN = [
     case("glm pp2 1+3", world="glm deep", pp=2, first=1, slow=True),
     case("glm pp2 3+1", world="glm deep", pp=2, last=1, slow=True),
     case("cp2", world="aligned", cp=2),
-    case("cp2 ep2", world="aligned", cp=2, ep=2),
+    case("cp2 ep2", world="aligned", cp=2, ep=2, slow=True),
     case("cp2 paired", world="aligned paired", cp=2, slow=True),
     case("pp2 alongside", pp=2, flags={"teacher_schedule": "alongside"}),
     case("dp2 alongside", flags={"teacher_schedule": "alongside"}, slow=True),
     case("tp2 odd", world="odd", tp=2, slow=True),
     case("paired ep2", world="paired", ep=2),
     case("paired tp2", world="paired", tp=2),
-    case("paired head dp2", world="paired head"),
+    case("paired head dp2", world="paired head", slow=True),
     case("paired head tp2", world="paired head", tp=2, slow=True),
     case("paired pp2", world="paired", pp=2, slow=True),
     case("paired head ep2", world="paired head", ep=2, slow=True),
@@ -114,9 +114,9 @@ TRAIN = [
         flags={"moe_token_dispatcher_type": "allgather"},
         slow=True,
     ),
-    case("matched tp2", world="matched", tp=2),
+    case("matched tp2", world="matched", tp=2, slow=True),
     case("matched pp2", world="matched", pp=2),
-    case("matched paired ep2", world="matched paired", ep=2),
+    case("matched paired ep2", world="matched paired", ep=2, slow=True),
     case("matched cp2", world="matched aligned", cp=2),
     case("matched dp2", world="matched", slow=True),
     case("matched rows cp2", world="matched rows", cp=2, slow=True),
@@ -157,9 +157,9 @@ TRAIN = [
         for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}.items()
     ),
     case("glm tp2", world="glm", tp=2),
-    case("glm ep2", world="glm", ep=2),
+    case("glm ep2", world="glm", ep=2, slow=True),
     case("glm pp2", world="glm", pp=2, slow=True),
-    case("glm cp2", world="glm aligned", cp=2),
+    case("glm cp2", world="glm aligned", cp=2, slow=True),
     case("glm tp2 ep2", world="glm", tp=2, ep=2, slow=True),
     case("glm dp2", world="glm", slow=True),
     case("tp2 ep2", tp=2, ep=2, slow=True),
@@ -188,9 +188,9 @@ TRAIN = [
     ),
 ]
 STAGE_2 = [
-    case("stage 2 dp2", world="stage 2"),
+    case("stage 2 dp2", world="stage 2", slow=True),
     case("stage 2 ep2", world="stage 2", ep=2),
-    case("stage 2 tp2", world="stage 2", tp=2),
+    case("stage 2 tp2", world="stage 2", tp=2, slow=True),
     case("stage 2 tp2 etp2", world="stage 2", tp=2, etp=2, slow=True),
     case(
         "stage 2 ep2 sharded full",
@@ -203,7 +203,7 @@ STAGE_2 = [
     case("stage 2 replay dp2", world="stage 2 replay", slow=True),
     case("stage 2 replay tp2", world="stage 2 replay", tp=2, slow=True),
     case("stage 2 paired ep2", world="stage 2 paired", ep=2),
-    case("stage 2 rounds dp2", world="stage 2 rounds"),
+    case("stage 2 rounds dp2", world="stage 2 rounds", slow=True),
     case("stage 2 pp2", world="stage 2", pp=2),
     case("stage 2 cp2", world="stage 2 aligned", cp=2),
     case("stage 2 replay pp2", world="stage 2 replay", pp=2),
@@ -242,8 +242,8 @@ REPLAYED = [
 ]
 MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
-    case("masked cp2", "masked", world="aligned", cp=2),
-    case("masked glm tp2", "masked", world="glm", tp=2),
+    case("masked cp2", "masked", world="aligned", cp=2, slow=True),
+    case("masked glm tp2", "masked", world="glm", tp=2, slow=True),
     case("masked pp2 1+3", "masked", world="deep", pp=2, first=1, slow=True),
     case("masked pp2 vpp2", "masked", world="deep", pp=2, vpp=2, slow=True),
 ]
@@ -253,6 +253,7 @@ STARVED = [
         "starved",
         ep=2,
         flags={"dispatcher": dispatcher, "backend": backend},
+        slow=backend == "loop",
     )
     for dispatcher in ("alltoall", "allgather")
     for backend in ("loop", "grouped_mm")
@@ -260,10 +261,10 @@ STARVED = [
 FUSED = [case(f"fused {d}", "fused", ep=2, flags={"dispatcher": d}) for d in ("alltoall", "allgather")]
 FUSED += [case("fused alltoall etp2", "fused", tp=2, etp=2, flags={"dispatcher": "alltoall"}, slow=True)]
 FLEX = [case(f"flex {b}", "flex", ep=2, flags={"backend": b}) for b in ("deepep", "hybridep")]
-FLEX += [case("flex deepep etp2", "flex", tp=2, etp=2, flags={"backend": "deepep"})]
+FLEX += [case("flex deepep etp2", "flex", tp=2, etp=2, flags={"backend": "deepep"}, slow=True)]
 FLEX_FLAGS = {"bf16": True, "moe_token_dispatcher_type": "flex", "moe_permute_fusion": True}
 ANSWERS = [
-    case("answers dp2", "answers", flags=SAMPLED),
+    case("answers dp2", "answers", flags=SAMPLED, slow=True),
     case("answers ep2", "answers", flags=SAMPLED, ep=2),
     case("answers tp2", "answers", flags=SAMPLED, tp=2),
     case("answers pp2", "answers", flags=SAMPLED, pp=2),
@@ -273,7 +274,7 @@ ANSWERS = [
     case("answers glm pp2 3+1", "answers", world="glm deep", flags=SAMPLED, pp=2, last=1, slow=True),
     case("answers cp2", "answers", flags=SAMPLED, cp=2),
     case("answers cp2 ep2", "answers", flags=SAMPLED, cp=2, ep=2, slow=True),
-    case("answers glm tp2", "answers", world="glm", flags=SAMPLED, tp=2),
+    case("answers glm tp2", "answers", world="glm", flags=SAMPLED, tp=2, slow=True),
     case("answers glm pp2", "answers", world="glm", flags=SAMPLED, pp=2, slow=True),
     case("answers glm cp2", "answers", world="glm", flags=SAMPLED, cp=2, slow=True),
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
@@ -311,7 +312,7 @@ MOVED = [
     # Saved by two processes after two steps, loaded by two processes under another layout (`then`).
     case("ep2 then tp2", "moved", ep=2, flags={"then": {"tp": 2}}),
     case("pp2 then ep2", "moved", pp=2, flags={"then": {"ep": 2}}, slow=True),
-    case("async tp2 then pp2", "moved", tp=2, flags=ASYNC | {"then": {"pp": 2}}),
+    case("async tp2 then pp2", "moved", tp=2, flags=ASYNC | {"then": {"pp": 2}}, slow=True),
     case("sharded ep2 then sharded tp2", "moved", ep=2, flags=SHARDED | {"then": {"tp": 2}}),
     case("pp2 1+3 then pp2", "moved", world="deep", pp=2, first=1, flags={"then": {"pp": 2}}, slow=True),
     case(

@@ -217,7 +217,7 @@ def test_ranks_end_soon_after_their_launcher_was_killed(config, tmp_path, enviro
     "numbers",
     [
         pytest.param([signal.SIGUSR1, signal.SIGTERM], id="SIGUSR1 and SIGTERM"),
-        pytest.param([signal.SIGINT], id="Ctrl-C"),
+        pytest.param([signal.SIGINT], id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param([signal.SIGUSR1], id="SIGUSR1", marks=pytest.mark.slow),
         pytest.param([signal.SIGTERM], id="SIGTERM", marks=pytest.mark.slow),
     ],

@@ -164,6 +164,7 @@ def check(folder: Path, world: int, layouts: dict) -> None:
         assert sum(rank[case]["optimizer"] for rank in ranks) == pytest.approx(whole, abs=1e-3), case
 
 
+@pytest.mark.slow
 def test_counts_are_what_two_processes_allocate(tmp_path):
     check(tmp_path, 2, FEW)
 

@@ -35,6 +35,7 @@ def paired(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("paired"))
 
 
+@pytest.mark.slow
 def test_half_zero_slots_halve_the_bytes_and_three_quarters_leave_a_quarter(paired):
     static, half, quarter, _ = paired[0]
     assert static["zero_share"] == 0
