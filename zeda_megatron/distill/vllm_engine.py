@@ -62,7 +62,7 @@ class VLLMEngine:
             raise UserError("--rollout-engine vllm answers in one process only: use builtin under torchrun")
         if not static and not zero.num_zero_experts:
             raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
-        if any(router.pick_rule is not None for router in routers(model)):
+        if any(router.dials.pick_rule is not None for router in routers(model)):
             raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
         self.model, self.arch, self.static = model, arch, static
         self.stop_ids, self.max_length, self.vocab_size = stop_ids, max_length, vocab_size

@@ -178,7 +178,7 @@ def build_student(options: Options, trains: bool = True) -> Student:
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
         verify = options.run.verify_checkpoint
-        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True, verify=verify)
+        load_weights(chunks, folder, "--pretrained-checkpoint", heads="stored or fresh", verify=verify)
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -237,7 +237,7 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     folder = require_checkpoint(source, "--teacher-load")
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint
-    load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
+    load_weights(chunks, folder, "--teacher-load", heads="stored or fresh", verify=verify)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()
