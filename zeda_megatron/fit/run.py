@@ -148,7 +148,7 @@ class HeadFit:
         if self.stand_ins:
             # Fitted to what this threshold skips; with them other picks follow, so it is set once more.
             self.stand_ins.run(rows.fit)
-            explained = self._sum(self.stand_ins.explained(rows.held_out))
+            explained = self.stand_ins.explained(rows.held_out, self._sum)
             threshold = self._calibrate()
         return {
             "paired_score": self.zero.paired_score,
@@ -166,12 +166,7 @@ class HeadFit:
             "paired_head_width": self.zero.paired_head_width,
             "zero_experts_type": self.zero.zero_experts_type,
             "stand_in_rank": self.zero.stand_in_rank,
-            "stand_in_explains_by_layer": None
-            if explained is None
-            else {
-                number: 1 - error / max(whole, 1e-30)
-                for number, (error, whole) in zip(sorted(self.layers), explained.tolist())
-            },
+            "stand_in_explains_by_layer": explained,
             "experts_without_rows": self.without_rows if fitted else None,
             "experts_with_few_rows": self.few_rows if fitted else None,
             "seconds": time.perf_counter() - self.started,
@@ -295,22 +290,25 @@ def _both(sums: RidgeSums, store: RowStore | None):
 
 
 def _prediction(layer, expert: int, x_RH: torch.Tensor) -> torch.Tensor:
-    own = layer.local_expert_indices[expert]
-    return layer.router.paired.predict(x_RH, slice(own, own + 1))[:, 0]
+    return layer.router.paired.predict(x_RH, layer.local_expert_indices[expert])
 
 
 def format_fit(report: dict) -> str:
     """Lines a layer, then what the threshold gives; `report` is what fit.json holds."""
     lines, rows = [], [["layer", "R^2 of the head", "R^2 of constants", "zero share"]]
+    stand_ins = report["stand_in_explains_by_layer"] or {}
+    if stand_ins:
+        rows[0].append("stand-ins explain")
     for number, r2 in report["r2_by_layer"].items():
         values = (
             r2,
             report["r2_of_constants_by_layer"][number],
             report["zero_share_by_layer"][int(number) - 1],
         )
+        values += tuple(stand_ins[n] for n in stand_ins if str(n) == str(number))
         rows.append([str(number), *(f"{value:.3f}" for value in values)])
     if len(rows) > 1:
-        lines += text_table(rows, "rrrr")
+        lines += text_table(rows, "rrrrr")
     if report["experts_without_rows"] or report["experts_with_few_rows"]:
         lines.append(
             f"{report['experts_without_rows']} experts had no row and got the mean over the others, "

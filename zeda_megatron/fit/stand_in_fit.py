@@ -61,13 +61,13 @@ class StandInFit:
                     self._install(number, made.pop(number))
 
     @torch.no_grad()
-    def explained(self, rows: list) -> torch.Tensor:
-        """Per layer, in their order: sums over skipped picks of these rows of w^2 |E - S|^2 and of w^2 |E|^2 [L, 2]."""
-        table = torch.zeros(len(self.layers), 2, dtype=torch.float64, device=self._device())
-        self.passes.run_outputs(
-            rows, {n: self._judge(n, table[i]) for i, n in enumerate(sorted(self.layers))}
-        )
-        return table
+    def explained(self, rows: list, add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[int, float]:
+        """Per layer how much of what these rows' skipped picks would have given the stand-ins give: 1 - sum of
+        w^2 |E - S|^2 / sum of w^2 |E|^2. `add_up`: over all ranks."""
+        numbers = sorted(self.layers)
+        table = torch.zeros(len(numbers), 2, dtype=torch.float64, device=self._device())
+        self.passes.run_outputs(rows, {n: self._judge(n, table[i]) for i, n in enumerate(numbers)})
+        return {n: 1 - error / max(whole, 1e-30) for n, (error, whole) in zip(numbers, add_up(table).tolist())}
 
     def _solve(self, sums: RidgeSums) -> tuple[torch.Tensor, ...]:
         if self.rank:
@@ -117,7 +117,7 @@ class StandInFit:
         score_R = weight_R.clamp(min=1e-20).log() if "weight" in head.terms else torch.zeros_like(weight_R)
         if "head" in head.terms:
             parts = [
-                head.predict(x, slice(own := layer.local_expert_indices[expert], own + 1))[:, 0]
+                head.predict(x, layer.local_expert_indices[expert])
                 for expert, x, _ in per_expert(x_RH, weight_R, expert_R, self.experts)
             ]
             score_R = score_R + torch.cat(parts) if parts else score_R

@@ -90,14 +90,15 @@ class PairedZeroExperts(torch.nn.Module):
             score_TN = score_TN - norm_T.clamp(min=1e-20).log().unsqueeze(1)
         return score_TN
 
-    def predict(self, hidden_TH: torch.Tensor, experts: slice = slice(None)) -> torch.Tensor:
-        """h(x) of these experts (default: of all), [T, N] float32."""
+    def predict(self, hidden_TH: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """h(x) of every expert, [T, N] float32; of a single one, [T]."""
+        one = slice(expert, None if expert is None else expert + 1)
         x_TH = hidden_TH.float()
-        value_TN = F.linear(x_TH, self.weight[experts].float(), self.bias[experts].float())
+        value_TN = F.linear(x_TH, self.weight[one].float(), self.bias[one].float())
         if self.width:
             unit_TU = F.silu(F.linear(x_TH, self.hidden_weight.float(), self.hidden_bias.float()))
-            value_TN = value_TN + F.linear(unit_TU, self.hidden_output[experts].float())
-        return value_TN
+            value_TN = value_TN + F.linear(unit_TU, self.hidden_output[one].float())
+        return value_TN if expert is None else value_TN[:, 0]
 
     def _residual_norm(self, tokens: int) -> torch.Tensor:
         """|residual| [T] of this pass.

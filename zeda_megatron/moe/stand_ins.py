@@ -53,8 +53,8 @@ class SharedOutput(_Awaited):
 class StandIns(_Awaited):
     """Paired zero experts that answer a skipped pick in its expert's place: w_i * (B_i A_i x + b_i).
 
-    `constant` [N, H] is b. The kind `low_rank` also has `down` [N, r, H], A, and `up` [N, H, r], B. All begin at 0, that
-    is silent; a fit wakes them up, and then they stay as they are: training them on gained nothing. Handed over:
+    `constant` [N, H] is b. The kind `low_rank` also has `down` [N, r, H], A, and `up` [N, H, r], B. All begin at 0,
+    that is silent; a fit wakes them up, and then they stay as they are: training them on gained nothing. Handed over:
     weights [T, N] and map [T, N] (bool) of the picks that are answered.
     """
 

@@ -6,8 +6,8 @@ the predicted relative contribution) is below a threshold. Either way the weight
 others, and its expert is not computed; a stand-in may answer in its place, for a small part of the work.
 
 config.json: `zce_nums` [Nz], `zce_types` ["zero" | "copy" | "learned"] (paired: ["zero" | "constant" | "low_rank"]),
-`use_zce_mask` (True: route over the N real experts only, which is the static model), `zce_routing` "shared" (default) or
-"paired".
+`use_zce_mask` (True: route over the N real experts only, which is the static model), `zce_routing` "shared" (default)
+or "paired".
 Compute dial of shared routing: `zce_logit_bias` (default 0), added to the logits of the zero experts.
 Paired routing: `zce_score` names the score's terms, `zce_threshold` (a number, or one per MoE layer) is the dial,
 `zce_head_width` the hidden units of the score's head (0: linear), `zce_rank` the rank of `low_rank` stand-ins.
