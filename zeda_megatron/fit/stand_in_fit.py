@@ -67,7 +67,9 @@ class StandInFit:
         numbers = sorted(self.layers)
         table = torch.zeros(len(numbers), 2, dtype=torch.float64, device=self._device())
         self.passes.run_outputs(rows, {n: self._judge(n, table[i]) for i, n in enumerate(numbers)})
-        return {n: 1 - error / max(whole, 1e-30) for n, (error, whole) in zip(numbers, add_up(table).tolist())}
+        return {
+            n: 1 - error / max(whole, 1e-30) for n, (error, whole) in zip(numbers, add_up(table).tolist())
+        }
 
     def _solve(self, sums: RidgeSums) -> tuple[torch.Tensor, ...]:
         if self.rank:
