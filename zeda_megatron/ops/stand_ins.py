@@ -29,6 +29,7 @@ def stand_ins(
         skipped_TN: those picks (bool), at most `topk` a token. A weight may be 0, and its gradient is wanted then too.
         down_NRH, up_NHR: A and B of every expert; None: constants only. bias_NH: b.
     """
+    weights_TN = weights_TN.masked_fill(~skipped_TN, 0)
     constant_TH = weights_TN.to(bias_NH.dtype) @ bias_NH
     if down_NRH is None:
         return constant_TH.to(x_TH.dtype)
@@ -37,17 +38,24 @@ def stand_ins(
     id_S = id_TK.masked_fill(picked_TK == 0, experts).flatten()
     order_S = id_S.argsort(stable=True)
     ends_N = skipped_TN.sum(0).cumsum(0).to(torch.int32)
-    row_R = order_S[: int(ends_N[-1])] if x_TH.device.type == "cpu" else order_S
+    row_R = order_S[: int(ends_N[-1])] if asking_is_free(x_TH) else order_S
     weight_R = weights_TN.gather(1, id_TK).flatten()[row_R]
-    low_RR = F.grouped_mm(x_TH[row_R // topk], _padded(down_NRH, 1).transpose(1, 2), offs=ends_N)
-    low_RR = (low_RR * weight_R[:, None]).to(x_TH.dtype)
-    rows_RH = F.grouped_mm(low_RR, _padded(up_NHR, 2).transpose(1, 2), offs=ends_N)
-    # Rows behind the last group are not computed: whatever lies there must not be added.
-    rows_RH = torch.where((id_S[row_R] < experts)[:, None], rows_RH, 0)
+    # Rows behind the last group are not computed, forward nor backward: whatever lies there must not get out.
+    inside_R1 = (id_S[row_R] < experts)[:, None]
+    rows_RH = torch.where(inside_R1, x_TH[row_R // topk], 0)
+    low_Rr = F.grouped_mm(rows_RH, _padded(down_NRH, 1).transpose(1, 2), offs=ends_N)
+    low_Rr = (torch.where(inside_R1, low_Rr, 0) * weight_R[:, None]).to(x_TH.dtype)
+    rows_RH = F.grouped_mm(low_Rr, _padded(up_NHR, 2).transpose(1, 2), offs=ends_N)
+    rows_RH = torch.where(inside_R1, rows_RH, 0)
     if rows_RH.requires_grad:
         rows_RH.register_hook(torch.Tensor.contiguous)  # the product's backward refuses an expanded gradient
     slots_SH = rows_RH.new_zeros(len(id_S), rows_RH.shape[1]).index_copy(0, row_R, rows_RH)
     return (slots_SH.view(*id_TK.shape, -1).sum(1) + constant_TH).to(x_TH.dtype)
+
+
+def asking_is_free(tensor: torch.Tensor) -> bool:
+    """Whether the host may ask how many rows there are without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _padded(matrix: torch.Tensor, rank_dim: int) -> torch.Tensor:

@@ -257,10 +257,12 @@ def _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR):
     order_S = ids_S.argsort(stable=True)
     counts_E = torch.bincount(ids_S, minlength=experts + 1)
     if hasattr(F, "grouped_mm") and down_NRH.shape[1] * down_NRH.element_size() % 16 == 0:
+        # Rows behind the last group are not computed, forward nor backward.
+        inside_S1 = (ids_S[order_S] < experts)[:, None]
         ends_N = counts_E[:experts].cumsum(0).to(torch.int32)
-        low_SR = F.grouped_mm(x_TH[order_S // topk], down_NRH.transpose(1, 2), offs=ends_N)
-        rows_SH = F.grouped_mm(low_SR, up_NHR.transpose(1, 2), offs=ends_N)
-        rows_SH = torch.where((ids_S[order_S] < experts)[:, None], rows_SH, 0)
+        rows_SH = torch.where(inside_S1, x_TH[order_S // topk], 0)
+        low_SR = F.grouped_mm(rows_SH, down_NRH.transpose(1, 2), offs=ends_N)
+        rows_SH = torch.where(inside_S1, F.grouped_mm(low_SR, up_NHR.transpose(1, 2), offs=ends_N), 0)
     else:
         counts = counts_E.tolist()
         parts = x_TH[order_S // topk].split(counts)

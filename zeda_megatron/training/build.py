@@ -170,7 +170,7 @@ def build_student(options: Options, trains: bool = True) -> Student:
     """Build, load and wrap the student. One that does not train has no gradient buffers and is not wrapped."""
     arch = read_architecture(hf_folder(options.model))
     zero = zero_experts(options.model, arch)
-    if options.model.recompute_granularity == "selective" and zero.zero_experts_type != "zero":
+    if options.model.recompute_granularity == "selective" and zero.zero_experts_type in ("copy", "learned"):
         raise UserError(
             f"--recompute-granularity selective is not supported with {zero.zero_experts_type} zero experts; use full"
         )
