@@ -77,6 +77,19 @@ class ZeroExpertConfig:
         """Rows added to the router's weight: Nz for shared routing, none for paired."""
         return 0 if self.paired else self.num_zero_experts
 
+    def costs(self, hidden: int, topk: int, expert_width: int) -> tuple[float, float]:
+        """Multiply-adds that paired zero experts take beside the experts: the heads', over those of a token's K
+        experts; a stand-in's, over those of its expert.
+
+        A gated expert takes 3*H*F, a head N*H + h*(H + N) for all experts of a layer, a stand-in (2*r + 1)*H.
+        """
+        if not self.paired:
+            return 0.0, 0.0
+        experts, units = self.num_zero_experts, self.paired_head_width
+        head = experts * hidden + units * (hidden + experts) if "head" in self.score_terms else 0
+        stand_in = 2 * self.stand_in_rank + 1 if self.zero_experts_type != "zero" else 0
+        return head / (3 * topk * hidden * expert_width), stand_in / (3 * expert_width)
+
     def validate(self, num_moe_experts: int | None, topk: int) -> None:
         """Raise `UserError` naming the flag that cannot work."""
         if num_moe_experts is None:
