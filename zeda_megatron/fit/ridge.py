@@ -15,6 +15,10 @@ import torch
 from ..errors import UserError
 
 
+_ROUNDING = 1e-6
+"""Variance of an expert's input, relative to its mean square, that is taken for rounding."""
+
+
 def sums_bytes(num_local_experts: int, hidden_size: int, outputs: int = 1) -> int:
     """Memory of the sums of one layer."""
     return 4 * num_local_experts * (hidden_size * (hidden_size + outputs + 3) + 2 * outputs + 4)
@@ -140,7 +144,9 @@ class RidgeSums:
                 continue
             mean = self.x[expert] / n
             moments = self.xx[expert].double().addr_(mean, mean, alpha=-n)
-            penalty = ridge * moments.diagonal().sum().clamp(min=1e-12 * n / rows) / rows
+            # An expert that always sees one input (the first token of every text) has no variance but rounding's.
+            least = _ROUNDING * n * (mean + self.shift[expert]).square().sum()
+            penalty = ridge * torch.maximum(moments.diagonal().sum(), least).clamp(min=1e-12) / rows
             moments.diagonal().add_(penalty)
             factor, failed = torch.linalg.cholesky_ex(moments)
             del moments

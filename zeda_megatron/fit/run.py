@@ -144,9 +144,10 @@ class HeadFit:
             (len(passes) * len(rows.fit) + len(rows.held_out) * (1 + self.effect)) if fitted else 0
         )
         quality = self._fit(passes) if fitted else {}
-        threshold, explained = self._calibrate(), None
+        threshold, explained, skipped_below = self._calibrate(), None, None
         if self.stand_ins:
             # Fitted to what this threshold skips; with them other picks follow, so it is set once more.
+            skipped_below = threshold
             self.stand_ins.run(rows.fit)
             explained = self.stand_ins.explained(rows.held_out, self._sum)
             threshold = self._calibrate()
@@ -167,6 +168,7 @@ class HeadFit:
             "zero_experts_type": self.zero.zero_experts_type,
             "stand_in_rank": self.zero.stand_in_rank,
             "stand_in_explains_by_layer": explained,
+            "stand_ins_fitted_below": skipped_below,
             "experts_without_rows": self.without_rows if fitted else None,
             "experts_with_few_rows": self.few_rows if fitted else None,
             "seconds": time.perf_counter() - self.started,
