@@ -14,7 +14,6 @@ import torch
 
 from ..errors import UserError
 
-
 _ROUNDING = 1e-6
 """Variance of an expert's input, relative to its mean square, that is taken for rounding."""
 
