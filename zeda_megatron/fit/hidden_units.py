@@ -2,8 +2,8 @@
 
 A head with hidden units predicts U_i.x + c_i + V_i.silu(W x + d); W and d belong to all experts of the layer. Inputs
 are taken relative to their mean, in their standard deviations, so that one learning rate does for every layer and
-model. The same seed draws the first W and the rows of every step: the same rows give the same heads, bit for bit. The last
-rows are kept back, and the heads that do best on them win: with little text that is the ridge fit itself.
+model. The same seed draws the first W and the rows of every step: the same rows give the same heads, bit for bit. The
+last rows are kept back, and the heads that do best on them win: with little text that is the ridge fit itself.
 """
 
 from __future__ import annotations
