@@ -31,6 +31,9 @@ PAIRED = {
 }
 
 
+AWAKE = {"zce_types": ["low_rank"], "zce_rank": 3, "zce_head_width": 5}
+
+
 def paired_config(**changes):
     return qwen_config(**(PAIRED | changes))
 
@@ -122,8 +125,9 @@ def test_picks_are_those_of_the_file_for_transformers(make, dtype, bias, masked)
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("score", ["weight", "head", "weight+head", "weight+head+residual"])
-def test_paired_picks_are_those_of_the_file_for_transformers(make, dtype, score):
-    config = make(**(PAIRED | {"zce_score": score}))
+@pytest.mark.parametrize("more", [{}, AWAKE, {"zce_types": ["constant"]}], ids=["silent", "awake", "constant"])
+def test_paired_picks_and_answers_are_those_of_the_file_for_transformers(make, dtype, score, more):
+    config = make(**(PAIRED | {"zce_score": score} | more))
     gate, routing = make_gate(config, dtype)
     router = twin_router(make, config, gate, dtype)
     hidden, residual = torch.randn(2, 50, H).to(dtype)
@@ -131,10 +135,15 @@ def test_paired_picks_are_those_of_the_file_for_transformers(make, dtype, score)
     router.dials.threshold = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # no score is there
     gate.dial.fill_(router.dials.threshold)
     router.see_residual(None, (residual,))
-    _, weights, ids, _ = router(hidden)
+    _, weights, ids, answer = router(hidden)
     found_weights, found_ids = run(gate, hidden, residual)
     assert torch.equal(found_weights, weights.float())
     assert torch.equal(found_ids.clamp(max=N), ids)
+    found = zero_output(hidden, found_weights, found_ids, gate)
+    assert (answer is None) == (found is None) == (not more)
+    if more:
+        torch.testing.assert_close(found, answer.float())
+        assert found.any()
     # where the engine applies the model's factor itself, the weights lack it, but not the scores
     gate.see_residual(residual)
     bias = getattr(gate, "e_score_correction_bias", None)
