@@ -79,7 +79,7 @@ def make_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
         if kind == "awake":
             wake_up(folders[name])
         if kind in ("learned", "paired", "awake"):
-            draw_added(folders[name], paired=kind != "learned")
+            draw_added(folders[name], {"paired": -3.0, "awake": -1.0}.get(kind))
     return folders
 
 
@@ -97,7 +97,7 @@ def wake_up(folder: Path) -> None:
     change_config(folder, zce_types=["low_rank"], zce_head_width=5, zce_rank=3)
 
 
-def draw_added(folder: Path, paired: bool) -> None:
+def draw_added(folder: Path, threshold: float | None) -> None:
     """Give what a fresh checkpoint has as zeros (heads, learned outputs) something to say."""
     file, draw = folder / "model.safetensors", torch.Generator().manual_seed(0)
     tensors = load_file(file)
@@ -105,8 +105,8 @@ def draw_added(folder: Path, paired: bool) -> None:
         if ".gate.zero_" in name:
             tensors[name] = torch.randn(tensors[name].shape, generator=draw) * 0.1
     save_file(tensors, file, metadata={"format": "pt"})
-    if paired:
-        change_config(folder, zce_threshold=-3.0)
+    if threshold is not None:
+        change_config(folder, zce_threshold=threshold)
 
 
 def change_config(folder: Path, **changes) -> None:
