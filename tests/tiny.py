@@ -287,15 +287,20 @@ def watch_slots(block) -> list[tuple[int, int]]:
     return seen
 
 
-def splitting_threshold(model, tokens) -> float:
-    """A threshold that every layer has scores on both sides of."""
-    for value in range(-9, 9):
-        model.set_zero_threshold(value)
-        model.reset_zero_share()
-        model(tokens)
-        if all(0.05 < share < 0.95 for share in model.zero_share()):
-            return float(value)
-    raise AssertionError("no such threshold")
+def splitting_threshold(model, tokens) -> list[float]:
+    """A threshold for each MoE layer, which has scores on both sides of it."""
+    chosen = [0.0] * len(model.moe_blocks())
+    for layer in range(len(chosen)):
+        for value in (half / 2 for half in range(-40, 40)):
+            chosen[layer] = value
+            model.set_zero_threshold(chosen)
+            model.reset_zero_share()
+            model(tokens)
+            if 0.05 < model.zero_share()[layer] < 0.95:
+                break
+        else:
+            raise AssertionError("no such threshold")
+    return chosen
 
 
 def moe_layer_weights(zero, seed: int = 0) -> dict:

@@ -57,6 +57,7 @@ ZERO = {
     "copy": {"num_zero_experts": 4, "zero_experts_type": "copy"},
     "learned": {"num_zero_experts": 4, "zero_experts_type": "learned"},
     "paired": {"zero_expert_routing": "paired", "paired_score": "weight+head+residual"},
+    "awake": {"zero_expert_routing": "paired", "paired_score": "weight+head"},
 }
 """How a conversion adds zero experts."""
 
@@ -75,12 +76,28 @@ def make_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
         folders[name] = root / name
         hf_to_megatron(worlds[family].hf, root / f"{name}_megatron", **ZERO[kind])
         megatron_to_hf(root / f"{name}_megatron", worlds[family].hf, folders[name])
-        if kind in ("learned", "paired"):
-            draw_added(folders[name], paired=kind == "paired")
+        if kind == "awake":
+            wake_up(folders[name])
+        if kind in ("learned", "paired", "awake"):
+            draw_added(folders[name], {"paired": -3.0, "awake": -1.0}.get(kind))
     return folders
 
 
-def draw_added(folder: Path, paired: bool) -> None:
+def wake_up(folder: Path) -> None:
+    """Heads get hidden units, zero experts answer; as an export of a fit has them."""
+    from zeda_megatron.serving.zero_expert_routing import ZeroExperts, paired_shapes
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".gate.zero_weight")]:
+        experts, hidden = tensors[name].shape
+        for added, shape in paired_shapes(ZeroExperts(experts, "low_rank", (), 5, 3), hidden).items():
+            tensors[name.replace("zero_weight", added)] = torch.zeros(shape, dtype=tensors[name].dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    change_config(folder, zce_types=["low_rank"], zce_head_width=5, zce_rank=3)
+
+
+def draw_added(folder: Path, threshold: float | None) -> None:
     """Give what a fresh checkpoint has as zeros (heads, learned outputs) something to say."""
     file, draw = folder / "model.safetensors", torch.Generator().manual_seed(0)
     tensors = load_file(file)
@@ -88,8 +105,8 @@ def draw_added(folder: Path, paired: bool) -> None:
         if ".gate.zero_" in name:
             tensors[name] = torch.randn(tensors[name].shape, generator=draw) * 0.1
     save_file(tensors, file, metadata={"format": "pt"})
-    if paired:
-        change_config(folder, zce_threshold=-3.0)
+    if threshold is not None:
+        change_config(folder, zce_threshold=threshold)
 
 
 def change_config(folder: Path, **changes) -> None:

@@ -62,6 +62,10 @@ FITS = {
     "paired_layer": {"--fit-target": "effect", "--paired-budget": "layer"},
     "paired_norm": {"--fit-target": "norm", "--paired-score": "weight+head"},
     "paired_norm_residual": {"--fit-target": "norm"},
+    "constant": {"--fit-target": "effect", "--zero-experts-type": "constant"},
+    "sharp": {"--fit-target": "effect", "--paired-head": "mlp"},
+    "low_rank": {"--fit-target": "effect", "--zero-experts-type": "low_rank"},
+    "awake": {"--fit-target": "effect", "--paired-head": "mlp", "--zero-experts-type": "low_rank"},
 }
 """Checkpoints with paired zero experts: flags of tools/fit_zero_rows.py."""
 
@@ -74,6 +78,22 @@ PAIRED = {"--moe-router-load-balancing-type": "none"}
 def paired(name: str, share: float, seed: int | None = None, start: str = "paired", **flags: str) -> Arm:
     """Paired zero experts with the fitted head, frozen unless a flag says otherwise."""
     return Arm(name, start, {**PAIRED, "--target-zero-share": str(share), **_flags(flags), **_seed(seed)})
+
+
+MATCHED = {"--hidden-loss-coeff": "20", "--lr": "3e-4"}
+"""Hidden states matched, at the learning rate that goes with it."""
+
+
+def matched(arm: Arm) -> Arm:
+    """The same arm with hidden states matched."""
+    first, _, end = arm.name.partition("_kl")
+    return replace(arm, name=f"{first}_matched_kl{end}", train={**arm.train, **MATCHED})
+
+
+def skipping(start: str, share: float, name: str | None = None) -> Arm:
+    """A fit as it is, its dial turned to a share of the picks."""
+    dial = {"--zero-dial": "auto", "--target-share": str(share)}
+    return Arm(name or f"{start}_untrained", start, measure=dial)
 
 
 def trained(name: str, seed: int | None = None, head_lr: str = "5e-4") -> Arm:

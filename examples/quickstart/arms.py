@@ -17,9 +17,11 @@ from arm import (
     fresh,
     going_on,
     longer,
+    matched,
     more,
     net,
     paired,
+    skipping,
     stage2,
     trained,
     zeda,
@@ -79,6 +81,21 @@ TUNING = (
 )
 """Other learning rates of heads that train."""
 
+EQUAL = {"paired": 0.5, "constant": 0.502, "sharp": 0.531, "low_rank": 0.516, "awake": 0.548}
+"""Shares at which the kinds of paired zero experts cost the same multiply-adds on this teacher: 1 - share, head,
+stand-ins."""
+WAKING = (
+    *(skipping(start, EQUAL[start]) for start in ("constant", "sharp", "low_rank", "awake")),
+    *(
+        matched(one)
+        for one in (
+            net("net_kl", 2),
+            zeda("zeda_stage1_kl", ZEDA_WEIGHT),
+            *(paired(f"{start}_kl", share, start=start) for start, share in EQUAL.items()),
+        )
+    ),
+)
+"""Zero experts that wake up, a sharper head, hidden states matched; at equal multiply-adds."""
 
 LONG = tuple(
     longer(arm)
@@ -115,6 +132,7 @@ FULL = (
     *FRONTIER,
     *DIAL,
     *TUNING,
+    *WAKING,
     *LONG,
     *(
         arm

@@ -5,6 +5,7 @@ import math
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,17 @@ from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
+from zeda_megatron.models.hf_config import describe_checkpoint
 from zeda_megatron.models.load import load_model
+from zeda_megatron.models.on_disk import ModelFacts
 from zeda_megatron.runtime.process_groups import initialize
 
 CLI = Path(__file__).parents[2] / "tools" / "checkpoint_convert.py"
 N, K, H = TINY["num_experts"], TINY["num_experts_per_tok"], TINY["hidden_size"]
 PAIRED = ZeroExpertConfig(N, "zero", "paired")
+AWAKE = {"zero_experts_type": "low_rank", "paired_head_width": 5, "stand_in_rank": 3}
+"""Heads with hidden units, zero experts that answer."""
+CONSTANT = {"zero_experts_type": "constant"}
 THRESHOLDS = [-2.3456788, -3.1, -1.7]
 SPARSE = {"mlp_only_layers": [0], "num_hidden_layers": 4, "decoder_sparse_step": 2}
 
@@ -61,12 +67,12 @@ def float32(values):
     return torch.tensor(values, dtype=torch.float32).tolist()
 
 
-def load(folder, hf, zero=PAIRED, dtype=torch.float32):
+def load(folder, hf, zero=PAIRED, dtype=torch.float32, heads="stored"):
     """The Megatron model, loaded with Megatron's own loader."""
     initialize(ParallelConfig())
     arch = read_architecture(hf)
     model = build_gpt_model(arch, transformer_config(arch, dtype=dtype), zero).eval()
-    load_weights([model], require_checkpoint(folder, "--load"), "--load")
+    load_weights([model], require_checkpoint(folder, "--load"), "--load", heads=heads)
     return model
 
 
@@ -79,8 +85,10 @@ def heads(model):
 def draw_heads(model, thresholds=THRESHOLDS):
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
-        for paired, threshold in zip(heads(model), thresholds):
-            for parameter in paired.parameters():
+        routers = [layer.mlp.router for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
+        for router, paired, threshold in zip(routers, heads(model), thresholds):
+            answers = [] if router.zero_output is None else router.zero_output.parameters()
+            for parameter in [*paired.parameters(), *answers]:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
             paired.threshold.fill_(threshold)
 
@@ -95,12 +103,20 @@ def tokens():
     return torch.randint(0, TINY["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-def make_checkpoint(tmp_path, thresholds=THRESHOLDS, dtype=torch.float32, score=None, **changes):
-    """(static HF folder, Megatron model) with drawn heads, saved as training saves it in tmp_path/"m"."""
+def make_checkpoint(tmp_path, thresholds=THRESHOLDS, dtype=torch.float32, score=None, kind=None, **changes):
+    """(static HF folder, Megatron model) with drawn heads, saved as training saves it in tmp_path/"m".
+
+    `kind`: fields of its zero experts beside the score.
+    """
     hf, _ = make_hf_folder(tmp_path / "hf", dtype, **changes)
-    hf_to_megatron(hf, tmp_path / "m", zero_expert_routing="paired", paired_score=score)
     zero = ZeroExpertConfig(N, "zero", "paired", score or ZeroExpertConfig.paired_score)
-    model = load(tmp_path / "m", hf, zero, dtype)
+    zero = replace(zero, **(kind or {}))
+    if kind:
+        hf_to_megatron(hf, tmp_path / "m")
+        describe_checkpoint(tmp_path / "m", hf, ModelFacts().with_zero(zero))
+    else:
+        hf_to_megatron(hf, tmp_path / "m", zero_expert_routing="paired", paired_score=score)
+    model = load(tmp_path / "m", hf, zero, dtype, heads="stored or fresh")
     draw_heads(model, thresholds)
     save_checkpoint(tmp_path / "m", 7, model_state([model]))
     return hf, model
@@ -134,9 +150,10 @@ def test_fresh_heads_are_zero_keep_all_picks_and_change_no_other_bit(tmp_path, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [{}, SPARSE])
-def test_round_trips_give_back_every_bit_and_threshold(tmp_path, dtype, changes):
+@pytest.mark.parametrize("kind", [None, AWAKE, CONSTANT], ids=["silent", "awake", "constant"])
+def test_round_trips_give_back_every_bit_and_threshold(tmp_path, dtype, changes, kind):
     thresholds = THRESHOLDS[: 2 if changes else 3]
-    static, model = make_checkpoint(tmp_path, thresholds, dtype, **changes)
+    static, model = make_checkpoint(tmp_path, thresholds, dtype, kind=kind, **changes)
     megatron_to_hf(tmp_path / "m", static, tmp_path / "hf1")
     first, config = weights_of(tmp_path / "hf1"), config_of(tmp_path / "hf1")
     layers = [1, 3] if changes else [0, 1, 2]
@@ -145,7 +162,10 @@ def test_round_trips_give_back_every_bit_and_threshold(tmp_path, dtype, changes)
         assert torch.equal(first[gate + "zero_weight"], head.weight)
         assert torch.equal(first[gate + "zero_bias"], head.bias)
         assert first[gate + "weight"].shape == (N + 1, H) and not first[gate + "weight"][N].any()
-    assert (config["zce_nums"], config["zce_types"]) == ([N], ["zero"])
+    assert (config["zce_nums"], config["zce_types"]) == ([N], [(kind or {}).get("zero_experts_type", "zero")])
+    if kind is AWAKE:
+        assert (config["zce_head_width"], config["zce_rank"]) == (5, 3)
+        assert first[gate + "zero_down"].shape == (N, 3, H) and first[gate + "zero_up"].any()
     assert (config["zce_routing"], config["zce_score"]) == ("paired", "weight+head+residual")
     assert config["zce_threshold"] == float32(thresholds)
     assert config["architectures"] == ["Qwen3MoePlusPlusForCausalLM"]
@@ -160,7 +180,7 @@ def test_round_trips_give_back_every_bit_and_threshold(tmp_path, dtype, changes)
     assert config_of(tmp_path / "hf2") == config
     # Megatron -> Hugging Face -> Megatron
     expected = {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}
-    again = load(tmp_path / "m2", static, PAIRED, dtype)
+    again = load(tmp_path / "m2", static, replace(PAIRED, **(kind or {})), dtype)
     assert_same_bits({k: v for k, v in again.state_dict().items() if torch.is_tensor(v)}, expected)
     assert verify(tmp_path / "hf1", tmp_path / "m2") == verify(static, tmp_path / "m2") == []
 
@@ -195,7 +215,9 @@ def median_thresholds(model, tokens):
 
 
 @pytest.mark.parametrize("score", ["weight+head+residual", "head", "weight"])
-@pytest.mark.parametrize("changes", [{}, SPARSE, {"norm_topk_prob": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, SPARSE, {"norm_topk_prob": False}, {"kind": AWAKE}, {"kind": CONSTANT}]
+)
 def test_transformers_makes_the_same_picks_and_logits(tmp_path, tokens, score, changes):
     static, model = make_checkpoint(tmp_path, score=score, **changes)
     median_thresholds(model, tokens)

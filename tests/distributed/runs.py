@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def torchrun(processes: int, job: Path) -> None:
 
 def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.World]:
     """All worlds by name."""
+    from zeda_megatron.models.hf_config import describe_checkpoint
+    from zeda_megatron.models.on_disk import read_facts
     from zeda_megatron.moe.paired import paired_modules
 
     flags = {"pretrained_checkpoint": plain.static, "zero_expert_routing": "paired"}
@@ -49,6 +52,15 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
         tiny.draw(paired, seed=i)
     run.save()
     with_heads = replace(plain, dynamic=folder / "paired")
+    shutil.copytree(plain.static, folder / "to wake")
+    zero = replace(run.student.zero, zero_experts_type="low_rank", stand_in_rank=3, paired_head_width=5)
+    describe_checkpoint(folder / "to wake", plain.hf, read_facts(plain.static).with_zero(zero))
+    run = tiny_world.start(plain, save=folder / "awake", pretrained_checkpoint=folder / "to wake")
+    for i, layer in enumerate(run.student.chunks[0].decoder.layers):
+        tiny.draw(layer.mlp.router.paired, seed=i)
+        tiny.draw(layer.mlp.router.zero_output, seed=i)
+    run.save()
+    awake = replace(plain, dynamic=folder / "awake")
     # Its first layer is dense and its LM head is its embedding.
     odd = tiny_world.make_world(folder / "odd", mlp_only_layers=[0], tie_word_embeddings=True)
     deep = tiny_world.make_world(folder / "deep", num_hidden_layers=4)
@@ -56,7 +68,7 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     glm = tiny_world.make_world(folder / "glm", tiny.glm_model, num_hidden_layers=2)
     glm_deep = tiny_world.make_world(folder / "glm deep", tiny.glm_model, num_hidden_layers=4)
     six = tiny_world.make_world(folder / "six", num_hidden_layers=6)
-    special = {"odd": odd, "deep": deep, "six": six, "paired": with_heads, "glm": glm}
+    special = {"odd": odd, "deep": deep, "six": six, "paired": with_heads, "awake": awake, "glm": glm}
 
     def of(name: str) -> tiny_world.World:
         if {"glm", "deep"} <= set(name.split()):

@@ -15,6 +15,7 @@ from zeda_megatron.moe.stats import collect, reset
 
 N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
 PAIRED = ZeroExpertConfig(N, zero_expert_routing="paired")
+AWAKE = ZeroExpertConfig(N, "low_rank", "paired", paired_head_width=5, stand_in_rank=3)
 SIGMOID = {
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
@@ -123,8 +124,9 @@ def test_the_layer_sees_the_norm_of_its_own_residual_stream():
         torch.testing.assert_close(one, other.reshape(-1))
 
 
+@pytest.mark.parametrize("zero", [PAIRED, AWAKE], ids=["silent", "awake"])
 @pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_recomputation_changes_no_gradient_with_micro_batches_in_flight(granularity):
+def test_recomputation_changes_no_gradient_with_micro_batches_in_flight(granularity, zero):
     """Two forward passes before the two backward ones, as in a pipeline."""
     changes = {"recompute_granularity": granularity}
     changes |= (
@@ -134,7 +136,7 @@ def test_recomputation_changes_no_gradient_with_micro_batches_in_flight(granular
     )
     gradients = []
     for overrides in ({}, changes):
-        model = build_gpt_model(tiny.architecture(), tiny.megatron_config(overrides), PAIRED).train()
+        model = build_gpt_model(tiny.architecture(), tiny.megatron_config(overrides), zero).train()
         tiny.draw(model)
         set_thresholds(model, [-3.0])
         generator = torch.Generator().manual_seed(4)

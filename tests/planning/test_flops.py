@@ -281,3 +281,19 @@ def test_given_rates_replace_those_of_the_datasheet():
     assert (half.flops, half.bandwidth) == (400e12, GPUS["h100"].bandwidth)
     assert "by hand" in half.source
     assert gpu("my card", 1e14, 1e12).name == "my card"
+
+
+def test_heads_and_stand_ins_of_paired_zero_experts_are_charged(capsys):
+    """At Qwen3-30B-A3B's geometry: h(H+N)/(3KHF) for 64 hidden units, s(2r+1)/(3F) for rank 16."""
+    flags = ["--hf", str(EXAMPLES / "qwen3_30b_a3b"), "--zero-share", "0.5", "--json"]
+    assert main([*flags, "--paired", "--paired-head-width", "64", "--stand-in-rank", "16"]) == 0
+    awake = json.loads(capsys.readouterr().out)
+    head = (128 * 2048 + 64 * (2048 + 128)) / (3 * 8 * 2048 * 768)
+    assert awake["expert_flops"] == pytest.approx(0.5 + head + 0.5 * 33 / (3 * 768))
+    assert main([*flags, "--paired"]) == 0
+    silent = json.loads(capsys.readouterr().out)
+    assert silent["expert_flops"] == pytest.approx(0.5 + 128 / (3 * 8 * 768))
+    assert silent["flops_per_token"]["dynamic"]["stand_ins"] == 0
+    assert awake["flop_ratio"] < silent["flop_ratio"] > 1
+    for mine, wanted in zip(awake["roofline"], silent["roofline"]):
+        assert mine["dynamic_ms"] > wanted["dynamic_ms"] and mine["static_ms"] == wanted["static_ms"]

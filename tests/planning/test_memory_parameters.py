@@ -199,3 +199,21 @@ def test_stages_of_the_large_models_add_up_to_the_model(example, zero):
         assert sum(count.total for count in counts) == geometry.parameters + rows
         assert sum(count.expert for count in counts) == geometry.routed_parameters
         assert sum(count.layers for count in counts) == layers
+
+
+def test_heads_with_hidden_units_and_stand_ins_are_counted_and_stand_ins_never_train(one_process):
+    from zeda_megatron.config.parallel import ParallelConfig
+    from zeda_megatron.config.zero_experts import ZeroExpertConfig
+    from zeda_megatron.models.architecture import read_architecture
+    from zeda_megatron.models.build import build_gpt_model, transformer_config
+    from zeda_megatron.planning.memory_parameters import stage_parameters
+
+    arch, zero = read_architecture(tiny.TINY), ZeroExpertConfig(8, "low_rank", "paired", "weight+head", 5, 3)
+    model = build_gpt_model(arch, transformer_config(arch), zero)
+    (count,) = stage_parameters(arch, ParallelConfig(), zero)
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert count.total == sum(numbers.values())
+    assert count.paired == sum(number for name, number in numbers.items() if ".paired." in name)
+    assert count.stand_ins == sum(number for name, number in numbers.items() if ".zero_output." in name) > 0
+    assert count.trainable(False, True) == (count.dense - count.stand_ins, count.expert)
+    assert count.trainable(True, False) == (count.router - count.paired - count.stand_ins, 0)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.models.architecture import MODELS, REGISTRY
 from zeda_megatron.models.hf_config import dynamic_config, write_config
+from zeda_megatron.serving import zero_expert_routing
 from zeda_megatron.serving.load import load_zero_expert_model
 
 N, NZ, K = 8, 4, 3
@@ -36,6 +38,8 @@ KINDS = {
     "copy": ZeroExpertConfig(NZ, "copy"),
     "learned": ZeroExpertConfig(NZ, "learned"),
     "paired": ZeroExpertConfig(N, "zero", "paired"),
+    "constant": ZeroExpertConfig(N, "constant", "paired"),
+    "low_rank": ZeroExpertConfig(N, "low_rank", "paired", paired_head_width=5, stand_in_rank=3),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -61,7 +65,7 @@ def write(folder, name, kind, **changes):
     static = AutoConfig.for_model(**family.fields | {"model_type": name}).to_dict() | {
         "architectures": family.fields["architectures"]
     }
-    settings = {"zce_threshold": -1.0} if kind == "paired" else None
+    settings = {"zce_threshold": -1.0} if KINDS[kind].paired else None
     write_config(folder, dynamic_config(static, KINDS[kind], settings) | changes)
     return static
 
@@ -90,8 +94,12 @@ def definition(block, hidden_TH, residual_TH, family):
     weights_TN = routed.real_TN
     if zero.terms is not None:
         relative_TN = weights_TN.log() + hidden_TH @ gate.zero_weight.t() + gate.zero_bias
+        if zero.head_width:
+            unit_TU = F.silu(hidden_TH @ gate.zero_hidden_weight.t() + gate.zero_hidden_bias)
+            relative_TN = relative_TN + unit_TU @ gate.zero_hidden_output.t()
         relative_TN = relative_TN - residual_TH.norm(dim=-1, keepdim=True).log()
-        weights_TN = torch.where(relative_TN >= gate.dials.threshold, weights_TN, 0.0)
+        skipped_TN = torch.where(relative_TN < gate.dials.threshold, weights_TN, 0.0)
+        weights_TN = weights_TN - skipped_TN
     experts = list(zip(block.experts.gate_up_proj, block.experts.down_proj))
     out_TH = tiny.dense_experts(hidden_TH, weights_TN, experts)
     zero_TZ = routed.weights_TE[:, N:]
@@ -99,6 +107,11 @@ def definition(block, hidden_TH, residual_TH, family):
         out_TH = out_TH + zero_TZ.sum(1, keepdim=True) * hidden_TH
     if zero.kind == "learned":
         out_TH = out_TH + zero_TZ @ gate.zero_bias
+    if zero.kind in ("constant", "low_rank"):
+        out_TH = out_TH + skipped_TN @ gate.zero_constant
+    if zero.kind == "low_rank":
+        low_TNR = torch.einsum("th,nrh->tnr", hidden_TH, gate.zero_down)
+        out_TH = out_TH + torch.einsum("tn,tnr,nhr->th", skipped_TN, low_TNR, gate.zero_up)
     if block.shared_experts is not None:
         out_TH = out_TH + block.shared_experts(hidden_TH)
     return out_TH, int((weights_TN != 0).sum())
@@ -111,7 +124,7 @@ def definition(block, hidden_TH, residual_TH, family):
 def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_path, name, kind, path):
     model = make_model(tmp_path, name, kind, "eager" if path == "eager" else "grouped_mm")
     tokens = torch.randint(1, 96, (2, 7))
-    if kind == "paired":
+    if KINDS[kind].paired:
         model.set_zero_threshold(tiny.splitting_threshold(model, tokens))
     seen, slots = {}, {}
     layers = [layer for layer in model.model.layers if layer.mlp in model.moe_blocks()]
@@ -132,6 +145,32 @@ def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_p
         assert (expected_TH - out_TH).abs().max() < 1e-5 * expected_TH.abs().max()
         assert 0 < real < 14 * K
         assert slots[layer.mlp] == [(14 * K if path == "static" else real, real)]
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("grouped", [True, False])
+@torch.no_grad()
+def test_stand_ins_answer_alike_for_a_step_of_decoding_and_for_a_prompt(monkeypatch, rank, grouped):
+    """One reads each slot's own matrices, the other sorts rows; with PyTorch's grouped product, and without."""
+    if not grouped:
+        monkeypatch.delattr(F, "grouped_mm")
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    x, down, up, constant = drawn(40, 32), drawn(N, rank, 32), drawn(N, 32, rank), drawn(N, 32)
+    ids = torch.stack([torch.randperm(N, generator=draw)[:K] for _ in range(40)])
+    weights, skipped = torch.rand(40, K, generator=draw), torch.rand(40, K, generator=draw) < 0.5
+    assert 40 * K > zero_expert_routing.FEW_SLOTS > 10 * K
+    whole = zero_expert_routing.stand_ins(x, weights, ids, skipped, down, up, constant)
+    parts = zip(*(part.split(10) for part in (x, weights, ids, skipped)))
+    small = torch.cat([zero_expert_routing.stand_ins(*part, down, up, constant) for part in parts])
+    weights_TN = torch.zeros(40, N).scatter(1, ids, weights * skipped)
+    wanted = weights_TN @ constant
+    wanted += torch.einsum("tn,tnr,nhr->th", weights_TN, torch.einsum("th,nrh->tnr", x, down), up)
+    for found in (whole, small):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @every_family
@@ -204,7 +243,7 @@ def test_greedy_answers_with_cache_and_left_padding_equal_those_without(tmp_path
 def test_prompts_of_different_lengths_answered_together_get_the_answers_of_each_alone(tmp_path, name, kind):
     model = make_model(tmp_path, name, kind)
     prompts = [torch.randint(1, 96, (n,)) for n in (7, 2, 5)]
-    if kind == "paired":
+    if KINDS[kind].paired:
         model.set_zero_threshold(tiny.splitting_threshold(model, prompts[0][None]))
         model.reset_zero_share()
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -213,7 +252,7 @@ def test_prompts_of_different_lengths_answered_together_get_the_answers_of_each_
     ]
     share = model.zero_share()
     model.reset_zero_share()
-    padded = torch.stack([torch.nn.functional.pad(p, (7 - len(p), 0)) for p in prompts])
+    padded = torch.stack([F.pad(p, (7 - len(p), 0)) for p in prompts])
     mask = torch.stack([(torch.arange(7) >= 7 - len(p)).long() for p in prompts])
     together = model.generate(padded, attention_mask=mask, **options)[:, 7:]
     assert torch.equal(together, torch.stack(alone))
@@ -225,12 +264,12 @@ def test_prompts_of_different_lengths_answered_together_get_the_answers_of_each_
 @pytest.mark.parametrize("path", ["grouped_mm", "eager", "static", "static eager"])
 def test_gradients_are_those_of_the_definition(tmp_path, name, kind, path):
     """Of the layer alone: experts, router (but for the choice, which has no gradient), shared expert, input."""
-    changes = {"zce_score": "weight+head"} if kind == "paired" else {}
+    changes = {"zce_score": "weight+head"} if KINDS[kind].paired else {}
     experts = "eager" if "eager" in path else "grouped_mm"
     block = make_model(tmp_path, name, kind, experts, **changes).moe_blocks()[0]
     block.static_shapes = "static" in path
     hidden = torch.randn(2, 5, 32).requires_grad_()
-    if kind == "paired":  # the definition knows the whole score: the residual's part is 0 here
+    if KINDS[kind].paired:  # the definition knows the whole score: the residual's part is 0 here
         scores = []
         inner = block.gate._scores
         block.gate._scores = lambda *args: scores.append(inner(*args)) or scores[-1]
@@ -245,7 +284,7 @@ def test_gradients_are_those_of_the_definition(tmp_path, name, kind, path):
         found = torch.autograd.grad((output_TH * target).sum(), inputs, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found)]
 
-    unit = torch.nn.functional.normalize(torch.ones(10, 32), dim=-1)
+    unit = F.normalize(torch.ones(10, 32), dim=-1)
     expected_TH, real = definition(block, hidden.reshape(-1, 32), unit, FAMILIES[name])
     assert 0 < real < 10 * K
     for mine, wanted in zip(gradients(block(hidden).reshape(-1, 32)), gradients(expected_TH)):
@@ -269,7 +308,7 @@ def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
     tmp_path, compiler, name, kind, dtype
 ):
     model, tokens = make_model(tmp_path, name, kind), torch.randint(1, 96, (2, 9))
-    if kind == "paired":
+    if KINDS[kind].paired:
         model.set_zero_threshold(tiny.splitting_threshold(model, tokens))
     for block in model.to(dtype).moe_blocks():
         block.static_shapes = True

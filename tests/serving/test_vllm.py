@@ -17,7 +17,7 @@ import vllm_world
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
 NAMES = ("qwen_shared", "qwen_paired", "glm_shared", "glm_paired", "mixtral_shared", "mixtral_paired")
-KINDS = ("qwen_learned", "glm_copy")
+KINDS = ("qwen_learned", "glm_copy", "qwen_awake", "glm_awake")
 """Zero experts that give something."""
 
 
@@ -35,7 +35,7 @@ def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name)
     assert made["counts"] == expected.counts
 
 
-@pytest.mark.parametrize("name", ["qwen_learned", "qwen_paired", "glm_copy", "glm_paired"])
+@pytest.mark.parametrize("name", ["qwen_learned", "qwen_paired", "glm_copy", "glm_paired", "qwen_awake"])
 def test_two_tensor_parallel_ranks_give_the_same_answers(folders, name):
     """What zero experts give is added once, not by every rank."""
     expected = vllm_world.reference(folders[name])

@@ -31,6 +31,9 @@ PAIRED = {
 }
 
 
+AWAKE = {"zce_types": ["low_rank"], "zce_rank": 3, "zce_head_width": 5}
+
+
 def paired_config(**changes):
     return qwen_config(**(PAIRED | changes))
 
@@ -122,8 +125,9 @@ def test_picks_are_those_of_the_file_for_transformers(make, dtype, bias, masked)
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("score", ["weight", "head", "weight+head", "weight+head+residual"])
-def test_paired_picks_are_those_of_the_file_for_transformers(make, dtype, score):
-    config = make(**(PAIRED | {"zce_score": score}))
+@pytest.mark.parametrize("more", [{}, AWAKE, {"zce_types": ["constant"]}], ids=["silent", "awake", "constant"])
+def test_paired_picks_and_answers_are_those_of_the_file_for_transformers(make, dtype, score, more):
+    config = make(**(PAIRED | {"zce_score": score} | more))
     gate, routing = make_gate(config, dtype)
     router = twin_router(make, config, gate, dtype)
     hidden, residual = torch.randn(2, 50, H).to(dtype)
@@ -131,10 +135,15 @@ def test_paired_picks_are_those_of_the_file_for_transformers(make, dtype, score)
     router.dials.threshold = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # no score is there
     gate.dial.fill_(router.dials.threshold)
     router.see_residual(None, (residual,))
-    _, weights, ids, _ = router(hidden)
+    _, weights, ids, answer = router(hidden)
     found_weights, found_ids = run(gate, hidden, residual)
     assert torch.equal(found_weights, weights.float())
     assert torch.equal(found_ids.clamp(max=N), ids)
+    found = zero_output(hidden, found_weights, found_ids, gate)
+    assert (answer is None) == (found is None) == (not more)
+    if more:
+        torch.testing.assert_close(found, answer.float())
+        assert found.any()
     # where the engine applies the model's factor itself, the weights lack it, but not the scores
     gate.see_residual(residual)
     bias = getattr(gate, "e_score_correction_bias", None)
@@ -162,12 +171,13 @@ def test_zero_slots_give_what_their_kind_says(make, kind):
                 expected[t] += weight * hidden[t]
             elif e >= N and kind == "learned":
                 expected[t] += weight * gate.zero_bias[e - N]
-    found = zero_output(hidden, weights, ids, routing, getattr(gate, "zero_bias", None))
+    found = zero_output(hidden, weights, ids, gate)
     if kind == "zero":
         assert found is None
     else:
         torch.testing.assert_close(found, expected)
-    assert zero_output(hidden, weights, ids, replace(routing, masked=True), None) is None
+    gate.routing = replace(routing, masked=True)
+    assert zero_output(hidden, weights, ids, gate) is None
 
 
 def router_scores(router, hidden, residual):
@@ -195,7 +205,7 @@ def test_only_real_slots_become_rows():
     weights, ids = run(gate, torch.randn(30, H))
     token_R, id_R1, weight_R1 = real_slots(ids, weights, N)
     dense = torch.zeros(30, N).index_put((token_R, id_R1[:, 0]), weight_R1[:, 0], accumulate=True)
-    assert torch.equal(dense, by_expert(weights, ids, N + routing.num_zero)[:, :N])
+    assert torch.equal(dense, by_expert(weights, ids, N + routing.zero.count)[:, :N])
     assert len(token_R) == int((ids < N).sum()) and int(id_R1.max()) < N
 
 

@@ -5,9 +5,10 @@ The front door of this room: what others need of `folders` and `saving` can be h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing
@@ -35,7 +36,8 @@ __all__ = [
     "require_checkpoint",
     "save_checkpoint",
 ]
-_HEAD = ".router.paired."
+_FITTED = re.compile(r"\.router\.(paired\.|zero_output\.(constant|down|up)$)")
+"""Heads of paired zero experts, and stand-ins."""
 _EXTRA = "._extra_state"
 """Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
@@ -95,12 +97,13 @@ def load_weights(
     model_chunks: list[torch.nn.Module],
     folder: Path,
     flag: str,
-    fresh_heads: bool = False,
+    heads: Literal["stored", "stored or fresh", "fresh"] = "stored",
     verify: str = "hash",
 ) -> None:
     """Load the weights of a checkpoint into bare (unwrapped) model chunks.
 
-    With `fresh_heads`, a checkpoint without heads of paired zero experts is fine: they keep their initial values.
+    What a fit makes of paired zero experts is among them; or keeps its initial values, where the checkpoint has none of
+    it (`stored or fresh`) or in any case (`fresh`).
     `verify` says how closely the files are looked at first (`config.run.VERIFY_LEVELS`).
     """
     require_intact(folder, flag, verify)
@@ -108,16 +111,19 @@ def load_weights(
     stored = index.state_dict_metadata
     for chunk in model_chunks:
         _check_zero_experts(stored, chunk, folder, flag)
-    fresh = fresh_heads and not any(_HEAD in key for key in stored)
-    left_out = (_EXTRA, _HEAD) if fresh else (_EXTRA,)
+    fresh = heads == "fresh" or (heads != "stored" and not any(map(_FITTED.search, stored)))
+
+    def left_out(key: str) -> bool:
+        return _EXTRA in key or bool(fresh and _FITTED.search(key))
+
     wanted = {
-        name: {key: value for key, value in part.items() if not any(mark in key for mark in left_out)}
+        name: {key: value for key, value in part.items() if not left_out(key)}
         for name, part in model_state(model_chunks).items()
     }
     state = _load(folder, index, wanted, flag)
     for name, chunk in _named(model_chunks):
         missing, unexpected = chunk.load_state_dict(state[name], strict=False)
-        lost = [key for key in missing if not any(mark in key for mark in left_out)]
+        lost = [key for key in missing if not left_out(key)]
         if lost or unexpected:
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
 

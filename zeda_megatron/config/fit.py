@@ -9,7 +9,7 @@ from ..errors import UserError
 from .arguments import Amount, Count, Positive, Share, check_choices, require
 from .parallel import ParallelConfig
 from .share import BUDGETS
-from .zero_experts import ZeroExpertConfig
+from .zero_experts import PAIRED_TYPES, ZeroExpertConfig
 
 SCORES = {"norm": ZeroExpertConfig.paired_score, "effect": "weight+head"}
 """What is fitted -> the terms that a score then needs."""
@@ -43,6 +43,20 @@ class FitOptions:
     """Terms of a pick's score, joined by '+': weight, head, residual. Without head nothing is fitted. Default:
     weight+head+residual, for --fit-target effect weight+head."""
 
+    paired_head: Literal["linear", "mlp"] = "linear"
+    """linear: one ridge regression per expert. mlp: besides, hidden units that all experts of a layer share; fitted by
+    a few seconds of gradient descent that starts there."""
+
+    paired_head_width: Count = 32
+    """Hidden units of the mlp head."""
+
+    zero_experts_type: Literal[PAIRED_TYPES] = "zero"
+    """What a zero expert gives in its expert's place: nothing (zero), a vector (constant), or a linear map of its input
+    and a vector (low_rank); fitted to what the skipped picks would have given."""
+
+    stand_in_rank: Count = 4
+    """Rank of the map of low_rank."""
+
     constants_only: bool = False
     """One constant per expert instead of a linear head."""
 
@@ -70,11 +84,32 @@ class FitOptions:
     bf16: bool = False
     """bfloat16 weights."""
 
+    def zero(self, num_experts: int) -> ZeroExpertConfig:
+        """The zero experts that the fit makes."""
+        return ZeroExpertConfig(
+            num_experts,
+            self.zero_experts_type,
+            "paired",
+            self.paired_score or SCORES[self.fit_target],
+            self.paired_head_width if self.paired_head == "mlp" else 0,
+            self.stand_in_rank if self.zero_experts_type == "low_rank" else 0,
+        )
+
     def validate(self, parallel: ParallelConfig) -> None:
         """Raise `UserError` naming the flag."""
         check_choices(self)
         parallel.validate()
         require(self, "pretrained_checkpoint", "data_path", "save")
+        terms = (self.paired_score or SCORES[self.fit_target]).split("+")
+        if self.zero_experts_type != "zero" and "residual" in terms:
+            raise UserError(
+                f"--zero-experts-type {self.zero_experts_type} needs a score without residual: --fit-target effect, or "
+                "--paired-score weight+head"
+            )
+        if self.paired_head == "mlp" and (self.constants_only or "head" not in terms):
+            raise UserError(
+                "--paired-head mlp needs a head that is fitted: not --constants-only, and head in the score"
+            )
         for flag, value in (
             ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
             ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size),

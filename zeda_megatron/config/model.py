@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .arguments import Amount, Whole
@@ -34,7 +34,7 @@ class ModelOptions:
     """Nz. Default: as many as the checkpoint has."""
 
     zero_experts_type: Literal[ZERO_EXPERT_TYPES] | None = None
-    """zero, copy or learned. Default: as the checkpoint was converted."""
+    """zero, copy or learned; paired ones zero, constant or low_rank (from a fit). Default: as the checkpoint has it."""
 
     zero_expert_routing: Literal[ZERO_EXPERT_ROUTINGS] | None = None
     """shared (the paper's zero experts) or paired (one per real expert). Default: as the checkpoint."""
@@ -96,16 +96,13 @@ class ModelOptions:
     recompute_granularity: Literal["full", "selective"] | None = None
     """None, full or selective activation recomputation."""
 
-    def zero(
-        self, num_zero_experts: int, zero_experts_type: str, routing: str = "shared", score: str | None = None
-    ) -> ZeroExpertConfig:
-        """The zero-expert config of this run."""
-        grouped = self.moe_router_load_balancing_type == "grouped_aux_loss" and routing == "shared"
-        return ZeroExpertConfig(
-            num_zero_experts=num_zero_experts,
-            zero_experts_type=zero_experts_type,
-            zero_expert_routing=routing,
-            paired_score=score or ZeroExpertConfig.paired_score,
+    def zero(self, base: ZeroExpertConfig) -> ZeroExpertConfig:
+        """These zero experts, with what steers them in this run."""
+        shared = base.zero_expert_routing == "shared"
+        grouped = self.moe_router_load_balancing_type == "grouped_aux_loss" and shared
+        return replace(
+            base,
+            paired_score=self.paired_score or base.paired_score,
             paired_temperature=self.paired_temperature,
             group_loss_coeff=self.moe_aux_loss_coeff if grouped else 0.0,
             moe_zero_expert_weight=self.moe_zero_expert_weight,

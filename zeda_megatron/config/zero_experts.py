@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 
-ZERO_EXPERT_TYPES = ("zero", "copy", "learned")
+ZERO_EXPERT_TYPES = ("zero", "copy", "learned", "constant", "low_rank")
+PAIRED_TYPES = ("zero", "constant", "low_rank")
+"""Those that paired zero experts may have; shared ones have the first three of all."""
 ZERO_EXPERT_ROUTINGS = ("shared", "paired")
 SCORE_TERMS = ("weight", "head", "residual")
 GROUP_LOSS_VARIANTS = ("routed", "authors", "adamoe")
@@ -22,7 +24,8 @@ class ZeroExpertConfig:
 
     zero_experts_type: str = "zero"
     """`zero`: output 0, no parameters. `copy`: output = input (the paper shows that it fails; for study).
-    `learned`: a bias vector per zero expert that starts at exactly 0."""
+    `learned`: a bias vector per zero expert that starts at exactly 0. Paired ones are silent, or answer in their
+    expert's place (`moe.stand_ins`): `constant` with a vector, `low_rank` with a linear map and a vector."""
 
     zero_expert_routing: str = "shared"
     """`shared`: the paper's Nz zero experts compete with all experts. `paired`: every real expert has its own,
@@ -31,6 +34,12 @@ class ZeroExpertConfig:
     paired_score: str = "weight+head+residual"
     """Terms of a pick's score under paired routing. `weight`: log of its routing weight. `head`: the predicted log
     norm of the expert's output. `residual`: minus the log norm of the residual stream."""
+
+    paired_head_width: int = 0
+    """Hidden units of the head beside its linear part; 0: linear."""
+
+    stand_in_rank: int = 0
+    """Rank of the maps of `low_rank` zero experts."""
 
     paired_temperature: float = 1.0
     """Width of the gate through which a paired head trains (straight-through)."""
@@ -68,6 +77,19 @@ class ZeroExpertConfig:
         """Rows added to the router's weight: Nz for shared routing, none for paired."""
         return 0 if self.paired else self.num_zero_experts
 
+    def costs(self, hidden: int, topk: int, expert_width: int) -> tuple[float, float]:
+        """Multiply-adds that paired zero experts take beside the experts: the heads', over those of a token's K
+        experts; a stand-in's, over those of its expert.
+
+        A gated expert takes 3*H*F, a head N*H + h*(H + N) for all experts of a layer, a stand-in (2*r + 1)*H.
+        """
+        if not self.paired:
+            return 0.0, 0.0
+        experts, units = self.num_zero_experts, self.paired_head_width
+        head = experts * hidden + units * (hidden + experts) if "head" in self.score_terms else 0
+        stand_in = 2 * self.stand_in_rank + 1 if self.zero_experts_type != "zero" else 0
+        return head / (3 * topk * hidden * expert_width), stand_in / (3 * expert_width)
+
     def validate(self, num_moe_experts: int | None, topk: int) -> None:
         """Raise `UserError` naming the flag that cannot work."""
         if num_moe_experts is None:
@@ -88,6 +110,11 @@ class ZeroExpertConfig:
                 raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(allowed)}")
         if self.zero_expert_routing == "paired":
             self._validate_paired(num_moe_experts)
+        elif self.zero_experts_type in ("constant", "low_rank"):
+            raise UserError(
+                f"--zero-experts-type {self.zero_experts_type} needs --zero-expert-routing paired; learned is a "
+                "constant of shared zero experts"
+            )
         if self.group_loss_coeff:
             if self.num_zero_experts <= 0:
                 raise UserError(
@@ -103,9 +130,20 @@ class ZeroExpertConfig:
                 f"--num-zero-experts {self.num_zero_experts}: paired routing has one zero expert per real one, "
                 f"{num_moe_experts}; leave the flag away"
             )
-        if self.zero_experts_type != "zero":
+        if self.zero_experts_type not in PAIRED_TYPES:
             raise UserError(
                 f"--zero-experts-type {self.zero_experts_type} is not supported with paired routing"
+            )
+        for flag, value in (
+            ("--paired-head-width", self.paired_head_width),
+            ("--stand-in-rank", self.stand_in_rank),
+        ):
+            if value < 0:
+                raise UserError(f"{flag} {value} must not be negative")
+        if (self.stand_in_rank > 0) != (self.zero_experts_type == "low_rank"):
+            raise UserError(
+                f"--stand-in-rank {self.stand_in_rank} does not fit --zero-experts-type {self.zero_experts_type}: "
+                "low_rank has a rank of at least 1, others have none"
             )
         unknown = [term for term in self.score_terms if term not in SCORE_TERMS]
         if unknown or len(set(self.score_terms)) != len(self.score_terms):

@@ -79,6 +79,11 @@ def wanted_zero_experts(
 def _new_zero_experts(
     real: int, count: int | None, kind: str, routing: str, score: str | None
 ) -> ZeroExpertConfig:
+    if kind in ("constant", "low_rank"):
+        raise UserError(
+            f"--zero-experts-type {kind}: what answers for skipped experts is fitted; convert the static model, then "
+            "zeda fit --stand-in-rank makes it"
+        )
     if routing == "paired":
         if count not in (None, real):
             raise UserError(

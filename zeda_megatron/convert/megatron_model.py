@@ -313,9 +313,8 @@ class MegatronModel:
 
     @staticmethod
     def _paired(real: int, facts: ModelFacts, config: dict[str, Any]) -> ZeroExpertConfig:
-        """Heads in the checkpoint tell that it is paired; the score's terms are in zeda.json, else in the template."""
-        score = facts.paired_score
-        if score is None:
-            template = zero_experts_of(config)
-            score = template.paired_score if template.paired else ZeroExpertConfig.paired_score
-        return ZeroExpertConfig(real, "zero", "paired", score)
+        """Heads in the checkpoint tell that it is paired; the rest is in zeda.json, else in the template."""
+        if facts.paired_score is not None:
+            return facts.zero()
+        template = zero_experts_of(config)
+        return template if template.paired else ZeroExpertConfig(real, zero_expert_routing="paired")

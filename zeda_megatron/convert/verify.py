@@ -48,8 +48,10 @@ def verify(
     present, differences = zero_experts_of(reader.config), []
     check_added(reader, bound, present)
     settings = settings_of(reader.config, bound.values()) if present.paired else {}
-    if present.paired and present.paired_score != model.zero.paired_score:
-        differences.append(f"config.json: zce_score {present.paired_score} became {model.zero.paired_score}")
+    for key, name in {"zce_score": "paired_score", "zce_types": "zero_experts_type"}.items():
+        was, now = getattr(present, name), getattr(model.zero, name)
+        if present.paired and was != now:
+            differences.append(f"config.json: {key} {was} became {now}")
     compare = _comparer(reader, model, bound, settings, dims)
     parameters = model.layout.parameters
     with ThreadPoolExecutor(workers, "verify") as pool:

@@ -26,6 +26,9 @@ from ..moe.router_dials import zero_mask
 Rows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Takes the rows of one pass, sorted by expert: x [R, H], what is to be predicted [R] float32, local expert [R]."""
 
+Outputs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""The same with what the experts give: x [R, H], E(x) [R, H], local expert [R], routing weight [R] float32."""
+
 
 def moe_layers(model: torch.nn.Module) -> dict[int, MoELayer]:
     """Layer number (from 1) -> MoE layer with paired zero experts."""
@@ -67,6 +70,25 @@ def watch_experts(layers: dict[int, MoELayer], sinks: dict[int, Rows]) -> Iterat
             rows.hand_to(
                 sinks[number], torch.linalg.vector_norm(output[0].detach(), dim=-1, dtype=torch.float32)
             )
+
+        return read
+
+    with _hooks(layers, {number: reader(number) for number in sinks}):
+        yield
+
+
+@contextmanager
+def watch_outputs(layers: dict[int, MoELayer], sinks: dict[int, Outputs]) -> Iterator[None]:
+    """Hand what experts give to every pass's rows, without the routing weight, to the layer's sink. Padding is left
+    out."""
+
+    def reader(number):
+        def read(_experts, args, output):
+            rows, out_RH = _Rows.of(args), output[0].detach()
+            good_R = rows.weight_R > 0
+            parts = (rows.x_RH, out_RH, rows.expert_R, rows.weight_R)
+            x_RH, out_RH, expert_R, weight_R = parts if good_R.all() else (part[good_R] for part in parts)
+            sinks[number](x_RH, out_RH / weight_R[:, None], expert_R, weight_R)
 
         return read
 
@@ -180,6 +202,13 @@ class WatchedPasses:
                 if self.effect:
                     torch.autograd.grad(self._answers(hidden, row), embedding)
         self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def run_outputs(self, rows: list, sinks: dict[int, Outputs]) -> None:
+        """Watch what the experts of the layers that have a sink give; see `watch_outputs`."""
+        with zero_mask(self.model), watch_outputs(self.layers, sinks):
+            for row in rows:
+                self.forward(self.model, row)
 
     def forward(self, model, row) -> torch.Tensor:
         """Hidden states of a row."""

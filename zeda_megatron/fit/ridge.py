@@ -1,54 +1,78 @@
 """Ridge regressions of all experts of a layer, streaming: normal equations, their sum over ranks, their solution.
 
-Memory: `sums_bytes` for the layers of one pass and the experts of this rank: in the main one [H, H] float32 matrix
-per expert, 4 * H^2 bytes (16.8 MB at H = 2048, 2.1 GB for 128 experts). Besides, the float32 rows of one expert in
-one forward pass, and while solving two float64 matrices [H, H]. Layers that do not fit are fitted in further passes
-over the data.
+Memory: `sums_bytes` for the layers and experts of one pass: in the main one [H, H] float32 matrix per expert for a
+head, 4 * H^2 bytes (16.8 MB at H = 2048, 2.1 GB for 128 experts), two for a stand-in. Besides, the float32 rows of one
+expert in one forward pass, and while solving two or three float64 matrices [H, H]. What does not fit is fitted in
+further passes over the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ..errors import UserError
 
+_ROUNDING = 1e-6
+"""Variance of an expert's input, relative to its mean square, that is taken for rounding."""
 
-def sums_bytes(num_local_experts: int, hidden_size: int) -> int:
+
+def sums_bytes(num_local_experts: int, hidden_size: int, outputs: int = 1) -> int:
     """Memory of the sums of one layer."""
-    return 4 * num_local_experts * (hidden_size * (hidden_size + 4) + 4)
+    return 4 * num_local_experts * (hidden_size * (hidden_size + outputs + 3) + 2 * outputs + 4)
 
 
 class RidgeSums:
-    """Normal equations of all local experts of one layer: `add` rows, `reduce` over ranks, `solve`.
+    """Normal equations of some experts of one layer: `add` rows, `reduce` over ranks, `solve`.
 
     Inputs are taken relative to `shift`, the mean of an expert's first rows: then float32 is enough for the
     products, also for channels whose mean is far larger than their spread. Means are summed in float64.
+
+    Args:
+        outputs: numbers that a row is to predict.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, device: torch.device):
+    def __init__(self, num_experts: int, hidden_size: int, device: torch.device, outputs: int = 1):
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(num_experts, *shape, dtype=dtype, device=device)
 
-        self.count, self.y = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
+        self.rows, self.count = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
+        """Rows, and the sum of their weights."""
+        self.y = zeros(outputs, dtype=torch.float64)
         self.shift = zeros(hidden_size)
         self.x = zeros(hidden_size, dtype=torch.float64)
-        self.xy, self.xx = zeros(hidden_size), zeros(hidden_size, hidden_size)
+        self.xy, self.xx = zeros(hidden_size, outputs), zeros(hidden_size, hidden_size)
 
-    def add(self, x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor) -> None:
-        """Rows sorted by expert."""
-        known = (self.count > 0).tolist()
-        for expert, x, y in per_expert(x_RH, y_R, expert_R, len(known)):
-            x = x.float()
+    def add(
+        self,
+        x_RH: torch.Tensor,
+        y_R: torch.Tensor,
+        expert_R: torch.Tensor,
+        weight_R: torch.Tensor | None = None,
+    ) -> None:
+        """Rows sorted by expert: what is predicted is [R], or [R, outputs]; weights float32, 1 if there are none."""
+        known = (self.rows > 0).tolist()
+        weights = (
+            None if weight_R is None else [w for _, _, w in per_expert(x_RH, weight_R, expert_R, len(known))]
+        )
+        for place, (expert, x, y) in enumerate(per_expert(x_RH, y_R, expert_R, len(known))):
+            x, y = x.float(), y.float().reshape(len(y), -1)
             if not known[expert]:
                 self.shift[expert] = x.mean(0)
             x = x - self.shift[expert]
-            self.count[expert] += len(y)
-            self.y[expert] += y.sum(dtype=torch.float64)
-            self.x[expert] += x.sum(0, dtype=torch.float64)
-            self.xy[expert].addmv_(x.t(), y)
-            self.xx[expert].addmm_(x.t(), x)
+            weighted = x
+            self.rows[expert] += len(y)
+            if weights is None:
+                self.count[expert] += len(y)
+            else:
+                weight = weights[place]
+                self.count[expert] += weight.sum(dtype=torch.float64)
+                weighted, y = x * weight[:, None], y * weight[:, None]
+            self.y[expert] += y.sum(0, dtype=torch.float64)
+            self.x[expert] += weighted.sum(0, dtype=torch.float64)
+            self.xy[expert].addmm_(x.t(), y)
+            self.xx[expert].addmm_(weighted.t(), x)
 
     def reduce(self, group) -> None:
         """Add up over the ranks that hold copies of these experts and saw other tokens.
@@ -60,47 +84,88 @@ class RidgeSums:
         count, mean = self.count.clone(), self.x + self.count[:, None] * self.shift
         for part in (count, mean):
             torch.distributed.all_reduce(part, group=group)
-        mean = (mean / count[:, None].clamp(min=1)).float()
+        mean = (mean / count[:, None].clamp(min=1e-30)).float()
         move = mean - self.shift
         for expert, n in enumerate(self.count.tolist()):
             x, by = self.x[expert].float(), move[expert]
             self.xx[expert].addr_(x, by, alpha=-1).addr_(by, x, alpha=-1).addr_(by, by, alpha=n)
             torch.distributed.all_reduce(self.xx[expert], group=group)
-        self.xy -= self.y[:, None].float() * move
+        self.xy -= move[:, :, None] * self.y[:, None, :].float()
         self.x -= self.count[:, None] * move
-        for part in (self.y, self.x, self.xy):
+        for part in (self.rows, self.y, self.x, self.xy):
             torch.distributed.all_reduce(part, group=group)
         self.count, self.shift = count, mean
 
+    def means(self) -> torch.Tensor:
+        """Of what is predicted, per expert [E, outputs] float64; 0 for experts without rows."""
+        return self.y / self.count[:, None].clamp(min=1e-30)
+
     def constants(self) -> torch.Tensor:
-        """Mean per expert [E] float32; 0 for experts without rows."""
-        return (self.y / self.count.clamp(min=1)).float()
+        """Mean per expert [E] float32 of a single number; 0 for experts without rows."""
+        return self.means()[:, 0].float()
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """U [E, H] and c [E], float32: least squares with a penalty on U, none on c.
+        """U [E, H] and c [E], float32: least squares for a single number, with a penalty on U, none on c.
 
         The penalty is that of ridge * H extra rows of the expert's own input variance with answer 0. It does not
         grow with the data: an expert with far fewer rows than H keeps U near 0, hence its constant; one with far
         more is not held back. Raises `UserError` if it is too small to solve.
         """
-        constants = self.y / self.count.clamp(min=1)
-        weight = torch.zeros_like(self.shift)
-        for expert, n in enumerate(self.count.tolist()):
-            if n < 2:
+        weight, constants = torch.zeros_like(self.shift), self.means()[:, 0]
+        for expert, factor, answer_HO, mean in self._equations(ridge):
+            solution = torch.cholesky_solve(answer_HO, factor)[:, 0]
+            weight[expert] = solution
+            constants[expert] -= solution @ mean
+        return weight, constants.float()
+
+    def solve_low_rank(self, ridge: float, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A [E, r, H], B [E, outputs, r] and b [E, outputs], float32: B A x + b nearest to what is predicted, by the
+        weighted squares that `solve` has, among all maps of that rank.
+
+        Reduced-rank regression: B's columns span the strongest directions of what full-rank ridge predicts.
+        """
+        experts, hidden = self.shift.shape
+        down, constants = self.shift.new_zeros(experts, rank, hidden), self.means()
+        up = self.shift.new_zeros(experts, constants.shape[1], rank)
+        for expert, factor, answer_HO, mean in self._equations(ridge):
+            basis_OR = _strongest(answer_HO, factor, rank)
+            down_RH = torch.cholesky_solve(answer_HO @ basis_OR, factor).t()
+            down[expert, : len(down_RH)], up[expert, :, : len(down_RH)] = down_RH, basis_OR
+            constants[expert] -= basis_OR @ (down_RH @ mean)
+        return down, up, constants.float()
+
+    def _equations(self, ridge: float) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(expert, Cholesky factor of its centred and penalised moments [H, H], moments with the outputs [H, outputs],
+        mean of x [H]), all float64, of every expert with at least two rows."""
+        for expert, rows in enumerate(self.rows.tolist()):
+            n = float(self.count[expert])
+            if rows < 2 or not n > 0:
                 continue
             mean = self.x[expert] / n
             moments = self.xx[expert].double().addr_(mean, mean, alpha=-n)
-            penalty = ridge * moments.diagonal().sum().clamp(min=1e-12) / n
+            # An expert that always sees one input (the first token of every text) has no variance but rounding's.
+            least = _ROUNDING * n * (mean + self.shift[expert]).square().sum()
+            penalty = ridge * torch.maximum(moments.diagonal().sum(), least).clamp(min=1e-12) / rows
             moments.diagonal().add_(penalty)
             factor, failed = torch.linalg.cholesky_ex(moments)
             del moments
             if failed:
-                raise UserError(f"--ridge {ridge} is too small for an expert with {n:.0f} rows")
-            answer = self.xy[expert].double() - mean * self.y[expert]
-            solution = torch.cholesky_solve(answer.unsqueeze(1), factor).squeeze(1)
-            weight[expert] = solution
-            constants[expert] -= solution @ (mean + self.shift[expert])
-        return weight, constants.float()
+                raise UserError(f"--ridge {ridge} is too small for an expert with {rows:.0f} rows")
+            answer = self.xy[expert].double() - mean[:, None] * self.y[expert]
+            yield expert, factor, answer, mean + self.shift[expert]
+
+
+def _strongest(answer_HO: torch.Tensor, factor: torch.Tensor, rank: int, rounds: int = 8) -> torch.Tensor:
+    """Orthonormal [outputs, r]: the largest eigenvectors of answer^T (factor factor^T)^-1 answer, by subspace iteration
+    from a fixed start, so that no matrix of [outputs, outputs] is made."""
+    outputs = answer_HO.shape[1]
+    width = min(rank + 8, outputs)
+    start = torch.Generator().manual_seed(0)
+    basis = torch.randn(outputs, width, generator=start, dtype=torch.float64).to(answer_HO.device)
+    for _ in range(rounds):
+        basis = torch.linalg.qr(basis)[0]
+        basis = answer_HO.t() @ torch.cholesky_solve(answer_HO @ basis, factor)
+    return torch.linalg.svd(basis, full_matrices=False)[0][:, : min(rank, outputs)]
 
 
 def fill_empty(values_N: torch.Tensor, count_N: torch.Tensor) -> torch.Tensor:
@@ -112,18 +177,20 @@ def fill_empty(values_N: torch.Tensor, count_N: torch.Tensor) -> torch.Tensor:
 class Explained:
     """How much of the variance over all routed rows of a layer a head explains, and its constants.
 
-    Args: U [E, H], c [E] of the head and the mean log norms [E], for the local experts, float32.
+    Args:
+        predict: local expert and x [R, H] -> what the head says, [R] float32.
+        constant_E: the mean of each expert, float32.
     """
 
-    def __init__(self, weight_EH: torch.Tensor, bias_E: torch.Tensor, constant_E: torch.Tensor):
-        self.weight, self.bias, self.constant = weight_EH, bias_E, constant_E
-        self.sums = torch.zeros(5, dtype=torch.float64, device=weight_EH.device)
+    def __init__(self, predict: Callable[[int, torch.Tensor], torch.Tensor], constant_E: torch.Tensor):
+        self.predict, self.constant = predict, constant_E
+        self.sums = torch.zeros(5, dtype=torch.float64, device=constant_E.device)
         """Rows, their sum and sum of squares, squared errors of the head and of the constants."""
 
     def add(self, x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor) -> None:
         """Rows sorted by expert."""
-        for expert, x, y in per_expert(x_RH, y_R, expert_R, len(self.bias)):
-            error = y - torch.mv(x.float(), self.weight[expert]) - self.bias[expert]
+        for expert, x, y in per_expert(x_RH, y_R, expert_R, len(self.constant)):
+            error = y - self.predict(expert, x)
             parts = (torch.ones_like(y), y, y.square(), error.square(), (y - self.constant[expert]).square())
             self.sums += torch.stack([part.sum(dtype=torch.float64) for part in parts])
 

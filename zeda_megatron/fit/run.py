@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +17,9 @@ from tqdm import tqdm
 
 from ..checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
 from ..config.arguments import parse
-from ..config.fit import SCORES, FitOptions
+from ..config.fit import FitOptions
 from ..config.model import ModelOptions
 from ..config.parallel import ParallelConfig
-from ..config.zero_experts import ZeroExpertConfig
 from ..data.rows import read_fit_rows
 from ..data.tokenizers import load_tokenizer
 from ..durable_file import write_atomically, writing
@@ -36,8 +36,10 @@ from ..runtime.whole_folder import new_folder
 from ..text_table import text_table
 from ..training.build import hf_folder, zero_experts
 from ..training.log import warn
+from .hidden_units import RowStore, fit_hidden_units, store_bytes
 from .paired_fit import Sensitivity, WatchedPasses, moe_layers
 from .ridge import Explained, RidgeSums, fill_empty, sums_bytes
+from .stand_in_fit import StandInFit
 
 CALIBRATION_PASSES = 4
 
@@ -85,11 +87,7 @@ class HeadFit:
                 f"--pretrained-checkpoint {options.pretrained_checkpoint}: has shared zero experts; give the static "
                 "model (convert it without --num-zero-experts)"
             )
-        self.zero = ZeroExpertConfig(
-            arch.megatron["num_moe_experts"],
-            zero_expert_routing="paired",
-            paired_score=options.paired_score or SCORES[options.fit_target],
-        )
+        self.zero = options.zero(arch.megatron["num_moe_experts"])
         # The weights stay what they are: an original's, or adapted ones.
         start = options.pretrained_checkpoint
         self.facts = replace(
@@ -100,7 +98,7 @@ class HeadFit:
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
         self.rows = read_fit_rows(options, load_tokenizer(self.hf), warn)
-        load_weights([self.model], folder, "--pretrained-checkpoint", fresh_heads=True)
+        load_weights([self.model], folder, "--pretrained-checkpoint", heads="fresh")
         self.model.to(dtype).eval().requires_grad_(False)
         self.layers = moe_layers(self.model)
         self.effect, self.floors = options.fit_target == "effect", {}
@@ -109,6 +107,12 @@ class HeadFit:
         self.without_rows = self.few_rows = 0
         self.bar = tqdm(desc="fit", unit="row", disable=None if self.first else True)
         self.passes = WatchedPasses(self.model, self.layers, arch.vocab_size, self.effect, self.bar.update)
+        self.stand_ins = None
+        if self.zero.zero_experts_type != "zero":
+            room = options.max_memory_gb * 1e9
+            self.stand_ins = StandInFit(
+                self.layers, self.passes, options.ridge, room, self._gather, self.replicas
+            )
 
     def run(self) -> int:
         """Fit, set the threshold, save. Returns the exit code."""
@@ -133,18 +137,20 @@ class HeadFit:
         fitted = "head" in self.zero.score_terms
         passes = self._passes() if fitted else []
         self.bar.total = len(rows.calibration) * (CALIBRATION_PASSES + 1)
+        if self.stand_ins:
+            self.bar.total += len(rows.fit) * len(self.stand_ins.plan) + len(rows.held_out)
+            self.bar.total += len(rows.calibration) * CALIBRATION_PASSES
         self.bar.total += (
             (len(passes) * len(rows.fit) + len(rows.held_out) * (1 + self.effect)) if fitted else 0
         )
         quality = self._fit(passes) if fitted else {}
-        threshold = calibrate_threshold(
-            self.model,
-            rows.calibration,
-            options.target_zero_share,
-            self.passes.forward,
-            CALIBRATION_PASSES,
-            by_layer=options.paired_budget == "layer",
-        )
+        threshold, explained, skipped_below = self._calibrate(), None, None
+        if self.stand_ins:
+            # Fitted to what this threshold skips; with them other picks follow, so it is set once more.
+            skipped_below = threshold
+            self.stand_ins.run(rows.fit)
+            explained = self.stand_ins.explained(rows.held_out, self._sum)
+            threshold = self._calibrate()
         return {
             "paired_score": self.zero.paired_score,
             "fit_target": options.fit_target if fitted else None,
@@ -158,15 +164,32 @@ class HeadFit:
             **self._shares(),
             "r2_by_layer": {number: values[0] for number, values in quality.items()},
             "r2_of_constants_by_layer": {number: values[1] for number, values in quality.items()},
+            "paired_head_width": self.zero.paired_head_width,
+            "zero_experts_type": self.zero.zero_experts_type,
+            "stand_in_rank": self.zero.stand_in_rank,
+            "stand_in_explains_by_layer": explained,
+            "stand_ins_fitted_below": skipped_below,
             "experts_without_rows": self.without_rows if fitted else None,
             "experts_with_few_rows": self.few_rows if fitted else None,
             "seconds": time.perf_counter() - self.started,
         }
 
+    def _calibrate(self) -> list[float]:
+        return calibrate_threshold(
+            self.model,
+            self.rows.calibration,
+            self.options.target_zero_share,
+            self.passes.forward,
+            CALIBRATION_PASSES,
+            by_layer=self.options.paired_budget == "layer",
+        )
+
     def _passes(self) -> list[list[int]]:
-        """Layers of each pass over the data: as many as have room for their sums."""
+        """Layers of each pass over the data: as many as have room for their sums (and rows)."""
         first = next(iter(self.layers.values()))
         size = sums_bytes(first.num_local_experts, first.config.hidden_size)
+        if self.zero.paired_head_width:
+            size += store_bytes(first.config.hidden_size, 2 if self.options.bf16 else 4)
         room, numbers = max(int(self.options.max_memory_gb * 1e9 / size), 1), sorted(self.layers)
         return [numbers[i : i + room] for i in range(0, len(numbers), room)]
 
@@ -181,9 +204,11 @@ class HeadFit:
                 number: RidgeSums(first.num_local_experts, first.config.hidden_size, process_groups.device())
                 for number in group
             }
-            self.passes.run(self.rows.fit, {number: sums[number].add for number in group}, self.floors)
+            stores = {number: RowStore() for number in group if self.zero.paired_head_width}
+            sinks = {number: _both(sums[number], stores.get(number)) for number in group}
+            self.passes.run(self.rows.fit, sinks, self.floors)
             for number in group:
-                constants[number] = self._install(number, sums.pop(number))
+                constants[number] = self._install(number, sums.pop(number), stores.pop(number, None))
         return self._explained(constants)
 
     def _floors(self) -> dict[int, float]:
@@ -196,7 +221,7 @@ class HeadFit:
             part.effect, part.size = self._sum(sums).tolist()
         return {number: self.options.effect_floor * part.ratio() for number, part in found.items()}
 
-    def _install(self, number: int, sums) -> torch.Tensor:
+    def _install(self, number: int, sums: RidgeSums, store: RowStore | None) -> torch.Tensor:
         """Solve one layer and give all ranks the whole head; returns the constants of all experts."""
         sums.reduce(self.replicas)
         count = self._gather(sums.count)
@@ -206,9 +231,16 @@ class HeadFit:
             head.weight.zero_()
             head.bias.copy_(constant)
         else:
-            weight, bias = (self._gather(part) for part in sums.solve(self.options.ridge))
-            head.weight.copy_(weight)
-            head.bias.copy_(torch.where(count > 0, bias, constant))
+            weight, bias = sums.solve(self.options.ridge)
+            made = {"weight": weight, "bias": bias}
+            if store is not None:
+                width = self.zero.paired_head_width
+                made = fit_hidden_units(store.rows(), weight, bias, width, self.replicas)
+            for name, part in made.items():
+                whole = part if name in ("hidden_weight", "hidden_bias") else self._gather(part)
+                getattr(head, name).copy_(
+                    torch.where(count > 0, whole, constant) if name == "bias" else whole
+                )
         self.without_rows += int((count == 0).sum())
         self.few_rows += int(((count > 0) & (count < head.weight.shape[1])).sum())
         return constant
@@ -216,9 +248,8 @@ class HeadFit:
     def _explained(self, constants: dict[int, torch.Tensor]) -> dict[int, tuple[float, float]]:
         quality, sinks = {}, {}
         for number, layer in self.layers.items():
-            own, head = layer.local_expert_indices, layer.router.paired
-            parts = (part[own].float() for part in (head.weight, head.bias, constants[number]))
-            quality[number] = Explained(*parts)
+            own = layer.local_expert_indices
+            quality[number] = Explained(partial(_prediction, layer), constants[number][own].float())
             sinks[number] = quality[number].add
         self.passes.run(self.rows.held_out, sinks, self.floors)
         for part in quality.values():
@@ -249,18 +280,37 @@ class HeadFit:
         return {"zero_share": report.zero_share, "zero_share_by_layer": report.zero_share_by_layer}
 
 
+def _both(sums: RidgeSums, store: RowStore | None):
+    """A sink that fills both."""
+
+    def take(x_RH, y_R, expert_R):
+        sums.add(x_RH, y_R, expert_R)
+        if store is not None:
+            store.add(x_RH, y_R, expert_R)
+
+    return take
+
+
+def _prediction(layer, expert: int, x_RH: torch.Tensor) -> torch.Tensor:
+    return layer.router.paired.predict(x_RH, layer.local_expert_indices[expert])
+
+
 def format_fit(report: dict) -> str:
     """Lines a layer, then what the threshold gives; `report` is what fit.json holds."""
     lines, rows = [], [["layer", "R^2 of the head", "R^2 of constants", "zero share"]]
+    stand_ins = report["stand_in_explains_by_layer"] or {}
+    if stand_ins:
+        rows[0].append("stand-ins explain")
     for number, r2 in report["r2_by_layer"].items():
         values = (
             r2,
             report["r2_of_constants_by_layer"][number],
             report["zero_share_by_layer"][int(number) - 1],
         )
+        values += tuple(stand_ins[n] for n in stand_ins if str(n) == str(number))
         rows.append([str(number), *(f"{value:.3f}" for value in values)])
     if len(rows) > 1:
-        lines += text_table(rows, "rrrr")
+        lines += text_table(rows, "rrrrr")
     if report["experts_without_rows"] or report["experts_with_few_rows"]:
         lines.append(
             f"{report['experts_without_rows']} experts had no row and got the mean over the others, "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.folders import own_file
-from ..config.zero_experts import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
+from ..config.zero_experts import PAIRED_TYPES, SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZeroExpertConfig
 from ..durable_file import copy_whole, write_atomically
 from ..errors import UserError
 from ..regular_file import is_regular
@@ -26,7 +26,7 @@ from .bits import DTYPES
 from .on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from .weight_kinds import Setting, WeightMapping
 
-PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold")
+PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold", "zce_head_width", "zce_rank")
 
 
 def is_paired(config: dict[str, Any]) -> bool:
@@ -48,10 +48,10 @@ def paired_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
     names = ("num_experts", "n_routed_experts", "num_local_experts")
     real = next((config[name] for name in names if name in config), None)
     nums, kinds = config.get("zce_nums"), config.get("zce_types") or ["zero"]
-    if nums != [real] or kinds != ["zero"]:
+    if nums != [real] or kinds not in [[kind] for kind in PAIRED_TYPES]:
         raise UserError(
             f"config.json: zce_nums {nums} with zce_types {kinds} does not fit paired routing, which has one zero "
-            f"expert per real one: [{real}] and ['zero']"
+            f"expert per real one: [{real}] and one of {', '.join(PAIRED_TYPES)}"
         )
     score = config.get("zce_score", ZeroExpertConfig.paired_score)
     terms = score.split("+") if isinstance(score, str) else [None]
@@ -59,7 +59,15 @@ def paired_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
         raise UserError(
             f"config.json: zce_score {score!r} is unknown; join some of {', '.join(SCORE_TERMS)} with '+'"
         )
-    return ZeroExpertConfig(real, "zero", "paired", score)
+    width, rank = (config.get(key, 0) for key in ("zce_head_width", "zce_rank"))
+    for key, value in (("zce_head_width", width), ("zce_rank", rank)):
+        if not is_int(value) or value < 0:
+            raise UserError(f"config.json: {key} {str(value)[:60]!r} must be a whole number from 0")
+    if (rank > 0) != (kinds == ["low_rank"]):
+        raise UserError(
+            f"config.json: zce_rank {rank} does not fit zce_types {kinds}: low_rank alone has a rank"
+        )
+    return ZeroExpertConfig(real, kinds[0], "paired", score, width, rank)
 
 
 def settings_of(config: dict[str, Any], mappings: Iterable[WeightMapping]) -> dict[str, torch.Tensor]:
@@ -224,6 +232,8 @@ def dynamic_config(
         raise UserError(f"config.json: architecture {static_name!r} has no form with zero experts")
     if zero.paired:
         more = {"zce_routing": "paired", "zce_score": zero.paired_score, **(settings or {})}
+        numbers = {"zce_head_width": zero.paired_head_width, "zce_rank": zero.stand_in_rank}
+        more |= {key: value for key, value in numbers.items() if value}
     else:
         more = {key: config[key] for key in (_DIAL,) if key in config}
     return {

@@ -31,11 +31,15 @@ class ModelFacts:
     num_zero_experts: int = 0
     """Nz."""
     zero_experts_type: str = "zero"
-    """zero, copy or learned."""
+    """zero, copy or learned; paired ones: zero, constant or low_rank."""
     zero_expert_routing: str = "shared"
     """shared or paired."""
     paired_score: str | None = None
     """Terms of a pick's score under paired routing; None: not said."""
+    paired_head_width: int = 0
+    """Hidden units of the heads; 0: linear ones."""
+    stand_in_rank: int = 0
+    """Rank of low_rank zero experts."""
     renormalize_after_drop: bool = False
     """Weights over the real picks add up to what all had."""
     adapted_steps: int | None = 0
@@ -57,6 +61,8 @@ class ModelFacts:
             zero_experts_type=zero.zero_experts_type,
             zero_expert_routing=zero.zero_expert_routing,
             paired_score=zero.paired_score if zero.paired else None,
+            paired_head_width=zero.paired_head_width,
+            stand_in_rank=zero.stand_in_rank,
             renormalize_after_drop=zero.renormalize_after_drop,
         )
 
@@ -67,6 +73,8 @@ class ModelFacts:
             zero_experts_type=self.zero_experts_type,
             zero_expert_routing=self.zero_expert_routing,
             paired_score=self.paired_score or ZeroExpertConfig.paired_score,
+            paired_head_width=self.paired_head_width,
+            stand_in_rank=self.stand_in_rank,
             renormalize_after_drop=self.renormalize_after_drop,
         )
 
@@ -105,6 +113,8 @@ def _checked(about: dict[str, Any], file: Path) -> ModelFacts:
         "zero_experts_type": facts.zero_experts_type in ZERO_EXPERT_TYPES,
         "zero_expert_routing": facts.zero_expert_routing in ZERO_EXPERT_ROUTINGS,
         "paired_score": score is None or all(term in SCORE_TERMS for term in terms),
+        "paired_head_width": is_int(facts.paired_head_width) and facts.paired_head_width >= 0,
+        "stand_in_rank": is_int(facts.stand_in_rank) and facts.stand_in_rank >= 0,
         "renormalize_after_drop": isinstance(facts.renormalize_after_drop, bool),
         "adapted_steps": facts.adapted_steps is None
         or (is_int(facts.adapted_steps) and facts.adapted_steps >= 0),

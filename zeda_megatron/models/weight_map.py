@@ -185,6 +185,12 @@ def decoder(
         # paired zero experts
         Added(f"{HF}{moe}.gate.zero_weight", MC + "mlp.router.paired.weight"),
         Added(f"{HF}{moe}.gate.zero_bias", MC + "mlp.router.paired.bias"),
+        Added(f"{HF}{moe}.gate.zero_hidden_weight", MC + "mlp.router.paired.hidden_weight"),
+        Added(f"{HF}{moe}.gate.zero_hidden_bias", MC + "mlp.router.paired.hidden_bias"),
+        Added(f"{HF}{moe}.gate.zero_hidden_output", MC + "mlp.router.paired.hidden_output"),
+        Added(f"{HF}{moe}.gate.zero_constant", MC + "mlp.router.zero_output.constant"),
+        Added(f"{HF}{moe}.gate.zero_down", MC + "mlp.router.zero_output.down"),
+        Added(f"{HF}{moe}.gate.zero_up", MC + "mlp.router.zero_output.up"),
         Setting("zce_threshold", "zce_threshold/{layer}", MC + "mlp.router.paired.threshold"),
         GateUp(f"{expert}{gate}.weight", f"{expert}{up}.weight", local + "linear_fc1.weight"),
         Direct(f"{expert}{down}.weight", local + "linear_fc2.weight"),

@@ -2,12 +2,13 @@
 
 Pick i of token x goes to its zero expert when
 
-    log w_i + (U_i.x + c_i) - log|residual|  <  threshold
+    log w_i + h_i(x) - log|residual|  <  threshold,   h_i(x) = U_i.x + c_i + V_i.silu(W x + d)
 
-w_i is the pick's routing weight, U_i.x + c_i predicts log|E_i(x)| (fitted, see `fit.paired_fit`), the residual is
-the stream that the layer's output is added to: the sum is the log of the pick's relative contribution. Kept picks
-keep their weights. Closest kin: BEAM's learned mask router (arXiv 2605.14438), which is the term `head` alone,
-trained.
+w_i is the pick's routing weight, h_i(x) predicts log|E_i(x)| (fitted, see `fit.paired_fit`; the part with hidden
+units, which all experts of a layer share, is there only if asked for), the residual is the stream that the layer's
+output is added to: the sum is the log of the pick's relative contribution. Kept picks keep their weights.
+
+Closest kin: BEAM's learned mask router (arXiv 2605.14438), which is the term `head` alone, trained.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class PairedZeroExperts(torch.nn.Module):
     """The scores of all picks of one layer, and the threshold that splits them.
 
     Attributes:
-        weight: U [N, H]. bias: c [N]. threshold: one number, float32 whatever the model's type.
+        weight: U [N, H]. bias: c [N]. hidden_weight: W [h, H]. hidden_bias: d [h]. hidden_output: V [N, h].
+        threshold: one number, float32 whatever the model's type.
     """
 
     def __init__(
@@ -40,6 +42,11 @@ class PairedZeroExperts(torch.nn.Module):
         experts = zero.num_zero_experts
         self.weight = torch.nn.Parameter(torch.zeros(experts, hidden_size, dtype=dtype))
         self.bias = torch.nn.Parameter(torch.zeros(experts, dtype=dtype))
+        self.width = zero.paired_head_width
+        if self.width:
+            self.hidden_weight = torch.nn.Parameter(torch.zeros(self.width, hidden_size, dtype=dtype))
+            self.hidden_bias = torch.nn.Parameter(torch.zeros(self.width, dtype=dtype))
+            self.hidden_output = torch.nn.Parameter(torch.zeros(experts, self.width, dtype=dtype))
         for parameter in self.parameters():
             parameter.sequence_parallel = sequence_parallel
         self.register_buffer("threshold", torch.full((1,), KEEP_ALL, dtype=torch.float32))
@@ -71,17 +78,27 @@ class PairedZeroExperts(torch.nn.Module):
     def scores(self, hidden_TH: torch.Tensor, probs_TN: torch.Tensor) -> torch.Tensor:
         """Log of the predicted relative contribution of every expert, [T, N] float32; only picks mean something.
 
-        Gradients reach U and c alone.
+        Gradients reach the head alone.
         """
         score_TN = torch.zeros_like(probs_TN, dtype=torch.float32)
         if "weight" in self.terms:
             score_TN = score_TN + probs_TN.detach().float().clamp(min=1e-20).log()
         if "head" in self.terms:
-            score_TN = score_TN + F.linear(hidden_TH.detach().float(), self.weight.float(), self.bias.float())
+            score_TN = score_TN + self.predict(hidden_TH.detach())
         if "residual" in self.terms:
             norm_T = self._residual_norm(hidden_TH.shape[0])
             score_TN = score_TN - norm_T.clamp(min=1e-20).log().unsqueeze(1)
         return score_TN
+
+    def predict(self, hidden_TH: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """h(x) of every expert, [T, N] float32; of a single one, [T]."""
+        one = slice(expert, None if expert is None else expert + 1)
+        x_TH = hidden_TH.float()
+        value_TN = F.linear(x_TH, self.weight[one].float(), self.bias[one].float())
+        if self.width:
+            unit_TU = F.silu(F.linear(x_TH, self.hidden_weight.float(), self.hidden_bias.float()))
+            value_TN = value_TN + F.linear(unit_TU, self.hidden_output[one].float())
+        return value_TN if expert is None else value_TN[:, 0]
 
     def _residual_norm(self, tokens: int) -> torch.Tensor:
         """|residual| [T] of this pass.

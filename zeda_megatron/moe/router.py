@@ -1,7 +1,4 @@
-"""The router of a dynamic MoE layer: top-k over N real and Nz zero experts, zero slots dropped.
-
-Zero experts that are not silent: `copy` (identity) and `learned` (a bias that starts at exactly 0).
-"""
+"""The router of a dynamic MoE layer: top-k over N real and Nz zero experts, zero slots dropped."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from .paired import PairedZeroExperts
 from .pick_rules import apply_pick_rule
 from .replay import RoutingReplay
 from .router_dials import RouterDials
+from .stand_ins import zero_output
 from .stats import RoutingStats
 
 
@@ -54,21 +52,13 @@ class ZeroExpertRouter(TopKRouter):
         self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
         self.dials = RouterDials(zero_weight=zero.moe_zero_expert_weight)
         self.routing_stats = RoutingStats()
-        self.zero_output = None
+        self.zero_output = zero_output(zero, config)
         self.paired = None
         if zero.paired:
             self.paired = PairedZeroExperts(
                 zero, config.hidden_size, config.params_dtype, config.sequence_parallel
             )
             self._hidden_TH: torch.Tensor | None = None
-        if zero.zero_experts_type != "zero" and zero.num_zero_experts:
-            self.zero_output = ZeroExpertOutput(
-                zero.zero_experts_type,
-                zero.num_zero_experts,
-                config.hidden_size,
-                config.params_dtype,
-                config.sequence_parallel,
-            )
 
     def _apply(self, fn, recurse=True):
         """Move with the model, but let no cast round the score bias, which is float32 whatever the model's type."""
@@ -116,7 +106,7 @@ class ZeroExpertRouter(TopKRouter):
         if self.zero.renormalize_after_drop:
             total = probs_TE.sum(1, keepdim=True)
             probs_TN = probs_TN * (total / probs_TN.sum(1, keepdim=True).clamp(min=1e-20))
-        if self.zero_output is not None and not masked:
+        if self.zero_output is not None and self.paired is None and not masked:
             self.zero_output.hand_over(probs_TE[:, self.num_real :])
         if self.dials.pick_rule is not None:
             probs_TN, map_TN = apply_pick_rule(self.dials.pick_rule, probs_TN, map_TN, self.topk)
@@ -161,6 +151,10 @@ class ZeroExpertRouter(TopKRouter):
         if isinstance(self.router_replay, RoutingReplay):
             kept_TN = self.router_replay.kept(kept_TN)
         probs, dispatched_TN, gate_TN = self.paired.thin_out(score_TN, probs_TN, map_TN, kept_TN)
+        if self.zero_output is not None:
+            # Where a head trains, kept picks have weight 0 here, and a gradient.
+            answered_TN = map_TN if gate_TN is not None else map_TN & ~kept_TN
+            self.zero_output.hand_over(probs_TN - probs, answered_TN)
         if gate_TN is not None and torch.is_grad_enabled() and self.dials.sparsity_coeff:
             probs = self._attach_sparsity_loss(probs, gate_TN, map_TN, valid_T)
         return probs, dispatched_TN, kept_TN
@@ -252,38 +246,3 @@ def only_megatron_does(config) -> bool:
     """Whether routing has parts that are Megatron's alone: losses per expert, a capacity, updates of the score bias."""
     updates = config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate
     return bool(per_expert_losses(config) or config.moe_expert_capacity_factor is not None or updates)
-
-
-class ZeroExpertOutput(torch.nn.Module):
-    """What the picked zero experts add to a layer's output: sum over picks of weight * e_j(x).
-
-    `copy`: e_j(x) = x. `learned`: e_j(x) = b_j, an [H] vector per zero expert that starts at 0, so a model
-    begins bit-equal to one with parameter-free zero experts.
-
-    Megatron's layer hands routing weights of the real experts alone from its router to its dispatcher. So those of the
-    zero experts go past it: the router puts them here (`hand_over`), the dispatcher calls this module after the real
-    experts, once for every pass of the router.
-    """
-
-    def __init__(
-        self, kind: str, num_zero: int, hidden_size: int, dtype: torch.dtype, sequence_parallel: bool
-    ):
-        super().__init__()
-        self.kind = kind
-        self._probs_TZ: torch.Tensor | None = None
-        if kind == "learned":
-            self.bias = torch.nn.Parameter(torch.zeros(num_zero, hidden_size, dtype=dtype))
-            self.bias.sequence_parallel = sequence_parallel
-
-    def hand_over(self, probs_TZ: torch.Tensor) -> None:
-        """Routing weights of the zero experts [T, Nz], 0 where they were not picked, for the next call."""
-        self._probs_TZ = probs_TZ
-
-    def forward(self, hidden_TH: torch.Tensor) -> torch.Tensor | None:
-        """[T, H] layer input -> [T, H] to add, or None if nothing was routed since the last call."""
-        probs_TZ, self._probs_TZ = self._probs_TZ, None
-        if probs_TZ is None:
-            return None
-        if self.kind == "copy":
-            return (probs_TZ.sum(1, keepdim=True) * hidden_TH).to(hidden_TH.dtype)
-        return (probs_TZ.to(self.bias.dtype) @ self.bias).to(hidden_TH.dtype)

@@ -13,7 +13,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
+from ..models.hf_config import zero_experts_of
 from ..text_table import text_table
 from .flops import Flops, Geometry, flop_ratio, flops_per_token
 
@@ -64,27 +66,46 @@ def gpu(name: str, flops: float | None = None, bandwidth: float | None = None) -
 
 def distinct_experts(geometry: Geometry, tokens: float, zero_share: float = 0.0) -> float:
     """Expected number of real experts that `tokens` tokens touch in one layer under uniform routing."""
-    hit = geometry.topk * (1.0 - zero_share) / geometry.experts
+    return _distinct(geometry, tokens, 1.0 - zero_share)
+
+
+def _distinct(geometry: Geometry, tokens: float, share: float) -> float:
+    """Experts that a share of the picks touches."""
+    hit = geometry.topk * share / geometry.experts
     return geometry.experts * (1.0 - (1.0 - hit) ** tokens)
 
 
 def decode_seconds(
-    geometry: Geometry, device: Gpu, batch: int, context: int, zero_share: float = 0.0, zero_rows: int = 0
+    geometry: Geometry,
+    device: Gpu,
+    batch: int,
+    context: int,
+    zero_share: float = 0.0,
+    zero_rows: int = 0,
+    paired: ZeroExpertConfig | None = None,
 ) -> dict[str, float]:
     """Seconds of one decoding step by part: a new token for each of `batch` sequences, `context` cached."""
-    flops = flops_per_token(geometry, context, zero_share, zero_rows, cached=True)
+    flops = flops_per_token(geometry, context, zero_share, zero_rows, cached=True, paired=paired)
     cache = BYTES * batch * context * geometry.layers * geometry.attention.cache
-    return _seconds(geometry, device, flops, batch, batch, cache, zero_share, zero_rows)
+    return _seconds(geometry, device, flops, batch, batch, cache, zero_share, zero_rows, paired)
 
 
 def prefill_seconds(
-    geometry: Geometry, device: Gpu, tokens: int, context: int, zero_share: float = 0.0, zero_rows: int = 0
+    geometry: Geometry,
+    device: Gpu,
+    tokens: int,
+    context: int,
+    zero_share: float = 0.0,
+    zero_rows: int = 0,
+    paired: ZeroExpertConfig | None = None,
 ) -> dict[str, float]:
     """Seconds of one prefill by part: `tokens` tokens in causal sequences of `context`, last logits only."""
     context = min(context, tokens)
-    flops = flops_per_token(geometry, (context + 1) / 2, zero_share, zero_rows)
+    flops = flops_per_token(geometry, (context + 1) / 2, zero_share, zero_rows, paired=paired)
     cache = BYTES * tokens * geometry.layers * geometry.attention.cache
-    return _seconds(geometry, device, flops, tokens, max(1, tokens // context), cache, zero_share, zero_rows)
+    return _seconds(
+        geometry, device, flops, tokens, max(1, tokens // context), cache, zero_share, zero_rows, paired
+    )
 
 
 def _seconds(
@@ -96,6 +117,7 @@ def _seconds(
     cache_bytes: float,
     zero_share: float,
     zero_rows: int,
+    paired: ZeroExpertConfig | None,
 ) -> dict[str, float]:
     hidden, moe = geometry.hidden, geometry.moe_layers
     rows = tokens * geometry.topk * (1.0 - zero_share)
@@ -106,6 +128,11 @@ def _seconds(
         "attention_projections": geometry.layers * geometry.attention.projection,
         "attention_scores": cache_bytes / BYTES,
         "router": moe * hidden * (geometry.experts + zero_rows),
+        "heads": moe * geometry.costs(paired)[0] * geometry.topk * geometry.expert,
+        "stand_ins": moe
+        * _distinct(geometry, tokens, zero_share)
+        * geometry.costs(paired)[1]
+        * geometry.expert,
         "routed_experts": moe
         * (experts * geometry.expert + 2 * tokens * hidden + 2 * rows * geometry.expert_width),
         "shared_experts": moe * 3 * hidden * geometry.shared_width,
@@ -147,6 +174,7 @@ def predict(
     context: int,
     batches: tuple[int, ...],
     prefills: tuple[int, ...],
+    paired: ZeroExpertConfig | None = None,
 ) -> list[Prediction]:
     """Static against dynamic for every decoding batch and prefill size."""
     lines: list[Prediction] = []
@@ -157,7 +185,7 @@ def predict(
     for phase, sizes, seconds in phases:
         for tokens in sizes:
             static = sum(seconds(geometry, device, tokens, context).values())
-            dynamic = sum(seconds(geometry, device, tokens, context, zero_share, zero_rows).values())
+            dynamic = sum(seconds(geometry, device, tokens, context, zero_share, zero_rows, paired).values())
             lines.append(
                 Prediction(
                     phase,
@@ -182,6 +210,7 @@ def cost_sheet(
     context: int,
     tokens: tuple[int, ...],
     batches: tuple[int, ...] = BATCHES,
+    paired: ZeroExpertConfig | None = None,
 ) -> dict:
     """All figures of one model as a JSON-ready dict.
 
@@ -189,8 +218,8 @@ def cost_sheet(
     are the prefill sizes, `batches` the decoding batches of the roofline.
     """
     static = flops_per_token(geometry, context)
-    dynamic = flops_per_token(geometry, context, zero_share, zero_rows)
-    lines = predict(geometry, device, zero_share, zero_rows, context, batches, tokens)
+    dynamic = flops_per_token(geometry, context, zero_share, zero_rows, paired=paired)
+    lines = predict(geometry, device, zero_share, zero_rows, context, batches, tokens, paired)
     return {
         "model": {
             "model_type": geometry.model_type,
@@ -212,8 +241,10 @@ def cost_sheet(
             "routed_experts": BYTES * geometry.routed_parameters,
         },
         "flops_per_token": {"static": static.as_dict(), "dynamic": dynamic.as_dict()},
-        "expert_flops": dynamic.routed_experts / static.routed_experts if static.routed_experts else 1.0,
-        "flop_ratio": flop_ratio(geometry, context, zero_share, zero_rows),
+        "expert_flops": (dynamic.routed_experts + dynamic.heads + dynamic.stand_ins) / static.routed_experts
+        if static.routed_experts
+        else 1.0,
+        "flop_ratio": flop_ratio(geometry, context, zero_share, zero_rows, paired=paired),
         "gpu": {
             "name": device.name,
             "flops": device.flops,
@@ -304,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hf", required=True, metavar="DIR", help="folder with a HF config.json (no weights needed)")
     add("--zero-share", type=float, default=0.5, metavar="Z", help="share of zero picks (0.5)")
     add("--num-zero-experts", type=int, metavar="N", help="router rows added (the checkpoint's, or N/2)")
+    add_paired_flags(parser)
     add("--tokens", type=int, nargs="+", default=[4096, 16384, 65536], metavar="T", help="prefill sizes")
     add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="B", help="decoding batches")
     add("--context", type=int, default=4096, metavar="C", help="positions attended to (4096)")
@@ -315,6 +347,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_paired_flags(parser: argparse.ArgumentParser) -> None:
+    """What a plan is told of paired zero experts, as a fit makes them."""
+    add = parser.add_argument
+    add("--paired-head-width", type=int, metavar="h", help="hidden units of paired heads (the checkpoint's)")
+    add("--stand-in-rank", type=int, metavar="r", help="rank of paired stand-ins (the checkpoint's)")
+    add("--paired", action="store_true", help="paired zero experts (the checkpoint's)")
+
+
+def paired_zero_experts(
+    args: argparse.Namespace, experts: int, has: ZeroExpertConfig
+) -> ZeroExpertConfig | None:
+    """The paired zero experts that these flags, or the folder's config, ask for; None if they are shared."""
+    given = (args.paired_head_width, args.stand_in_rank)
+    if not (args.paired or has.paired or any(given)):
+        return None
+    its = (has.paired_head_width, has.stand_in_rank)
+    width, rank = (its[i] if value is None else value for i, value in enumerate(given))
+    kind = "low_rank" if rank else has.zero_experts_type if has.paired and not has.stand_in_rank else "zero"
+    score = has.paired_score if has.paired else "weight+head"
+    found = ZeroExpertConfig(experts, kind, "paired", score, width, rank)
+    found.validate(experts, 1)
+    return found
+
+
 def main(argv: list[str]) -> int:
     """Entry point of zeda plan flops."""
     args = _parser().parse_args(argv)
@@ -322,16 +378,25 @@ def main(argv: list[str]) -> int:
         if min(values) < 1:
             raise UserError(f"{flag} {min(values)}: must be 1 or more")
     geometry = Geometry.read(args.hf)
-    zero_rows = args.num_zero_experts
+    has = zero_experts_of(geometry.config)
+    paired = paired_zero_experts(args, geometry.experts, has)
+    zero_rows = 0 if paired else args.num_zero_experts
     if zero_rows is None:
-        zero_rows = geometry.zero_experts or geometry.experts // 2
+        zero_rows = has.num_zero_rows or geometry.experts // 2
     if zero_rows < 0:
         raise UserError(f"--num-zero-experts {zero_rows}: must be 0 or more")
     flops = None if args.tflops is None else args.tflops * 1e12
     bandwidth = None if args.tbps is None else args.tbps * 1e12
     device = gpu(args.gpu, flops, bandwidth)
     sheet = cost_sheet(
-        geometry, device, args.zero_share, zero_rows, args.context, tuple(args.tokens), tuple(args.batch)
+        geometry,
+        device,
+        args.zero_share,
+        zero_rows,
+        args.context,
+        tuple(args.tokens),
+        tuple(args.batch),
+        paired,
     )
     print(json.dumps(sheet, indent=2) if args.json else format_cost_sheet(sheet))
     return 0

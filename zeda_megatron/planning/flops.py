@@ -14,9 +14,10 @@ multi-latent attention, shared experts, dense layers. Nothing here needs the wei
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..strict_json import read_json
@@ -68,6 +69,8 @@ class Geometry:
     tied: bool
     """True when the LM head is the embedding."""
     attention: Attention
+    config: dict = field(default_factory=dict, repr=False, compare=False)
+    """The whole config.json."""
 
     @property
     def expert(self) -> int:
@@ -94,6 +97,10 @@ class Geometry:
         """Parameters one token uses when the share `zero_share` of its picks chose a zero expert."""
         idle = self.experts - self.topk * (1.0 - zero_share)
         return self.parameters - self.moe_layers * idle * self.expert
+
+    def costs(self, zero: ZeroExpertConfig | None) -> tuple[float, float]:
+        """See `ZeroExpertConfig.costs`."""
+        return (0.0, 0.0) if zero is None else zero.costs(self.hidden, self.topk, self.expert_width)
 
     @classmethod
     def read(cls, hf: str | Path) -> Geometry:
@@ -126,6 +133,7 @@ def _geometry(arch: Architecture) -> Geometry:
         zero_experts=arch.num_zero_experts,
         vocabulary=arch.vocab_size,
         tied=arch.tie_word_embeddings,
+        config=config,
         attention=_latent(sizes) if sizes.get("multi_latent_attention") else _grouped_query(sizes),
     )
 
@@ -170,6 +178,10 @@ class Flops:
     """Scores and weighted values over the attended keys."""
     router: float
     """Router rows, zero experts included."""
+    heads: float
+    """Heads of paired zero experts, which decide on picks."""
+    stand_ins: float
+    """What answers for skipped picks."""
     routed_experts: float
     """The real experts that were picked: proportional to 1 - zero share."""
     shared_experts: float
@@ -195,9 +207,11 @@ def flops_per_token(
     zero_rows: int = 0,
     lm_head: bool = True,
     cached: bool = False,
+    paired: ZeroExpertConfig | None = None,
 ) -> Flops:
     """FLOPs of one token that attends to `keys` positions.
 
+    `zero_rows` are of shared zero experts, `paired` tells of paired ones.
     `cached` counts latent attention the way decoding does it (query projected into latent space, weights
     absorbed); it makes no difference for grouped-query attention. Raises `UserError` for a zero share outside
     [0, 1].
@@ -207,10 +221,14 @@ def flops_per_token(
     per_key = geometry.attention.per_cached_key if cached else geometry.attention.per_key
     hidden, moe = geometry.hidden, geometry.moe_layers
     rows = geometry.topk * (1.0 - zero_share)
+    experts = 2.0 * moe * geometry.topk * geometry.expert
+    head, stand_in = geometry.costs(paired)
     return Flops(
         attention_projections=2.0 * geometry.layers * geometry.attention.projection,
         attention_scores=2.0 * geometry.layers * per_key * keys,
         router=2.0 * moe * hidden * (geometry.experts + zero_rows),
+        heads=head * experts,
+        stand_ins=stand_in * zero_share * experts,
         routed_experts=2.0 * moe * rows * geometry.expert,
         shared_experts=2.0 * moe * 3 * hidden * geometry.shared_width,
         dense_mlp=2.0 * (geometry.layers - moe) * 3 * hidden * geometry.dense_width,
@@ -225,8 +243,9 @@ def flop_ratio(
     zero_rows: int,
     lm_head: bool = True,
     cached: bool = False,
+    paired: ZeroExpertConfig | None = None,
 ) -> float:
     """FLOPs of the static model divided by those of the dynamic one: the speed-up if only FLOPs counted."""
     static = flops_per_token(geometry, keys, lm_head=lm_head, cached=cached)
-    dynamic = flops_per_token(geometry, keys, zero_share, zero_rows, lm_head, cached)
+    dynamic = flops_per_token(geometry, keys, zero_share, zero_rows, lm_head, cached, paired)
     return static.total / dynamic.total

@@ -137,7 +137,9 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         made["optimizer"] = float(state * (dense + expert))
     if options.model.stage in ("1", "2"):
         mode = options.distill.teacher_memory
-        held = {"own": count.total, "offload": 0, "shared": count.router - count.paired}[mode]
+        held = {"own": count.total, "offload": 0, "shared": count.router - count.paired - count.stand_ins}[
+            mode
+        ]
         made[f"teacher ({mode})"] = float(width * held)
     return made
 

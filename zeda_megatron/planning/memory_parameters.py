@@ -31,6 +31,8 @@ class StageParameters:
     """Part of `dense`: everything under `.router.`, which `--trainable router` trains."""
     paired: int
     """Part of `router`: heads of paired zero experts, frozen unless `--paired-head-lr` is given."""
+    stand_ins: int
+    """Part of `router`: what answers for skipped experts, always frozen."""
     head: int
     """Part of `dense`: rows of the LM head; 0 before the last stage."""
     largest_layer: int
@@ -43,7 +45,7 @@ class StageParameters:
 
     def trainable(self, routers_only: bool, paired_trains: bool) -> tuple[int, int]:
         """(dense, expert) parameters that have gradients."""
-        frozen = 0 if paired_trains else self.paired
+        frozen = self.stand_ins + (0 if paired_trains else self.paired)
         return (self.router - frozen, 0) if routers_only else (self.dense - frozen, self.expert)
 
 
@@ -76,6 +78,7 @@ def stage_parameters(
                 expert=sparse * expert,
                 router=router,
                 paired=sparse * _paired(fields, zero),
+                stand_ins=sparse * _stand_ins(fields, zero),
                 head=last * vocabulary,
                 largest_layer=max(moe, norms + dense_mlp if sparse < len(layers) else 0),
             )
@@ -117,8 +120,17 @@ def _router(fields: dict, zero: ZeroExpertConfig) -> int:
     rows = fields["num_moe_experts"] + zero.num_zero_rows
     if zero.zero_experts_type == "learned":
         rows += zero.num_zero_experts
-    return rows * fields["hidden_size"] + _paired(fields, zero)
+    return rows * fields["hidden_size"] + _paired(fields, zero) + _stand_ins(fields, zero)
 
 
 def _paired(fields: dict, zero: ZeroExpertConfig) -> int:
-    return zero.num_zero_experts * (fields["hidden_size"] + 1) if zero.paired else 0
+    if not zero.paired:
+        return 0
+    hidden, experts, units = fields["hidden_size"], zero.num_zero_experts, zero.paired_head_width
+    return experts * (hidden + 1) + units * (hidden + 1 + experts)
+
+
+def _stand_ins(fields: dict, zero: ZeroExpertConfig) -> int:
+    if not zero.paired or zero.zero_experts_type == "zero":
+        return 0
+    return zero.num_zero_experts * fields["hidden_size"] * (2 * zero.stand_in_rank + 1)

@@ -16,7 +16,9 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import check_layout
+from ..models.hf_config import zero_experts_of
 from ..text_table import text_table
+from .cost_sheet import add_paired_flags, paired_zero_experts
 from .memory import GIB, Assumptions, StageMemory, estimate
 
 
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, required=True, help="GPUs of the whole run")
     add("--gpu-memory", type=float, default=default.gpu_memory, metavar="GIB", help="of one GPU (80)")
     add("--zero-share", type=float, default=0.0, metavar="Z", help="share of zero picks (0: the safe end)")
+    add_paired_flags(parser)
     add("--prompt-tokens", type=int, default=default.prompt_tokens, metavar="T", help="longest prompt (1024)")
     add("--context", type=float, default=default.context_gib, metavar="GIB", help="CUDA context, NCCL (1.5)")
     add("--fragmentation", type=float, default=default.fragmentation, metavar="SHARE", help="(0.05)")
@@ -78,10 +81,14 @@ def read_command(argv: list[str]) -> Command:
     arch = read_architecture(mine.hf)
     check_layout(arch, options.parallel)
     model, experts = options.model, arch.megatron["num_moe_experts"]
-    routing, number = model.zero_expert_routing or "shared", model.num_zero_experts
-    if number is None:  # as many as the config has, else the paper's half
-        number = experts if routing == "paired" else arch.num_zero_experts or experts // 2
-    zero = model.zero(number, model.zero_experts_type or "zero", routing, model.paired_score)
+    has, number = zero_experts_of(arch.hf), model.num_zero_experts
+    mine.paired |= model.zero_expert_routing == "paired"
+    zero = paired_zero_experts(mine, experts, has)
+    if zero is None:
+        if number is None:  # as many as the config has, else the paper's half
+            number = has.num_zero_experts or experts // 2
+        zero = ZeroExpertConfig(number, model.zero_experts_type or "zero")
+    zero = model.zero(zero)
     about = Assumptions(
         mine.gpus, mine.gpu_memory, mine.zero_share, mine.prompt_tokens, mine.context, mine.fragmentation
     )

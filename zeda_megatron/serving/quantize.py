@@ -32,7 +32,12 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": (4, 3), "axis": None},
 }
 """ModelOpt's words. int8: a scale per output row. fp8 (E4M3): a scale per matrix, as ModelOpt's own format has it."""
-ROUTER = ("weight", "zero_weight", "zero_bias")
+ROUTER = (
+    "weight",
+    "zero_weight",
+    "zero_bias",
+    *(f"zero_hidden_{part}" for part in ("weight", "bias", "output")),
+)
 """What decides on picks."""
 
 

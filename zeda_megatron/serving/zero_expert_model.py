@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .zero_expert_routing import number, zero_experts
+from .zero_expert_routing import number, paired_shapes, zero_experts
 
 
 class ZeroExpertMoeBlock(nn.Module):
@@ -153,7 +153,7 @@ class ZeroExpertModel:
         """Called by `from_pretrained`: what the checkpoint lacks is unset memory, of which stock code knows nothing."""
         super().initialize_weights()
         for block in self.moe_blocks():
-            for name in ("zero_weight", "zero_bias"):
+            for name in ("zero_weight", "zero_bias", *paired_shapes(block.gate.zero, 0)):
                 parameter = getattr(block.gate, name, None)
                 if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
                     parameter.zero_()

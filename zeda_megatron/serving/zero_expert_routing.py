@@ -3,12 +3,14 @@
 Shared routing: the router's usual top-k runs over N real and Nz zero experts, then slots that chose a zero expert are
 dropped. Paired routing: each of the N experts has a zero expert of its own, which takes the picks whose score (log of
 the predicted relative contribution) is below a threshold. Either way the weight of a dropped slot is not given to the
-others, and nothing is computed for it.
+others, and its expert is not computed; a stand-in may answer in its place, for a small part of the work.
 
-config.json: `zce_nums` [Nz], `zce_types` ["zero" | "copy" | "learned"], `use_zce_mask` (True: route over the N real
-experts only, which is the static model), `zce_routing` "shared" (default) or "paired".
+config.json: `zce_nums` [Nz], `zce_types` ["zero" | "copy" | "learned"] (paired: ["zero" | "constant" | "low_rank"]),
+`use_zce_mask` (True: route over the N real experts only, which is the static model), `zce_routing` "shared" (default)
+or "paired".
 Compute dial of shared routing: `zce_logit_bias` (default 0), added to the logits of the zero experts.
-Paired routing: `zce_score` names the score's terms, `zce_threshold` (a number, or one per MoE layer) is the dial.
+Paired routing: `zce_score` names the score's terms, `zce_threshold` (a number, or one per MoE layer) is the dial,
+`zce_head_width` the hidden units of the score's head (0: linear), `zce_rank` the rank of `low_rank` stand-ins.
 """
 
 import math
@@ -20,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 KINDS = ("zero", "copy", "learned")
+PAIRED_KINDS = ("zero", "constant", "low_rank")
 ROUTINGS = ("shared", "paired")
 TERMS = ("weight", "head", "residual")
 
@@ -30,9 +33,13 @@ class ZeroExperts(NamedTuple):
     count: int
     """Nz."""
     kind: str
-    """zero, copy or learned."""
+    """One of `KINDS`, under paired routing of `PAIRED_KINDS`."""
     terms: tuple[str, ...] | None = None
     """Terms of a pick's score under paired routing; None: shared routing."""
+    head_width: int = 0
+    """Hidden units of the head."""
+    rank: int = 0
+    """Of `low_rank`."""
 
     @property
     def rows(self) -> int:
@@ -55,25 +62,28 @@ def zero_experts(config, num_real: int) -> ZeroExperts:
     kinds = getattr(config, "zce_types", None) or ["zero"]
     if not counts:
         raise ValueError("config.json has no zce_nums: a model with zero experts needs e.g. [64]")
-    if len(counts) != len(kinds) or len(set(kinds)) != 1 or kinds[0] not in KINDS:
-        raise ValueError(
-            f"zce_nums {counts} with zce_types {kinds} is not supported; one kind of {KINDS} per model"
-        )
     routing = getattr(config, "zce_routing", None) or "shared"
     if routing not in ROUTINGS:
         raise ValueError(f"zce_routing {routing!r} is unknown; known: {', '.join(ROUTINGS)}")
+    known = KINDS if routing == "shared" else PAIRED_KINDS
+    if len(counts) != len(kinds) or len(set(kinds)) != 1 or kinds[0] not in known:
+        raise ValueError(
+            f"zce_nums {counts} with zce_types {kinds} is not supported; one kind of {known} per model"
+        )
     if routing == "shared":
         return ZeroExperts(sum(counts), kinds[0])
-    if list(counts) != [num_real] or kinds[0] != "zero":
+    if list(counts) != [num_real]:
         raise ValueError(
-            f"zce_nums {counts} with zce_types {kinds} does not fit paired routing, which has one zero expert per "
-            f"real one: [{num_real}] and ['zero']"
+            f"zce_nums {counts} does not fit paired routing, which has one zero expert per real one: [{num_real}]"
         )
     score = getattr(config, "zce_score", None) or "+".join(TERMS)
     terms = tuple(score.split("+"))
     if not set(terms) <= set(TERMS) or len(set(terms)) < len(terms):
         raise ValueError(f"zce_score {score!r} is unknown; join some of {', '.join(TERMS)} with '+'")
-    return ZeroExperts(num_real, "zero", terms)
+    width, rank = (getattr(config, key, None) or 0 for key in ("zce_head_width", "zce_rank"))
+    if (rank > 0) != (kinds[0] == "low_rank"):
+        raise ValueError(f"zce_rank {rank} does not fit zce_types {kinds}: low_rank alone has a rank")
+    return ZeroExperts(num_real, kinds[0], terms, width, rank)
 
 
 def number(key: str, value) -> float:
@@ -120,6 +130,8 @@ class ZeroExpertRouting:
         if self.zero.terms is not None:
             self.zero_weight = nn.Parameter(torch.zeros(num_real, old.shape[1]))
             self.zero_bias = nn.Parameter(torch.zeros(num_real))
+            for name, shape in paired_shapes(self.zero, old.shape[1]).items():
+                setattr(self, name, nn.Parameter(torch.zeros(*shape)))
 
     def forward(self, hidden_states):
         """[..., H] -> logits [T, N+Nz] (masked or paired: [T, N]), weights [T, K], ids [T, K], answer [T, H] or None.
@@ -137,7 +149,11 @@ class ZeroExpertRouting:
         weights_TK, ids_TK = self._pick(logits_TE)
         if self.zero.terms is not None and not self.dials.masked:
             kept_TK = self._scores(hidden_TH, weights_TK, ids_TK) >= self.dials.threshold
-            ids_TK = torch.where(kept_TK, ids_TK, self.num_real)
+            weights_TK, answer_TH = weights_TK.to(dtype), None
+            if self.zero.kind != "zero":
+                parts = (getattr(self, name, None) for name in ("zero_down", "zero_up", "zero_constant"))
+                answer_TH = stand_ins(hidden_TH, weights_TK, ids_TK, ~kept_TK, *parts)
+            return logits_TE, weights_TK, torch.where(kept_TK, ids_TK, self.num_real), answer_TH
         weights_TK = weights_TK.to(dtype)
         return logits_TE, weights_TK, ids_TK, self._answer(hidden_TH, weights_TK, ids_TK)
 
@@ -165,14 +181,14 @@ class ZeroExpertRouting:
 
     @torch.no_grad()
     def _scores(self, hidden_TH, weights_TK, ids_TK):
-        """[weight] log of the pick's weight + [head] zero_weight.x + zero_bias - [residual] log|residual|, in float32;
+        """[weight] log of the pick's weight + [head] `predict` - [residual] log|residual|, in float32;
         x is the router's input, the residual is the stream that the layer's output is added to."""
         score_TK = torch.zeros_like(weights_TK)
         if "weight" in self.zero.terms:
             score_TK = score_TK + weights_TK.clamp(min=1e-20).log()
         if "head" in self.zero.terms:
             with torch.autocast(hidden_TH.device.type, enabled=False):
-                head = F.linear(hidden_TH.float(), self.zero_weight.float(), self.zero_bias.float())
+                head = predict(hidden_TH, self)
             score_TK = score_TK + head.gather(1, ids_TK)
         if "residual" in self.zero.terms:
             norm_T, self._residual_norm_T = self._residual_norm_T, None
@@ -180,3 +196,76 @@ class ZeroExpertRouting:
                 raise RuntimeError("the paired router saw no residual: run the whole decoder layer")
             score_TK = score_TK - norm_T.clamp(min=1e-20).log().unsqueeze(-1)
         return score_TK
+
+
+def paired_shapes(zero: ZeroExperts, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Parameters of a router with paired zero experts beside the linear head, by name."""
+    shapes = {}
+    if zero.head_width:
+        shapes["zero_hidden_weight"] = (zero.head_width, hidden)
+        shapes["zero_hidden_bias"] = (zero.head_width,)
+        shapes["zero_hidden_output"] = (zero.count, zero.head_width)
+    if zero.kind != "zero":
+        shapes["zero_constant"] = (zero.count, hidden)
+    if zero.rank:
+        shapes["zero_down"], shapes["zero_up"] = (
+            (zero.count, zero.rank, hidden),
+            (zero.count, hidden, zero.rank),
+        )
+    return shapes
+
+
+def predict(hidden_TH, router):
+    """What the head says of every expert, float32 [T, N]."""
+    x_TH = hidden_TH.float()
+    value_TN = F.linear(x_TH, router.zero_weight.float(), router.zero_bias.float())
+    if not hasattr(router, "zero_hidden_weight"):
+        return value_TN
+    unit_TU = F.silu(F.linear(x_TH, router.zero_hidden_weight.float(), router.zero_hidden_bias.float()))
+    return value_TN + F.linear(unit_TU, router.zero_hidden_output.float())
+
+
+FEW_SLOTS = 64
+"""Up to so many slots (a step of decoding) their own matrices are read; beyond, rows are sorted by expert."""
+
+
+def stand_ins(x_TH, weights_TK, ids_TK, skipped_TK, down_NRH, up_NHR, constant_NH):
+    """[T, H]: sum over skipped picks of w * (up.down.x + constant), of the pick's expert.
+
+    No shape depends on how many are skipped (CUDA graphs, torch.compile).
+    """
+    tokens, topk = ids_TK.shape
+    weight_S1 = (weights_TK * skipped_TK).reshape(-1, 1).to(x_TH.dtype)
+    if down_NRH is None:
+        answers_SH = constant_NH[ids_TK.flatten()]
+    elif tokens * topk <= FEW_SLOTS:
+        ids_S, x_SH1 = ids_TK.flatten(), x_TH.repeat_interleave(topk, 0).unsqueeze(2)
+        answers_SH = (
+            torch.bmm(up_NHR[ids_S], torch.bmm(down_NRH[ids_S], x_SH1)).squeeze(2) + constant_NH[ids_S]
+        )
+    else:
+        answers_SH = (
+            _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR) + constant_NH[ids_TK.flatten()]
+        )
+    return (answers_SH * weight_S1).view(tokens, topk, -1).sum(1)
+
+
+def _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR):
+    """up.down.x of every skipped slot [T*K, H]; 0 elsewhere."""
+    experts, topk = down_NRH.shape[0], ids_TK.shape[1]
+    ids_S = ids_TK.masked_fill(~skipped_TK, experts).flatten()
+    order_S = ids_S.argsort(stable=True)
+    counts_E = torch.bincount(ids_S, minlength=experts + 1)
+    if hasattr(F, "grouped_mm") and down_NRH.shape[1] * down_NRH.element_size() % 16 == 0:
+        # Rows behind the last group are not computed, forward nor backward.
+        inside_S1 = (ids_S[order_S] < experts)[:, None]
+        ends_N = counts_E[:experts].cumsum(0).to(torch.int32)
+        rows_SH = torch.where(inside_S1, x_TH[order_S // topk], 0)
+        low_SR = F.grouped_mm(rows_SH, down_NRH.transpose(1, 2), offs=ends_N)
+        rows_SH = torch.where(inside_S1, F.grouped_mm(low_SR, up_NHR.transpose(1, 2), offs=ends_N), 0)
+    else:
+        counts = counts_E.tolist()
+        parts = x_TH[order_S // topk].split(counts)
+        rows = [F.linear(F.linear(x, a), b) for x, a, b in zip(parts, down_NRH, up_NHR)]
+        rows_SH = torch.cat([*rows, x_TH.new_zeros(counts[-1], x_TH.shape[1])])
+    return torch.zeros_like(rows_SH).index_copy(0, order_S, rows_SH)

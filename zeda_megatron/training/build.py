@@ -44,6 +44,7 @@ from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, r
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
+from ..moe.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,13 @@ def zero_experts(
     """
     checkpoint = checkpoint or options.pretrained_checkpoint
     have = zero_experts_of(arch.hf)
-    number, kind = have.num_zero_experts, have.zero_experts_type
-    routing, score = have.zero_expert_routing, have.paired_score if have.paired else None
     facts = read_facts(checkpoint) if checkpoint else None
     if facts is not None:
-        number, kind = facts.num_zero_experts, facts.zero_experts_type
-        routing, score = facts.zero_expert_routing, facts.paired_score
-    if kind == "learned" and options.zero_experts_type not in (None, kind):
+        have = facts.zero()
+    number, kind, routing = have.num_zero_experts, have.zero_experts_type, have.zero_expert_routing
+    if kind not in ("zero", "copy") and options.zero_experts_type not in (None, kind):
         raise UserError(
-            f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has learned zero experts, which this "
+            f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has {kind} zero experts, which this "
             "would drop; leave the flag away"
         )
     if options.num_zero_experts is not None:
@@ -118,7 +117,14 @@ def zero_experts(
         )
     if wanted == "paired" and options.num_zero_experts is None:
         number = arch.megatron["num_moe_experts"]
-    return options.zero(number, options.zero_experts_type or kind, wanted, options.paired_score or score)
+    return options.zero(
+        replace(
+            have,
+            num_zero_experts=number,
+            zero_experts_type=options.zero_experts_type or kind,
+            zero_expert_routing=wanted,
+        )
+    )
 
 
 def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -> list[torch.nn.Module]:
@@ -164,7 +170,7 @@ def build_student(options: Options, trains: bool = True) -> Student:
     """Build, load and wrap the student. One that does not train has no gradient buffers and is not wrapped."""
     arch = read_architecture(hf_folder(options.model))
     zero = zero_experts(options.model, arch)
-    if options.model.recompute_granularity == "selective" and zero.zero_experts_type != "zero":
+    if options.model.recompute_granularity == "selective" and zero.zero_experts_type in ("copy", "learned"):
         raise UserError(
             f"--recompute-granularity selective is not supported with {zero.zero_experts_type} zero experts; use full"
         )
@@ -172,7 +178,7 @@ def build_student(options: Options, trains: bool = True) -> Student:
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
         verify = options.run.verify_checkpoint
-        load_weights(chunks, folder, "--pretrained-checkpoint", fresh_heads=True, verify=verify)
+        load_weights(chunks, folder, "--pretrained-checkpoint", heads="stored or fresh", verify=verify)
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -183,6 +189,8 @@ def build_student(options: Options, trains: bool = True) -> Student:
     for paired in paired_modules(chunks):
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
+    for module in (part for chunk in chunks for part in chunk.modules() if isinstance(part, StandIns)):
+        module.requires_grad_(False)
     if options.model.moe_pick_rule:
         set_dials(chunks, pick_rule=parse_pick_rule(options.model.moe_pick_rule))
     if not trains:
@@ -229,7 +237,7 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     folder = require_checkpoint(source, "--teacher-load")
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint
-    load_weights(chunks, folder, "--teacher-load", fresh_heads=True, verify=verify)
+    load_weights(chunks, folder, "--teacher-load", heads="stored or fresh", verify=verify)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()

@@ -74,6 +74,8 @@ class About:
     """Hash over the weights: another model is another run."""
     head_flops: float = 0.0
     """Heads of paired zero experts, as a share of the static model's expert FLOPs."""
+    stand_in_flops: float = 0.0
+    """A stand-in of paired zero experts, as a share of its expert's FLOPs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What else decides its answers: pick rule, dial, type of numbers."""
     origin: Origin = Origin()

@@ -12,7 +12,7 @@ from ...models.on_disk import ModelFacts, adapted_steps, read_facts
 from ...moe import stats
 from ...moe.router_dials import set_dials
 from ...runtime import process_groups
-from ..quality.measure import head_cost
+from ..quality.measure import extra_costs
 from ..quality.tune import apply_rule, turn_dial
 from .engine import About, Answer, ChatPrompts, Origin, Request, fingerprint
 
@@ -34,13 +34,13 @@ class MegatronEngine:
         set_dials(self.chunk, zero_mask=options.mask)
         rule = apply_rule(self.chunk, options, self.tokenizer)
         dial = turn_dial(self.chunk, options, self.tokenizer) if options.zero_dial else {}
-        heads = 0.0 if options.mask else head_cost(self.chunk)
+        costs = (0.0, 0.0) if options.mask else extra_costs(self.chunk)
         settings = {"mask": options.mask, "rule": rule, **dial, "template_args": options.chat_variables}
         settings["device"] = process_groups.device().type
         facts = read_facts(options.model) or ModelFacts()
         dynamic = bool(facts.num_zero_experts) and not options.mask
         origin = Origin(dynamic, adapted_steps(options.model, "--model"))
-        known = fingerprint(options.model), heads, settings, origin, self.prompts.digest
+        known = fingerprint(options.model), *costs, settings, origin, self.prompts.digest
         self.about = About(options.model, self.arch.hf, *known)
         self.skips = rule is not None or not options.mask
 

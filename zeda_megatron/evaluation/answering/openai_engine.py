@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...strict_json import is_int, is_number, read_json
 from .engine import END, THINK, About, Answer, ChatPrompts, Origin, Request
 from .fetch import Refused, fetch
-from .transformers_engine import head_flops
+from .transformers_engine import extra_costs
 
 _PASSING = (408, 409, 429, 500, 502, 503, 504)
 _ENDED = (None, "stop", "tool_calls", "function_call")
@@ -65,11 +65,11 @@ class OpenAIEngine:
         self.template_args = template_args or {}
         self.prompts = _prompts(config_folder, self.template_args) if config_folder else None
         config = read_json(Path(config_folder) / "config.json") if config_folder else None
-        heads = head_flops(config) if config else 0.0
+        costs = extra_costs(config) if config else (0.0, 0.0)
         settings = {"template_args": self.template_args} if self.template_args else {}
         known = {"prompts": self.prompts.digest} if self.prompts else {}
         name, origin = f"served as {self.model}", Origin.of_config(config)
-        self.about = About(self.url, config, name, heads, settings, origin, **known)
+        self.about = About(self.url, config, name, *costs, settings, origin, **known)
 
     def _only_model(self) -> str:
         listed = self._call("/models", None).get("data")

@@ -53,6 +53,7 @@ _RUN: dict[str, Check] = {
     "identity": _OBJECT,
     "model": _TEXT,
     "head_flops": ("a number from 0", _number(0.0, 1e6)),
+    "stand_in_flops": ("a number from 0", _number(0.0, 1e6)),
     "parallel": _whole(1),
     "environment": _TEXTS,
     "config": ("an object or null", lambda value: value is None or isinstance(value, dict)),
@@ -106,7 +107,10 @@ _SLOTS: dict[str, Check] = {"zero": _whole(0), "routed": _whole(1)}
 
 def read_run_facts(file: Path) -> dict[str, Any]:
     """run.json. Raises `UserError` naming file and key, as all of these do."""
-    facts = _checked(read_json(file), _RUN, f"{file}")
+    facts = read_json(file)
+    if isinstance(facts, dict):
+        facts.setdefault("stand_in_flops", 0.0)  # runs of older versions have none
+    _checked(facts, _RUN, f"{file}")
     _checked(facts["identity"], _RUN_IDENTITY, f"{file}: identity")
     if "origin" in facts:  # runs of older versions have none
         _checked(facts["origin"], _ORIGIN, f"{file}: origin")
@@ -208,6 +212,7 @@ def claim_run(output: Path, engine: Engine, name: str, arm: str, seed: int, abou
         "identity": identity,
         "model": engine.about.model,
         "head_flops": engine.about.head_flops,
+        "stand_in_flops": engine.about.stand_in_flops,
         "parallel": engine.parallel,
         "environment": about,
         "config": engine.about.config,

@@ -15,6 +15,7 @@ from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
 from ...distill.answers import Sampler
 from ...errors import UserError
+from ...models.hf_config import zero_experts_of
 from ...planning.flops import Geometry
 from ...strict_json import read_json
 from .engine import About, Answer, ChatPrompts, Origin, Request, fingerprint
@@ -55,7 +56,7 @@ class TransformersEngine:
         self.prompts = ChatPrompts(self.tokenizer)
         known = (
             fingerprint(folder),
-            head_flops(config),
+            *extra_costs(config),
             settings,
             Origin.of_config(config),
             self.prompts.digest,
@@ -179,13 +180,10 @@ def _turn(model, config: dict, dial: float, folder: str) -> None:
         raise UserError(f"--zero-dial {dial}: {error}") from None
 
 
-def head_flops(config: dict) -> float:
-    """Cost of the heads of paired zero experts (see `measure.head_cost`)."""
-    if config.get("zce_routing") != "paired" or "head" not in config.get("zce_score", "head"):
-        return 0.0
-
+def extra_costs(config: dict) -> tuple[float, float]:
+    """What the zero experts of a folder cost; see `ZeroExpertConfig.costs`."""
     geometry = Geometry.from_config(config)
-    return geometry.experts / (3 * geometry.topk * geometry.expert_width)
+    return zero_experts_of(config).costs(geometry.hidden, geometry.topk, geometry.expert_width)
 
 
 class RowShares:

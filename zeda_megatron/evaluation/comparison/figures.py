@@ -117,7 +117,7 @@ def _cost(run: RunResult, teacher: RunResult | None, share: float | None, keys: 
     """FLOPs of a token and weights, as shares of the teacher's; counted by `flops.flops_per_token`."""
     cost = {"expert_flops": None, "total_flops": None, "expert_weights": None}
     if share is not None and run.config is None:
-        cost["expert_flops"] = 1.0 - share + run.head_flops
+        cost["expert_flops"] = 1.0 - share + run.head_flops + share * run.stand_in_flops
     if run.config is None:
         return cost
     mine = Geometry.from_config(run.config, f"{run.folder}: config")
@@ -128,7 +128,8 @@ def _cost(run: RunResult, teacher: RunResult | None, share: float | None, keys: 
         return cost
     static = flops_per_token(theirs, keys or 0.0)
     now = flops_per_token(mine, keys or 0.0, share, mine.zero_experts)
-    heads = run.head_flops * flops_per_token(mine, 0.0).routed_experts
+    extra = run.head_flops + share * run.stand_in_flops
+    heads = extra * flops_per_token(mine, 0.0).routed_experts
     cost["expert_flops"] = (now.routed_experts + heads) / static.routed_experts
     cost["total_flops"] = (now.total + heads) / static.total
     return cost

@@ -75,6 +75,7 @@ class RunResult:
     engine: str
     model: str
     head_flops: float
+    stand_in_flops: float
     parallel: int
     config: dict[str, Any] | None = field(repr=False)
     environment: dict[str, str] = field(repr=False)
@@ -108,6 +109,7 @@ def read_run(folder: str | Path) -> RunResult:
         engine=identity["engine"],
         model=about["model"],
         head_flops=about["head_flops"],
+        stand_in_flops=about["stand_in_flops"],
         parallel=about["parallel"],
         config=about["config"],
         environment=about["environment"],

@@ -23,7 +23,6 @@ from ...distill.teacher import Teacher
 from ...durable_file import write_result
 from ...models.load import load_model
 from ...moe import stats
-from ...moe.paired import paired_modules
 from ...moe.router_dials import set_dials
 from ...moe.stats import evaluating
 from ...runtime import process_groups
@@ -227,20 +226,17 @@ def measure_arm(options: MeasureOptions) -> dict:
         result["own_answers"] = own_answers(
             student, teacher, prompts, tokenizer, options.seq_length, options.own_answer_tokens
         )
-    cost = head_cost(student)
-    result["expert_flops"] += cost
-    return {**result, **dial, **({"rule": rule} if rule else {}), **({"head_flops": cost} if cost else {})}
+    head, stand_in = extra_costs(student)
+    result["expert_flops"] += head + result["zero_share"] * stand_in
+    costs = {"head_flops": head, "stand_in_flops": stand_in}
+    more = {key: cost for key, cost in costs.items() if cost}
+    return {**result, **dial, **({"rule": rule} if rule else {}), **more}
 
 
-def head_cost(student) -> float:
-    """Multiply-adds of the heads of paired zero experts, as a share of the static model's experts.
-
-    A head costs N*H per token and layer, K gated experts cost 3*K*H*F.
-    """
-    config = student.config
-    if not any("head" in paired.terms for paired in paired_modules(student)):
-        return 0.0
-    return config.num_moe_experts / (3 * config.moe_router_topk * config.moe_ffn_hidden_size)
+def extra_costs(student) -> tuple[float, float]:
+    """What the zero experts of a model cost; see `ZeroExpertConfig.costs`."""
+    config, found = student.config, next(iter(stats.routers(student)))
+    return found.zero.costs(config.hidden_size, config.moe_router_topk, config.moe_ffn_hidden_size)
 
 
 SLOTS = 128

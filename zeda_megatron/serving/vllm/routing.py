@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..zero_expert_routing import paired_shapes, predict, stand_ins
 from .settings import ZeroRouting
 
 TINY = 1e-20
@@ -25,7 +26,8 @@ class ZeroExpertGate(nn.Module):
     Attributes:
         weight: [N+Nz, H] (paired: [N+1, H], the last row unread).
         e_score_correction_bias: float32 [N+Nz] (paired: [N]), with sigmoid scores only.
-        zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N]. zero_bias: [Nz, H], of learned ones.
+        zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N], and what `paired_shapes` names.
+            zero_bias: [Nz, H], of learned shared ones.
         dial: float32 [1]: the logit bias, or the threshold. A tensor, so that captured graphs follow it; no
             buffer, as vLLM waits for checkpoint values of buffers when weights are reloaded.
     """
@@ -35,15 +37,17 @@ class ZeroExpertGate(nn.Module):
         self.routing = routing
         # Sigmoid routers are float32 in every checkpoint's model.
         kind = torch.float32 if routing.score == "sigmoid" else dtype
-        self.weight = _frozen(routing.rows + routing.unread_rows, hidden_size, dtype=kind)
+        self.weight = _frozen(routing.rows + routing.zero.unread_rows, hidden_size, dtype=kind)
         if routing.score == "sigmoid":
             self.e_score_correction_bias = _frozen(routing.rows, dtype=torch.float32)
-        if routing.terms is not None:
+        if routing.paired:
             self.zero_weight = _frozen(routing.num_real, hidden_size, dtype=dtype)
             self.zero_bias = _frozen(routing.num_real, dtype=dtype)
-        elif routing.kind == "learned":
-            self.zero_bias = _frozen(routing.num_zero, hidden_size, dtype=dtype)
-        dial = routing.logit_bias if routing.terms is None else routing.threshold
+            for name, shape in paired_shapes(routing.zero, hidden_size).items():
+                setattr(self, name, _frozen(*shape, dtype=dtype))
+        elif routing.zero.kind == "learned":
+            self.zero_bias = _frozen(routing.zero.count, hidden_size, dtype=dtype)
+        dial = routing.threshold if routing.paired else routing.logit_bias
         self.dial = torch.tensor([dial], dtype=torch.float32)
         self._residual_norm_T: torch.Tensor | None = None
 
@@ -60,12 +64,12 @@ class ZeroExpertGate(nn.Module):
         logits_TE = F.linear(hidden_TH, weight).float()
         if routing.masked:
             return logits_TE
-        if routing.terms is None:
-            real_TN, zero_TZ = logits_TE.split([routing.num_real, routing.num_zero], dim=-1)
+        if not routing.paired:
+            real_TN, zero_TZ = logits_TE.split([routing.num_real, routing.zero.count], dim=-1)
             return torch.cat([real_TN, zero_TZ + self.dial], dim=-1)
         more_TN = torch.zeros_like(logits_TE)
-        if "head" in routing.terms:
-            more_TN = F.linear(hidden_TH.float(), self.zero_weight.float(), self.zero_bias.float())
+        if "head" in routing.zero.terms:
+            more_TN = predict(hidden_TH, self)
         if routing.needs_residual:
             norm_T, self._residual_norm_T = self._residual_norm_T, None
             if norm_T is None:
@@ -90,7 +94,7 @@ def pick(
         threshold: [1], of paired zero experts.
         scaled: multiply by the model's factor. Scores of paired zero experts are those of scaled weights anyway.
     """
-    paired = routing.terms is not None and not routing.masked
+    paired = routing.paired and not routing.masked
     # Contiguous: a sigmoid of a slice may round otherwise than that of transformers.
     logits_TE = columns_TC[:, : routing.num_real].contiguous() if paired else columns_TC
     if routing.score == "sigmoid":
@@ -105,7 +109,7 @@ def pick(
     whole_TK = weights_TK * routing.scale
     if paired:
         score_TK = columns_TC[:, routing.num_real :].gather(1, ids_TK)
-        if "weight" in routing.terms:
+        if "weight" in routing.zero.terms:
             score_TK = score_TK + whole_TK.clamp(min=TINY).log()
         ids_TK = torch.where(score_TK < threshold, ids_TK + routing.num_real, ids_TK)
     weights_TK = whole_TK if scaled else weights_TK
@@ -116,16 +120,21 @@ def zero_output(
     hidden_TH: torch.Tensor,
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
-    routing: ZeroRouting,
-    zero_bias: torch.Tensor | None,
+    gate: ZeroExpertGate,
 ) -> torch.Tensor | None:
-    """What zero slots add to a layer's output [T, H], in float32; None if nothing. zero_bias: [Nz, H] (`learned`)."""
-    if routing.kind == "zero" or routing.masked:
+    """What zero slots add to a layer's output [T, H], in float32; None if nothing."""
+    routing = gate.routing
+    if routing.zero.kind == "zero" or routing.masked:
         return None
-    weights_TK = weights_TK * (ids_TK >= routing.num_real)
-    if routing.kind == "copy":
+    zero_TK = ids_TK >= routing.num_real
+    if routing.paired:
+        own_TK = ids_TK.long() - zero_TK * routing.num_real
+        parts = (getattr(gate, name, None) for name in ("zero_down", "zero_up", "zero_constant"))
+        return stand_ins(hidden_TH, weights_TK, own_TK, zero_TK, *parts).float()
+    weights_TK = weights_TK * zero_TK
+    if routing.zero.kind == "copy":
         return weights_TK.sum(dim=-1, keepdim=True) * hidden_TH.float()
-    bias_TKH = zero_bias.float()[(ids_TK - routing.num_real).clamp(min=0)]
+    bias_TKH = gate.zero_bias.float()[(ids_TK - routing.num_real).clamp(min=0)]
     return (weights_TK.unsqueeze(-1) * bias_TKH).sum(dim=1)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-KINDS = ("zero", "copy", "learned")
-TERMS = ("weight", "head", "residual")
+from ..zero_expert_routing import ZeroExperts, zero_experts
+
 DIALS = ("zce_logit_bias", "zce_threshold")
 """Keys of config.json that a server may override."""
 
@@ -19,8 +19,8 @@ class ZeroRouting:
 
     num_real: int
     """N."""
-    num_zero: int
-    """Nz."""
+    zero: ZeroExperts
+    """The zero experts."""
     top_k: int
     """Picks per token."""
     score: str
@@ -29,30 +29,26 @@ class ZeroRouting:
     """Weights of the K picks sum to 1."""
     scale: float = 1.0
     """Factor of all weights."""
-    kind: str = "zero"
-    """What a zero expert gives: nothing, its input (`copy`), or a vector of its own (`learned`)."""
     masked: bool = False
     """Route over the real experts only: the static model."""
     logit_bias: float = 0.0
     """Shared zero experts: added to their logits."""
-    terms: tuple[str, ...] | None = None
-    """Paired zero experts: terms of a pick's score. None: shared zero experts."""
     threshold: float = 0.0
     """Paired zero experts: a pick with a lower score is skipped."""
 
     @property
     def rows(self) -> int:
         """Rows of the router's weight in the checkpoint."""
-        return self.num_real + (self.num_zero if self.terms is None else 0)
+        return self.num_real + self.zero.rows
 
     @property
-    def unread_rows(self) -> int:
-        """Rows behind those, of zeros (paired): stock classes fail on the shape."""
-        return 0 if self.terms is None else 1
+    def paired(self) -> bool:
+        """Every real expert has a zero expert of its own."""
+        return self.zero.terms is not None
 
     @property
     def needs_residual(self) -> bool:
-        return not self.masked and self.terms is not None and "residual" in self.terms
+        return not self.masked and self.paired and "residual" in self.zero.terms
 
 
 def read_routing(config: Any, moe_layers: int, dials: Mapping[str, Any] | None = None) -> list[ZeroRouting]:
@@ -69,7 +65,7 @@ def read_routing(config: Any, moe_layers: int, dials: Mapping[str, Any] | None =
     dials = {key: value for key, value in (dials or {}).items() if key in DIALS}
     routing = _shape(config)
     value = {key: dials.get(key, getattr(config, key, None)) for key in DIALS}
-    if routing.terms is None:
+    if not routing.paired:
         if "zce_threshold" in dials:
             raise ValueError("this model's zero experts are shared: its dial is zce_logit_bias")
         bias = 0.0 if value["zce_logit_bias"] is None else number("zce_logit_bias", value["zce_logit_bias"])
@@ -111,36 +107,13 @@ def _shape(config: Any) -> ZeroRouting:
     else:
         num_real, score = config.num_local_experts, "softmax"
         renormalize, scale = True, 1.0
-    counts, kinds = getattr(config, "zce_nums", None), getattr(config, "zce_types", None) or ["zero"]
-    if not counts:
-        raise ValueError("config.json has no zce_nums: a model with zero experts needs e.g. [64]")
-    if len(counts) != len(kinds) or len(set(kinds)) != 1 or kinds[0] not in KINDS:
-        raise ValueError(
-            f"zce_nums {counts} with zce_types {kinds} is not supported; one kind of {KINDS} per model"
-        )
-    common = {
-        "num_real": num_real,
-        "num_zero": sum(counts),
-        "top_k": config.num_experts_per_tok,
-        "score": score,
-        "renormalize": renormalize,
-        "scale": scale,
-        "kind": kinds[0],
-        "masked": bool(getattr(config, "use_zce_mask", False)),
-    }
-    routing = getattr(config, "zce_routing", None) or "shared"
-    if routing == "shared":
-        return ZeroRouting(**common)
-    if routing != "paired":
-        raise ValueError(f"zce_routing {routing!r} is unknown; known: shared, paired")
-    if list(counts) != [num_real] or kinds[0] != "zero":
-        raise ValueError(
-            f"zce_nums {counts} with zce_types {kinds} does not fit paired routing, which has one zero expert per "
-            f"real one: [{num_real}] and ['zero']"
-        )
-    terms = tuple((getattr(config, "zce_score", None) or "+".join(TERMS)).split("+"))
-    if not set(terms) <= set(TERMS) or len(set(terms)) < len(terms):
-        raise ValueError(
-            f"zce_score {config.zce_score!r} is unknown; join some of {', '.join(TERMS)} with '+'"
-        )
-    return ZeroRouting(**common, terms=terms)
+    zero = zero_experts(config, num_real)
+    return ZeroRouting(
+        zero=zero,
+        num_real=num_real,
+        top_k=config.num_experts_per_tok,
+        score=score,
+        renormalize=renormalize,
+        scale=scale,
+        masked=bool(getattr(config, "use_zce_mask", False)),
+    )

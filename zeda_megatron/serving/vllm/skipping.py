@@ -33,7 +33,7 @@ class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
 
     def __init__(self, moe: FusedMoEConfig, gate: ZeroExpertGate):
         super().__init__(moe)
-        self.routing, self.num_real = gate.routing, gate.routing.num_real
+        self.num_real = gate.routing.num_real
         self._gate = [gate]  # in a list: the gate belongs to another module
         self._maps: tuple[torch.Tensor | None, torch.Tensor] | None = None
         self._refuse()
@@ -70,8 +70,8 @@ class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
         path = self._real_rows if current_platform.is_cpu() else self._unmapped
         output_TH = path(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         if get_tensor_model_parallel_rank() == 0:
-            bias = getattr(self._gate[0], "zero_bias", None)
-            more_TH = zero_output(x, topk_weights, topk_ids, self.routing, bias)
+            gate = self._gate[0]
+            more_TH = zero_output(x[:, : gate.weight.shape[1]], topk_weights, topk_ids, gate)
             if more_TH is not None:
                 # vLLM pads the width of x where a kernel wants it.
                 output_TH = output_TH + F.pad(more_TH, (0, x.shape[1] - more_TH.shape[1]))
