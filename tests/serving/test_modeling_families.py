@@ -148,11 +148,14 @@ def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_p
 
 
 @pytest.mark.parametrize("rank", [3, 4])
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("way", ["cpu", "grouped", "split"])
 @torch.no_grad()
-def test_stand_ins_answer_alike_for_a_step_of_decoding_and_for_a_prompt(monkeypatch, rank, grouped):
-    """One reads each slot's own matrices, the other sorts rows; with PyTorch's grouped product, and without."""
-    if not grouped:
+def test_stand_ins_answer_alike_for_a_step_of_decoding_and_for_a_prompt(monkeypatch, rank, way):
+    """Skipped slots alone; or, as on a device, each slot's own matrices for few of them and sorted rows for many, with
+    PyTorch's grouped product and without."""
+    if way != "cpu":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if way == "split":
         monkeypatch.delattr(F, "grouped_mm")
     draw = torch.Generator().manual_seed(0)
 
@@ -169,6 +172,8 @@ def test_stand_ins_answer_alike_for_a_step_of_decoding_and_for_a_prompt(monkeypa
     weights_TN = torch.zeros(40, N).scatter(1, ids, weights * skipped)
     wanted = weights_TN @ constant
     wanted += torch.einsum("tn,tnr,nhr->th", weights_TN, torch.einsum("th,nrh->tnr", x, down), up)
+    none = zero_expert_routing.stand_ins(x, weights, ids, torch.zeros_like(skipped), down, up, constant)
+    assert not none.any()
     for found in (whole, small):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 

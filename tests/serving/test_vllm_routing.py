@@ -125,7 +125,9 @@ def test_picks_are_those_of_the_file_for_transformers(make, dtype, bias, masked)
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("score", ["weight", "head", "weight+head", "weight+head+residual"])
-@pytest.mark.parametrize("more", [{}, AWAKE, {"zce_types": ["constant"]}], ids=["silent", "awake", "constant"])
+@pytest.mark.parametrize(
+    "more", [{}, AWAKE, {"zce_types": ["constant"]}], ids=["silent", "awake", "constant"]
+)
 def test_paired_picks_and_answers_are_those_of_the_file_for_transformers(make, dtype, score, more):
     config = make(**(PAIRED | {"zce_score": score} | more))
     gate, routing = make_gate(config, dtype)

@@ -230,24 +230,41 @@ FEW_SLOTS = 64
 
 
 def stand_ins(x_TH, weights_TK, ids_TK, skipped_TK, down_NRH, up_NHR, constant_NH):
-    """[T, H]: sum over skipped picks of w * (up.down.x + constant), of the pick's expert.
-
-    No shape depends on how many are skipped (CUDA graphs, torch.compile).
-    """
+    """[T, H]: sum over skipped picks of w * (up.down.x + constant), of the pick's expert."""
     tokens, topk = ids_TK.shape
-    weight_S1 = (weights_TK * skipped_TK).reshape(-1, 1).to(x_TH.dtype)
-    if down_NRH is None:
-        answers_SH = constant_NH[ids_TK.flatten()]
-    elif tokens * topk <= FEW_SLOTS:
-        ids_S, x_SH1 = ids_TK.flatten(), x_TH.repeat_interleave(topk, 0).unsqueeze(2)
-        answers_SH = (
-            torch.bmm(up_NHR[ids_S], torch.bmm(down_NRH[ids_S], x_SH1)).squeeze(2) + constant_NH[ids_S]
-        )
+    weights_TK = (weights_TK * skipped_TK).to(x_TH.dtype)
+    few = tokens * topk <= FEW_SLOTS
+    if few:
+        answer_TH = torch.bmm(weights_TK.unsqueeze(1), constant_NH[ids_TK]).squeeze(1)
     else:
-        answers_SH = (
-            _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR) + constant_NH[ids_TK.flatten()]
-        )
-    return (answers_SH * weight_S1).view(tokens, topk, -1).sum(1)
+        weights_TN = weights_TK.new_zeros(tokens, len(constant_NH)).scatter(1, ids_TK, weights_TK)
+        answer_TH = weights_TN @ constant_NH
+    if down_NRH is None:
+        return answer_TH
+    if x_TH.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _answer_by_expert(answer_TH, x_TH, weights_TK, ids_TK, skipped_TK, down_NRH, up_NHR)
+    # From here on no shape depends on how many are skipped (CUDA graphs, torch.compile).
+    if few:
+        ids_S, x_SH1 = ids_TK.flatten(), x_TH.repeat_interleave(topk, 0).unsqueeze(2)
+        answers_SH = torch.bmm(up_NHR[ids_S], torch.bmm(down_NRH[ids_S], x_SH1)).squeeze(2)
+    else:
+        answers_SH = _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR)
+    return answer_TH + (answers_SH * weights_TK.reshape(-1, 1)).view(tokens, topk, -1).sum(1)
+
+
+def _answer_by_expert(answer_TH, x_TH, weights_TK, ids_TK, skipped_TK, down_NRH, up_NHR):
+    """Adds up.down.x of the skipped slots alone, one expert after the other; asks how many each has."""
+    token_R, place_R = skipped_TK.nonzero(as_tuple=True)
+    ids_R = ids_TK[token_R, place_R]
+    order_R = ids_R.argsort(stable=True)
+    token_R, place_R = token_R[order_R], place_R[order_R]
+    counts = torch.bincount(ids_R, minlength=len(down_NRH)).tolist()
+    parts = zip(x_TH[token_R].split(counts), down_NRH, up_NHR)
+    rows = [F.linear(F.linear(x, down), up) for x, down, up in parts if len(x)]
+    if not rows:
+        return answer_TH
+    rows_RH = torch.cat(rows) * weights_TK[token_R, place_R].unsqueeze(1)
+    return answer_TH.index_add(0, token_R, rows_RH)
 
 
 def _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR):
