@@ -90,7 +90,7 @@ WAKING = (
         matched(one)
         for one in (
             net("net_kl", 2),
-            zeda("zeda_stage1_kl", ZEDA_WEIGHT),
+            Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
             *(paired(f"{start}_kl", share, start=start) for start, share in EQUAL.items()),
         )
     ),
