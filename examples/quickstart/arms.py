@@ -82,7 +82,7 @@ TUNING = (
 """Other learning rates of heads that train."""
 
 EQUAL = {"paired": 0.5, "constant": 0.502, "sharp": 0.531, "low_rank": 0.516, "awake": 0.548}
-"""Shares at which the kinds of paired zero experts cost the same multiply-adds on this teacher: 1 - share, head,
+"""Shares at which the kinds of paired zero experts cost the same multiply-adds on either teacher: 1 - share, head,
 stand-ins."""
 WAKING = (
     *(skipping(start, EQUAL[start]) for start in ("constant", "sharp", "low_rank", "awake")),

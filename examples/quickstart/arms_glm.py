@@ -33,6 +33,7 @@ DEFAULT = (*UNTRAINED, *TRAINED)
 FULL = (
     *DEFAULT,
     *STAGE2,
+    *arms.WAKING,
     *(
         arm
         for seed in SEEDS
