@@ -110,3 +110,12 @@ def test_every_expert_of_every_layer_is_in_one_pass_that_has_room(room):
     assert all(sum(last - first for first, last in wanted.values()) <= room for wanted in plan)
     found = [(n, e) for wanted in plan for n, (first, last) in wanted.items() for e in range(first, last)]
     assert found == [(n, e) for n in (1, 2, 5) for e in range(8)]
+
+
+def test_bfloat16_stand_ins_stay_near_single_precision(world, awake, tmp_path):
+    report = fit(world, tmp_path / "bf16", paired_head="mlp", paired_head_width=6, bf16=True, **EFFECT)
+    assert report["zero_share"] == pytest.approx(0.5, abs=0.03)
+    for layer, explained in awake[0]["stand_in_explains_by_layer"].items():
+        assert report["stand_in_explains_by_layer"][layer] == pytest.approx(explained, abs=0.1)
+    up = routers(tmp_path / "bf16")[0].zero_output.up
+    assert torch.equal(up, up.bfloat16().float())
