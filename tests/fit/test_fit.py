@@ -215,6 +215,10 @@ def test_nothing_is_overwritten_unless_asked(world, fitted, tmp_path):
         ({"effect_floor": -1.0}, "--effect-floor"),
         ({"paired_score": "depth"}, "--paired-score"),
         ({"seq_length": 100_000}, "--seq-length"),
+        ({"zero_experts_type": "learned"}, "--zero-experts-type"),
+        ({"zero_experts_type": "low_rank"}, "--zero-experts-type low_rank needs a score without residual"),
+        ({"stand_in_rank": 0}, "--stand-in-rank"),
+        ({"paired_head": "mlp", "constants_only": True}, "--paired-head mlp"),
     ],
 )
 def test_mistakes_are_named(world, tmp_path, changes, message):

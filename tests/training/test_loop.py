@@ -277,6 +277,15 @@ def test_a_wrong_pretrained_checkpoint_is_a_user_error(world, tmp_path):
         tiny_world.start(world, pretrained_checkpoint=world.static)
     with pytest.raises(UserError, match=r"--pretrained-checkpoint .* does not fit .* no .*zero_output\.bias"):
         tiny_world.start(world, zero_experts_type="learned")
+    with pytest.raises(
+        UserError, match=r"--zero-experts-type constant: .* zeda fit --zero-experts-type constant"
+    ):
+        tiny_world.start(
+            world,
+            pretrained_checkpoint=world.static,
+            zero_expert_routing="paired",
+            zero_experts_type="constant",
+        )
     with pytest.raises(UserError, match=r"--recompute-granularity selective .* copy"):
         tiny_world.start(world, zero_experts_type="copy", recompute_granularity="selective")
 

@@ -107,6 +107,11 @@ def zero_experts(
             f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has {kind} zero experts, which this "
             "would drop; leave the flag away"
         )
+    if options.zero_experts_type in ("constant", "low_rank") and options.zero_experts_type != kind:
+        raise UserError(
+            f"--zero-experts-type {options.zero_experts_type}: what answers for skipped experts is fitted; start "
+            f"from a checkpoint of zeda fit --zero-experts-type {options.zero_experts_type}"
+        )
     if options.num_zero_experts is not None:
         number = options.num_zero_experts
     wanted = options.zero_expert_routing or routing
