@@ -287,6 +287,14 @@ def watch_slots(block) -> list[tuple[int, int]]:
     return seen
 
 
+def expected_slots(block, path: str, slots: int, real: int) -> list[tuple[int, int]]:
+    """What `watch_slots` sees of one call: all slots where shapes are static, and the zero slots left out of the
+    products, if this version of transformers has a mark for that."""
+    if path != "static":
+        return [(real, real)]
+    return [(slots, real if hasattr(block.experts, "_is_expert_parallel") else slots)]
+
+
 def splitting_threshold(model, tokens) -> list[float]:
     """A threshold for each MoE layer, which has scores on both sides of it."""
     chosen = [0.0] * len(model.moe_blocks())

@@ -224,7 +224,7 @@ def test_one_step_of_a_run_can_be_measured(adapted):
 
 
 def test_zeda_json_comes_back_as_it_was_written(tmp_path):
-    facts = ModelFacts(4, "learned", "shared", None, True, None, "ab", 7, "bf16", "X")
+    facts = ModelFacts(4, "learned", "shared", None, 5, 3, True, None, "ab", 7, "bf16", "X")
     (tmp_path / "zeda.json").write_text(facts.text())
     assert read_facts(tmp_path) == read_facts(tmp_path / "iter_0000003") == facts
     (tmp_path / "zeda.json").write_text("{}")

@@ -144,7 +144,7 @@ def test_every_layer_equals_the_definition_and_zero_slots_are_not_computed(tmp_p
         expected_TH, real = definition(layer.mlp, hidden_TH, seen[layer.mlp, "residual"], FAMILIES[name])
         assert (expected_TH - out_TH).abs().max() < 1e-5 * expected_TH.abs().max()
         assert 0 < real < 14 * K
-        assert slots[layer.mlp] == [(14 * K if path == "static" else real, real)]
+        assert slots[layer.mlp] == tiny.expected_slots(layer.mlp, path, 14 * K, real)
 
 
 @pytest.mark.parametrize("rank", [3, 4])

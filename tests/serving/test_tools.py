@@ -22,7 +22,7 @@ peft = pytest.importorskip("peft")
 def split_model(folder, name, kind):
     """A drawn model whose picks are partly zero slots, and tokens."""
     model, tokens = make_model(folder, name, kind), torch.randint(1, 96, (2, 9))
-    if kind == "paired":
+    if KINDS[kind].paired:
         model.set_zero_threshold(tiny.splitting_threshold(model, tokens))
         model.reset_zero_share()
     return model, tokens
