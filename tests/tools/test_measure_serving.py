@@ -62,6 +62,7 @@ def test_only_skipping_saves_expert_flops(contest):
 
     static = flops("static", 0.0)
     assert flops("weight 0", 0.5) == static
+    assert flops("skip", 0.5) < flops("stand-ins", 0.5) < static
     quarter = static - flops("skip", 0.25)
     assert quarter > 0.1 * static
     assert static - flops("skip", 0.5) == 2 * quarter and static - flops("skip", 0.75) == 3 * quarter
@@ -73,7 +74,7 @@ def test_the_command_prints_a_line_per_pass_and_writes_what_it_measured(folder, 
     monkeypatch.setattr("sys.argv", ["serving", *flags])
     assert main() == 0
     rows = json.loads((folder / "out.json").read_text())
-    assert len(rows) == 3 * len(arms([0.25, 0.5, 0.75])) == 21
+    assert len(rows) == 3 * len(arms([0.25, 0.5, 0.75])) == 30
     assert all(row["moe_seconds"] > 0 and row["model_seconds"] > 0 for row in rows)
     assert capsys.readouterr().out.splitlines() == table(rows) and len(table(rows)) == 2 + 3 * 2
 

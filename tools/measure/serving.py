@@ -41,13 +41,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--decode", type=int, nargs="+", default=[1, 8, 32], help="batch sizes of one new token"
     )
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache while decoding")
+    parser.add_argument("--stand-in-rank", type=int, default=16, help="of the way `stand-ins`")
     parser.add_argument("--repeats", type=int, default=4, help="timed passes of each way; the fastest counts")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    for flag in ("layers", "context", "repeats"):
+    for flag in ("layers", "context", "repeats", "stand_in_rank"):
         if getattr(options, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1")
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     if not all(0 <= share <= 1 for share in options.shares):
         raise UserError(f"--shares {options.shares} must lie between 0 and 1")
     if not all(size > 0 for size in options.prefill + options.prefill_batches + options.decode):
@@ -152,7 +153,9 @@ def table(rows: list[dict]) -> list[str]:
 def main() -> int:
     """Command line of python -m tools.measure.serving."""
     options = parse()
-    contest = Contest(options.hf, options.layers, DTYPES[options.dtype], options.device)
+    contest = Contest(
+        options.hf, options.layers, DTYPES[options.dtype], options.device, rank=options.stand_in_rank
+    )
     rows = measure(contest, options)
     if options.json:
         write_result("--json", options.json, json.dumps(rows, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The models that serving speed compares: one set of random weights, three ways to treat zero slots.
+"""The models that serving speed compares: one set of random weights, four ways to treat zero slots.
 
 The zero share is forced, as random weights have none of their own: an exact number of the router's picks, drawn
 at random, become zero slots. So a figure is the speed at a share, not of a trained model.
@@ -15,18 +15,21 @@ from torch import nn
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import REGISTRY, Architecture, read_architecture
-from zeda_megatron.serving.zero_expert_routing import ZeroDials
+from zeda_megatron.serving.zero_expert_routing import ZeroDials, stand_ins
 
-WAYS = ("static", "skip", "weight 0")
-"""static: the stock layer. skip: ours. weight 0: a zero slot is a slot of expert 0 whose weight is 0, as engines do
-that know no zero slots (reference: vLLM's router for zero experts)."""
+WAYS = ("static", "skip", "stand-ins", "weight 0")
+"""static: the stock layer. skip: ours, silent. stand-ins: ours, low-rank maps answer. weight 0: a zero slot is a slot
+of expert 0 whose weight is 0, as engines do that know no zero slots (reference: vLLM's router for zero experts)."""
 
 
 class ForcedShare(nn.Module):
     """A router whose picks become zero slots with a given share."""
 
-    def __init__(self, gate: nn.Module, seed: int = 0):
+    def __init__(self, gate: nn.Module, rank: int, dtype: torch.dtype, seed: int = 0):
         super().__init__()
+        experts, hidden = gate.num_real, gate.weight.shape[1]
+        shapes = (experts, rank, hidden), (experts, hidden, rank), (experts, hidden)
+        self.maps = [torch.full(shape, 0.01, dtype=dtype, device=gate.weight.device) for shape in shapes]
         self.gate, self.share, self.way = gate, 0.0, "static"
         self.seed = seed
         self._drawn: dict[tuple, torch.Tensor] = {}
@@ -36,8 +39,10 @@ class ForcedShare(nn.Module):
         if self.way == "static":
             return logits, weights_TK, ids_TK, None
         zero_TK = self._zero_slots(ids_TK)
-        if self.way == "skip":
-            return logits, weights_TK, torch.where(zero_TK, self.gate.num_real, ids_TK), None
+        if self.way != "weight 0":
+            silent = self.way == "skip"
+            answer_TH = None if silent else stand_ins(hidden_states, weights_TK, ids_TK, zero_TK, *self.maps)
+            return logits, weights_TK, torch.where(zero_TK, self.gate.num_real, ids_TK), answer_TH
         return logits, weights_TK.masked_fill(zero_TK, 0), ids_TK.masked_fill(zero_TK, 0), None
 
     def _zero_slots(self, ids_TK: torch.Tensor) -> torch.Tensor:
@@ -56,16 +61,24 @@ class Contest:
 
     Args:
         folder: HF folder with a config.json.
-        layers: MoE layers to build; dense first layers are left out.
+        layers: MoE layers to build; dense first layers are left out. rank: of the stand-ins.
     """
 
-    def __init__(self, folder: Path, layers: int, dtype: torch.dtype, device: str, vocabulary: int = 1024):
+    def __init__(
+        self,
+        folder: Path,
+        layers: int,
+        dtype: torch.dtype,
+        device: str,
+        vocabulary: int = 1024,
+        rank: int = 16,
+    ):
         arch = read_architecture(folder)
         self.model = _build(arch, layers, dtype, device, vocabulary)
         self.gates, self.blocks = [], self.model.moe_blocks()
         for block in self.blocks:
             block.gate.dials = ZeroDials(masked=True)  # the router itself is always the static one
-            block.gate = ForcedShare(block.gate, seed=len(self.gates))
+            block.gate = ForcedShare(block.gate, rank, dtype, seed=len(self.gates))
             self.gates.append(block.gate)
         if len(self.gates) != layers:
             raise UserError(f"{folder}: {len(self.gates)} MoE layers were built, not {layers}")
@@ -81,7 +94,10 @@ class Contest:
     def _set(self, way: str, share: float) -> None:
         for gate, block in zip(self.gates, self.blocks):
             gate.way, gate.share = way, share
-            block.dials.masked = way != "skip"  # all but ours take the stock path over real experts
+            block.dials.masked = way not in (
+                "skip",
+                "stand-ins",
+            )  # all but ours take the stock path over real experts
 
 
 def _build(arch: Architecture, layers: int, dtype: torch.dtype, device: str, vocabulary: int):
