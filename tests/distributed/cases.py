@@ -76,10 +76,10 @@ def case(name, do="train", world="plain", flags=None, slow=False, **layout):
 TRAIN = [
     case("dp2"),
     case("ep2 alltoall", ep=2),
-    case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}),
+    case("ep2 allgather", ep=2, flags={"moe_token_dispatcher_type": "allgather"}, slow=True),
     case("ep2 fused", "train_on_stand_ins", ep=2, flags={"moe_permute_fusion": True}, slow=True),
     case("tp2 sp", tp=2),
-    case("tp2 etp2", tp=2, etp=2),
+    case("tp2 etp2", tp=2, etp=2, slow=True),
     case("pp2", pp=2),
     case("pp2 odd", world="odd", pp=2, slow=True),
     case("pp2 vpp2", world="deep", pp=2, vpp=2),
@@ -94,11 +94,11 @@ TRAIN = [
     case("cp2", world="aligned", cp=2),
     case("cp2 ep2", world="aligned", cp=2, ep=2, slow=True),
     case("cp2 paired", world="aligned paired", cp=2, slow=True),
-    case("pp2 alongside", pp=2, flags={"teacher_schedule": "alongside"}),
+    case("pp2 alongside", pp=2, flags={"teacher_schedule": "alongside"}, slow=True),
     case("dp2 alongside", flags={"teacher_schedule": "alongside"}, slow=True),
     case("tp2 odd", world="odd", tp=2, slow=True),
     case("paired ep2", world="paired", ep=2),
-    case("paired tp2", world="paired", tp=2),
+    case("paired tp2", world="paired", tp=2, slow=True),
     case("awake ep2", world="awake", ep=2),
     case("awake tp2", world="awake", tp=2, slow=True),
     case("awake pp2", world="awake", pp=2, slow=True),
@@ -143,7 +143,7 @@ TRAIN = [
         slow=True,
     ),
     case("matched stage 2 ep2", world="stage 2 matched", ep=2, slow=True),
-    case("ce tp2", world="ce", tp=2),
+    case("ce tp2", world="ce", tp=2, slow=True),
     *(
         case(f"ce {name}", world="ce", slow=True, **layout)
         for name, layout in {"dp2": {}, "ep2": {"ep": 2}, "pp2": {"pp": 2}}.items()
@@ -212,11 +212,11 @@ STAGE_2 = [
     case("stage 2 sampled ep2", world="stage 2 sampled", ep=2, slow=True),
     case("stage 2 replay dp2", world="stage 2 replay", slow=True),
     case("stage 2 replay tp2", world="stage 2 replay", tp=2, slow=True),
-    case("stage 2 paired ep2", world="stage 2 paired", ep=2),
+    case("stage 2 paired ep2", world="stage 2 paired", ep=2, slow=True),
     case("stage 2 rounds dp2", world="stage 2 rounds", slow=True),
     case("stage 2 pp2", world="stage 2", pp=2),
     case("stage 2 cp2", world="stage 2 aligned", cp=2),
-    case("stage 2 replay pp2", world="stage 2 replay", pp=2),
+    case("stage 2 replay pp2", world="stage 2 replay", pp=2, slow=True),
     case("stage 2 replay cp2", world="stage 2 replay aligned", cp=2, slow=True),
     case("stage 2 cp2 ep2", world="stage 2 aligned", cp=2, ep=2, slow=True),
     case("stage 2 pp2 vpp2", world="stage 2 deep", pp=2, vpp=2, slow=True),
@@ -246,9 +246,9 @@ STAGE_2 = [
 ]
 REPLAYED = [
     case("replayed dp2", "replayed", world="stage 2 replay"),
-    case("replayed pp2", "replayed", world="stage 2 replay", pp=2),
+    case("replayed pp2", "replayed", world="stage 2 replay", pp=2, slow=True),
     case("replayed pp2 odd", "replayed", world="stage 2 replay odd", pp=2, slow=True),
-    case("replayed cp2", "replayed", world="stage 2 replay aligned", cp=2),
+    case("replayed cp2", "replayed", world="stage 2 replay aligned", cp=2, slow=True),
 ]
 MASKED = [
     *(case(f"masked {name}2", "masked", **{name: 2}) for name in ("ep", "tp", "pp")),
@@ -301,7 +301,7 @@ OTHERS = [
     case("interrupted ep2", "interrupted", ep=2),
     case("sharded optimizer dp2", "interrupted", flags=SHARDED),
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
-    case("async ep2", "interrupted", ep=2, flags=ASYNC),
+    case("async ep2", "interrupted", ep=2, flags=ASYNC, slow=True),
     case("diverged ep2", "diverged", ep=2),
     case("guarded ep2", "guarded", ep=2),
     case("damaged ep2", "damaged", ep=2),
@@ -346,7 +346,7 @@ CHANGED = [
     case("plain ep2 then sharded tp2", "changed", ep=2, flags={"then": {"tp": 2}}, slow=True),
 ]
 RESUMED = [
-    case("resumed tp2", flags={"load": "HALFWAY"}, tp=2),
+    case("resumed tp2", flags={"load": "HALFWAY"}, tp=2, slow=True),
     case("resumed ep2", flags={"load": "HALFWAY"}, ep=2, slow=True),
     case("resumed pp2", flags={"load": "HALFWAY"}, pp=2, slow=True),
 ]

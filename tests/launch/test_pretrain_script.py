@@ -132,7 +132,7 @@ def test_two_tasks_of_srun_find_each_other(config, tmp_path, environment):
 @pytest.mark.parametrize(
     ("processes", "number"),
     [
-        pytest.param(1, signal.SIGTERM, id="1-SIGTERM"),
+        pytest.param(1, signal.SIGTERM, id="1-SIGTERM", marks=pytest.mark.slow),
         pytest.param(2, signal.SIGINT, id="2-Ctrl-C"),
         pytest.param(1, signal.SIGINT, id="1-Ctrl-C", marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, id="2-SIGTERM", marks=pytest.mark.slow),
@@ -313,7 +313,7 @@ def test_two_runs_on_one_folder_the_second_stops_and_after_kill_9_a_third_takes_
     assert steps(save) == list(range(1, steps(save)[-1] + 1))
 
 
-@pytest.mark.parametrize("processes", SLOW_ALONE)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_can_be_told_from_a_finished_one(config, tmp_path, environment, processes):
     command = ["bash", SCRIPT, "--config", config, "--save", tmp_path / "run", "--stopped-exit-code", "75"]
     more = {"NPROC_PER_NODE": str(processes)}

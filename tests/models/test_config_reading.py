@@ -1,6 +1,7 @@
 """config.json is read as transformers' own config class reads it, or refused in one line."""
 
 import copy
+import inspect
 import json
 import os
 
@@ -168,7 +169,7 @@ def check_equal(config: dict) -> bool:
     read, kind = theirs(config), config["model_type"]
     ours = arch.megatron
     for name in READ:
-        if name in type(read).__dataclass_fields__:
+        if name in inspect.signature(type(read).__init__).parameters:
             assert ours[MEGATRON.get(name, name)] == getattr(read, name), name
     assert arch.rotary_base == read.rope_parameters["rope_theta"]
     assert read.rope_parameters["rope_type"] == "default"
@@ -232,7 +233,13 @@ def test_changed_values_are_read_as_transformers_reads_them_or_refused(family):
         ("qwen", {"model_type": None}, "model_type is missing"),
         ("qwen", {"model_type": 8}, "model_type '8' must be a string"),
         ("qwen", {"architectures": ["Qwen3MoeModel"]}, "architecture 'Qwen3MoeModel' is unknown"),
-        ("qwen", {"num_local_experts": 4}, "num_experts 8 and num_local_experts 4 mean the same"),
+        pytest.param(
+            *("qwen", {"num_local_experts": 4}, "num_experts 8 and num_local_experts 4 mean the same"),
+            marks=pytest.mark.skipif(
+                "num_local_experts" not in CONFIG_MAPPING["qwen3_moe"].attribute_map,
+                reason="this version of transformers has no second name for that key",
+            ),
+        ),
         ("qwen", {"rms_norm_eps": -1}, "rms_norm_eps '-1' must be a number from 0 to 1"),
         ("glm", {"rms_norm_eps": 1e308}, "rms_norm_eps"),
         ("mixtral", {"rope_theta": 1e300}, "rope_theta"),

@@ -52,7 +52,10 @@ def compiler():
     torch._dynamo.reset()
 
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "constant")) for kind in KINDS]
+)
+"""A constant is a part of low_rank: alone it is slow."""
 
 
 def test_no_family_of_the_package_is_left_out():

@@ -12,6 +12,7 @@ import pytest
 
 from tools.measure.dispatch_bytes import GEOMETRY
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 2 * 128
 """Of both processes."""
@@ -35,7 +36,6 @@ def paired(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("paired"))
 
 
-@pytest.mark.slow
 def test_half_zero_slots_halve_the_bytes_and_three_quarters_leave_a_quarter(paired):
     static, half, quarter, _ = paired[0]
     assert static["zero_share"] == 0
@@ -67,7 +67,6 @@ def test_the_teacher_sends_the_same_at_every_share(paired):
     assert len([line for line in printed.splitlines() if line.startswith("|")]) == len(rows) + 2
 
 
-@pytest.mark.slow
 def test_a_pick_rule_that_keeps_half_the_picks_sends_exactly_half(tmp_path):
     (static, half), _ = measured(tmp_path, "--routing", "topk", "--zero-shares", "0", "0.5")
     assert half["zero_share"] == 0.5 and 2 * half["rows_forward"] == static["rows_forward"]

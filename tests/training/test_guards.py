@@ -93,7 +93,7 @@ def assert_goes_on(world, folder, free, saved):
     ("name", "make", "background"),
     [
         pytest.param("share_run", share_guard, False, id="share-sync"),
-        pytest.param("apart_run", kl_guard, True, id="kl-async"),
+        pytest.param("apart_run", kl_guard, True, id="kl-async", marks=pytest.mark.slow),
         pytest.param("share_run", share_guard, True, id="share-async", marks=pytest.mark.slow),
         pytest.param("apart_run", kl_guard, False, id="kl-sync", marks=pytest.mark.slow),
     ],

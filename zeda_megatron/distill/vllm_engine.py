@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..models.architecture import Architecture, dims_of, weight_map_of
 from ..models.hf_config import dynamic_config, static_config, write_config
 from ..models.weight_kinds import Added, Router, Setting
-from ..moe.stats import routers
+from ..moe.router_dials import has_pick_rule
 from .answers import Generation, check_prompts
 
 GPU_SHARE = 0.4
@@ -62,7 +62,7 @@ class VLLMEngine:
             raise UserError("--rollout-engine vllm answers in one process only: use builtin under torchrun")
         if not static and not zero.num_zero_experts:
             raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
-        if any(router.dials.pick_rule is not None for router in routers(model)):
+        if has_pick_rule(model):
             raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
         self.model, self.arch, self.static = model, arch, static
         self.stop_ids, self.max_length, self.vocab_size = stop_ids, max_length, vocab_size

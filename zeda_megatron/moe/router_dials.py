@@ -47,6 +47,11 @@ def set_dials(model_chunks, **values) -> None:
         router.dials = replace(router.dials, **values)
 
 
+def has_pick_rule(model_chunks) -> bool:
+    """A rule thins out the picks of some layer."""
+    return any(router.dials.pick_rule is not None for router in routers(model_chunks))
+
+
 @contextmanager
 def dialled(model_chunks, **values) -> Iterator[None]:
     """`with dialled(model, zero_weight=3.0): ...`; the dials are as before afterwards, whatever happens inside."""
