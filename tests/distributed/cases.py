@@ -301,7 +301,7 @@ OTHERS = [
     case("interrupted ep2", "interrupted", ep=2),
     case("sharded optimizer dp2", "interrupted", flags=SHARDED),
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
-    case("async ep2", "interrupted", ep=2, flags=ASYNC, slow=True),
+    case("async ep2", "interrupted", ep=2, flags=ASYNC),
     case("diverged ep2", "diverged", ep=2),
     case("guarded ep2", "guarded", ep=2),
     case("damaged ep2", "damaged", ep=2),
