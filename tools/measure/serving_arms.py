@@ -94,10 +94,8 @@ class Contest:
     def _set(self, way: str, share: float) -> None:
         for gate, block in zip(self.gates, self.blocks):
             gate.way, gate.share = way, share
-            block.dials.masked = way not in (
-                "skip",
-                "stand-ins",
-            )  # all but ours take the stock path over real experts
+            # All but ours take the stock path over real experts.
+            block.dials.masked = way not in ("skip", "stand-ins")
 
 
 def _build(arch: Architecture, layers: int, dtype: torch.dtype, device: str, vocabulary: int):

@@ -35,6 +35,10 @@ class _Layer:
     again: deque[tuple] = field(default_factory=deque)
     """Those of passes that will be recomputed: target, weights, factor."""
 
+    def following(self) -> tuple:
+        """Target, weights and factor of the next micro-batch."""
+        return self.targets.popleft(), *self.weights.popleft()
+
     def waiting(self) -> int:
         return len(self.targets) + len(self.weights) + len(self.again)
 
@@ -97,10 +101,9 @@ class HiddenMatch:
         if not self._active or self._teacher.running or not layer.training:
             return None
         if not torch.is_grad_enabled():  # the first pass of a recomputed block
-            kept.again.append((kept.targets.popleft(), *kept.weights.popleft()))
+            kept.again.append(kept.following())
             return None
-        found = kept.again.popleft() if kept.again else (kept.targets.popleft(), *kept.weights.popleft())
-        target_SBH, weight_T, factor = found
+        target_SBH, weight_T, factor = kept.again.popleft() if kept.again else kept.following()
         hidden_SBH = output[0]
         target_TH = target_SBH.to(hidden_SBH.device, non_blocking=True).flatten(0, 1)
         error = relative_error(hidden_SBH.flatten(0, 1), target_TH, weight_T)

@@ -25,7 +25,7 @@ def store_bytes(hidden_size: int, width: int) -> int:
 
 
 class RowStore:
-    """Some rows of one layer, at most twice `most`, each kept with the same probability."""
+    """Some rows of one layer, at most `most` and those just added, each kept with the same probability."""
 
     def __init__(self, most: int = MOST_ROWS, seed: int = 0):
         self.most, self._parts, self._count, self._keep = most, [], 0, 1.0
@@ -43,7 +43,9 @@ class RowStore:
         if keep < 1:
             kept = (torch.rand(len(rows[1]), generator=self._draw) < keep).to(rows[1].device)
             rows = tuple(part[kept] for part in rows)
-        self._parts.append(tuple(part.clone() for part in rows))
+        else:
+            rows = tuple(part.clone() for part in rows)
+        self._parts.append(rows)
         self._count += len(rows[1])
 
     def rows(self) -> tuple[torch.Tensor, ...]:

@@ -208,10 +208,8 @@ def paired_shapes(zero: ZeroExperts, hidden: int) -> dict[str, tuple[int, ...]]:
     if zero.kind != "zero":
         shapes["zero_constant"] = (zero.count, hidden)
     if zero.rank:
-        shapes["zero_down"], shapes["zero_up"] = (
-            (zero.count, zero.rank, hidden),
-            (zero.count, hidden, zero.rank),
-        )
+        shapes["zero_down"] = (zero.count, zero.rank, hidden)
+        shapes["zero_up"] = (zero.count, hidden, zero.rank)
     return shapes
 
 
@@ -273,7 +271,11 @@ def _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR):
     ids_S = ids_TK.masked_fill(~skipped_TK, experts).flatten()
     order_S = ids_S.argsort(stable=True)
     counts_E = torch.bincount(ids_S, minlength=experts + 1)
-    if hasattr(F, "grouped_mm") and down_NRH.shape[1] * down_NRH.element_size() % 16 == 0:
+    if hasattr(F, "grouped_mm"):
+        missing = -down_NRH.shape[1] % (
+            16 // down_NRH.element_size()
+        )  # its operands' rows are whole 16 bytes
+        down_NRH, up_NHR = F.pad(down_NRH, (0, 0, 0, missing)), F.pad(up_NHR, (0, missing))
         # Rows behind the last group are not computed, forward nor backward.
         inside_S1 = (ids_S[order_S] < experts)[:, None]
         ends_N = counts_E[:experts].cumsum(0).to(torch.int32)

@@ -44,7 +44,6 @@ from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, r
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
-from ..moe.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -187,15 +186,15 @@ def build_student(options: Options, trains: bool = True) -> Student:
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                parameter.requires_grad_(".router." in name)
+                parameter.requires_grad_(
+                    parameter.requires_grad and ".router." in name
+                )  # stand-ins never train
             if chunk.pre_process:
                 # Recomputation follows gradients through its inputs only: with frozen embeddings none would begin.
                 chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for paired in paired_modules(chunks):
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
-    for module in (part for chunk in chunks for part in chunk.modules() if isinstance(part, StandIns)):
-        module.requires_grad_(False)
     if options.model.moe_pick_rule:
         set_dials(chunks, pick_rule=parse_pick_rule(options.model.moe_pick_rule))
     if not trains:
