@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.planning.cost_sheet import (
     GPUS,
@@ -162,13 +163,15 @@ def test_expert_flops_fall_by_the_zero_share_when_the_slots_are_dropped():
 def test_flop_theory_of_the_paper_is_reproduced(phase, length, paper):
     """arXiv 2605.18643, "FLOP theory" for Qwen3-30B-A3B at zero share .5; conventions as in flops.py."""
     keys = length if phase == "prefill" else length / 2
-    ratio = flop_ratio(Geometry.read(EXAMPLES / "qwen3_30b_a3b"), keys, 0.5, zero_rows=64, lm_head=False)
+    ratio = flop_ratio(
+        Geometry.read(EXAMPLES / "qwen3_30b_a3b"), keys, 0.5, zero=ZeroExpertConfig(64), lm_head=False
+    )
     assert round(ratio, 2) == paper
 
 
 def test_a_zero_share_of_nothing_changes_nothing_and_of_everything_leaves_no_expert_flops():
     geometry = Geometry.from_config(TINY_GLM)
-    assert flop_ratio(geometry, 100, 0.0, 0) == 1.0
+    assert flop_ratio(geometry, 100, 0.0, ZeroExpertConfig()) == 1.0
     none_left = flops_per_token(geometry, 100, zero_share=1.0)
     assert none_left.routed_experts == 0.0
     assert none_left.shared_experts == flops_per_token(geometry, 100).shared_experts
@@ -254,7 +257,9 @@ def test_one_decoded_token_reads_the_active_weights_once():
 
 def test_a_large_prefill_on_a_gpu_with_free_memory_is_its_flops():
     device = Gpu("free memory", flops=1e12, bandwidth=1e30, source="invented")
-    parts = prefill_seconds(QWEN, device, tokens=8192, context=8192, zero_share=0.5, zero_rows=64)
+    parts = prefill_seconds(
+        QWEN, device, tokens=8192, context=8192, zero_share=0.5, zero=ZeroExpertConfig(64)
+    )
     assert parts["routed_experts"] == pytest.approx(8192 * 2 * 48 * 4 * 3 * 2048 * 768 / 1e12)
     assert parts["attention_scores"] == pytest.approx(8192 * 2 * 48 * 2 * 4096 * 4096.5 / 1e12)
     assert parts["lm_head"] == pytest.approx(2 * 2048 * 151936 / 1e12)
@@ -262,7 +267,9 @@ def test_a_large_prefill_on_a_gpu_with_free_memory_is_its_flops():
 
 @pytest.mark.parametrize("geometry", [QWEN, GLM], ids=["qwen", "glm"])
 def test_speedup_vanishes_when_every_expert_is_read_anyway(geometry):
-    small, large = predict(geometry, GPUS["h100"], 0.5, geometry.experts // 2, 4096, (8, 512), ())
+    small, large = predict(
+        geometry, GPUS["h100"], 0.5, ZeroExpertConfig(geometry.experts // 2), 4096, (8, 512), ()
+    )
     assert small.speedup > 1.5
     assert large.speedup == pytest.approx(1.0, abs=0.005)
     assert large.dynamic_experts == pytest.approx(geometry.experts, rel=0.001)
@@ -271,7 +278,9 @@ def test_speedup_vanishes_when_every_expert_is_read_anyway(geometry):
 def test_prediction_at_the_papers_batch_is_near_and_not_below_the_measured_speedup():
     """Measured there: 1.25x to 1.19x (Qwen), 1.22x to 1.19x (GLM) in decoding, one H200, 32 at a time."""
     for geometry, zero_share, measured in ((QWEN, 0.512, 1.25), (GLM, 0.53, 1.22)):
-        (line,) = predict(geometry, GPUS["h200"], zero_share, geometry.experts // 2, 2048, (32,), ())
+        (line,) = predict(
+            geometry, GPUS["h200"], zero_share, ZeroExpertConfig(geometry.experts // 2), 2048, (32,), ()
+        )
         assert measured <= line.speedup < measured + 0.15
 
 

@@ -17,7 +17,7 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.hf_config import zero_experts_of
 from ..text_table import text_table
-from .flops import Flops, Geometry, flop_ratio, flops_per_token
+from .flops import STATIC, Flops, Geometry, flop_ratio, flops_per_token
 
 BYTES = 2  # bf16 weights, activations and cache
 
@@ -81,13 +81,12 @@ def decode_seconds(
     batch: int,
     context: int,
     zero_share: float = 0.0,
-    zero_rows: int = 0,
-    paired: ZeroExpertConfig | None = None,
+    zero: ZeroExpertConfig = STATIC,
 ) -> dict[str, float]:
     """Seconds of one decoding step by part: a new token for each of `batch` sequences, `context` cached."""
-    flops = flops_per_token(geometry, context, zero_share, zero_rows, cached=True, paired=paired)
+    flops = flops_per_token(geometry, context, zero_share, zero, cached=True)
     cache = BYTES * batch * context * geometry.layers * geometry.attention.cache
-    return _seconds(geometry, device, flops, batch, batch, cache, zero_share, zero_rows, paired)
+    return _seconds(geometry, device, flops, batch, batch, cache, zero_share, zero)
 
 
 def prefill_seconds(
@@ -96,16 +95,13 @@ def prefill_seconds(
     tokens: int,
     context: int,
     zero_share: float = 0.0,
-    zero_rows: int = 0,
-    paired: ZeroExpertConfig | None = None,
+    zero: ZeroExpertConfig = STATIC,
 ) -> dict[str, float]:
     """Seconds of one prefill by part: `tokens` tokens in causal sequences of `context`, last logits only."""
     context = min(context, tokens)
-    flops = flops_per_token(geometry, (context + 1) / 2, zero_share, zero_rows, paired=paired)
+    flops = flops_per_token(geometry, (context + 1) / 2, zero_share, zero)
     cache = BYTES * tokens * geometry.layers * geometry.attention.cache
-    return _seconds(
-        geometry, device, flops, tokens, max(1, tokens // context), cache, zero_share, zero_rows, paired
-    )
+    return _seconds(geometry, device, flops, tokens, max(1, tokens // context), cache, zero_share, zero)
 
 
 def _seconds(
@@ -116,8 +112,7 @@ def _seconds(
     logits: int,
     cache_bytes: float,
     zero_share: float,
-    zero_rows: int,
-    paired: ZeroExpertConfig | None,
+    zero: ZeroExpertConfig,
 ) -> dict[str, float]:
     hidden, moe = geometry.hidden, geometry.moe_layers
     rows = tokens * geometry.topk * (1.0 - zero_share)
@@ -127,11 +122,11 @@ def _seconds(
     traffic = {
         "attention_projections": geometry.layers * geometry.attention.projection,
         "attention_scores": cache_bytes / BYTES,
-        "router": moe * hidden * (geometry.experts + zero_rows),
-        "heads": moe * geometry.costs(paired)[0] * geometry.topk * geometry.expert,
+        "router": moe * hidden * (geometry.experts + zero.num_zero_rows),
+        "heads": moe * geometry.costs(zero)[0] * geometry.topk * geometry.expert,
         "stand_ins": moe
         * _distinct(geometry, tokens, zero_share)
-        * geometry.costs(paired)[1]
+        * geometry.costs(zero)[1]
         * geometry.expert,
         "routed_experts": moe
         * (experts * geometry.expert + 2 * tokens * hidden + 2 * rows * geometry.expert_width),
@@ -170,11 +165,10 @@ def predict(
     geometry: Geometry,
     device: Gpu,
     zero_share: float,
-    zero_rows: int,
+    zero: ZeroExpertConfig,
     context: int,
     batches: tuple[int, ...],
     prefills: tuple[int, ...],
-    paired: ZeroExpertConfig | None = None,
 ) -> list[Prediction]:
     """Static against dynamic for every decoding batch and prefill size."""
     lines: list[Prediction] = []
@@ -185,7 +179,7 @@ def predict(
     for phase, sizes, seconds in phases:
         for tokens in sizes:
             static = sum(seconds(geometry, device, tokens, context).values())
-            dynamic = sum(seconds(geometry, device, tokens, context, zero_share, zero_rows, paired).values())
+            dynamic = sum(seconds(geometry, device, tokens, context, zero_share, zero).values())
             lines.append(
                 Prediction(
                     phase,
@@ -206,11 +200,10 @@ def cost_sheet(
     geometry: Geometry,
     device: Gpu,
     zero_share: float,
-    zero_rows: int,
+    zero: ZeroExpertConfig,
     context: int,
     tokens: tuple[int, ...],
     batches: tuple[int, ...] = BATCHES,
-    paired: ZeroExpertConfig | None = None,
 ) -> dict:
     """All figures of one model as a JSON-ready dict.
 
@@ -218,8 +211,8 @@ def cost_sheet(
     are the prefill sizes, `batches` the decoding batches of the roofline.
     """
     static = flops_per_token(geometry, context)
-    dynamic = flops_per_token(geometry, context, zero_share, zero_rows, paired=paired)
-    lines = predict(geometry, device, zero_share, zero_rows, context, batches, tokens, paired)
+    dynamic = flops_per_token(geometry, context, zero_share, zero)
+    lines = predict(geometry, device, zero_share, zero, context, batches, tokens)
     return {
         "model": {
             "model_type": geometry.model_type,
@@ -227,7 +220,7 @@ def cost_sheet(
             "moe_layers": geometry.moe_layers,
             "experts": geometry.experts,
             "topk": geometry.topk,
-            "zero_experts": zero_rows,
+            "zero_experts": zero.num_zero_rows,
         },
         "zero_share": zero_share,
         "context": context,
@@ -244,7 +237,7 @@ def cost_sheet(
         "expert_flops": (dynamic.routed_experts + dynamic.heads + dynamic.stand_ins) / static.routed_experts
         if static.routed_experts
         else 1.0,
-        "flop_ratio": flop_ratio(geometry, context, zero_share, zero_rows, paired=paired),
+        "flop_ratio": flop_ratio(geometry, context, zero_share, zero),
         "gpu": {
             "name": device.name,
             "flops": device.flops,
@@ -379,24 +372,19 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{flag} {min(values)}: must be 1 or more")
     geometry = Geometry.read(args.hf)
     has = zero_experts_of(geometry.config)
-    paired = paired_zero_experts(args, geometry.experts, has)
-    zero_rows = 0 if paired else args.num_zero_experts
-    if zero_rows is None:
-        zero_rows = has.num_zero_rows or geometry.experts // 2
-    if zero_rows < 0:
-        raise UserError(f"--num-zero-experts {zero_rows}: must be 0 or more")
+    zero = paired_zero_experts(args, geometry.experts, has)
+    if zero is None:
+        number = args.num_zero_experts
+        if number is None:
+            number = has.num_zero_rows or geometry.experts // 2
+        if number < 0:
+            raise UserError(f"--num-zero-experts {number}: must be 0 or more")
+        zero = ZeroExpertConfig(number)
     flops = None if args.tflops is None else args.tflops * 1e12
     bandwidth = None if args.tbps is None else args.tbps * 1e12
     device = gpu(args.gpu, flops, bandwidth)
     sheet = cost_sheet(
-        geometry,
-        device,
-        args.zero_share,
-        zero_rows,
-        args.context,
-        tuple(args.tokens),
-        tuple(args.batch),
-        paired,
+        geometry, device, args.zero_share, zero, args.context, tuple(args.tokens), tuple(args.batch)
     )
     print(json.dumps(sheet, indent=2) if args.json else format_cost_sheet(sheet))
     return 0

@@ -1,7 +1,7 @@
 """FLOP accounting: what one token costs, part by part, with and without zero experts.
 
 A multiply-add is two FLOPs; only matrix products count (norms, softmax and rotary embedding are left out).
-Zero experts take the share `zero_share` away from the routed experts and add `zero_rows` rows to each router.
+Zero experts take the share `zero_share` away from the routed experts and add their rows to each router.
 
 The paper's "FLOP theory" for Qwen3-30B-A3B (zero share .5, lengths 1k to 8k: prefill 1.40x to 1.18x, decode
 1.44x to 1.26x) comes out of these formulas to both digits with `lm_head=False`, a router widened by 64 rows,
@@ -21,6 +21,9 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..strict_json import read_json
+
+STATIC = ZeroExpertConfig()
+"""No zero experts."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ class Geometry:
         idle = self.experts - self.topk * (1.0 - zero_share)
         return self.parameters - self.moe_layers * idle * self.expert
 
-    def costs(self, zero: ZeroExpertConfig | None) -> tuple[float, float]:
+    def costs(self, zero: ZeroExpertConfig) -> tuple[float, float]:
         """See `ZeroExpertConfig.costs`."""
-        return (0.0, 0.0) if zero is None else zero.costs(self.hidden, self.topk, self.expert_width)
+        return zero.costs(self.hidden, self.topk, self.expert_width)
 
     @classmethod
     def read(cls, hf: str | Path) -> Geometry:
@@ -204,14 +207,13 @@ def flops_per_token(
     geometry: Geometry,
     keys: float,
     zero_share: float = 0.0,
-    zero_rows: int = 0,
+    zero: ZeroExpertConfig = STATIC,
     lm_head: bool = True,
     cached: bool = False,
-    paired: ZeroExpertConfig | None = None,
 ) -> Flops:
     """FLOPs of one token that attends to `keys` positions.
 
-    `zero_rows` are of shared zero experts, `paired` tells of paired ones.
+    `zero`: whose rows, heads and stand-ins are charged.
     `cached` counts latent attention the way decoding does it (query projected into latent space, weights
     absorbed); it makes no difference for grouped-query attention. Raises `UserError` for a zero share outside
     [0, 1].
@@ -222,11 +224,11 @@ def flops_per_token(
     hidden, moe = geometry.hidden, geometry.moe_layers
     rows = geometry.topk * (1.0 - zero_share)
     experts = 2.0 * moe * geometry.topk * geometry.expert
-    head, stand_in = geometry.costs(paired)
+    head, stand_in = geometry.costs(zero)
     return Flops(
         attention_projections=2.0 * geometry.layers * geometry.attention.projection,
         attention_scores=2.0 * geometry.layers * per_key * keys,
-        router=2.0 * moe * hidden * (geometry.experts + zero_rows),
+        router=2.0 * moe * hidden * (geometry.experts + zero.num_zero_rows),
         heads=head * experts,
         stand_ins=stand_in * zero_share * experts,
         routed_experts=2.0 * moe * rows * geometry.expert,
@@ -240,12 +242,11 @@ def flop_ratio(
     geometry: Geometry,
     keys: float,
     zero_share: float,
-    zero_rows: int,
+    zero: ZeroExpertConfig,
     lm_head: bool = True,
     cached: bool = False,
-    paired: ZeroExpertConfig | None = None,
 ) -> float:
     """FLOPs of the static model divided by those of the dynamic one: the speed-up if only FLOPs counted."""
     static = flops_per_token(geometry, keys, lm_head=lm_head, cached=cached)
-    dynamic = flops_per_token(geometry, keys, zero_share, zero_rows, lm_head, cached, paired)
+    dynamic = flops_per_token(geometry, keys, zero_share, zero, lm_head, cached)
     return static.total / dynamic.total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from statistics import fmean, median
 
+from ...config.zero_experts import ZeroExpertConfig
 from ...planning.flops import Geometry, flops_per_token
 from .results import BenchmarkResult, RunResult
 from .statistics import Estimate, accuracy, average, difference, p_value_of, paired_p_value
@@ -116,10 +117,9 @@ def _by_kind(result: BenchmarkResult) -> dict[str, float]:
 def _cost(run: RunResult, teacher: RunResult | None, share: float | None, keys: float | None) -> dict:
     """FLOPs of a token and weights, as shares of the teacher's; counted by `flops.flops_per_token`."""
     cost = {"expert_flops": None, "total_flops": None, "expert_weights": None}
-    if share is not None and run.config is None:
-        cost["expert_flops"] = 1.0 - share + run.head_flops + share * run.stand_in_flops
+    extra = None if share is None else run.head_flops + share * run.stand_in_flops
     if run.config is None:
-        return cost
+        return cost if share is None else cost | {"expert_flops": 1.0 - share + extra}
     mine = Geometry.from_config(run.config, f"{run.folder}: config")
     config = teacher.config if teacher is not None else None
     theirs = Geometry.from_config(config, f"{teacher.folder}: config") if config else mine
@@ -127,8 +127,7 @@ def _cost(run: RunResult, teacher: RunResult | None, share: float | None, keys: 
     if share is None:
         return cost
     static = flops_per_token(theirs, keys or 0.0)
-    now = flops_per_token(mine, keys or 0.0, share, mine.zero_experts)
-    extra = run.head_flops + share * run.stand_in_flops
+    now = flops_per_token(mine, keys or 0.0, share, ZeroExpertConfig(mine.zero_experts))
     heads = extra * flops_per_token(mine, 0.0).routed_experts
     cost["expert_flops"] = (now.routed_experts + heads) / static.routed_experts
     cost["total_flops"] = (now.total + heads) / static.total
