@@ -303,6 +303,11 @@ def test_heads_and_stand_ins_of_paired_zero_experts_are_charged(capsys):
     silent = json.loads(capsys.readouterr().out)
     assert silent["expert_flops"] == pytest.approx(0.5 + 128 / (3 * 8 * 768))
     assert silent["flops_per_token"]["dynamic"]["stand_ins"] == 0
+    assert main([*flags[:-1], "--paired", "--stand-in-rank", "16"]) == 0
+    shown = [
+        line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
+    ]
+    assert {"heads", "stand ins", "routed experts"} <= set(shown) and "shared experts" not in shown
     assert awake["flop_ratio"] < silent["flop_ratio"] > 1
     for mine, wanted in zip(awake["roofline"], silent["roofline"]):
         assert mine["dynamic_ms"] > wanted["dynamic_ms"] and mine["static_ms"] == wanted["static_ms"]

@@ -278,7 +278,7 @@ def format_cost_sheet(sheet: dict) -> str:
     rows = [["", "static", "of all", "dynamic"]]
     static, dynamic = sheet["flops_per_token"]["static"], sheet["flops_per_token"]["dynamic"]
     for part, value in static.items():
-        if value or part == "total":
+        if value or dynamic[part]:
             name, of_all = part.replace("_", " "), value / static["total"]
             rows.append([name, f"{value / one:.3f}", f"{of_all:.1%}", f"{dynamic[part] / one:.3f}"])
     out += [
