@@ -19,9 +19,36 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from ..data.packing import PackedBatch
-from ..ops.relative_error import relative_error
 from ..runtime.process_groups import device
 from .teacher import Teacher
+
+SMALLEST = 1e-20
+"""Least |t|^2 that is divided by."""
+
+
+class RelativeError(torch.autograd.Function):
+    """`relative_error`; keeps one tensor, its gradient, of the type of the hidden states."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH, target_TH, weight_T):
+        difference_TH = hidden_TH.float() - target_TH.float()
+        weight_T = weight_T.float() / target_TH.float().square().sum(-1).clamp(min=SMALLEST)
+        ctx.save_for_backward((2 * weight_T[:, None] * difference_TH).to(hidden_TH.dtype))
+        return (weight_T * difference_TH.square().sum(-1)).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient_TH,) = ctx.saved_tensors
+        return (grad * gradient_TH).to(gradient_TH.dtype), None, None
+
+
+def relative_error(hidden_TH: torch.Tensor, target_TH: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+    """sum over tokens of weight * |h - t|^2 / |t|^2, a float32 number with a gradient for h alone.
+
+    Args:
+        hidden_TH: [T, H] of any floating type. target_TH: [T, H]. weight_T: [T], 0 = not counted.
+    """
+    return RelativeError.apply(hidden_TH, target_TH, weight_T)
 
 
 @dataclass
