@@ -53,22 +53,20 @@ class RidgeSums:
     ) -> None:
         """Rows sorted by expert: what is predicted is [R], or [R, outputs]; weights float32, 1 if there are none."""
         known = (self.rows > 0).tolist()
-        weights = (
-            None if weight_R is None else [w for _, _, w in per_expert(x_RH, weight_R, expert_R, len(known))]
-        )
-        for place, (expert, x, y) in enumerate(per_expert(x_RH, y_R, expert_R, len(known))):
+        parts = (x_RH, y_R) if weight_R is None else (x_RH, y_R, weight_R)
+        for expert, (x, y, *weight) in per_expert(expert_R, len(known), *parts):
             x, y = x.float(), y.float().reshape(len(y), -1)
             if not known[expert]:
                 self.shift[expert] = x.mean(0)
             x = x - self.shift[expert]
-            weighted = x
             self.rows[expert] += len(y)
-            if weights is None:
-                self.count[expert] += len(y)
-            else:
-                weight = weights[place]
+            if weight:
+                (weight,) = weight
                 self.count[expert] += weight.sum(dtype=torch.float64)
                 weighted, y = x * weight[:, None], y * weight[:, None]
+            else:
+                self.count[expert] += len(y)
+                weighted = x
             self.y[expert] += y.sum(0, dtype=torch.float64)
             self.x[expert] += weighted.sum(0, dtype=torch.float64)
             self.xy[expert].addmm_(x.t(), y)
@@ -189,7 +187,7 @@ class Explained:
 
     def add(self, x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor) -> None:
         """Rows sorted by expert."""
-        for expert, x, y in per_expert(x_RH, y_R, expert_R, len(self.constant)):
+        for expert, (x, y) in per_expert(expert_R, len(self.constant), x_RH, y_R):
             error = y - self.predict(expert, x)
             parts = (torch.ones_like(y), y, y.square(), error.square(), (y - self.constant[expert]).square())
             self.sums += torch.stack([part.sum(dtype=torch.float64) for part in parts])
@@ -202,10 +200,10 @@ class Explained:
 
 
 def per_expert(
-    x_RH: torch.Tensor, y_R: torch.Tensor, expert_R: torch.Tensor, num_experts: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Cut rows sorted by expert: (expert, its x, its y) for every expert that has some."""
+    expert_R: torch.Tensor, num_experts: int, *parts: torch.Tensor
+) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Cut rows sorted by expert: (expert, its rows of each part) for every expert that has some."""
     counts = torch.bincount(expert_R, minlength=num_experts).tolist()
-    for expert, (x, y) in enumerate(zip(x_RH.split(counts), y_R.split(counts))):
-        if len(y):
-            yield expert, x, y
+    for expert, (count, *mine) in enumerate(zip(counts, *(part.split(counts) for part in parts))):
+        if count:
+            yield expert, tuple(mine)

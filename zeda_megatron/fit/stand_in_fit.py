@@ -96,9 +96,8 @@ class StandInFit:
 
         def take(x_RH, out_RH, expert_R, weight_R):
             chosen_R = self._skipped(number, x_RH, expert_R, weight_R)
-            rows = (x_RH[chosen_R], torch.cat([out_RH, weight_R[:, None]], 1)[chosen_R], expert_R[chosen_R])
-            for expert, x, more in per_expert(*rows, self.experts):
-                out, weight = more[:, :-1].float(), more[:, -1].float()
+            rows = (part[chosen_R] for part in (x_RH, out_RH, weight_R))
+            for expert, (x, out, weight) in per_expert(expert_R[chosen_R], self.experts, *rows):
                 answer = module.constant[own[expert]].float()
                 if self.rank:
                     answer = (
@@ -107,7 +106,7 @@ class StandInFit:
                         @ module.down[own[expert]].float().t()
                         @ module.up[own[expert]].float().t()
                     )
-                for place, error in enumerate((out - answer, out)):
+                for place, error in enumerate((out.float() - answer, out.float())):
                     found[place] += (weight.square() * error.square().sum(1)).sum(dtype=torch.float64)
 
         return take
@@ -120,7 +119,7 @@ class StandInFit:
         if "head" in head.terms:
             parts = [
                 head.predict(x, layer.local_expert_indices[expert])
-                for expert, x, _ in per_expert(x_RH, weight_R, expert_R, self.experts)
+                for expert, (x,) in per_expert(expert_R, self.experts, x_RH)
             ]
             score_R = score_R + torch.cat(parts) if parts else score_R
         return score_R < head.threshold
