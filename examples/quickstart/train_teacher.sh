@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
 # Trains a teacher of the quickstart with this package and exports it as an HF folder: the Qwen3-MoE from random weights,
-# the GLM from that one's weights, rewritten for its architecture.
+# the GLM, and a Qwen3-MoE with few and wide experts, from that one's weights, rewritten for their shapes.
 #
-#   bash examples/quickstart/train_teacher.sh WORK_DIR [--model qwen3|glm]
+#   bash examples/quickstart/train_teacher.sh WORK_DIR [--model qwen3|glm|wide]
 #
-# About two hours on two cores; glm takes minutes. What is committed in teacher/ and glm/teacher/ came from these steps;
-# README.md there has log and hash. Another Python version has another standard library, hence other code to learn
+# About two hours on two cores; glm and wide take minutes. What is committed in teacher/ and glm/teacher/ came from these
+# steps; README.md there has log and hash. Another Python version has another standard library, hence other code to learn
 # from.
 set -euo pipefail
-WORK=${1:?"usage: train_teacher.sh WORK_DIR [--model qwen3|glm]"}
+WORK=${1:?"usage: train_teacher.sh WORK_DIR [--model qwen3|glm|wide]"}
 MODEL=qwen3
 if [[ ${2:-} == --model ]]; then
-  MODEL=${3:?"--model qwen3 or --model glm"}
+  MODEL=${3:?"--model qwen3, --model glm or --model wide"}
 fi
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 case $MODEL in
-  qwen3) RECIPE=$HERE ;;
-  glm) RECIPE=$HERE/glm ;;
-  *) echo "error: --model $MODEL is unknown; choose qwen3 or glm" >&2; exit 2 ;;
+  qwen3) RECIPE=$HERE CONFIG=$HERE/teacher/config.json ;;
+  glm) RECIPE=$HERE/glm CONFIG=$HERE/glm/teacher/config.json ;;
+  wide) RECIPE=$HERE/wide CONFIG=$HERE/wide/config.json ;;
+  *) echo "error: --model $MODEL is unknown; choose qwen3, glm or wide" >&2; exit 2 ;;
 esac
 source "$ROOT/launch/venv.sh"
 zeda_venv quickstart
@@ -28,7 +29,7 @@ zeda_venv quickstart
 
 # 2. An HF folder without weights: geometry and tokenizer.
 mkdir -p "$WORK/geometry"
-cp "$RECIPE/teacher/config.json" "$WORK/corpus/tokenizer/"* "$WORK/geometry/"
+cp "$CONFIG" "$WORK/corpus/tokenizer/"* "$WORK/geometry/"
 
 # 3. Train on all cores of this machine, one data-parallel process each.
 export NPROC_PER_NODE=${NPROC_PER_NODE:-2}
@@ -49,9 +50,8 @@ if [[ $MODEL == qwen3 ]]; then
       --pretrained-checkpoint "$WORK/second" --save "$WORK/third"
   LAST=third
 else
-  # From the other teacher's weights, rewritten: mend what the architecture made of them, on all kinds of text.
-  "$PYTHON" "$RECIPE/first_weights.py" --qwen "$HERE/teacher" --config "$RECIPE/teacher/config.json" \
-      --texts "$HERE/data/prompts.jsonl" --out "$WORK/rewritten"
+  # From the first teacher's weights, rewritten: mend what the new shapes made of them, on all kinds of text.
+  "$PYTHON" "$RECIPE/first_weights.py" --qwen "$HERE/teacher" --config "$CONFIG" --out "$WORK/rewritten"
   "$PYTHON" "$ROOT/tools/checkpoint_convert.py" hf-to-megatron --hf "$WORK/rewritten" --out "$WORK/start" --dtype fp32
   focus four.jsonl --fresh 60000 --rest 0.3 \
       --families word_sequence_reversal,number_filtering,family_relationships,rotate_matrix

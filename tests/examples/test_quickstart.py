@@ -151,7 +151,6 @@ def test_the_first_weights_of_glm_pick_the_experts_that_the_other_teacher_picks(
     paths = {
         "--qwen": TEACHERS["qwen3"],
         "--config": TEACHERS["glm"] / "config.json",
-        "--texts": QUICKSTART / "data" / "prompts.jsonl",
         "--out": tmp_path / "first",
     }
     words = [str(part) for pair in paths.items() for part in pair]

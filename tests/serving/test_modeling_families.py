@@ -1,5 +1,6 @@
 """What every family's modeling file promises, with all kinds of zero experts."""
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -50,6 +51,20 @@ def compiler():
     torch._dynamo.reset()
     yield torch.compile
     torch._dynamo.reset()
+
+
+@functools.cache
+def stock_can_be_traced(dtype):
+    model, tokens = tiny.hf_model().to(dtype), torch.randint(1, 96, (1, 9))
+    torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
+
+
+def skip_where_the_stock_model_cannot_be_traced(dtype):
+    """transformers 5.0 hands its experts to a product that the compiler knows in bf16 alone."""
+    try:
+        stock_can_be_traced(dtype)
+    except RuntimeError as error:
+        pytest.skip(f"this transformers' own model cannot be compiled in {dtype}: {error}")
 
 
 every_kind = pytest.mark.parametrize(
@@ -315,6 +330,7 @@ COMPILED_BY_DEFAULT = {"zero": "qwen3_moe", "learned": "mixtral", "paired": "glm
 def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
     tmp_path, compiler, name, kind, dtype
 ):
+    skip_where_the_stock_model_cannot_be_traced(dtype)
     model, tokens = make_model(tmp_path, name, kind), torch.randint(1, 96, (2, 9))
     if KINDS[kind].paired:
         model.set_zero_threshold(tiny.splitting_threshold(model, tokens))
@@ -337,6 +353,7 @@ def test_it_compiles_as_one_graph_and_a_compiled_model_follows_its_dial(
     ],
 )
 def test_a_compiled_model_trains_with_the_gradients_of_the_plain_one(tmp_path, compiler, name, dtype):
+    skip_where_the_stock_model_cannot_be_traced(dtype)
     model, tokens = make_model(tmp_path, name, "zero").to(dtype), torch.randint(1, 96, (2, 9))
     compiled = compiler(model, backend="aot_eager")
 
@@ -352,13 +369,14 @@ def test_a_compiled_model_trains_with_the_gradients_of_the_plain_one(tmp_path, c
         assert (made[key] - expected).norm() < (1e-4 if dtype == torch.float32 else 0.05) * scale, key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_it_is_exported_as_a_program_with_the_same_numbers(tmp_path):
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        model, tokens = make_model(tmp_path, "qwen3_moe", "zero").to(dtype), torch.randint(1, 96, (1, 9))
-        program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
-        made = program.module()(tokens, use_cache=False).logits
-        torch.testing.assert_close(made, model(tokens, use_cache=False).logits, rtol=2e-2, atol=2e-2)
+def test_it_is_exported_as_a_program_with_the_same_numbers(tmp_path, dtype):
+    skip_where_the_stock_model_cannot_be_traced(dtype)
+    model, tokens = make_model(tmp_path, "qwen3_moe", "zero").to(dtype), torch.randint(1, 96, (1, 9))
+    program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
+    made = program.module()(tokens, use_cache=False).logits
+    torch.testing.assert_close(made, model(tokens, use_cache=False).logits, rtol=2e-2, atol=2e-2)
 
 
 @every_family

@@ -1,7 +1,7 @@
 """First weights of the quickstart's GLM teacher: those of its Qwen3-MoE teacher, rewritten for the other architecture.
 
     python examples/quickstart/glm/first_weights.py --qwen examples/quickstart/teacher \
-        --config examples/quickstart/glm/teacher/config.json --texts CORPUS/prompts.jsonl --out DIR
+        --config examples/quickstart/glm/teacher/config.json --out DIR
 
 Embeddings, head, experts and norms carry over. Attention becomes latent attention: the rotary part of the shared key
 holds the keys of both groups side by side. Only near enough are the norms of single heads (a constant in their place),
@@ -133,9 +133,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--qwen", type=Path, required=True, help="HF folder of the Qwen3-MoE teacher")
     parser.add_argument("--config", type=Path, required=True, help="config.json of the GLM teacher")
-    parser.add_argument(
-        "--texts", type=Path, required=True, help="prompts.jsonl: what norms and routers are shown"
-    )
+    prompts = Path(__file__).resolve().parents[1] / "data" / "prompts.jsonl"
+    parser.add_argument("--texts", type=Path, default=prompts, help="what norms and routers are shown")
     parser.add_argument("--number", type=int, default=300, help="texts to take")
     parser.add_argument("--out", type=Path, required=True, help="HF folder to write")
     args = parser.parse_args()
