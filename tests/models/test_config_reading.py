@@ -176,9 +176,8 @@ def check_equal(config: dict) -> bool:
     assert arch.max_position_embeddings == read.max_position_embeddings
     assert arch.tie_word_embeddings is read.tie_word_embeddings
     assert arch.vocab_size == read.vocab_size
-    # transformers 5.0 knows no common name for it in a Qwen3-MoE.
-    count = "num_local_experts" if hasattr(read, "num_local_experts") else "num_experts"
-    assert ours["num_moe_experts"] == getattr(read, count)
+    experts = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts", "mixtral": "num_local_experts"}
+    assert ours["num_moe_experts"] == getattr(read, experts[kind])
     assert read.hidden_act == "silu" and (kind == "mixtral" or not read.attention_bias)
     assert kind == "glm4_moe_lite" or read.sliding_window is None
     layers = range(read.num_hidden_layers)
