@@ -87,10 +87,13 @@ def training_rows(
     )
 
 
-def load_rows(file: str, tokenizer: ChatTokenizer, seq_length: int, count: int) -> list[PackedBatch]:
-    """The first packed rows of a rollout file."""
+def load_rows(
+    file: str, tokenizer: ChatTokenizer, seq_length: int, count: int, last: bool = False
+) -> list[PackedBatch]:
+    """The first packed rows of a rollout file, or the last."""
     packed = rows_for([file], tokenizer, seq_length, overlong="skip")
-    return [packed[i] for i in range(min(count, packed.rows_in_epoch(0)))]
+    numbers = range(packed.rows_in_epoch(0))
+    return [packed[i] for i in (numbers[-count:] if last else numbers[:count])]
 
 
 def rank_part(rows: Sequence[T]) -> Sequence[T]:

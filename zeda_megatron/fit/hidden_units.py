@@ -93,8 +93,9 @@ def fit_hidden_units(
     def error_sum(chosen: torch.Tensor) -> torch.Tensor:
         x, expert = (x_RH[chosen].float() - mean) / std, expert_R[chosen]
         unit = F.silu(F.linear(x, named["hidden_weight"], named["hidden_bias"]))
-        found = (x * named["weight"][expert]).sum(1) + named["bias"][expert]
-        return (found + (unit * named["hidden_output"][expert]).sum(1) - y_R[chosen]).square().sum()
+        # Of all experts, then the right one: the backward pass of weights gathered by row would add up in any order.
+        found = F.linear(x, named["weight"], named["bias"]) + F.linear(unit, named["hidden_output"])
+        return (found.gather(1, expert[:, None])[:, 0] - y_R[chosen]).square().sum()
 
     learned = len(y_R) - len(y_R) // KEPT_BACK
     back = torch.arange(learned, len(y_R), device=device)

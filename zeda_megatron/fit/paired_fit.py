@@ -136,7 +136,7 @@ def _hooks(layers: dict[int, MoELayer], readers: dict[int, Callable]) -> Iterato
     with ExitStack() as stack:
         for number, reader in readers.items():
             layer = layers[number]
-            handle = layer.router.register_forward_hook(_silence_padding, with_kwargs=True)
+            handle = layer.router.register_forward_hook(silence_padding, with_kwargs=True)
             stack.callback(handle.remove)
             stack.callback(layer.experts.register_forward_hook(reader).remove)
         yield
@@ -164,7 +164,8 @@ class _Rows:
         sink(*(rows if good_R.all() else (part[good_R] for part in rows)))
 
 
-def _silence_padding(router, args, kwargs, output):
+def silence_padding(router, args, kwargs, output):
+    """Forward hook of a router: padding gets the weight 0."""
     probs_TN, map_TN = output
     mask = kwargs.get("padding_mask", args[1] if len(args) > 1 else None)
     padding_T = router._local_padding(mask, probs_TN.shape[0])
