@@ -123,6 +123,26 @@ def start(world: World, *flags: str, **values):
     return TrainingRun(options(world, *flags, **values))
 
 
+def fit(world: World, out: Path, **values) -> dict:
+    """Fit paired zero experts to the static model; fields of `FitOptions`. Returns what fit.json says."""
+    from zeda_megatron.config.fit import FitOptions
+    from zeda_megatron.config.parallel import ParallelConfig
+    from zeda_megatron.fit.run import HeadFit
+
+    fields = {
+        "pretrained_checkpoint": str(world.static),
+        "data_path": [str(world.rollouts)],
+        "save": str(out),
+        "fit_rows": 5,
+        "held_out_rows": 2,
+        "seq_length": 128,
+    }
+    made, alone = FitOptions(**fields | values), ParallelConfig()
+    made.validate(alone)
+    assert HeadFit(made, alone).run() == 0
+    return json.loads((out / "fit.json").read_text())
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """Lines of metrics.jsonl without what depends on the clock or on the process."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

@@ -30,7 +30,10 @@ COMMANDS = {
     "evaluate report": ("evaluation.comparison.report", "compare such runs"),
     "evaluate sandbox": ("evaluation.sandbox.walls", "which walls stand on this machine"),
     "evaluate distance": ("evaluation.quality.measure", "distance of a checkpoint to its teacher"),
-    "evaluate oracle": ("evaluation.quality.oracle", "how good a decision could be, beside heads that were fitted"),
+    "evaluate oracle": (
+        "evaluation.quality.oracle",
+        "how good a decision could be, beside heads that were fitted",
+    ),
     "evaluate folders": ("evaluation.quality.hf_quality", "distance of exported folders to their teacher"),
     "evaluate export": ("evaluation.quality.export_check", "does an export answer as the checkpoint does?"),
     "plan steps": ("planning.step_plan", "rows per step, steps per epoch"),

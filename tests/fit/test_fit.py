@@ -7,6 +7,7 @@ import tiny
 import tiny_world
 import torch
 from ridge_reference import dense_ridge
+from tiny_world import fit
 
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_files import HFReader
@@ -14,7 +15,7 @@ from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.data.rows import load_rows
 from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
-from zeda_megatron.fit.run import FitOptions, HeadFit
+from zeda_megatron.fit.run import FitOptions
 from zeda_megatron.models.load import load_model
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.paired import paired_modules
@@ -22,19 +23,6 @@ from zeda_megatron.moe.router_dials import set_dials
 from zeda_megatron.strict_json import read_json
 
 pytestmark = pytest.mark.usefixtures("one_process")
-ROWS = {"fit_rows": 5, "held_out_rows": 2, "seq_length": 128}
-
-
-def fit(world, out, **changes):
-    values = {
-        "pretrained_checkpoint": str(world.static),
-        "data_path": [str(world.rollouts)],
-        "save": str(out),
-    }
-    options = FitOptions(**(values | ROWS | changes))
-    options.validate(ParallelConfig())
-    assert HeadFit(options, ParallelConfig()).run() == 0
-    return json.loads((out / "fit.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,11 @@ def check_equal(config: dict) -> bool:
     assert arch.max_position_embeddings == read.max_position_embeddings
     assert arch.tie_word_embeddings is read.tie_word_embeddings
     assert arch.vocab_size == read.vocab_size
-    experts = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts", "mixtral": "num_local_experts"}
+    experts = {
+        "qwen3_moe": "num_experts",
+        "glm4_moe_lite": "n_routed_experts",
+        "mixtral": "num_local_experts",
+    }
     assert ours["num_moe_experts"] == getattr(read, experts[kind])
     assert read.hidden_act == "silu" and (kind == "mixtral" or not read.attention_bias)
     assert kind == "glm4_moe_lite" or read.sliding_window is None

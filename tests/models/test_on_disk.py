@@ -9,12 +9,9 @@ import tiny_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.rivals.reap import write_pruned
-from zeda_megatron.config.fit import FitOptions
-from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
-from zeda_megatron.fit.run import HeadFit
 from zeda_megatron.models.load import load_model
 from zeda_megatron.models.on_disk import ModelFacts, adapted_steps, read_facts, weights_id
 from zeda_megatron.training.build import teacher_source
@@ -31,15 +28,7 @@ def train(world, save, **flags):
 
 
 def fit(world, start, save):
-    options = FitOptions(
-        pretrained_checkpoint=str(start),
-        data_path=[str(world.rollouts)],
-        save=str(save),
-        fit_rows=2,
-        held_out_rows=1,
-        seq_length=128,
-    )
-    assert HeadFit(options, ParallelConfig()).run() == 0
+    tiny_world.fit(world, save, pretrained_checkpoint=str(start), fit_rows=2, held_out_rows=1)
     return save
 
 

@@ -1,17 +1,13 @@
 """Whole runs of the other families in one process: what was trained opens in transformers, score biases stay."""
 
-import json
-
 import pytest
 import tiny
 import tiny_world
 import torch
 from safetensors.torch import load_file
 
-from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
-from zeda_megatron.fit.run import FitOptions, HeadFit
 from zeda_megatron.models.load import load_model
 from zeda_megatron.moe.stats import routers
 from zeda_megatron.serving.load import load_zero_expert_model
@@ -63,19 +59,6 @@ def test_training_moves_weights_and_zero_share_but_no_score_bias(glm, tmp_path, 
     assert not torch.equal(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
 
 
-def fit(world, out, target):
-    """Heads of paired zero experts; half of the picks go to them."""
-    paths = {
-        "pretrained_checkpoint": str(world.static),
-        "data_path": [str(world.rollouts)],
-        "save": str(out),
-    }
-    options = FitOptions(**paths, fit_rows=5, held_out_rows=2, seq_length=128, fit_target=target)
-    options.validate(ParallelConfig())
-    assert HeadFit(options, ParallelConfig()).run() == 0
-    return json.loads((out / "fit.json").read_text())
-
-
 def assert_same_logits_in_transformers(world, run, folder):
     exported(run, world.hf, folder)
     tokens = torch.randint(0, 272, (2, 15), generator=torch.Generator().manual_seed(1))
@@ -107,7 +90,7 @@ def test_a_trained_model_has_the_same_logits_in_transformers(name, tmp_path, req
 )
 def test_paired_zero_experts_are_fitted_trained_and_exported(name, target, tmp_path, request):
     world = request.getfixturevalue(name)
-    report = fit(world, tmp_path / "fitted", target)
+    report = tiny_world.fit(world, tmp_path / "fitted", fit_target=target)
     assert report["zero_share"] == pytest.approx(0.5, abs=0.01)
     flags = {"pretrained_checkpoint": tmp_path / "fitted", "target_zero_share": 0.5, **PAIRED}
     tiny_world.start(world, save=tmp_path / "run", train_iters=3, **flags).run()

@@ -3,7 +3,7 @@
     zeda evaluate oracle --students FIT [FIT...] --teacher DIR --data-path ROLLOUTS
 
 All decisions skip the same share of the same rows' picks. For the oracle several answers are sampled at every
-position, and z_i, the gradient of their log-probability along pick i's output w_i E_i(x), says what the pick does: the
+position, and z_i, the slope of their log-probability along pick i's output w_i E_i(x), says what the pick does: the
 mean of z_i^2 over the answers is twice the KL divergence, to second order, if that pick alone is skipped. Gradients
 see later tokens, which no head can: the oracle is a bound, not a method. Picks that are skipped together act together:
 `greedy` takes, pick after pick, the one with the least mean of (z of all picks taken so far)^2, within a layer's pass
@@ -82,7 +82,7 @@ class RowPicks:
     weight_TLK: torch.Tensor
     """float32: its routing weight; 0 for padding."""
     z_TLKM: torch.Tensor
-    """float32: gradient of the log-probability of M sampled answers along the weighted output of each pick."""
+    """float32: gradient of minus the log-probability of M sampled answers along each pick's weighted output."""
     size_TLK: torch.Tensor
     """float32: |w E(x)|."""
 
@@ -227,9 +227,7 @@ class Comparison:
             calibrate_threshold(student.chunk, self.rows, self.options.target_share, forward_model)
             decisions[folder] = self._distance(student, lambda index: None)
         first = self._student(self.options.students[0])
-        looked = [
-            look_at_picks(first, row, self.options.samples, seed) for seed, row in enumerate(self.rows)
-        ]
+        looked = [look_at_picks(first, row, self.options.samples, seed) for seed, row in enumerate(self.rows)]
         enable_replay([first.chunk])
         weights = [row.weight_TLK.double() for row in looked]
         for name, scores in {
