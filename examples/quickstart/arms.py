@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from arm import (
     FITS,
     NET,
@@ -26,6 +28,8 @@ from arm import (
     trained,
     zeda,
 )
+
+from zeda_megatron.config.fit import FitOptions
 
 __all__ = ["DEFAULT", "EXPORTED", "FITS", "FULL", "PRUNED", "Arm"]
 WEIGHTS = {25: 0.7, 62: 4.8, 75: 12.0}
@@ -81,21 +85,75 @@ TUNING = (
 )
 """Other learning rates of heads that train."""
 
-EQUAL = {"paired": 0.5, "constant": 0.502, "sharp": 0.531, "low_rank": 0.516, "awake": 0.548}
-"""Shares at which the kinds of paired zero experts cost the same multiply-adds on either teacher: 1 - share, head,
-stand-ins."""
-WAKING = (
-    *(skipping(start, EQUAL[start]) for start in ("constant", "sharp", "low_rank", "awake")),
-    *(
-        matched(one)
-        for one in (
-            net("net_kl", 2),
-            Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
-            *(paired(f"{start}_kl", share, start=start) for start, share in EQUAL.items()),
-        )
-    ),
-)
-"""Zero experts that wake up, a sharper head, hidden states matched; at equal multiply-adds."""
+WOKEN = ("constant", "sharp", "low_rank", "awake")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of zero experts depends on, in a teacher."""
+
+    hidden: int = 128
+    """H."""
+    experts: int = 16
+    """N."""
+    picks: int = 4
+    """K."""
+    width: int = 96
+    """F."""
+    rank: int = 4
+    """Of its stand-ins."""
+
+    def share(self, start: str, share: float) -> float:
+        """Share at which the zero experts of a fit cost the multiply-adds that silent ones with a linear head cost at
+        `share`: 1 - share, head, stand-ins."""
+        (plain, _), (head, stand_in) = self._costs("paired"), self._costs(start)
+        return round((share + head - plain) / (1 - stand_in), 3)
+
+    def _costs(self, start: str) -> tuple[float, float]:
+        flags = {flag.removeprefix("--").replace("-", "_"): value for flag, value in FITS[start].items()}
+        zero = FitOptions(**flags, stand_in_rank=self.rank).zero(self.experts)
+        return zero.costs(self.hidden, self.picks, self.width)
+
+    def fits(self) -> dict[str, dict[str, str]]:
+        """`FITS` with this rank."""
+        rank = {"--stand-in-rank": str(self.rank)}
+        return {name: flags | rank if "low_rank" in flags.values() else flags for name, flags in FITS.items()}
+
+
+def waking(shape: Shape) -> tuple[Arm, ...]:
+    """Zero experts that wake up, a sharper head, hidden states matched; at equal multiply-adds."""
+    return (
+        *(skipping(start, shape.share(start, 0.5)) for start in WOKEN),
+        matched(net("net_kl", shape.picks // 2)),
+        matched(Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"})),
+        *(
+            matched(paired(f"{start}_kl", shape.share(start, 0.5), start=start))
+            for start in ("paired", *WOKEN)
+        ),
+    )
+
+
+def waking_elsewhere(shape: Shape) -> tuple[Arm, ...]:
+    """The same at other shares, and with other seeds."""
+    starts = ("paired", "low_rank", "awake")
+    return (
+        *(
+            matched(paired(f"{start}_kl_{share}", shape.share(start, share / 100), start=start))
+            for share in (25, 62, 75, 87)
+            for start in starts
+        ),
+        *(
+            matched(paired(f"{start}_kl{end}_seed{seed}", shape.share(start, share), seed, start))
+            for seed in SEEDS
+            for end, share in (("", 0.5), ("_75", 0.75))
+            for start in starts
+        ),
+    )
+
+
+SHAPE = Shape()
+"""Of the quickstart's Qwen3-MoE and of its GLM."""
+WAKING = waking(SHAPE)
 
 LONG = tuple(
     longer(arm)
@@ -133,6 +191,7 @@ FULL = (
     *DIAL,
     *TUNING,
     *WAKING,
+    *waking_elsewhere(SHAPE),
     *LONG,
     *(
         arm

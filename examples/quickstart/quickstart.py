@@ -17,13 +17,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from arms import EXPORTED, FITS, PRUNED, Arm
-from figures import add_spread, environment, history_of
-from models import MODELS
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
+
+from arms import EXPORTED, PRUNED, Arm  # noqa: E402
+from figures import add_spread, environment, history_of  # noqa: E402
+from models import MODELS  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,12 +104,12 @@ def answer(walk: Walk, prompts: Path) -> None:
     done.touch()
 
 
-def fit(walk: Walk, name: str) -> None:
+def fit(walk: Walk, name: str, flags: dict[str, str]) -> None:
     """Heads of paired zero experts, from the teacher's own answers; the threshold for half of the picks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "tools" / "fit_zero_rows.py"), "--pretrained-checkpoint", str(walk.out / "static")]
     command += ["--data-path", str(walk.out / "rollouts.jsonl")]
-    command += [part for pair in FITS[name].items() for part in pair]
+    command += [part for pair in flags.items() for part in pair]
     walk.run(f"fit {name}", [*command, "--save", str(walk.out / name)], walk.out / name)
 
 
@@ -151,6 +151,16 @@ def measure(walk: Walk, arm: Arm | None, heldout: Path) -> dict:
         command += ["--student", str(source)] + [part for pair in arm.measure.items() for part in pair]
     walk.run(f"measure {name}", [*command, "--out", str(out)], out)
     return json.loads(out.read_text())
+
+
+def judge_heads(walk: Walk) -> dict:
+    """How much of the way from the linear head to an oracle the head with hidden units goes."""
+    out = walk.out / "measured" / "oracle.json"
+    students = [str(walk.out / name) for name in ("paired", "sharp")]
+    command = [sys.executable, "-m", "zeda_megatron", "evaluate", "oracle", "--students", *students]
+    command += ["--teacher", str(walk.out / "static"), "--data-path", str(walk.out / "rollouts.jsonl")]
+    walk.run("compare heads with an oracle", [*command, "--out", str(out)], out)
+    return json.loads(out.read_text().replace(f"{walk.out}/", ""))
 
 
 def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
@@ -216,9 +226,9 @@ def main() -> int:
     convert(walk, args.teacher.resolve(), {arm.start for arm in arms})
     prompts = args.prompts.resolve()
     answer(walk, prompts)
-    for name in FITS:
+    for name, flags in MODELS[args.model].fits.items():
         if any(arm.start == name for arm in arms):
-            fit(walk, name)
+            fit(walk, name, flags)
     for name in PRUNED:
         if any(arm.start == name for arm in arms):
             prune(walk, name, args.teacher.resolve())
@@ -249,6 +259,8 @@ def main() -> int:
     about = environment()
     if EXPORTED in results:
         about["export_check"] = export(walk, args.teacher.resolve(), heldout)
+    if {"paired", "sharp"} <= {arm.start for arm in arms}:
+        about["oracle"] = judge_heads(walk)
     report = {
         "environment": about,
         "teacher": measured["teacher"],
@@ -265,6 +277,8 @@ def main() -> int:
             f"\nreopened with transformers: {check['equal_answers']} of {check['prompts']} greedy answers equal, "
             f"largest logit difference {check['max_logit_difference']:.1e}"
         )
+    for name, share in about.get("oracle", {}).get("closed", {}).items():
+        print(f"\n{name} goes {share:.0%} of the way from the linear head to an oracle of what picks do")
     print(f"\n{time.perf_counter() - started:.0f} s; report: {page}")
     return 0
 

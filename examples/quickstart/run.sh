@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole walk on a small trained teacher and real text; prints a table and writes a report.
 #
-#   bash examples/quickstart/run.sh [--model qwen3|glm] [--out DIR] [--arms a,b,...] [--also a,b,...] [--full]
+#   bash examples/quickstart/run.sh [--model qwen3|glm|wide] [--out DIR] [--arms a,b,...] [--also a,b,...] [--full]
 #
+# wide: few, wide experts; `train_teacher.sh runs/wide --model wide` makes its teacher.
 # Makes .venv and installs what is missing. Under ten minutes on two cores after installation; --also and --full (three
 # seeds, the frontier) take longer.
 set -euo pipefail

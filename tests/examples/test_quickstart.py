@@ -120,18 +120,21 @@ def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
 
 
-def test_the_arms_of_glm_are_read_by_the_training_and_start_from_one_another():
+@pytest.mark.parametrize("name", ["qwen3", "glm", "wide"])
+def test_all_arms_are_read_by_the_training_and_start_from_one_another(name):
     sys.path.insert(0, str(QUICKSTART))
     from models import MODELS
 
     from zeda_megatron.config.arguments import parse
     from zeda_megatron.config.options import GROUPS, Options
 
-    model = MODELS["glm"]
+    model = MODELS[name]
     assert model.full[: len(model.arms)] == model.arms
     assert len({arm.name for arm in model.full}) == len(model.full)
-    assert {"static_topk_half", "net_kl", "zeda_stage1_kl"} <= {arm.name for arm in model.arms}
-    assert {"net_stage2", "zeda_stage2"} <= {arm.name for arm in model.full}
+    assert {"net_kl", "paired_kl"} <= {arm.name for arm in model.arms}
+    if name == "glm":
+        assert {"static_topk_half", "zeda_stage1_kl"} <= {arm.name for arm in model.arms}
+        assert {"net_stage2", "zeda_stage2"} <= {arm.name for arm in model.full}
     for arm in model.full:
         flags = [part for flag, value in arm.train.items() for part in (flag, *value.split())]
         config = ["--config", str(QUICKSTART / f"stage{arm.stage}.yaml"), "--data-path", "x.jsonl"]
@@ -139,6 +142,26 @@ def test_the_arms_of_glm_are_read_by_the_training_and_start_from_one_another():
         options.validate()
         if arm.waits:
             assert arm.start.removeprefix("arms/") in {other.name for other in model.full}
+
+
+@pytest.mark.parametrize(("name", "shares"), [("qwen3", (0.5, 0.502, 0.531, 0.516, 0.548)), ("wide", None)])
+def test_woken_zero_experts_are_compared_at_equal_multiply_adds(name, shares):
+    """By hand: of F*3*H multiply-adds of an expert, a constant takes H, rank r (2r + 1)*H; 32 units 32*(H + N)."""
+    sys.path.insert(0, str(QUICKSTART))
+    from arms import SHAPE, WOKEN
+    from models import WIDE
+
+    shape = {"qwen3": SHAPE, "wide": WIDE}[name]
+    starts = ("paired", *WOKEN)
+    found = [shape.share(start, 0.5) for start in starts]
+    assert shares is None or found == [*shares]
+    one = 3 * shape.hidden * shape.width
+    for start, share in zip(starts, found):
+        each = {"constant": 1, "low_rank": 2 * shape.rank + 1, "awake": 2 * shape.rank + 1}.get(start, 0)
+        units = 32 if start in ("sharp", "awake") else 0
+        cost = shape.picks * ((1 - share) * one + share * each * shape.hidden)
+        cost += units * (shape.hidden + shape.experts)
+        assert cost == pytest.approx(shape.picks * 0.5 * one, rel=2e-3)
 
 
 @torch.no_grad()
@@ -165,6 +188,33 @@ def test_the_first_weights_of_glm_pick_the_experts_that_the_other_teacher_picks(
     # The dense layer in front begins with no effect.
     hidden = made.model(torch.arange(20)[None], output_hidden_states=True).hidden_states
     assert torch.equal(hidden[0], hidden[1])
+
+
+@torch.no_grad()
+def test_a_wide_expert_begins_as_the_narrow_ones_that_it_joins(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(str(QUICKSTART / "wide"))
+    sys.modules.pop("first_weights", None)
+    import first_weights
+
+    paths = {"--qwen": TEACHERS["qwen3"], "--config": QUICKSTART / "wide" / "config.json", "--out": tmp_path}
+    words = [str(part) for pair in paths.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["first_weights.py", *words])
+    assert first_weights.main() == 0
+    sys.modules.pop("first_weights")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.layers[2].mlp
+    narrow = teacher("qwen3")[0].model.layers[2].mlp
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+
+    def expert(block, number):
+        gate, up = (x @ block.experts.gate_up_proj[number].t()).chunk(2, dim=1)
+        return (torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[number].t()
+
+    for number in range(8):
+        together = expert(narrow, 2 * number) + expert(narrow, 2 * number + 1)
+        # Two of 8 picks have twice the weight of four of 16.
+        torch.testing.assert_close(expert(wide, number), together / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_the_page_of_stage_2_shows_the_tables_of_the_committed_report():
