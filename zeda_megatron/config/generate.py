@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from typing import Literal
 
 from ..errors import UserError
-from .arguments import Count, Whole
+from .arguments import Amount, Count, Positive, Whole
 
-ROLLOUT_ENGINES = ("builtin", "vllm")
+ROLLOUT_ENGINES = ("builtin", "vllm", "openai")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,29 @@ class GenerateOptions:
     """Answers per prompt."""
 
     rollout_engine: Literal[ROLLOUT_ENGINES] = "builtin"
-    """What samples answers: builtin (the model itself), or vllm (in this process; weights are handed over)."""
+    """What samples answers: builtin (the model itself), vllm (in this process; weights are handed over), or openai
+    (servers that speak OpenAI's protocol; stage 0 only)."""
+
+    rollout_url: list[str] | None = None
+    """openai: addresses of servers that serve the same model, http://host:port/v1. OPENAI_API_KEY is their key."""
+
+    rollout_model: str | None = None
+    """openai: the name that they serve it under. Default: the only one they have."""
+
+    rollout_api: Literal["tokens", "chat"] = "tokens"
+    """openai: prompts go out as token ids (tokens: vLLM, SGLang), or as messages (chat: any provider)."""
+
+    rollout_concurrency: Count = 64
+    """openai: questions under way at each server."""
+
+    rollout_timeout: Positive = 3600.0
+    """openai: seconds to wait for one answer."""
+
+    rollout_tries: Count = 6
+    """openai: attempts at one answer while a server is busy or gone."""
+
+    rollout_wait: Amount = 0.0
+    """openai: seconds to wait for servers that are still starting."""
 
     rollout_batch_size: Whole = 0
     """Stage 2: prompts per round of rollouts. 0: as many as one step trains on, so every step has fresh answers."""
@@ -94,6 +116,15 @@ class GenerateOptions:
             raise UserError(
                 f"--shard-index {self.shard_index} must be from 0 to --num-shards - 1 ({self.num_shards - 1})"
             )
+        if self.rollout_engine == "openai":
+            if stage != "0":
+                raise UserError("--rollout-engine openai is for stage 0: servers do not follow a student")
+            if not self.rollout_url:
+                raise UserError(
+                    "--rollout-url is missing: --rollout-engine openai asks servers (docs/on_policy.md)"
+                )
+        elif self.rollout_url:
+            raise UserError("--rollout-url is for --rollout-engine openai")
         if self.num_shards > 1 and stage != "0":
             raise UserError("--num-shards is for stage 0; --data-path takes the files of all shards")
         if self.rollout_engine == "vllm" and find_spec("vllm") is None:

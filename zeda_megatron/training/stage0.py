@@ -23,6 +23,7 @@ from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
 from ..distill.answers import RolloutEngine
+from ..distill.served_answers import Served, Servers, open_servers
 from ..durable_file import write_atomically, writing
 from ..errors import UserError, cut_short
 from ..models.architecture import read_architecture
@@ -225,6 +226,33 @@ def answer_questions(
     return answered
 
 
+def ask_servers(
+    questions: list[Question],
+    servers: Servers,
+    tokenizer: ChatTokenizer,
+    sampling: SamplingConfig,
+    file: RolloutFile,
+    progress: bool = True,
+    should_stop=lambda: False,
+) -> int:
+    """Have servers answer what is not answered yet, from one process. Every answer is on disk before the next ones are
+    looked at. Returns how many were answered now."""
+    pending = [q for q in questions if q.key not in file.answered]
+    asked = [Served(q.prompt.messages, q.ids, _stream(q)) for q in pending]
+    if not asked:
+        return 0
+    servers.check(asked[0])
+    answered = 0
+    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not progress) as bar:
+        for made in servers.answers(asked, sampling):
+            file.append([_line(pending[number], answer, tokenizer) for number, answer in made])
+            answered += len(made)
+            bar.update(len(made))
+            if should_stop():
+                break
+    return answered
+
+
 def _stream(question: Question) -> int:
     """The random stream of its answer."""
     occurrence, sample = question.key.split("-")[1:]
@@ -233,12 +261,13 @@ def _stream(question: Question) -> int:
 
 
 def _line(question: Question, made, tokenizer: ChatTokenizer) -> dict:
-    text = tokenizer.decode(made.response_ids)
+    known = made.response_ids is not None
+    text = tokenizer.decode(made.response_ids) if known else made.text
     rollout = Rollout(
         messages=[*question.prompt.messages, {"role": "assistant", "content": text}],
         label=question.prompt.label,
         kind=question.prompt.kind,
-        prompt_ids=question.ids,
+        prompt_ids=question.ids if known else None,
         response_ids=made.response_ids,
         finish_reason=made.finish_reason,
     )
@@ -264,9 +293,13 @@ def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
     generate = options.generate
     sampling = generate.sampling(options.optimizer.seed)
-    if not (options.distill.teacher_load or options.model.pretrained_checkpoint):
+    served = generate.rollout_engine == "openai"
+    if served and torch.distributed.get_world_size() > 1:
+        raise UserError(
+            "--rollout-engine openai asks from one process: start it without torchrun, or with one"
+        )
+    if not served and not (options.distill.teacher_load or options.model.pretrained_checkpoint):
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
-    source = teacher_source(options)
     arch = read_architecture(hf_folder(options.model))
     rank0 = torch.distributed.get_rank() == 0
     tokenizer = run_tokenizer(options, from_rank0(begun_on(generate.rollout_path)))
@@ -281,11 +314,43 @@ def run_stage0(options: Options) -> int:
         options.data.overlong,
         warn,
     )
-    folder = require_checkpoint(source, "--pretrained-checkpoint")
+    answer = _from_servers if served else _from_weights
+    with StopRequest() as stop:
+        file, count = answer(options, arch, tokenizer, questions, sampling, stop.agreed)
+    if rank0:
+        left = sum(question.key not in file.answered for question in questions)
+        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
+        return options.run.stopped_exit_code if left else 0
+    return 0
+
+
+def _opened(
+    options: Options, tokenizer: ChatTokenizer, sampling: SamplingConfig, teacher: str
+) -> RolloutFile:
+    generate = options.generate
     shard = f"{generate.shard_index} of {generate.num_shards}" if generate.num_shards > 1 else None
-    settings = sampling_settings(sampling, teacher_id(options)) | prompt_settings(tokenizer)
+    settings = sampling_settings(sampling, teacher) | prompt_settings(tokenizer)
     file = RolloutFile(generate.rollout_path, settings | {"shard": shard})
     on_rank0(file.open)
+    return file
+
+
+def _from_servers(options, arch, tokenizer, questions, sampling, should_stop) -> tuple[RolloutFile, int]:
+    """The teacher is a model that somebody serves; no weights are read here."""
+    generate, context = options.generate, arch.max_position_embeddings
+    longest = max((len(question.ids) for question in questions), default=0)
+    found = open_servers(generate, min(longest + sampling.max_new_tokens, context))
+    servers = Servers(found, tokenizer, context, generate.rollout_api, generate.rollout_concurrency, warn)
+    file = _opened(options, tokenizer, sampling, f"served as {found[0].model}")
+    progress = options.run.progress
+    return file, ask_servers(questions, servers, tokenizer, sampling, file, progress, should_stop)
+
+
+def _from_weights(options, arch, tokenizer, questions, sampling, should_stop) -> tuple[RolloutFile, int]:
+    """The teacher is a checkpoint, run here on all ranks."""
+    generate, source = options.generate, teacher_source(options)
+    folder = require_checkpoint(source, "--pretrained-checkpoint")
+    file = _opened(options, tokenizer, sampling, teacher_id(options))
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
@@ -294,19 +359,5 @@ def run_stage0(options: Options) -> int:
     engine = rollout_engine(
         generate, chunks, arch, zero, tokenizer, arch.max_position_embeddings, static=True
     )
-    with StopRequest() as stop:
-        count = answer_questions(
-            questions,
-            engine,
-            tokenizer,
-            sampling,
-            file,
-            ROUND * generate.generate_batch_size,
-            progress=options.run.progress,
-            should_stop=stop.agreed,
-        )
-    if rank0:
-        left = sum(question.key not in file.answered for question in questions)
-        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
-        return options.run.stopped_exit_code if left else 0
-    return 0
+    batch, progress = ROUND * generate.generate_batch_size, options.run.progress
+    return file, answer_questions(questions, engine, tokenizer, sampling, file, batch, progress, should_stop)

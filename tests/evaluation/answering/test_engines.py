@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import openai_stand_in
 import pytest
 
 from zeda_megatron.config.generate import SamplingConfig
@@ -235,73 +234,9 @@ def test_the_engine_follows_from_the_model(world):
     assert names == ["transformers", "megatron", "openai"]
 
 
-class Server(ThreadingHTTPServer):
-    """Speaks the protocol around a transformers engine; can be busy, broken, or name a reasoning part."""
-
-    def __init__(self, engine=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.engine, self.lock, self.seen, self.busy = engine, threading.Lock(), [], 0
-        self.models, self.metrics, self.reply, self.redirect = ["tiny"], "", None, None
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def say(self, code: int, value) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        data = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def redirected(self) -> bool:
-        if self.server.redirect is None:
-            return False
-        self.send_response(self.server.redirect[0])
-        self.send_header("Location", self.server.redirect[1])
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-        return True
-
-    def do_GET(self):
-        if self.redirected():
-            return
-        if self.path == "/metrics":
-            self.say(200, self.server.metrics)
-        else:
-            self.say(200, {"data": [{"id": name} for name in self.server.models]})
-
-    def do_POST(self):
-        order = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.redirected():
-            return None
-        with self.server.lock:
-            self.server.seen.append((order, dict(self.headers)))
-            if self.server.busy:
-                self.server.busy -= 1
-                return self.say(503, "busy")
-            if self.server.reply is not None:
-                return self.say(*self.server.reply)
-            sampling = SamplingConfig(
-                order["max_tokens"], order["temperature"], order["top_p"], order["top_k"], 0
-            )
-            answer = self.server.engine.answer([Request(order["messages"], order["seed"])], sampling)[0]
-        usage = {"completion_tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens}
-        usage["zero_share"] = answer.zero_share
-        choice = {"message": {"role": "assistant", "content": answer.text}, "finish_reason": answer.finish}
-        return self.say(200, {"choices": [choice], "usage": usage})
-
-
 @pytest.fixture
 def server():
-    made = Server()
+    made = openai_stand_in.Server()
     yield made
     made.shutdown()
     made.server_close()
@@ -340,7 +275,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_told(server, quick, monke
     with pytest.raises(UserError, match="400 Bad Request: too long"):
         engine.answer(REQUESTS[:1], SAMPLING)
     server.reply = (200, {"choices": []})
-    with pytest.raises(UserError, match="its answer to b 0 has no message"):
+    with pytest.raises(UserError, match=r"its answer to b 0 has no (message|choice)"):
         engine.answer(REQUESTS[:1], SAMPLING)
 
 
@@ -387,7 +322,7 @@ def test_half_a_surrogate_pair_of_a_server_is_replaced(server):
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_the_key_does_not_follow_a_redirect(server, quick, code, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    other = Server()
+    other = openai_stand_in.Server()
     try:
         server.redirect = code, f"{other.url}/chat/completions"
         with pytest.raises(UserError, match=rf"redirects \({code}\) to {other.url}"):

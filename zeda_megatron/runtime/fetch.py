@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 
-from ...errors import UserError, cut_short
+from ..errors import UserError, cut_short
 
 _SAID = 2000
 """Bytes of a refusal that are read."""

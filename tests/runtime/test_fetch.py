@@ -16,8 +16,8 @@ from time_limit import at_most
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.errors import UserError
 from zeda_megatron.evaluation.answering.engine import Request
-from zeda_megatron.evaluation.answering.fetch import Refused, fetch
 from zeda_megatron.evaluation.answering.openai_engine import OpenAIEngine
+from zeda_megatron.runtime.fetch import Refused, fetch
 
 OK = b"HTTP/1.1 200 OK\r\n"
 SAID = json.dumps({"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}]}).encode()
@@ -160,7 +160,7 @@ def test_whatever_a_server_sends_is_told_in_one_line(name, serve, monkeypatch):
     server = serve(pieces, pause)
     sleep = time.sleep
     monkeypatch.setattr(
-        "zeda_megatron.evaluation.answering.openai_engine.time",
+        "zeda_megatron.runtime.openai_server.time",
         type("Clock", (), {"sleep": lambda _: sleep(0.01), "monotonic": time.monotonic}),
     )
     with at_most(120), pytest.raises(UserError, match=server.url) as error:
