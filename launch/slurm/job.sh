@@ -26,8 +26,9 @@ source "$settings"
 : "${RECIPE:?is missing in the settings: the folder of stage0.yaml, stage1.yaml, stage2.yaml}"
 : "${NODES:=1}" "${GPUS_PER_NODE:=0}" "${SHARDS:=1}" "${STAGE0_NODES:=1}" "${SEED:=1234}" "${STAGE2:=1}"
 : "${TASKS_PER_NODE:=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}" "${HANG_MINUTES:=60}" "${MAX_RESTARTS:=50}"
+: "${SERVER_PORT:=8000}" "${SERVER_START_SECONDS:=3600}"
 : "${PYTHON:=python}" "${CONTAINER:=}" "${CPUS_PER_TASK:=}" "${WATCH_SECONDS:=20}"
-for name in ROLLOUTS CONTAINER_MOUNTS PLAN {CONVERT,STAGE0,STAGE1,STAGE2,EXPORT,EVALUATE}_FLAGS; do
+for name in ROLLOUTS CONTAINER_MOUNTS PLAN SERVER {CONVERT,STAGE0,STAGE1,STAGE2,EXPORT,EVALUATE}_FLAGS; do
   declare -p "$name" &>/dev/null || declare -a "$name=()"
 done
 export PYTHON NPROC_PER_NODE=1 # a task of srun is one process
@@ -36,6 +37,7 @@ restarts=${SLURM_RESTART_COUNT:-0}
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 me=${me:-${SLURM_JOB_ID:-0}}
 child='' heard='' asked='' hung=''
+overlap=() # options of steps that share the job's machines with another
 
 trap 'heard=1 asked=USR1; pass_on USR1' USR1 # the time limit is near
 trap 'heard=1 asked=TERM; pass_on USR1' TERM # the job is being cancelled; srun would answer SIGTERM with SIGKILL
@@ -71,11 +73,11 @@ quoted() { # words as one would type them
   echo "${line[*]}"
 }
 
-srun_here() { # nodes, tasks per node, command: a step of this job, in the container if there is one
-  local nodes=$1 tasks=$2 mounts line
-  shift 2
+step() { # nodes, tasks per node: the words that begin a step of this job, in the container if there is one, into `line`
+  local nodes=$1 tasks=$2 mounts
   # GPUs come from the job. A process that ends ends the others after a minute: time to tidy up, none to hang.
   line=(srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 --wait=60)
+  line+=("${overlap[@]}")
   [[ -z $CPUS_PER_TASK ]] || line+=(--cpus-per-task="$CPUS_PER_TASK")
   if [[ -n $CONTAINER ]]; then
     local folder folders=("$PWD" "$WORK" "$HF" "${CONTAINER_MOUNTS[@]}")
@@ -87,7 +89,36 @@ srun_here() { # nodes, tasks per node, command: a step of this job, in the conta
       line+=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
     fi
   fi
-  run "${line[@]}" "$@"
+}
+
+srun_here() { # nodes, tasks per node, command
+  local line
+  step "$1" "$2"
+  run "${line[@]}" "${@:3}"
+}
+
+serve() { # nodes, port, log, command: the same server on every node, in a step of its own that ends with the job
+  local nodes=$1 port=$2 log=$3 line hosts host
+  shift 3
+  health "$nodes"
+  overlap=(--overlap)
+  step "$nodes" 1
+  if [[ -n ${ZEDA_DRY_RUN:-} ]]; then
+    printf '    %s &\n' "$(quoted "${line[@]}" "$@")"
+    urls=("http://NODE:$port/v1")
+  else
+    hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is missing: start with sbatch}")
+    urls=()
+    for host in $hosts; do urls+=("http://$host:$port/v1"); done
+    mkdir -p "${log%/*}"
+    "${line[@]}" "$@" >>"$log" 2>&1 &
+    servers=$!
+    # Slurm ends what a step has started with the step.
+    trap 'kill -s TERM "$servers" 2>/dev/null; wait "$servers" || true' EXIT
+  fi
+  # Who asks them needs no GPU, and must not take memory of one.
+  ((GPUS_PER_NODE == 0)) || overlap+=(--gres=none)
+  GPUS_PER_NODE=0 TASKS_PER_NODE=1
 }
 
 one_task() { # command: must succeed

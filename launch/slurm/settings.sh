@@ -22,6 +22,9 @@ GPUS_PER_NODE=8                           # 0: CPUs only
 # CPUS_PER_TASK=                          # default: what the partition gives
 # SHARDS=1                                # jobs that share the prompts of stage 0; each takes STAGE0_NODES nodes
 # STAGE0_NODES=1
+# Stage 0 from servers: the command of one, which every node of the job runs; the prompts are asked of all of them.
+# SERVER=(vllm serve "$HF" --port 8000 --tensor-parallel-size 8 --max-model-len 40960 --generation-config vllm)
+# SERVER_PORT=8000 SERVER_START_SECONDS=3600
 # SBATCH_FLAGS=()                         # of every sbatch: (--partition=gpu --account=me --exclusive --mem=0)
 
 # More flags of zeda train. Two nodes with 80 GB a GPU take two pipeline stages, see the recipe's README.

@@ -10,8 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/bin/bash
+echo "$@" >>"$SEEN/lines"
 while [[ $1 == --* ]]; do shift; done
 echo "$@" >>"$SEEN/commands"
+if [[ $1 == my-server ]]; then
+  trap 'echo down >>"$SEEN/servers"; exit 143' TERM
+  echo up >>"$SEEN/servers"
+  while sleep 0.1; do :; done
+fi
 [[ $1 != *python ]] || exit "${DOCTOR_CODE:-0}"
 echo "$MASTER_ADDR" >"$SEEN/master"
 trap 'echo USR1 >>"$SEEN/signals"; echo 5 >"$SAVE/latest_checkpointed_iteration.txt"; exit 75' USR1
@@ -38,11 +44,21 @@ def job(tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    (tmp_path / "settings.sh").write_text(
+    paths = (
         f"HF={tmp_path}/hf WORK={tmp_path}/work RECIPE={tmp_path}/recipe PROMPTS={tmp_path}/prompts.jsonl\n"
     )
 
-    def run(training: str, send: signal.Signals | None = None, step: str = "stage2", **variables: str):
+    (tmp_path / "settings.sh").write_text(paths)
+
+    def run(
+        training: str,
+        send: signal.Signals | None = None,
+        step: str = "stage2",
+        settings: str = "",
+        **variables: str,
+    ):
+        if settings:
+            (tmp_path / "settings.sh").write_text(f"{paths}{settings}\n")
         environment = {
             "PATH": f"{tools}:{os.environ['PATH']}",
             "SEEN": str(tmp_path),
@@ -89,6 +105,25 @@ def test_a_task_of_an_array_requeues_itself_alone(job):
     variables = {"SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "3", "SHARDS": "4"}
     job(WAIT, send=signal.SIGUSR1, step="stage0", **variables)
     assert job.seen("requeued") == ["41_3"]
+
+
+@pytest.mark.parametrize(("code", "send"), [("0", None), ("2", None), ("", signal.SIGUSR1)])
+def test_servers_run_on_every_node_beside_the_one_who_asks_and_end_with_the_job(job, code, send):
+    servers = "SERVER=(my-server --port 9000) SERVER_PORT=9000 STAGE0_NODES=2 GPUS_PER_NODE=8"
+    wait = 'until [[ -e "$SEEN/servers" ]]; do sleep 0.1; done; '
+    ended, said = job(f"{wait} {f'exit {code}' if code else WAIT}", send, "stage0", servers)
+    assert ended == (75 if send else int(code)), said
+    assert job.seen("servers") == ["up", "down"]
+    lines = [line for line in (Path(job.save).parents[1] / "lines").read_text().splitlines() if line]
+    server, client = (
+        next(line for line in lines if word in line) for word in ("my-server", "--rollout-engine")
+    )
+    assert (
+        "--nodes=2 --ntasks=2 --ntasks-per-node=1" in server and "--overlap my-server --port 9000" in server
+    )
+    assert "--nodes=1 --ntasks=1" in client and "--overlap --gres=none" in client
+    assert "--rollout-url http://n3:9000/v1 http://n4:9000/v1 --rollout-wait 3600" in client
+    assert "--pretrained-checkpoint" not in client and "--hf-config" in client
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(job):

@@ -87,6 +87,19 @@ def test_every_printed_command_is_understood(submit, tmp_path, monkeypatch):
     assert read == [ImportOptions, VerifyOptions, ExportOptions]
 
 
+def test_stage_0_from_servers_is_understood(submit, files, monkeypatch):
+    steps = printed(
+        submit("--dry-run", SERVER="(vllm serve m --port 9000)", SERVER_PORT="9000", STAGE0_NODES="2")
+    )
+    _, doctor, server, _, client = steps["stage0"]
+    assert after(server, "serve") == ["m", "--port", "9000", "&"] and "--nodes=2" in server
+    assert "--expect-gpus" in doctor and "--nodes=1" in client and "--overlap" in client
+    monkeypatch.chdir(ROOT)
+    options = Options(**parse(after(client, "launch/pretrain_zeda.sh"), GROUPS))
+    options.validate()
+    assert options.generate.rollout_url == ["http://NODE:9000/v1"] and options.model.hf_config == files["HF"]
+
+
 def test_plans_and_health_checks_are_understood(submit, tmp_path, capsys):
     steps = printed(submit("--dry-run", "--from", "stage1", "--to", "stage1", GPUS_PER_NODE="0"))
     _, plan, doctor, _ = steps["stage1"]

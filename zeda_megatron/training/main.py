@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.options import Options
+from ..config.parallel import ParallelConfig
 from ..moe.dispatch import check_dispatcher
 from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
@@ -37,8 +38,12 @@ def train(options: Options) -> int:
     Raises:
         UserError: a flag that cannot work here, a file that is not what it should be, a folder in use.
     """
-    check_machine(options)
-    with process_groups.started(options.parallel, options.optimizer.seed):
+    # Servers bring their own layout, and no model runs here.
+    asks_servers = options.generate.rollout_engine == "openai"
+    if not asks_servers:
+        check_machine(options)
+    parallel = ParallelConfig() if asks_servers else options.parallel
+    with process_groups.started(parallel, options.optimizer.seed):
         if options.model.stage == "0":
             with locked(options.generate.rollout_path + ".lock", "--rollout-path", warn):
                 return run_stage0(options)
