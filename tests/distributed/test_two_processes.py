@@ -128,6 +128,15 @@ def test_masked_student_is_the_teacher_on_every_layout(results, worlds, case):
         tiny.close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
+@each(MASKED)
+def test_every_rank_gets_all_weights_of_a_student_by_their_names_on_every_layout(results, worlds, case):
+    world, flags = worlds[case["world"]], WORLD_FLAGS[case["world"]]
+    alone = tiny_world.given_out(tiny_world.start(world, **flags).student)
+    assert len(alone) > 40
+    for rank in results(case["name"]):
+        assert rank["given_out"] == alone and list(rank["given_out"]) == list(alone)
+
+
 @each(STARVED)
 def test_a_rank_whose_tokens_pick_only_zero_experts_or_that_gets_no_token_neither_hangs_nor_drifts(
     results, case

@@ -213,10 +213,12 @@ def masked(world, out: Path, layout: dict, flags: dict) -> dict:
             hidden[name] = run.teacher.hidden_states(batches, 128)
         if name == "dynamic":
             run.student.chunks[0].eval()
+            given_out = tiny_world.given_out(run.student)
     equal = all(torch.equal(a, b) for a, b in zip(hidden["dynamic"], hidden["static"], strict=True))
     return {
         "count": len(hidden["static"]),
         "equal": equal,
+        "given_out": given_out,
         "hidden": [h.flatten(0, 1).tolist() for h in hidden["static"]],
     }
 

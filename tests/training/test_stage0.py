@@ -28,7 +28,7 @@ class Counting:
     """An engine that notes what it is asked, and may die."""
 
     def __init__(self, engine, die_at=None):
-        self.engine, self.asked, self.die_at = engine, [], die_at
+        self.engine, self.asked, self.die_at, self.deal = engine, [], die_at, engine.deal
 
     def generate(self, prompts, sampling, stream_ids):
         if self.die_at is not None and len(self.asked) >= self.die_at:
@@ -377,7 +377,7 @@ def test_thinking_markers_stand_in_the_text_of_an_answer(world, tmp_path):
     import transformers
     from tokenizers import AddedToken
 
-    from zeda_megatron.distill.answers import Generation
+    from zeda_megatron.distill.answers import Deal, Generation
 
     there = transformers.AutoTokenizer.from_pretrained(world.hf)
     there.add_tokens(
@@ -387,6 +387,8 @@ def test_thinking_markers_stand_in_the_text_of_an_answer(world, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "hf")
 
     class Thinking:
+        deal = Deal.of_models()
+
         def generate(self, prompts, sampling, stream_ids):
             ids = tokenizer.encode("<think>maybe 41</think>42<|im_end|>")
             return [Generation(ids, [0.0] * len(ids), "stop") for _ in prompts]

@@ -71,8 +71,11 @@ class GenerateOptions:
     """Answers per prompt."""
 
     rollout_engine: Literal[ROLLOUT_ENGINES] = "builtin"
-    """What samples answers: builtin (the model itself), vllm (in this process; weights are handed over), or openai
-    (servers that speak OpenAI's protocol; stage 0 only)."""
+    """What samples answers: builtin (the model itself), vllm (in the training's processes; weights are handed over), or
+    openai (servers that speak OpenAI's protocol; stage 0 only)."""
+
+    rollout_tensor_parallel_size: Count = 1
+    """vllm: neighbouring processes that make up one engine; every engine answers prompts of its own."""
 
     rollout_url: list[str] | None = None
     """openai: addresses of servers that serve the same model, http://host:port/v1. OPENAI_API_KEY is their key."""

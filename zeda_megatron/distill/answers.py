@@ -5,7 +5,6 @@ Data- and context-parallel ranks share the prompts of a round, every rank gets t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,8 +90,48 @@ class Generation:
     expert took has N added to its id."""
 
 
+@dataclass(frozen=True)
+class Deal:
+    """Who of the ranks gets prompts of its own."""
+
+    places: int
+    """Lists of prompts that are answered at the same time."""
+    place: int
+    """Which of them is this rank's."""
+    speaks: bool
+    """Whether it is this rank that tells the answers; others of its place know the same ones."""
+    by_model: bool
+    """Every copy of the model that trains has a place."""
+
+    @classmethod
+    def of_models(cls) -> Deal:
+        """One list for every copy of the model: context-parallel ranks hold whole models, so while answering each has
+        sequences of its own; tensor-parallel ranks and pipeline stages share."""
+        return cls(
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_tensor_model_parallel_rank()
+            == parallel_state.get_pipeline_model_parallel_rank()
+            == 0,
+            by_model=True,
+        )
+
+    @classmethod
+    def of_groups(cls, size: int) -> Deal:
+        """One list for every `size` neighbours."""
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return cls(ranks // size, rank // size, rank % size == 0, by_model=False)
+
+
 class RolloutEngine(Protocol):
-    """Something that answers prompts with the weights that the model has now."""
+    """Something that answers prompts with the weights that the model has now.
+
+    Attributes:
+        deal: who gets prompts of its own. All ranks call `generate` equally often, with an empty list where there are
+            no prompts left.
+    """
+
+    deal: Deal
 
     def generate(
         self,
@@ -153,11 +192,11 @@ class Round:
 
     answers: list[Answer]
     """All answers."""
-    home: list[int]
-    """Per answer the rank that gave it, among data- and context-parallel ranks."""
+    home: list[int] | None
+    """Per answer the rank that gave it, among data- and context-parallel ranks; None: every rank has all `picks`."""
     picks: dict[int, torch.Tensor]
-    """Routed experts int16 [T, L, K] of the answers that this rank gave, by number; empty unless recorded. -1 in layers
-    of other pipeline stages."""
+    """Routed experts int16 [T, L, K] of the answers that this rank knows them of, by number; empty unless recorded. -1
+    in layers of other pipeline stages."""
     picks_shape: tuple[int, int]
     """(L, K)."""
 
@@ -171,24 +210,27 @@ def roll_out(
     picks_shape: tuple[int, int] = (0, 0),
 ) -> Round:
     """Answer prompts; all ranks call it with the same list. `picks_shape`: layers and picks per token."""
-    # Context-parallel ranks hold whole models: while answering, each has sequences of its own.
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    rank, ranks = group.rank(), group.size()
+    deal = engine.deal
     # Long prompts are dealt out evenly.
     order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].prompt_ids), i))
     home = [0] * len(asked)
     for place, number in enumerate(order):
-        home[number] = place % ranks
-    mine = [i for i in range(len(asked)) if home[i] == rank]
+        home[number] = place % deal.places
+    mine = [i for i in range(len(asked)) if home[i] == deal.place]
     made = engine.generate(
         [asked[i].prompt_ids for i in mine], sampling, [asked[i].stream_id for i in mine], record_routing
     )
-    everyone = _gathered([_packed(one) for one in made], group)
+    everyone = dict(_gathered((deal.place, [_packed(one) for one in made]), deal))
+    told = {place: iter(answers) for place, answers in everyone.items()}
     answers = [
-        Answer(question.prompt_ids, *_unpacked(next(everyone[home[i]])), version, question.kind)
+        Answer(question.prompt_ids, *_unpacked(next(told[home[i]])), version, question.kind)
         for i, question in enumerate(asked)
     ]
     picks = {i: one.routed_experts_TLK for i, one in zip(mine, made, strict=True)} if record_routing else {}
+    if record_routing and not deal.by_model:
+        # Who trains on an answer has nothing to do with who gave it: all ranks get all picks.
+        picks = {i: one for part in _gathered(picks, deal) for i, one in part.items()}
+        home = None
     return Round(answers, home, picks, picks_shape)
 
 
@@ -203,10 +245,11 @@ def _unpacked(packed: tuple) -> tuple[list[int], list[float], str]:
     return ids.tolist(), logprobs.tolist(), reason
 
 
-def _gathered(mine: list, group) -> list[Iterator]:
-    """The answers of each rank of the group."""
-    parts = [mine]
-    if group.size() > 1:
-        parts = [None] * group.size()
-        torch.distributed.all_gather_object(parts, mine, group=group)
-    return [iter(part) for part in parts]
+def _gathered(mine, deal: Deal) -> list:
+    """What the ranks that speak have, of all places."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if ranks == 1:
+        return [mine]
+    parts = [None] * ranks
+    torch.distributed.all_gather_object(parts, mine if deal.speaks else None)
+    return [part for part in parts if part is not None]

@@ -17,7 +17,7 @@ from ..models.local_layers import SDPAttention
 from ..moe.replay import recorded_picks, recording
 from ..moe.stats import evaluating
 from ..runtime.process_groups import device
-from .answers import Generation, Sampler, check_prompts
+from .answers import Deal, Generation, Sampler, check_prompts
 from .kv_slots import KVSlots
 
 _SPLIT = {
@@ -165,6 +165,7 @@ class BuiltinEngine:
         self._refuse_allgather()
         self.stop_ids, self.pad_id, self.max_length = stop_ids, pad_id, max_length
         self.vocab_size, self.slots = vocab_size, slots
+        self.deal = Deal.of_models()
 
     def _refuse_allgather(self) -> None:
         tensor = parallel_state.get_tensor_model_parallel_world_size()

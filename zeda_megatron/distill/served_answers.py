@@ -106,6 +106,7 @@ class Servers:
     Args:
         tokenizer: of the model, for prompts, the tokens that end an answer, and the comparison with the server's.
         max_length: of the context.
+        rows: of the model's embedding; those beyond the tokenizer's ids are banned.
         api: `tokens`: prompts are sent as token ids, what comes back is tokens; `chat`: as messages, for servers that
             take nothing else.
         parallel: questions under way at each server.
@@ -117,6 +118,7 @@ class Servers:
         servers: Sequence[OpenAIServer],
         tokenizer: ChatTokenizer,
         max_length: int,
+        rows: int,
         api: str,
         parallel: int,
         say: Callable[[str], None],
@@ -124,6 +126,7 @@ class Servers:
         self.alive, self.tokenizer, self.max_length = list(servers), tokenizer, max_length
         self.api, self.parallel, self.say = api, parallel, say
         self.ends = sorted(tokenizer.eos_ids)
+        self.banned = {str(token): -100 for token in range(tokenizer.vocab_size, rows)}
         self._told = False
         self._plain: set[OpenAIServer] = set()
 
@@ -227,6 +230,8 @@ class Servers:
         # Not OpenAI's: what an open server would else take from the model's generation_config.
         order |= {"top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
         order |= {"prompt": question.prompt_ids, "stop_token_ids": self.ends, **_TELL}
+        if self.banned:
+            order["logit_bias"] = self.banned
         said = server.ask("/completions", order, most)
         choice, finish = choice_of(said, where)
         return self._made(where, choice, text_of(where, choice, "text"), finish)
@@ -265,7 +270,7 @@ class Servers:
                 )
             return ServedAnswer(text, None, finish)
         strange = next((i for i, token in enumerate(ids) if token >= self.tokenizer.vocab_size), None)
-        if strange is not None:  # a row of the embedding that no text has: our own engines never sample one
+        if strange is not None:  # a row of the embedding that no text has, and that was not banned
             ids, finish = ids[:strange], "length"
         if finish == "stop" and (not ids or ids[-1] not in self.tokenizer.eos_ids):
             reason = choice.get("stop_reason")

@@ -1,6 +1,8 @@
-"""Generation with vLLM in this process, on the weights of the Megatron model beside it.
+"""Generation with vLLM in the training's processes, on the weights of the Megatron model beside it.
 
-They go to it under their Hugging Face names. Routed experts are recorded here: vLLM's own
+Neighbouring processes make up one engine (vLLM's external launcher: all of them schedule the same prompts), and every
+engine answers prompts of its own. Weights go to it under their Hugging Face names, whatever layout trains them. Routed
+experts are recorded here: vLLM's own
 `enable_return_routed_experts` needs its Model Runner V2, which needs Triton.
 """
 
@@ -9,20 +11,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
 
 from ..config.generate import SamplingConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
-from ..models.architecture import Architecture, dims_of, weight_map_of
+from ..models.architecture import Architecture
 from ..models.hf_config import dynamic_config, static_config, write_config
-from ..models.weight_kinds import Added, Router, Setting
+from ..models.live_weights import LiveWeights
 from ..moe.router_dials import has_pick_rule
-from .answers import Generation, check_prompts
+from .answers import Deal, Generation, check_prompts
 
 GPU_SHARE = 0.4
 """Share of a GPU's memory that vLLM may take: the rest is the training's."""
@@ -34,22 +37,23 @@ HOTTEST = 2.0
 class VLLMEngine:
     """Answers prompts with vLLM; a `RolloutEngine`.
 
-    vLLM gets the model once as a folder in the Hugging Face format. A model that trains hands its weights over, by
-    name and in memory, before every `generate`; the first one too, as a checkpoint may have been loaded since.
+    vLLM gets the model's config as a folder, and no weights: they are handed over, by name and in memory, before every
+    `generate`; those of a static model once.
 
     Args:
-        model: the bare chunk that is the whole model.
+        chunks: bare model chunks of this rank.
         zero: its zero experts.
         static: answer with the static model inside it, whose weights do not change (stage 0).
         stop_ids, max_length, vocab_size, slots: as for `BuiltinEngine`.
+        ranks: processes of one engine, tensor-parallel.
 
     Raises:
-        UserError: several processes, a student without zero experts, or a pick rule.
+        UserError: a number of processes that engines do not divide, a student without zero experts, or a pick rule.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        chunks: list[torch.nn.Module],
         arch: Architecture,
         zero: ZeroExpertConfig,
         stop_ids: set[int],
@@ -57,34 +61,38 @@ class VLLMEngine:
         vocab_size: int,
         slots: int,
         static: bool = False,
+        ranks: int = 1,
     ):
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UserError("--rollout-engine vllm answers in one process only: use builtin under torchrun")
+        world = torch.distributed.get_world_size()
+        if world % ranks:
+            raise UserError(
+                f"--rollout-tensor-parallel-size {ranks} does not divide the {world} processes of this run"
+            )
         if not static and not zero.num_zero_experts:
             raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
-        if has_pick_rule(model):
+        if has_pick_rule(chunks):
             raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
-        self.model, self.arch, self.static = model, arch, static
+        self.arch, self.static, self.deal = arch, static, Deal.of_groups(ranks)
         self.stop_ids, self.max_length, self.vocab_size = stop_ids, max_length, vocab_size
-        settings = {} if static else hf_settings(model, arch)
-        config = static_config(arch.hf) if static else dynamic_config(arch.hf, zero, settings)
-        dtype = next(model.parameters()).dtype
+        self.weights = LiveWeights(chunks, arch)
+        config = static_config(arch.hf) if static else dynamic_config(arch.hf, zero, self.weights.settings())
+        dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
         self._folder = tempfile.TemporaryDirectory(prefix="zeda-vllm-")
         with torch.random.fork_rng():  # vLLM seeds the generators that training draws from
             self._write(Path(self._folder.name), config, dtype)
-            self.llm = _start(self._folder.name, str(dtype).removeprefix("torch."), max_length, slots)
+            self.llm = _start(self._folder.name, dtype, max_length, slots, ranks)
+        self.sleeps = torch.cuda.is_available()
+        if self.sleeps:
+            self.llm.sleep(level=2)
+        self._handed_over = False
         self.recorder = None if static else RoutingRecorder(self.llm)
 
-    def _write(self, folder: Path, config: dict, dtype: torch.dtype) -> None:
+    def _write(self, folder: Path, config: dict, dtype: str) -> None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config = config | {key: str(dtype).removeprefix("torch.")}
+        config = config | {key: dtype}
         if "num_nextn_predict_layers" in config:
             config["num_nextn_predict_layers"] = 0  # they do not answer, and the Megatron model has none
         write_config(folder, config)
-        # Copies: parts of one tensor share its memory, which the format does not allow.
-        weights = hf_weights(self.model, self.arch, self.static)
-        copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
-        save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
     @torch.no_grad()
     def generate(
@@ -96,16 +104,16 @@ class VLLMEngine:
     ) -> list[Generation]:
         """Answer prompts (lists of token ids, each shorter than `max_length`); see `RolloutEngine`."""
         check_prompts(prompts, self.max_length)
-        if not prompts:
-            return []
         if sampling.temperature > HOTTEST:
             raise UserError(
                 f"--temperature {sampling.temperature}: vLLM takes {HOTTEST} at most; use builtin"
             )
         if record_routing and self.recorder is None:
             raise ValueError("a static model's routing is not recorded")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self._awake():
             self._hand_over_weights()
+            if not prompts:
+                return []
             if record_routing:
                 self.recorder.start()
             made = self.llm.generate(
@@ -116,16 +124,30 @@ class VLLMEngine:
         picks = self.recorder.stop() if record_routing else {}
         return [self._generation(one, picks) for one in made]
 
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """While a student trains, an engine on its GPU keeps neither weights nor the cache of keys and values."""
+        if self.sleeps and not self.static:
+            self.llm.wake_up()
+        try:
+            yield
+        finally:
+            if self.sleeps and not self.static:
+                self.llm.sleep(level=2)
+
     def _hand_over_weights(self) -> None:
-        if self.static:
+        if self.static and self._handed_over:
             return
-        weights = hf_weights(self.model, self.arch)
+        weights = self.weights.tensors(self.static)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        thresholds = hf_settings(self.model, self.arch).get("zce_threshold")
+        for _ in weights:  # what vLLM has no use for the other ranks send all the same
+            pass
+        thresholds = None if self.static else self.weights.settings().get("zce_threshold")
         if thresholds is not None:
             from ..serving.vllm.install import set_dials
 
             self.llm.apply_model(lambda model: set_dials(model, thresholds))
+        self._handed_over = True
 
     def _sampling(self, sampling: SamplingConfig, prompt_tokens: int, stream_id: int):
         from vllm import SamplingParams
@@ -153,56 +175,31 @@ class VLLMEngine:
         return Generation(tokens, logprobs, reason, picks.get(made.request_id))
 
 
-def _start(folder: str, dtype: str, max_length: int, slots: int):
+def _start(folder: str, dtype: str, max_length: int, slots: int, ranks: int):
     # In this process, so that weights can be handed over as tensors; and the training's threads stay where they are.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
-    return LLM(
-        folder,
-        dtype=dtype,
-        skip_tokenizer_init=True,
-        max_model_len=max_length,
-        max_num_seqs=slots,
-        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-        enable_prefix_caching=False,  # its blocks would outlive the weights they were computed with
-        enforce_eager=not torch.cuda.is_available(),
-        gpu_memory_utilization=GPU_SHARE,
-    )
-
-
-def hf_weights(
-    model: torch.nn.Module, arch: Architecture, static: bool = False
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key, tensor) of every weight, views where possible.
-
-    Args:
-        model: a bare chunk that is the whole model (no tensor, expert or pipeline parallelism).
-        static: of the static model: without zero experts.
-    """
-    weights, state = weight_map_of(arch), model.state_dict()
-    dims = dims_of(arch, paired=any(".router.paired." in name for name in state))
-    for name, tensor in state.items():
-        if not torch.is_tensor(tensor):
-            continue  # Megatron's empty extra states
-        mapping = weights.for_mcore_name(name)
-        if isinstance(mapping, Setting) or (static and isinstance(mapping, Added)):
-            continue
-        for key, part in mapping.to_hf(tensor.detach(), dims).items():
-            yield key, part[: dims.num_real_experts] if static and isinstance(mapping, Router) else part
-
-
-def hf_settings(model: torch.nn.Module, arch: Architecture) -> dict[str, list[float]]:
-    """Numbers that config.json has per MoE layer (`zce_threshold`), in layer order."""
-    weights, found = weight_map_of(arch), {}
-    for name, tensor in model.state_dict().items():
-        if torch.is_tensor(tensor):
-            mapping = weights.for_mcore_name(name)
-            if isinstance(mapping, Setting):
-                found.setdefault(mapping.key, []).append(float(tensor))
-    return found
+    gpu = torch.cuda.is_available()
+    place = {"RANK": torch.distributed.get_rank(), "LOCAL_RANK": torch.cuda.current_device() if gpu else 0}
+    with patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
+        return LLM(
+            folder,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            load_format="dummy",  # they are handed over
+            max_model_len=max_length,
+            max_num_seqs=slots,
+            tensor_parallel_size=ranks,
+            distributed_executor_backend="external_launcher",
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            enable_prefix_caching=False,  # its blocks would outlive the weights they were computed with
+            enforce_eager=not gpu,
+            gpu_memory_utilization=GPU_SHARE,
+            enable_sleep_mode=gpu,
+        )
 
 
 class RoutingRecorder:

@@ -333,5 +333,6 @@ def rollout_engine(
     """The engine that --rollout-engine names. `static`: the zero experts are masked, the weights do not change."""
     vocab, slots = min(tokenizer.vocab_size, arch.vocab_size), options.generate_batch_size
     if options.rollout_engine == "vllm":
-        return VLLMEngine(chunks[0], arch, zero, tokenizer.eos_ids, max_length, vocab, slots, static)
+        ranks = options.rollout_tensor_parallel_size
+        return VLLMEngine(chunks, arch, zero, tokenizer.eos_ids, max_length, vocab, slots, static, ranks)
     return BuiltinEngine(chunks, tokenizer.eos_ids, tokenizer.pad_id, max_length, vocab, slots)

@@ -78,14 +78,11 @@ class AnswerRows:
         """Lay the routed experts beside the tokens. An answer's last token was never fed: its picks are left open."""
         ranks = parallel_state.get_data_parallel_world_size()
         place = {number: row % ranks for row, group in enumerate(numbers) for number in group}
-        inner = routing.picks_shape
-        picks = exchange(
-            routing.picks,
-            routing.home,
-            [place[i] for i in range(len(lengths))],
-            [(length - 1, *inner) for length in lengths],
-            torch.int16,
-        )
+        inner, picks = routing.picks_shape, routing.picks
+        if routing.home is not None:
+            places = [place[i] for i in range(len(lengths))]
+            shapes = [(length - 1, *inner) for length in lengths]
+            picks = exchange(picks, routing.home, places, shapes, torch.int16)
         made = []
         for row, group in zip(rows, rank_part(numbers), strict=True):
             picks_SLK = torch.full((self.seq_length, *inner), -1, dtype=torch.int16)

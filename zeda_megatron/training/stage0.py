@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from tqdm import tqdm
 
 from ..checkpoint.state import load_weights, require_checkpoint
@@ -194,27 +193,20 @@ def answer_questions(
 
     `batch_size`: prompts that the engine is given at a time; their answers are then on disk.
 
-    Prompts of similar length share a batch; data- and context-parallel ranks take batches in turn.
+    Prompts of similar length share a batch; those who get prompts of their own (`Deal`) take batches in turn.
     """
     rank0 = torch.distributed.get_rank() == 0
     todo = [[q.key for q in questions if q.key not in file.answered]] if rank0 else [None]
     torch.distributed.broadcast_object_list(todo, src=0)
     wanted = set(todo[0])
     pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), _stream(q), q.key))
-    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    mine = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    # The ranks of one model (tensor-parallel ones, pipeline stages) know the same answers.
-    speaks = (
-        parallel_state.get_tensor_model_parallel_rank()
-        == parallel_state.get_pipeline_model_parallel_rank()
-        == 0
-    )
+    ranks, mine = engine.deal.places, engine.deal.place
     answered = 0
     with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress)) as bar:
         for start in range(0, len(pending), batch_size * ranks):
             batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
             made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
-            lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if speaks else []
+            lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if engine.deal.speaks else []
             gathered = [None] * torch.distributed.get_world_size() if rank0 else None
             torch.distributed.gather_object(lines, gathered, dst=0)
             new = [line for part in gathered for line in part] if rank0 else []
@@ -340,7 +332,8 @@ def _from_servers(options, arch, tokenizer, questions, sampling, should_stop) ->
     generate, context = options.generate, arch.max_position_embeddings
     longest = max((len(question.ids) for question in questions), default=0)
     found = open_servers(generate, min(longest + sampling.max_new_tokens, context))
-    servers = Servers(found, tokenizer, context, generate.rollout_api, generate.rollout_concurrency, warn)
+    api, parallel = generate.rollout_api, generate.rollout_concurrency
+    servers = Servers(found, tokenizer, context, arch.vocab_size, api, parallel, warn)
     file = _opened(options, tokenizer, sampling, f"served as {found[0].model}")
     progress = options.run.progress
     return file, ask_servers(questions, servers, tokenizer, sampling, file, progress, should_stop)

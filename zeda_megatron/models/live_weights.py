@@ -1,0 +1,137 @@
+"""The weights of a model that runs, under their Hugging Face names, whatever its parallel layout: a tensor at a time.
+
+Megatron's own sharded state dict says which part of which parameter a rank holds. All ranks walk the same list; each
+part is sent by one rank that has it, so nobody ever holds more of what is not his than one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from ..runtime.process_groups import device
+from .architecture import Architecture, dims_of, weight_map_of
+from .weight_kinds import Added, Router, Setting
+
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.weight)\d+$")
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Where a part lies in its parameter."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole[tuple(slice(begin, begin + size) for begin, size in zip(self.offset, self.shape))]
+
+
+@dataclass
+class _Parameter:
+    """One parameter of the whole model."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    padded: bool
+    """Its rows are a vocabulary, padded to what tensor parallelism divides."""
+    owner: dict[_Box, int] = field(default_factory=dict)
+    """Rank that sends each part."""
+
+
+class LiveWeights:
+    """Gives the weights out as often as they are asked for.
+
+    Args:
+        chunks: bare model chunks of this rank; all ranks of the world make one together.
+        arch: of the model.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], arch: Architecture):
+        self.chunks, self.arch, self.map = chunks, arch, weight_map_of(arch)
+        self.ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.rank = torch.distributed.get_rank() if self.ranks > 1 else 0
+        mine = [(name, box, parameter) for name, box, parameter, _ in self._local()]
+        everyone = [mine]
+        if self.ranks > 1:
+            everyone = [None] * self.ranks
+            torch.distributed.all_gather_object(everyone, mine)
+        plan: dict[str, _Parameter] = {}
+        for rank, theirs in enumerate(everyone):
+            for name, box, parameter in theirs:
+                plan.setdefault(name, parameter).owner.setdefault(box, rank)
+        self.plan = dict(sorted(plan.items(), key=lambda item: _natural(item[0])))
+        self.dims = dims_of(arch, paired=any(".router.paired." in name for name in plan))
+
+    @torch.no_grad()
+    def tensors(self, static: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, tensor) of every weight, views where possible; all ranks walk to the end together. `static`: of the
+        static model inside, without zero experts."""
+        mine = self._mine()
+        for name, parameter in self.plan.items():
+            mapping = self.map.for_mcore_name(name)
+            if isinstance(mapping, Setting) or (static and isinstance(mapping, Added)):
+                continue
+            for key, part in mapping.to_hf(self._whole(name, parameter, mine), self.dims).items():
+                cut = static and isinstance(mapping, Router)
+                yield key, part[: self.dims.num_real_experts] if cut else part
+
+    def settings(self) -> dict[str, list[float]]:
+        """Numbers that config.json has per MoE layer (`zce_threshold`), in layer order; all ranks ask together."""
+        mine, found = self._mine(), {}
+        for name, parameter in self.plan.items():
+            mapping = self.map.for_mcore_name(name)
+            if isinstance(mapping, Setting):
+                found.setdefault(mapping.key, []).append(float(self._whole(name, parameter, mine)))
+        return found
+
+    def _mine(self) -> dict[tuple[str, _Box], torch.Tensor]:
+        return {(name, box): tensor for name, box, _, tensor in self._local()}
+
+    def _whole(self, name: str, parameter: _Parameter, mine: dict) -> torch.Tensor:
+        if self.ranks == 1 and len(parameter.owner) == 1:
+            (box,) = parameter.owner
+            whole = mine[name, box]
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device())
+            for box, owner in parameter.owner.items():
+                target = box.of(whole)
+                if owner == self.rank:
+                    target.copy_(mine[name, box])
+                if self.ranks > 1:
+                    sent = target.contiguous()
+                    # As bytes: not every backend knows every type.
+                    torch.distributed.broadcast(sent.reshape(-1).view(torch.uint8), src=owner)
+                    target.copy_(sent)
+        return whole[: self.arch.vocab_size] if parameter.padded else whole
+
+    def _local(self) -> Iterator[tuple[str, _Box, _Parameter, torch.Tensor]]:
+        """Name in the whole model, place, and data of every part that this rank holds."""
+        for chunk in self.chunks:
+            for name, item in chunk.sharded_state_dict().items():
+                parts = item.build() if isinstance(item, ShardedTensorFactory) else [item]
+                for part in parts:
+                    if isinstance(part, ShardedTensor):
+                        yield _described(name, part)
+
+
+def _described(name: str, part: ShardedTensor) -> tuple[str, _Box, _Parameter, torch.Tensor]:
+    stacked = part.prepend_axis_num  # experts, counted over the whole model
+    layer = _LAYER.search(part.key)
+    if layer:
+        name = _LAYER.sub(layer[0], name, count=1)
+    if stacked:
+        name = _EXPERT.sub(str(part.global_offset[0]), name, count=1)
+    box = _Box(tuple(part.global_offset[stacked:]), tuple(part.local_shape))
+    parameter = _Parameter(tuple(part.global_shape[stacked:]), part.data.dtype, part.allow_shape_mismatch)
+    return name, box, parameter, part.data.detach()
+
+
+def _natural(name: str) -> list:
+    """Layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
