@@ -150,8 +150,10 @@ def small_world(one_process, tmp_path_factory):
     return tiny_world.make_world(tmp_path_factory.mktemp("world"), **SIZES)
 
 
-def run_main(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "zeda_megatron", "train", "--no-progress", *map(str, flags)]
+def run_main(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "zeda_megatron", "train"]
+    command += ["--no-progress", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -207,6 +209,77 @@ def test_stage_2_of_a_paired_glm_runs_with_vllm(one_process, tmp_path):
     assert len(lines) == 3
     assert all(abs(line["logp_gap"]) < 1e-4 for line in lines)
     assert 0 < lines[-1]["zero_share"] < 1
+
+
+WIDE = {"moe_intermediate_size": 64, "intermediate_size": 192}
+"""Half of an expert is still as wide as the CPU kernel wants it."""
+LAYOUTS = {
+    "dp2": (2, []),
+    "ep2": (2, ["--expert-model-parallel-size", 2]),
+    "tp2 on one engine": (2, ["--tensor-model-parallel-size", 2, "--rollout-tensor-parallel-size", 2]),
+    "pp2 on one engine": (2, ["--pipeline-model-parallel-size", 2, "--rollout-tensor-parallel-size", 2]),
+    "tp2 ep2 dp2 on two engines": (
+        4,
+        [
+            *("--tensor-model-parallel-size", 2, "--expert-model-parallel-size", 2),
+            *("--rollout-tensor-parallel-size", 2),
+        ],
+    ),
+}
+"""Processes, and flags of student and engines."""
+
+
+@pytest.fixture(scope="module")
+def wide_world(one_process, tmp_path_factory):
+    return tiny_world.make_world(tmp_path_factory.mktemp("wide"), **SIZES | WIDE)
+
+
+def stage_2(world, engine, folder, flags, processes):
+    words = ["--stage", 2, "--pretrained-checkpoint", world.dynamic, "--teacher-load", world.static]
+    words += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
+    words += [
+        "--max-new-tokens",
+        12,
+        "--train-iters",
+        3,
+        "--samples-per-prompt",
+        2,
+        "--loss-chunk-tokens",
+        32,
+    ]
+    # Nearly greedy: then both engines draw the same tokens.
+    words += ["--temperature", 1e-3, "--rollout-engine", engine, "--routing-replay", "--save", folder]
+    run_main(*words, *flags, processes=processes)
+    return read(folder)
+
+
+@pytest.fixture(scope="module")
+def builtin_steps(wide_world, tmp_path_factory):
+    return stage_2(wide_world, "builtin", tmp_path_factory.mktemp("builtin") / "save", [], 1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_stage_2_under_torchrun_takes_the_steps_of_the_built_in_engine(
+    wide_world, builtin_steps, tmp_path, name
+):
+    processes, flags = LAYOUTS[name]
+    steps = stage_2(wide_world, "vllm", tmp_path / "save", flags, processes)
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line, expected in zip(steps, builtin_steps):
+        assert line["response_length"] == expected["response_length"]
+        for value in ("loss", "rollout_logp"):
+            assert line[value] == pytest.approx(expected[value], rel=0.05, abs=2e-4), value
+
+
+def test_stage_0_of_two_processes_gives_the_answers_of_one(small_world, tmp_path):
+    files = []
+    for processes in (1, 2):
+        files.append(tmp_path / f"{processes}.jsonl")
+        flags = ["--stage", 0, "--pretrained-checkpoint", small_world.dynamic, "--rollout-path", files[-1]]
+        flags += ["--data-path", small_world.prompts, "--max-new-tokens", 8, "--rollout-engine", "vllm"]
+        run_main(*flags, "--temperature", 0, processes=processes)
+    one, two = ({json.loads(line)["key"]: line for line in file.open()} for file in files)
+    assert one == two and len(one) == 9
 
 
 def read(folder: Path) -> list[dict]:

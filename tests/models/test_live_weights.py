@@ -44,4 +44,6 @@ def test_they_follow_the_model_and_its_thresholds(world, tmp_path):
         for parameter in model.chunk.parameters():
             parameter += 1
     for key, part in weights.tensors():
-        assert torch.equal(part, before[key] + 1), key
+        # The format wants a row after those of the experts, which nobody reads.
+        rows = 8 if key.endswith("gate.weight") else None
+        assert torch.equal(part[:rows], before[key][:rows] + 1), key
