@@ -234,7 +234,7 @@ def wide_world(one_process, tmp_path_factory):
     return tiny_world.make_world(tmp_path_factory.mktemp("wide"), **SIZES | WIDE)
 
 
-def stage_2(world, engine, folder, flags, processes):
+def stage_2(world, folder, processes, *flags):
     words = ["--stage", 2, "--pretrained-checkpoint", world.dynamic, "--teacher-load", world.static]
     words += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
     words += [
@@ -247,28 +247,29 @@ def stage_2(world, engine, folder, flags, processes):
         "--loss-chunk-tokens",
         32,
     ]
-    # Nearly greedy: then both engines draw the same tokens.
-    words += ["--temperature", 1e-3, "--rollout-engine", engine, "--routing-replay", "--save", folder]
-    run_main(*words, *flags, processes=processes)
+    run_main(
+        *words, "--rollout-engine", "vllm", "--routing-replay", "--save", folder, *flags, processes=processes
+    )
     return read(folder)
 
 
 @pytest.fixture(scope="module")
-def builtin_steps(wide_world, tmp_path_factory):
-    return stage_2(wide_world, "builtin", tmp_path_factory.mktemp("builtin") / "save", [], 1)
+def steps_of_one_process(wide_world, tmp_path_factory):
+    return stage_2(wide_world, tmp_path_factory.mktemp("one") / "save", 1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_stage_2_under_torchrun_takes_the_steps_of_the_built_in_engine(
-    wide_world, builtin_steps, tmp_path, name
+def test_stage_2_under_torchrun_takes_the_steps_of_one_process(
+    wide_world, steps_of_one_process, tmp_path, name
 ):
     processes, flags = LAYOUTS[name]
-    steps = stage_2(wide_world, "vllm", tmp_path / "save", flags, processes)
+    steps = stage_2(wide_world, tmp_path / "save", processes, *flags)
     assert [line["step"] for line in steps] == [1, 2, 3]
-    for line, expected in zip(steps, builtin_steps):
+    for line, expected in zip(steps, steps_of_one_process):
+        assert abs(line["logp_gap"]) < 1e-4, "other weights or picks than those that train"
         assert line["response_length"] == expected["response_length"]
         for value in ("loss", "rollout_logp"):
-            assert line[value] == pytest.approx(expected[value], rel=0.05, abs=2e-4), value
+            assert line[value] == pytest.approx(expected[value], rel=1e-3, abs=1e-5), value
 
 
 def test_stage_0_of_two_processes_gives_the_answers_of_one(small_world, tmp_path):
