@@ -268,8 +268,7 @@ def test_stage_2_under_torchrun_takes_the_steps_of_one_process(
     for line, expected in zip(steps, steps_of_one_process):
         assert abs(line["logp_gap"]) < 1e-4, "other weights or picks than those that train"
         assert line["response_length"] == expected["response_length"]
-        for value in ("loss", "rollout_logp"):
-            assert line[value] == pytest.approx(expected[value], rel=1e-3, abs=1e-5), value
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
 
 
 def test_stage_0_of_two_processes_gives_the_answers_of_one(small_world, tmp_path):
