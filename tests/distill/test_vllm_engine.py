@@ -271,15 +271,11 @@ def test_stage_2_under_torchrun_takes_the_steps_of_one_process(
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
 
 
-def test_stage_0_of_two_processes_gives_the_answers_of_one(small_world, tmp_path):
-    files = []
-    for processes in (1, 2):
-        files.append(tmp_path / f"{processes}.jsonl")
-        flags = ["--stage", 0, "--pretrained-checkpoint", small_world.dynamic, "--rollout-path", files[-1]]
-        flags += ["--data-path", small_world.prompts, "--max-new-tokens", 8, "--rollout-engine", "vllm"]
-        run_main(*flags, "--temperature", 0, processes=processes)
-    one, two = ({json.loads(line)["key"]: line for line in file.open()} for file in files)
-    assert one == two and len(one) == 9
+def test_stage_0_in_several_processes_is_refused(small_world, tmp_path):
+    flags = ["--stage", 0, "--pretrained-checkpoint", small_world.dynamic, "--data-path", small_world.prompts]
+    flags += ["--rollout-path", tmp_path / "a.jsonl", "--rollout-engine", "vllm"]
+    with pytest.raises(AssertionError, match="vllm answers stage 0 in one process: use servers"):
+        run_main(*flags, processes=2)
 
 
 def read(folder: Path) -> list[dict]:

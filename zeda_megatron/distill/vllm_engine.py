@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 
 from ..config.generate import SamplingConfig
 from ..config.zero_experts import ZeroExpertConfig
@@ -38,7 +39,8 @@ class VLLMEngine:
     """Answers prompts with vLLM; a `RolloutEngine`.
 
     vLLM gets the model's config as a folder, and no weights: they are handed over, by name and in memory, before every
-    `generate`; those of a static model once.
+    `generate`. A static model's do not change: they lie in the folder (on the CPU, vLLM 0.32 spoils the experts of its own
+    classes when they are loaded a second time).
 
     Args:
         chunks: bare model chunks of this rank.
@@ -68,6 +70,10 @@ class VLLMEngine:
             raise UserError(
                 f"--rollout-tensor-parallel-size {ranks} does not divide the {world} processes of this run"
             )
+        if static and world > 1:
+            raise UserError(
+                "--rollout-engine vllm answers stage 0 in one process: use servers (--rollout-engine openai) or builtin"
+            )
         if not static and not zero.num_zero_experts:
             raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
         if has_pick_rule(chunks):
@@ -80,11 +86,10 @@ class VLLMEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="zeda-vllm-")
         with torch.random.fork_rng():  # vLLM seeds the generators that training draws from
             self._write(Path(self._folder.name), config, dtype)
-            self.llm = _start(self._folder.name, dtype, max_length, slots, ranks)
-        self.sleeps = torch.cuda.is_available()
+            self.llm = _start(self._folder.name, static, dtype, max_length, slots, ranks)
+        self.sleeps = torch.cuda.is_available() and not static
         if self.sleeps:
             self.llm.sleep(level=2)
-        self._handed_over = False
         self.recorder = None if static else RoutingRecorder(self.llm)
 
     def _write(self, folder: Path, config: dict, dtype: str) -> None:
@@ -93,6 +98,11 @@ class VLLMEngine:
         if "num_nextn_predict_layers" in config:
             config["num_nextn_predict_layers"] = 0  # they do not answer, and the Megatron model has none
         write_config(folder, config)
+        if self.static:
+            # Copies: parts of one tensor share its memory, which the format does not allow.
+            weights = self.weights.tensors(static=True)
+            copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
+            save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
     @torch.no_grad()
     def generate(
@@ -127,27 +137,26 @@ class VLLMEngine:
     @contextmanager
     def _awake(self) -> Iterator[None]:
         """While a student trains, an engine on its GPU keeps neither weights nor the cache of keys and values."""
-        if self.sleeps and not self.static:
+        if self.sleeps:
             self.llm.wake_up()
         try:
             yield
         finally:
-            if self.sleeps and not self.static:
+            if self.sleeps:
                 self.llm.sleep(level=2)
 
     def _hand_over_weights(self) -> None:
-        if self.static and self._handed_over:
+        if self.static:
             return
-        weights = self.weights.tensors(self.static)
+        weights = self.weights.tensors()
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         for _ in weights:  # what vLLM has no use for the other ranks send all the same
             pass
-        thresholds = None if self.static else self.weights.settings().get("zce_threshold")
+        thresholds = self.weights.settings().get("zce_threshold")
         if thresholds is not None:
             from ..serving.vllm.install import set_dials
 
             self.llm.apply_model(lambda model: set_dials(model, thresholds))
-        self._handed_over = True
 
     def _sampling(self, sampling: SamplingConfig, prompt_tokens: int, stream_id: int):
         from vllm import SamplingParams
@@ -175,7 +184,7 @@ class VLLMEngine:
         return Generation(tokens, logprobs, reason, picks.get(made.request_id))
 
 
-def _start(folder: str, dtype: str, max_length: int, slots: int, ranks: int):
+def _start(folder: str, static: bool, dtype: str, max_length: int, slots: int, ranks: int):
     # In this process, so that weights can be handed over as tensors; and the training's threads stay where they are.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -189,7 +198,7 @@ def _start(folder: str, dtype: str, max_length: int, slots: int, ranks: int):
             folder,
             dtype=dtype,
             skip_tokenizer_init=True,
-            load_format="dummy",  # they are handed over
+            load_format="auto" if static else "dummy",  # what is handed over is not read
             max_model_len=max_length,
             max_num_seqs=slots,
             tensor_parallel_size=ranks,
