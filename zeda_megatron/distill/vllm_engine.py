@@ -39,8 +39,8 @@ class VLLMEngine:
     """Answers prompts with vLLM; a `RolloutEngine`.
 
     vLLM gets the model's config as a folder, and no weights: they are handed over, by name and in memory, before every
-    `generate`. A static model's do not change: they lie in the folder (on the CPU, vLLM 0.32 spoils the experts of its own
-    classes when they are loaded a second time).
+    `generate`. A static model's do not change and lie in the folder: on the CPU, vLLM 0.32 spoils the experts of its
+    own classes when they are loaded a second time.
 
     Args:
         chunks: bare model chunks of this rank.
