@@ -139,7 +139,8 @@ class Servers:
             try:
                 self._check_chat(server, question) if self.api == "chat" else self._check(server, question)
             except NoAnswer as error:
-                self._gone(server, error)
+                if failed := self._gone(server, error):
+                    raise failed from None
 
     def _check_chat(self, server: OpenAIServer, question: Served) -> None:
         try:
@@ -195,26 +196,30 @@ class Servers:
         left = len(questions)
         try:
             while left:
-                ready = []
+                ready, failed = [], None
                 for who, what in _waiting(done):
                     if isinstance(what, NoAnswer):
-                        self._gone(who, what)
+                        failed = self._gone(who, what) or failed
                     elif isinstance(what, BaseException):
-                        raise what
+                        failed = what
                     else:
                         ready.append((who, what))
                 left -= len(ready)
-                yield ready
+                yield ready  # what has come is kept before anything ends the run
+                if failed is not None:
+                    raise failed
         finally:
             over.set()
 
-    def _gone(self, server: OpenAIServer, error: NoAnswer) -> None:
+    def _gone(self, server: OpenAIServer, error: NoAnswer) -> UserError | None:
+        """Do without a server; an error if it was the last."""
         if server not in self.alive:
-            return  # another of its questions told
+            return None  # another of its questions told
         self.alive = [one for one in self.alive if one is not server]
         if not self.alive:
-            raise UserError(f"{FLAGS[0]} {error}; no server is left, the same command goes on")
+            return UserError(f"{FLAGS[0]} {error}; no server is left, the same command goes on")
         self.say(f"{FLAGS[0]} {error}; {len(self.alive)} servers go on without it")
+        return None
 
     def _one(self, server: OpenAIServer, question: Served, sampling: SamplingConfig) -> ServedAnswer:
         most = min(sampling.max_new_tokens, self.max_length - len(question.prompt_ids))
@@ -274,7 +279,8 @@ class Servers:
             ids, finish = ids[:strange], "length"
         if finish == "stop" and (not ids or ids[-1] not in self.tokenizer.eos_ids):
             reason = choice.get("stop_reason")
-            ids = [*ids, reason if reason in self.tokenizer.eos_ids else self.tokenizer.eos_id]
+            known = is_int(reason) and reason in self.tokenizer.eos_ids
+            ids = [*ids, reason if known else self.tokenizer.eos_id]
         return ServedAnswer(self.tokenizer.decode(ids), ids, finish)
 
     def _compare(self, where: str, theirs: list[int], ours: list[int]) -> None:

@@ -237,7 +237,8 @@ def ask_servers(
     answered = 0
     with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not progress) as bar:
         for made in servers.answers(asked, sampling):
-            file.append([_line(pending[number], answer, tokenizer) for number, answer in made])
+            if made:
+                file.append([_line(pending[number], answer, tokenizer) for number, answer in made])
             answered += len(made)
             bar.update(len(made))
             if should_stop():
