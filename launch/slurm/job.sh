@@ -97,7 +97,7 @@ srun_here() { # nodes, tasks per node, command
   run "${line[@]}" "${@:3}"
 }
 
-serve() { # nodes, port, log, command: the same server on every node, in a step of its own that ends with the job
+serve() { # nodes, port, log, command: the same server on every node, in a step that ends with the job; sets `urls`
   local nodes=$1 port=$2 log=$3 line hosts host
   shift 3
   health "$nodes"

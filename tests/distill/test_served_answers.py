@@ -13,6 +13,7 @@ from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
+from zeda_megatron.runtime.openai_server import NoAnswer, OpenAIServer
 from zeda_megatron.training import stage0
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -190,6 +191,26 @@ def test_a_server_that_starts_late_is_waited_for(world, serve, tmp_path, monkeyp
     monkeypatch.setattr(served_answers, "OpenAIServer", late)
     ask(world, tmp_path / "a.jsonl", server, rollout_wait=60)
     assert len(tries) == 3
+
+
+def test_a_server_whose_model_is_given_by_name_is_waited_for_and_its_context_is_known(
+    world, serve, tmp_path, monkeypatch
+):
+    server, looked = serve(), []
+    two_models(server)
+    server.models.append({"id": "tiny", "max_model_len": 20})
+    look_up = OpenAIServer.look_up
+
+    def late(one):
+        looked.append(one)
+        if len(looked) < 3:
+            raise NoAnswer("not yet")
+        look_up(one)
+
+    monkeypatch.setattr(OpenAIServer, "look_up", late)
+    with pytest.raises(UserError, match="has a context of 20"):
+        ask(world, tmp_path / "a.jsonl", server, rollout_wait=60, rollout_model="tiny")
+    assert len(looked) == 3
 
 
 def long_models(server):

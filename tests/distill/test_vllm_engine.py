@@ -170,21 +170,25 @@ def test_stage_0_answers_with_vllm_and_goes_on_where_it_stopped(small_world, tmp
     assert "0 answers now, 9 in all" in run_main(*flags).stdout
 
 
-def test_stage_2_runs_with_vllm_and_a_resumed_run_is_the_uninterrupted_one(small_world, tmp_path):
-    world = small_world
-    flags = ["--stage", 2, "--pretrained-checkpoint", world.dynamic, "--teacher-load", world.static]
-    flags += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
-    flags += [
+def stage_2_flags(world):
+    words = ["--stage", 2, "--pretrained-checkpoint", world.dynamic, "--teacher-load", world.static]
+    words += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
+    words += [
         "--max-new-tokens",
         12,
         "--train-iters",
         3,
         "--samples-per-prompt",
         2,
-        "--rollout-engine",
-        "vllm",
+        "--loss-chunk-tokens",
+        32,
     ]
-    flags += ["--loss-chunk-tokens", 32, "--routing-replay"]
+    return [*words, "--rollout-engine", "vllm", "--routing-replay"]
+
+
+def test_stage_2_runs_with_vllm_and_a_resumed_run_is_the_uninterrupted_one(small_world, tmp_path):
+    world = small_world
+    flags = stage_2_flags(world)
     run_main(*flags, "--save", tmp_path / "whole")
     run_main(*flags, "--save", tmp_path / "parts", "--exit-interval", 2)
     run_main(*flags, "--save", tmp_path / "parts", "--load", tmp_path / "parts")
@@ -235,21 +239,7 @@ def wide_world(one_process, tmp_path_factory):
 
 
 def stage_2(world, folder, processes, *flags):
-    words = ["--stage", 2, "--pretrained-checkpoint", world.dynamic, "--teacher-load", world.static]
-    words += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
-    words += [
-        "--max-new-tokens",
-        12,
-        "--train-iters",
-        3,
-        "--samples-per-prompt",
-        2,
-        "--loss-chunk-tokens",
-        32,
-    ]
-    run_main(
-        *words, "--rollout-engine", "vllm", "--routing-replay", "--save", folder, *flags, processes=processes
-    )
+    run_main(*stage_2_flags(world), "--save", folder, *flags, processes=processes)
     return read(folder)
 
 

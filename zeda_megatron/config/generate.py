@@ -37,6 +37,10 @@ class SamplingConfig:
             if not ok:
                 raise UserError(flag)
 
+    def seed_of(self, stream_id: int, bits: int = 63) -> int:
+        """Seed of one answer's random stream, below 2**bits."""
+        return (self.seed * 1_000_003 + stream_id) % 2**bits
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -112,6 +116,11 @@ class GenerateOptions:
         """The sampler's settings."""
         return SamplingConfig(self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)
 
+    @property
+    def asks_servers(self) -> bool:
+        """Answers come from elsewhere: no model runs in this process."""
+        return self.rollout_engine == "openai"
+
     def validate(self, stage: str, global_batch_size: int) -> None:
         """Raise `UserError` naming the flag that cannot work."""
         self.sampling(0)
@@ -119,7 +128,7 @@ class GenerateOptions:
             raise UserError(
                 f"--shard-index {self.shard_index} must be from 0 to --num-shards - 1 ({self.num_shards - 1})"
             )
-        if self.rollout_engine == "openai":
+        if self.asks_servers:
             if stage != "0":
                 raise UserError("--rollout-engine openai is for stage 0: servers do not follow a student")
             if not self.rollout_url:

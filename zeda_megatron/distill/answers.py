@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from ..config.generate import SamplingConfig
 from ..errors import UserError
+from ..runtime.agreement import gathered, rank, world_size
 
 
 def filter_logits(logits_BV: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
@@ -44,7 +45,7 @@ class Sampler:
         if config.temperature > 0:
             for stream_id in stream_ids:
                 stream = torch.Generator(device=device)
-                stream.manual_seed((config.seed * 1_000_003 + stream_id) % 2**63)
+                stream.manual_seed(config.seed_of(stream_id))
                 self._streams.append(stream)
 
     def __call__(self, logits_BV: torch.Tensor, answers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +120,7 @@ class Deal:
     @classmethod
     def of_groups(cls, size: int) -> Deal:
         """One list for every `size` neighbours."""
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return cls(ranks // size, rank // size, rank % size == 0, by_model=False)
+        return cls(world_size() // size, rank() // size, rank() % size == 0, by_model=False)
 
 
 class RolloutEngine(Protocol):
@@ -247,9 +247,4 @@ def _unpacked(packed: tuple) -> tuple[list[int], list[float], str]:
 
 def _gathered(mine, deal: Deal) -> list:
     """What the ranks that speak have, of all places."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks == 1:
-        return [mine]
-    parts = [None] * ranks
-    torch.distributed.all_gather_object(parts, mine if deal.speaks else None)
-    return [part for part in parts if part is not None]
+    return [part for part in gathered(mine if deal.speaks else None) if part is not None]

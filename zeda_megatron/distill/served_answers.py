@@ -17,7 +17,7 @@ from ..config.generate import GenerateOptions, SamplingConfig
 from ..data.chat_tokenizer import ChatTokenizer
 from ..data.records import Message
 from ..errors import UserError, cut_short
-from ..runtime.openai_server import NoAnswer, OpenAIServer, brief, choice_of, text_of, usage_of
+from ..runtime.openai_server import NoAnswer, OpenAIServer, brief, chat_text, choice_of, text_of, usage_of
 from ..strict_json import is_int
 
 FLAGS = ("--rollout-url", "--rollout-model")
@@ -80,6 +80,8 @@ def open_servers(options: GenerateOptions, length: int) -> list[OpenAIServer]:
                     tries=options.rollout_tries,
                     flags=FLAGS,
                 )
+                if options.rollout_model:
+                    server.look_up()
                 break
             except NoAnswer as error:
                 if time.monotonic() >= until:
@@ -227,7 +229,7 @@ class Servers:
             "max_tokens": most,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": (sampling.seed * 1_000_003 + question.stream_id) % 2**31,
+            "seed": sampling.seed_of(question.stream_id, bits=31),
         }
         where = f"{FLAGS[0]} {server.url}"
         if self.api == "chat":
@@ -254,15 +256,7 @@ class Servers:
         found = _ids(where, choice, "prompt_token_ids", said)
         if found is not None:
             self._compare(where, found, question.prompt_ids)
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            raise UserError(f"{where}: an answer has no message")
-        text, thought = (
-            text_of(where, message, "content"),
-            text_of(where, message, "reasoning_content", "reasoning"),
-        )
-        if thought:
-            text = f"<think>{thought}{'</think>' if text or finish == 'stop' else ''}{text}"
+        text, _ = chat_text(choice, finish, where)
         return self._made(where, choice, text, finish)
 
     def _made(self, where: str, choice: dict, text: str, finish: str) -> ServedAnswer:

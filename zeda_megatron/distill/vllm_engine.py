@@ -2,8 +2,7 @@
 
 Neighbouring processes make up one engine (vLLM's external launcher: all of them schedule the same prompts), and every
 engine answers prompts of its own. Weights go to it under their Hugging Face names, whatever layout trains them. Routed
-experts are recorded here: vLLM's own
-`enable_return_routed_experts` needs its Model Runner V2, which needs Triton.
+experts are recorded here: vLLM's own `enable_return_routed_experts` needs its Model Runner V2, which needs Triton.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from ..models.architecture import Architecture
 from ..models.hf_config import dynamic_config, static_config, write_config
 from ..models.live_weights import LiveWeights
 from ..moe.router_dials import has_pick_rule
+from ..runtime.agreement import rank, world_size
 from .answers import Deal, Generation, check_prompts
 
 GPU_SHARE = 0.4
@@ -65,12 +65,11 @@ class VLLMEngine:
         static: bool = False,
         ranks: int = 1,
     ):
-        world = torch.distributed.get_world_size()
-        if world % ranks:
+        if world_size() % ranks:
             raise UserError(
-                f"--rollout-tensor-parallel-size {ranks} does not divide the {world} processes of this run"
+                f"--rollout-tensor-parallel-size {ranks} does not divide the {world_size()} processes of this run"
             )
-        if static and world > 1:
+        if static and world_size() > 1:
             raise UserError(
                 "--rollout-engine vllm answers stage 0 in one process: use servers (--rollout-engine openai) or builtin"
             )
@@ -166,7 +165,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            seed=(sampling.seed * 1_000_003 + stream_id) % 2**63,
+            seed=sampling.seed_of(stream_id),
             max_tokens=min(sampling.max_new_tokens, self.max_length - prompt_tokens),
             stop_token_ids=sorted(self.stop_ids),
             ignore_eos=True,  # the tokenizer of the run says what ends an answer
@@ -192,7 +191,7 @@ def _start(folder: str, static: bool, dtype: str, max_length: int, slots: int, r
     from vllm import LLM
 
     gpu = torch.cuda.is_available()
-    place = {"RANK": torch.distributed.get_rank(), "LOCAL_RANK": torch.cuda.current_device() if gpu else 0}
+    place = {"RANK": rank(), "LOCAL_RANK": torch.cuda.current_device() if gpu else 0}
     with patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
         return LLM(
             folder,

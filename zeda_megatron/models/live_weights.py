@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from ..runtime.agreement import gathered, rank, world_size
 from ..runtime.process_groups import device
 from .architecture import Architecture, dims_of, weight_map_of
 from .weight_kinds import Added, Router, Setting
@@ -54,17 +55,11 @@ class LiveWeights:
 
     def __init__(self, chunks: list[torch.nn.Module], arch: Architecture):
         self.chunks, self.arch, self.map = chunks, arch, weight_map_of(arch)
-        self.ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.rank = torch.distributed.get_rank() if self.ranks > 1 else 0
         mine = [(name, box, parameter) for name, box, parameter, _ in self._local()]
-        everyone = [mine]
-        if self.ranks > 1:
-            everyone = [None] * self.ranks
-            torch.distributed.all_gather_object(everyone, mine)
         plan: dict[str, _Parameter] = {}
-        for rank, theirs in enumerate(everyone):
+        for owner, theirs in enumerate(gathered(mine)):
             for name, box, parameter in theirs:
-                plan.setdefault(name, parameter).owner.setdefault(box, rank)
+                plan.setdefault(name, parameter).owner.setdefault(box, owner)
         self.plan = dict(sorted(plan.items(), key=lambda item: _natural(item[0])))
         self.dims = dims_of(arch, paired=any(".router.paired." in name for name in plan))
 
@@ -94,16 +89,16 @@ class LiveWeights:
         return {(name, box): tensor for name, box, _, tensor in self._local()}
 
     def _whole(self, name: str, parameter: _Parameter, mine: dict) -> torch.Tensor:
-        if self.ranks == 1 and len(parameter.owner) == 1:
+        if world_size() == 1 and len(parameter.owner) == 1:
             (box,) = parameter.owner
             whole = mine[name, box]
         else:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device())
             for box, owner in parameter.owner.items():
                 target = box.of(whole)
-                if owner == self.rank:
+                if owner == rank():
                     target.copy_(mine[name, box])
-                if self.ranks > 1:
+                if world_size() > 1:
                     sent = target.contiguous()
                     # As bytes: not every backend knows every type.
                     torch.distributed.broadcast(sent.reshape(-1).view(torch.uint8), src=owner)

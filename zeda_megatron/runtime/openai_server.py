@@ -19,6 +19,9 @@ _ENDED = (None, "stop", "tool_calls", "function_call")
 _MOST, _MOST_PER_TOKEN = 4 << 20, 256
 """Bytes that a server's reply may have: so many, and so many for each token asked for."""
 
+THINK, END = "<think>", "</think>"
+_THOUGHTS = ("reasoning_content", "reasoning")
+
 
 class NoAnswer(UserError):
     """Nobody answered, for as long as we had patience; somebody else may."""
@@ -36,7 +39,7 @@ class OpenAIServer:
         flags: those that gave address and model, for error messages.
 
     Attributes:
-        listed: what the server says of its model; empty if the name was given.
+        listed: what the server says of its model; empty before `look_up` if the name was given.
     """
 
     def __init__(
@@ -56,9 +59,23 @@ class OpenAIServer:
         self.listed: dict[str, Any] = {}
         self.model = model or self._only_model()
 
-    def _only_model(self) -> str:
+    def _models(self) -> list[dict[str, Any]]:
         listed = self.call("/models").get("data")
-        found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+
+    def look_up(self) -> None:
+        """Learn what the server says of a model that was given by name, if it lists models. Raises `NoAnswer` if nobody
+        is there."""
+        try:
+            named = [one for one in self._models() if one.get("id") == self.model]
+        except NoAnswer:
+            raise
+        except UserError:
+            named = []  # it lists none
+        self.listed = named[0] if named else {}
+
+    def _only_model(self) -> str:
+        found = self._models()
         names = [one.get("id") for one in found]
         if len(names) != 1 or not isinstance(names[0], str):
             raise UserError(
@@ -125,6 +142,17 @@ def choice_of(said: dict, where: str) -> tuple[dict, str]:
     if reason is not None and not isinstance(reason, str):
         raise UserError(f"{where}: finish_reason is no text but {type(reason).__name__}")
     return choice, "stop" if reason in _ENDED else "length"
+
+
+def chat_text(choice: dict, finish: str, where: str) -> tuple[str, bool]:
+    """What a chat's reply says, as the model wrote it, and whether the server told its thinking apart."""
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise UserError(f"{where} has no message")
+    content, thought = text_of(where, message, "content"), text_of(where, message, *_THOUGHTS)
+    if not thought:
+        return content, False
+    return f"{THINK}{thought}{END if content or finish == 'stop' else ''}{content}", True
 
 
 def usage_of(said: dict, where: str) -> dict[str, Any]:

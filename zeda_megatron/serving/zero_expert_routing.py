@@ -272,9 +272,8 @@ def _sorted_answers(x_TH, ids_TK, skipped_TK, down_NRH, up_NHR):
     order_S = ids_S.argsort(stable=True)
     counts_E = torch.bincount(ids_S, minlength=experts + 1)
     if hasattr(F, "grouped_mm"):
-        missing = -down_NRH.shape[1] % (
-            16 // down_NRH.element_size()
-        )  # its operands' rows are whole 16 bytes
+        # The rows of its operands are whole 16 bytes.
+        missing = -down_NRH.shape[1] % (16 // down_NRH.element_size())
         down_NRH, up_NHR = F.pad(down_NRH, (0, 0, 0, missing)), F.pad(up_NHR, (0, missing))
         # Rows behind the last group are not computed, forward nor backward.
         inside_S1 = (ids_S[order_S] < experts)[:, None]

@@ -186,9 +186,8 @@ def build_student(options: Options, trains: bool = True) -> Student:
     if options.model.trainable == "router":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                parameter.requires_grad_(
-                    parameter.requires_grad and ".router." in name
-                )  # stand-ins never train
+                # Stand-ins, which are routers' too, never train.
+                parameter.requires_grad_(parameter.requires_grad and ".router." in name)
             if chunk.pre_process:
                 # Recomputation follows gradients through its inputs only: with frozen embeddings none would begin.
                 chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())

@@ -39,10 +39,9 @@ def train(options: Options) -> int:
         UserError: a flag that cannot work here, a file that is not what it should be, a folder in use.
     """
     # Servers bring their own layout, and no model runs here.
-    asks_servers = options.generate.rollout_engine == "openai"
-    if not asks_servers:
+    parallel = ParallelConfig() if options.generate.asks_servers else options.parallel
+    if not options.generate.asks_servers:
         check_machine(options)
-    parallel = ParallelConfig() if asks_servers else options.parallel
     with process_groups.started(parallel, options.optimizer.seed):
         if options.model.stage == "0":
             with locked(options.generate.rollout_path + ".lock", "--rollout-path", warn):

@@ -28,7 +28,7 @@ from ..errors import UserError, cut_short
 from ..models.architecture import read_architecture
 from ..moe.router_dials import set_dials
 from ..regular_file import is_regular
-from ..runtime.agreement import from_rank0, on_rank0
+from ..runtime.agreement import from_rank0, on_rank0, world_size
 from ..runtime.lines_file import LinesFile
 from ..strict_json import read_json
 from .build import (
@@ -286,12 +286,13 @@ def run_stage0(options: Options) -> int:
     """Answer all prompts of --data-path into --rollout-path. Returns the exit code."""
     generate = options.generate
     sampling = generate.sampling(options.optimizer.seed)
-    served = generate.rollout_engine == "openai"
-    if served and torch.distributed.get_world_size() > 1:
+    if generate.asks_servers and world_size() > 1:
         raise UserError(
             "--rollout-engine openai asks from one process: start it without torchrun, or with one"
         )
-    if not served and not (options.distill.teacher_load or options.model.pretrained_checkpoint):
+    if not generate.asks_servers and not (
+        options.distill.teacher_load or options.model.pretrained_checkpoint
+    ):
         raise UserError("--pretrained-checkpoint is missing: stage 0 needs the teacher's weights")
     arch = read_architecture(hf_folder(options.model))
     rank0 = torch.distributed.get_rank() == 0
@@ -307,7 +308,7 @@ def run_stage0(options: Options) -> int:
         options.data.overlong,
         warn,
     )
-    answer = _from_servers if served else _from_weights
+    answer = _from_servers if generate.asks_servers else _from_weights
     with StopRequest() as stop:
         file, count = answer(options, arch, tokenizer, questions, sampling, stop.agreed)
     if rank0:

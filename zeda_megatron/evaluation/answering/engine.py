@@ -16,6 +16,7 @@ from ...config.generate import SamplingConfig
 from ...data.records import Message
 from ...data.tokenizers import ChatTokenizer
 from ...models.hf_config import adapted_steps_of, zero_experts_of
+from ...runtime.openai_server import END, THINK
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,6 @@ def fingerprint(folder: str | Path) -> str:
                 stream.seek(max(size - _CHUNK, 0) * place // _CHUNKS)
                 whole.update(stream.read(_CHUNK))
     return whole.hexdigest()[:32]
-
-
-THINK, END = "<think>", "</think>"
 
 
 class ChatPrompts:

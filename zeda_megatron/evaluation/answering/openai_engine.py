@@ -11,12 +11,11 @@ from ...config.generate import SamplingConfig
 from ...data.tokenizers import load_tokenizer
 from ...errors import UserError
 from ...runtime.fetch import fetch
-from ...runtime.openai_server import OpenAIServer, choice_of, text_of, usage_of
+from ...runtime.openai_server import END, THINK, OpenAIServer, chat_text, choice_of, usage_of
 from ...strict_json import read_json
-from .engine import END, THINK, About, Answer, ChatPrompts, Origin, Request
+from .engine import About, Answer, ChatPrompts, Origin, Request
 from .transformers_engine import extra_costs
 
-_THOUGHTS = ("reasoning_content", "reasoning")
 _METRICS_BYTES = 16 << 20
 _ZERO, _ROUTED = "zeda:zero_slots_total", "zeda:routed_slots_total"
 """Counters of this project's vLLM plugin."""
@@ -65,7 +64,7 @@ class OpenAIEngine:
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": (sampling.seed * 1_000_003 + request.stream) % 2**31,
+            "seed": sampling.seed_of(request.stream, bits=31),
         }
         if sampling.top_k:
             order["top_k"] = sampling.top_k  # not OpenAI's, but every open server's
@@ -74,27 +73,22 @@ class OpenAIEngine:
         got = self.server.ask("/chat/completions", order, sampling.max_new_tokens)
         where = f"{self.url}: its answer to {request.name}"
         choice, finish = choice_of(got, where)
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            raise UserError(f"{where} has no message")
-        content, thought = text_of(where, message, "content"), text_of(where, message, *_THOUGHTS)
+        text, apart = chat_text(choice, finish, where)
         usage = usage_of(got, where)
         return Answer(
-            self._whole(request, content, thought, finish),
+            text if apart else self._whole(request, text, finish),
             usage["completion_tokens"],
             usage["prompt_tokens"],
             finish,
             usage["zero_share"],
         )
 
-    def _whole(self, request: Request, content: str, thought: str, finish: str) -> str:
+    def _whole(self, request: Request, content: str, finish: str) -> str:
         """Thinking and answer as the model wrote them.
 
         A cut-off text without marks may be thinking that the prompt opened. Where the prompt is not known (no
         --config-folder with a chat template), it is taken for that: no answer is better than half a thought.
         """
-        if thought:
-            return f"{THINK}{thought}{END if content or finish == 'stop' else ''}{content}"
         if END in content:
             opened = False
         elif self.prompts is not None:

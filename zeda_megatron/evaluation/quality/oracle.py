@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,19 +102,20 @@ class _EffectsInOrder:
 @contextmanager
 def _probabilities(layers: dict) -> Iterator[dict[int, torch.Tensor]]:
     """Layer -> routing weights [T, N] of its last pass; 0 where nothing was picked, and for padding."""
-    found, handles = {}, []
-    for number, layer in layers.items():
+    found = {}
 
-        def keep(router, args, kwargs, output, number=number):
+    def keeper(number):
+        def keep(router, args, kwargs, output):
             probs_TN, map_TN = silence_padding(router, args, kwargs, output)
             found[number] = (probs_TN * map_TN).detach().float()
 
-        handles.append(layer.router.register_forward_hook(keep, with_kwargs=True))
-    try:
+        return keep
+
+    with ExitStack() as stack:
+        for number, layer in layers.items():
+            handle = layer.router.register_forward_hook(keeper(number), with_kwargs=True)
+            stack.callback(handle.remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def look_at_picks(model: LoadedModel, row: PackedBatch, samples: int, seed: int) -> RowPicks:
@@ -221,12 +222,12 @@ class Comparison:
     def run(self) -> dict:
         """`decisions`: name -> KL to the teacher and share skipped; `closed`: how much of the way from the first
         student to the best oracle the others go."""
-        decisions = {}
+        decisions, first = {}, None
         for folder in self.options.students:
             student = self._student(folder)
+            first = first or student
             calibrate_threshold(student.chunk, self.rows, self.options.target_share, forward_model)
             decisions[folder] = self._distance(student, lambda index: None)
-        first = self._student(self.options.students[0])
         looked = [look_at_picks(first, row, self.options.samples, seed) for seed, row in enumerate(self.rows)]
         enable_replay([first.chunk])
         weights = [row.weight_TLK.double() for row in looked]
