@@ -16,12 +16,13 @@ class Server(ThreadingHTTPServer):
     """Speaks the protocol around an engine of evaluation, or a function (path, order) -> (code, reply); can be busy,
     broken, or name a reasoning part."""
 
-    def __init__(self, engine=None, complete=None):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, engine=None, complete=None, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.engine, self.complete = engine, complete
         self.lock, self.seen, self.busy = threading.Lock(), [], 0
         self.models, self.metrics, self.reply, self.redirect = ["tiny"], "", None, None
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
 
     @property
     def url(self) -> str:

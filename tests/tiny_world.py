@@ -124,7 +124,8 @@ def start(world: World, *flags: str, **values):
 
 
 def fit(world: World, out: Path, **values) -> dict:
-    """Fit paired zero experts to the static model; fields of `FitOptions`. Returns what fit.json says."""
+    """Fit paired zero experts to the static model, silent ones to norms unless fields of `FitOptions` say otherwise.
+    Returns what fit.json says."""
     from zeda_megatron.config.fit import FitOptions
     from zeda_megatron.config.parallel import ParallelConfig
     from zeda_megatron.fit.run import HeadFit
@@ -133,6 +134,8 @@ def fit(world: World, out: Path, **values) -> dict:
         "pretrained_checkpoint": str(world.static),
         "data_path": [str(world.rollouts)],
         "save": str(out),
+        "fit_target": "norm",
+        "zero_experts_type": "zero",
         "fit_rows": 5,
         "held_out_rows": 2,
         "seq_length": 128,

@@ -1,17 +1,14 @@
 """Stage 0 from servers: their answers are kept as the model's own would be, whatever a server does or says."""
 
-import threading
-
 import openai_stand_in
 import pytest
+import served_model
 import stage0_files
-import tiny
 import tiny_world
 import vllm_world
 
 from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
-from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.runtime.openai_server import NoAnswer, OpenAIServer
 from zeda_megatron.training import stage0
@@ -20,42 +17,9 @@ pytestmark = pytest.mark.usefixtures("one_process")
 GREEDY = {"temperature": 0.0, "max_new_tokens": 5}
 
 
-class Model:
-    """What stands behind the servers: the static model of the world, in this process."""
-
-    def __init__(self, world):
-        self.tokenizer = load_tokenizer(world.hf)
-        hf = tiny.hf_model(std=0.1, **tiny_world.MODEL)
-        ends, pad = self.tokenizer.eos_ids, self.tokenizer.pad_id
-        self.engine = BuiltinEngine(tiny.megatron_model(hf), ends, pad, 256, self.tokenizer.vocab_size)
-        self.tells, self.strict, self.prefix = True, False, ""
-        self.lock, self.dies_at, self.count = threading.Lock(), None, 0
-
-    def __call__(self, path, order):
-        if self.strict and order.get("return_token_ids"):
-            return 400, "unknown field return_token_ids"
-        with self.lock:
-            self.count += order["max_tokens"] > 1
-            if self.dies_at is not None and self.count > self.dies_at:
-                return 503, "gone"
-            chat = path.endswith("/chat/completions")
-            prompt = order["messages"] if chat else order["prompt"]
-            if chat:
-                prompt = self.tokenizer.render_chat(prompt, add_generation_prompt=True)
-            ids = prompt if isinstance(prompt, list) else self.tokenizer.encode(self.prefix + prompt)
-            sampling = openai_stand_in.sampling_of({"top_p": 1.0, **order, "top_k": 0})
-            (made,) = self.engine.generate([ids], sampling, [order.get("seed", 0)])
-        choice = {"finish_reason": made.finish_reason, "stop_reason": None}
-        text = self.tokenizer.decode(made.response_ids)
-        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        if self.tells:
-            choice |= {"prompt_token_ids": ids, "token_ids": made.response_ids}
-        return 200, {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": 5}}
-
-
 @pytest.fixture
 def model(world):
-    return Model(world)
+    return served_model.Model(world.hf)
 
 
 @pytest.fixture
@@ -179,16 +143,16 @@ def test_an_answer_ends_before_a_token_that_no_text_has(world, serve, tmp_path):
 
 def test_a_server_that_starts_late_is_waited_for(world, serve, tmp_path, monkeypatch):
     server, tries = serve(), []
-    from zeda_megatron.distill import served_answers
+    from zeda_megatron.distill import server_pool
 
     def late(*args, **kwargs):
         tries.append(args)
         if len(tries) < 3:
-            raise served_answers.NoAnswer("not yet")
+            raise server_pool.NoAnswer("not yet")
         return openai_server(*args, **kwargs)
 
-    openai_server = served_answers.OpenAIServer
-    monkeypatch.setattr(served_answers, "OpenAIServer", late)
+    openai_server = server_pool.OpenAIServer
+    monkeypatch.setattr(server_pool, "OpenAIServer", late)
     ask(world, tmp_path / "a.jsonl", server, rollout_wait=60)
     assert len(tries) == 3
 

@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vl
 
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.distill.vllm_engine import VLLMEngine
 from zeda_megatron.errors import UserError
@@ -170,7 +171,7 @@ def test_stage_0_answers_with_vllm_and_goes_on_where_it_stopped(small_world, tmp
     assert "0 answers now, 9 in all" in run_main(*flags).stdout
 
 
-def stage_2_flags(world):
+def stage_2_flags(world, engine=("--rollout-engine", "vllm", "--routing-replay")):
     words = ["--stage", 2, "--pretrained-checkpoint", world.dynamic, "--teacher-load", world.static]
     words += ["--data-path", world.prompts, "--seq-length", 128, "--global-batch-size", 4, "--lr", 1e-2]
     words += [
@@ -183,7 +184,7 @@ def stage_2_flags(world):
         "--loss-chunk-tokens",
         32,
     ]
-    return [*words, "--rollout-engine", "vllm", "--routing-replay"]
+    return [*words, *engine]
 
 
 def test_stage_2_runs_with_vllm_and_a_resumed_run_is_the_uninterrupted_one(small_world, tmp_path):
@@ -257,6 +258,27 @@ def test_stage_2_under_torchrun_takes_the_steps_of_one_process(
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line, expected in zip(steps, steps_of_one_process):
         assert abs(line["logp_gap"]) < 1e-4, "other weights or picks than those that train"
+        assert line["response_length"] == expected["response_length"]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_server_that_follows_the_student_gives_the_steps_of_one_process(
+    wide_world, steps_of_one_process, tmp_path, monkeypatch, ahead
+):
+    """A real server, and two processes that train."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    megatron_to_hf(wide_world.dynamic, wide_world.hf, tmp_path / "export")
+    flags = ["--weight-transfer-config", '{"backend": "zeda_folder"}', "--enable-scale-out"]
+    flags += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    with vllm_world.Server(tmp_path / "export", tmp_path, flags, {}) as server:
+        engine = ["--rollout-engine", "openai", "--rollout-url", server.url, "--rollout-ahead", ahead]
+        command = [*stage_2_flags(wide_world, engine), "--expert-model-parallel-size", 2]
+        run_main(*command, "--save", tmp_path / "save", processes=2)
+    steps = read(tmp_path / "save")
+    assert [line["rollout_lag"] for line in steps] == [0, ahead, ahead]
+    for line, expected in list(zip(steps, steps_of_one_process))[: 1 if ahead else 3]:
+        assert abs(line["logp_gap"]) < 1e-4
         assert line["response_length"] == expected["response_length"]
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
 

@@ -1,5 +1,11 @@
 """Weights of a running model by their Hugging Face names; other layouts: tests/distributed."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny_world
 import torch
@@ -47,3 +53,27 @@ def test_they_follow_the_model_and_its_thresholds(world, tmp_path):
         # The format wants a row after those of the experts, which nobody reads.
         rows = 8 if key.endswith("gate.weight") else None
         assert torch.equal(part[:rows], before[key][:rows] + 1), key
+
+
+EXPERTS_OF_A_LAYER = 128 * 3 * 768 * 2048 * 2
+"""Bytes, at Qwen3-30B-A3B's geometry in bf16."""
+
+
+@pytest.mark.slow
+def test_a_hand_over_takes_less_than_the_experts_of_a_layer_beyond_what_each_side_keeps(tmp_path):
+    """Two expert-parallel processes with real shapes, one layer; to an engine beside them, and to a folder."""
+    script, top = Path(__file__).with_name("hand_over_memory.py"), Path(__file__).parents[2]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(top), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 2, done.stderr[-3000:]
+    assert all(0 < peak[kind] < EXPERTS_OF_A_LAYER for peak in found for kind in ("engine", "server")), found

@@ -76,7 +76,7 @@ class GenerateOptions:
 
     rollout_engine: Literal[ROLLOUT_ENGINES] = "builtin"
     """What samples answers: builtin (the model itself), vllm (in the training's processes; weights are handed over), or
-    openai (servers that speak OpenAI's protocol; stage 0 only)."""
+    openai (servers: stage 0 any that speak OpenAI's protocol, stage 2 vLLM's, which get the student's weights)."""
 
     rollout_tensor_parallel_size: Count = 1
     """vllm: neighbouring processes that make up one engine; every engine answers prompts of its own."""
@@ -101,6 +101,17 @@ class GenerateOptions:
 
     rollout_wait: Amount = 0.0
     """openai: seconds to wait for servers that are still starting."""
+
+    rollout_weights: str | None = None
+    """openai, stage 2: folder through which servers get weights; they see it under the same path. Default:
+    rollout_weights in --save."""
+
+    rollout_ahead: Whole = 0
+    """openai, stage 2: 1 asks for the next round's answers while the student trains on this one's; they are of the
+    student before that."""
+
+    max_staleness: Whole | None = None
+    """Stage 2: refuse settings under which answers may be more updates old than this."""
 
     rollout_batch_size: Whole = 0
     """Stage 2: prompts per round of rollouts. 0: as many as one step trains on, so every step has fresh answers."""
@@ -129,14 +140,17 @@ class GenerateOptions:
                 f"--shard-index {self.shard_index} must be from 0 to --num-shards - 1 ({self.num_shards - 1})"
             )
         if self.asks_servers:
-            if stage != "0":
-                raise UserError("--rollout-engine openai is for stage 0: servers do not follow a student")
             if not self.rollout_url:
                 raise UserError(
                     "--rollout-url is missing: --rollout-engine openai asks servers (docs/on_policy.md)"
                 )
         elif self.rollout_url:
             raise UserError("--rollout-url is for --rollout-engine openai")
+        if self.rollout_ahead and not (stage == "2" and self.asks_servers):
+            raise UserError(
+                "--rollout-ahead is for stage 2 with servers (--rollout-engine openai): other engines answer on the "
+                "devices that train"
+            )
         if self.num_shards > 1 and stage != "0":
             raise UserError("--num-shards is for stage 0; --data-path takes the files of all shards")
         if self.rollout_engine == "vllm" and find_spec("vllm") is None:
@@ -151,6 +165,12 @@ class GenerateOptions:
             raise UserError("--routing-replay is for stage 2: stored rollouts have no routed experts")
 
     def _validate_stage2(self, global_batch_size: int) -> None:
+        if self.asks_servers and self.rollout_api != "tokens":
+            raise UserError("--rollout-api chat is for stage 0: stage 2 asks in tokens")
+        if self.asks_servers and self.routing_replay:
+            raise UserError("--routing-replay: servers do not tell routed experts; use vllm or builtin")
+        if self.rollout_ahead > 1:
+            raise UserError(f"--rollout-ahead {self.rollout_ahead}: one round ahead is the most")
         if not self.temperature > 0:
             raise UserError(f"--temperature {self.temperature} must be above 0: stage 2 samples")
         for flag, value, off in (("--top-p", self.top_p, 1.0), ("--top-k", self.top_k, 0)):
@@ -175,6 +195,17 @@ class GenerateOptions:
                 f"--routing-replay needs fresh answers for every step: --rollout-batch-size {self.rollout_batch_size} "
                 "must be 0, or fill one --global-batch-size"
             )
+
+        lag = self.lag(global_batch_size)
+        if self.max_staleness is not None and lag > self.max_staleness:
+            raise UserError(
+                f"--max-staleness {self.max_staleness}: with --rollout-batch-size {self.rollout_batch_size} and "
+                f"--rollout-ahead {self.rollout_ahead} answers are up to {lag} updates old"
+            )
+
+    def lag(self, global_batch_size: int) -> int:
+        """Updates that the student has had since it gave the oldest answers that it trains on."""
+        return self.steps_per_round(global_batch_size) * (1 + self.rollout_ahead) - 1
 
     def prompts_per_round(self, global_batch_size: int) -> int:
         """Prompts that one round of rollouts answers."""

@@ -168,11 +168,12 @@ class Options:
             raise UserError(
                 "--distill-loss sampled_reverse_kl is for stage 2: its tokens must be sampled from the student"
             )
-        steps = self.generate.steps_per_round(self.optimizer.global_batch_size)
-        if steps > 1:
+        lag = self.generate.lag(self.optimizer.global_batch_size)
+        if lag:
             raise UserError(
-                f"--distill-loss sampled_reverse_kl needs fresh answers for every step, and --rollout-batch-size "
-                f"{self.generate.rollout_batch_size} serves {steps}; leave it away, or choose reverse_kl"
+                f"--distill-loss sampled_reverse_kl needs fresh answers for every step; with --rollout-batch-size "
+                f"{self.generate.rollout_batch_size} and --rollout-ahead {self.generate.rollout_ahead} they are up to "
+                f"{lag} updates old: leave these away, or choose reverse_kl"
             )
 
     @property

@@ -1,31 +1,23 @@
-"""Answers from servers that speak OpenAI's protocol: the original model as vLLM, SGLang or a provider serves it.
-
-Every server has so many questions under way; whoever has ended one takes the next, so that no server waits for
-another. A server that is gone leaves its questions to the others.
-"""
+"""Answers from servers that speak OpenAI's protocol: the original model as vLLM, SGLang or a provider serves it."""
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ..config.generate import GenerateOptions, SamplingConfig
+from ..config.generate import SamplingConfig
 from ..data.chat_tokenizer import ChatTokenizer
 from ..data.records import Message
 from ..errors import UserError, cut_short
 from ..runtime.openai_server import NoAnswer, OpenAIServer, brief, chat_text, choice_of, text_of, usage_of
 from ..strict_json import is_int
+from .server_pool import FLAGS, ServerPool
 
-FLAGS = ("--rollout-url", "--rollout-model")
 _TELL = {"return_token_ids": True}
 """vLLM's and SGLang's; a server that knows OpenAI's fields alone may refuse it."""
 _PROBE = {"max_tokens": 1, "temperature": 0, **_TELL}
-_PAUSE = 0.2
-"""Seconds between two looks for something to do."""
 
 
 @dataclass(frozen=True)
@@ -60,48 +52,6 @@ def server_command(length: int) -> str:
     )
 
 
-def open_servers(options: GenerateOptions, length: int) -> list[OpenAIServer]:
-    """The servers of --rollout-url, waited for as long as --rollout-wait says.
-
-    Args:
-        length: tokens of the longest prompt and its answer.
-
-    Raises:
-        UserError: nobody there, several models, or a context that is too short.
-    """
-    servers, until = [], time.monotonic() + options.rollout_wait
-    for url in options.rollout_url:
-        while True:
-            try:
-                server = OpenAIServer(
-                    url,
-                    options.rollout_model,
-                    options.rollout_timeout,
-                    tries=options.rollout_tries,
-                    flags=FLAGS,
-                )
-                if options.rollout_model:
-                    server.look_up()
-                break
-            except NoAnswer as error:
-                if time.monotonic() >= until:
-                    command = server_command(length)
-                    raise UserError(f"{FLAGS[0]} {error}; start it: {command}") from None
-                time.sleep(_PAUSE)
-        servers.append(server)
-    names = sorted({server.model for server in servers})
-    if len(names) > 1:
-        raise UserError(f"{FLAGS[0]}: these serve different models: {brief(', '.join(names))}")
-    for server in servers:
-        context = server.listed.get("max_model_len")
-        if is_int(context) and context < length:
-            raise UserError(
-                f"{FLAGS[0]} {server.url}: has a context of {context}, prompt and answer may take {length}: "
-                f"{server_command(length)}, or a smaller --max-new-tokens"
-            )
-    return servers
-
-
 class Servers:
     """Asks servers for answers.
 
@@ -125,8 +75,8 @@ class Servers:
         parallel: int,
         say: Callable[[str], None],
     ):
-        self.alive, self.tokenizer, self.max_length = list(servers), tokenizer, max_length
-        self.api, self.parallel, self.say = api, parallel, say
+        self.pool = ServerPool(servers, parallel, say)
+        self.tokenizer, self.max_length, self.api, self.say = tokenizer, max_length, api, say
         self.ends = sorted(tokenizer.eos_ids)
         self.banned = {str(token): -100 for token in range(tokenizer.vocab_size, rows)}
         self._told = False
@@ -137,14 +87,9 @@ class Servers:
 
         Of a chat, every answer is checked, where the server tells the prompt's tokens; here we learn whether it does.
         """
-        for server in list(self.alive):
-            try:
-                self._check_chat(server, question) if self.api == "chat" else self._check(server, question)
-            except NoAnswer as error:
-                if failed := self._gone(server, error):
-                    raise failed from None
+        self.pool.each(partial(self._check_chat if self.api == "chat" else self._check, question))
 
-    def _check_chat(self, server: OpenAIServer, question: Served) -> None:
+    def _check_chat(self, question: Served, server: OpenAIServer) -> None:
         try:
             server.ask("/chat/completions", {"messages": question.messages, **_PROBE}, 1)
         except NoAnswer:
@@ -152,7 +97,7 @@ class Servers:
         except UserError:
             self._plain.add(server)
 
-    def _check(self, server: OpenAIServer, question: Served) -> None:
+    def _check(self, question: Served, server: OpenAIServer) -> None:
         text = self.tokenizer.render_chat(question.messages, add_generation_prompt=True)
         where = f"{FLAGS[0]} {server.url}"
         try:
@@ -173,55 +118,9 @@ class Servers:
     ) -> Iterator[list[tuple[int, ServedAnswer]]]:
         """Numbers of questions and their answers, as they come; now and then an empty list, so that the caller can
         look for a signal. Who stops listening leaves what is under way to itself."""
-        todo, done, over = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        for number in range(len(questions)):
-            todo.put(number)
-
-        def work(server: OpenAIServer) -> None:
-            while not over.is_set() and server in self.alive:
-                try:
-                    number = todo.get(timeout=_PAUSE)
-                except queue.Empty:
-                    continue  # a server that is going may give one back
-                try:
-                    done.put((number, self._one(server, questions[number], sampling)))
-                except NoAnswer as error:
-                    todo.put(number)
-                    done.put((server, error))
-                except BaseException as error:
-                    done.put((None, error))
-
-        # One of each server after the other: few questions are shared out evenly.
-        for _ in range(min(self.parallel, len(questions))):
-            for server in self.alive:
-                threading.Thread(target=work, args=[server], daemon=True).start()
-        left = len(questions)
-        try:
-            while left:
-                ready, failed = [], None
-                for who, what in _waiting(done):
-                    if isinstance(what, NoAnswer):
-                        failed = self._gone(who, what) or failed
-                    elif isinstance(what, BaseException):
-                        failed = what
-                    else:
-                        ready.append((who, what))
-                left -= len(ready)
-                yield ready  # what has come is kept before anything ends the run
-                if failed is not None:
-                    raise failed
-        finally:
-            over.set()
-
-    def _gone(self, server: OpenAIServer, error: NoAnswer) -> UserError | None:
-        """Do without a server; an error if it was the last."""
-        if server not in self.alive:
-            return None  # another of its questions told
-        self.alive = [one for one in self.alive if one is not server]
-        if not self.alive:
-            return UserError(f"{FLAGS[0]} {error}; no server is left, the same command goes on")
-        self.say(f"{FLAGS[0]} {error}; {len(self.alive)} servers go on without it")
-        return None
+        return self.pool.share_out(
+            len(questions), lambda server, number: self._one(server, questions[number], sampling)
+        )
 
     def _one(self, server: OpenAIServer, question: Served, sampling: SamplingConfig) -> ServedAnswer:
         most = min(sampling.max_new_tokens, self.max_length - len(question.prompt_ids))
@@ -294,16 +193,6 @@ class Servers:
 
     def _shown(self, ids: list[int], place: int) -> str:
         return cut_short(repr(self.tokenizer.written_out(ids[place : place + 8])), 60)
-
-
-def _waiting(done: queue.SimpleQueue) -> Iterator[tuple[Any, Any]]:
-    """All that is there, after a wait of a second at most."""
-    try:
-        yield done.get(timeout=1.0)
-        while True:
-            yield done.get_nowait()
-    except queue.Empty:
-        return
 
 
 def _ids(where: str, choice: dict, name: str, said: dict | None = None) -> list[int] | None:

@@ -26,13 +26,10 @@ from ..models.hf_config import dynamic_config, static_config, write_config
 from ..models.live_weights import LiveWeights
 from ..moe.router_dials import has_pick_rule
 from ..runtime.agreement import rank, world_size
-from .answers import Deal, Generation, check_prompts
+from .answers import HOTTEST, Deal, Generation, check_prompts
 
 GPU_SHARE = 0.4
 """Share of a GPU's memory that vLLM may take: the rest is the training's."""
-
-HOTTEST = 2.0
-"""vLLM's highest temperature."""
 
 
 class VLLMEngine:

@@ -60,7 +60,10 @@ class LiveWeights:
         for owner, theirs in enumerate(gathered(mine)):
             for name, box, parameter in theirs:
                 plan.setdefault(name, parameter).owner.setdefault(box, owner)
-        self.plan = dict(sorted(plan.items(), key=lambda item: _natural(item[0])))
+        # The two largest, embedding and head, lie far apart: who still holds one when the next comes holds no second.
+        self.plan = dict(
+            sorted(plan.items(), key=lambda item: ("embedding" not in item[0], _natural(item[0])))
+        )
         self.dims = dims_of(arch, paired=any(".router.paired." in name for name in plan))
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ class OpenAIServer:
         flags: those that gave address and model, for error messages.
 
     Attributes:
+        root: address of what is not OpenAI's.
         listed: what the server says of its model; empty before `look_up` if the name was given.
     """
 
@@ -52,6 +53,7 @@ class OpenAIServer:
         flags: tuple[str, str] = ("--model", "--served-model"),
     ):
         self.url, self.timeout, self.tries, self.flags = url.rstrip("/"), timeout, tries, flags
+        self.root = self.url.removesuffix("/v1")
         _require_address(self.url, flags[0])
         self._key = (os.environ.get(key_variable) or "").strip()
         if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
@@ -85,12 +87,19 @@ class OpenAIServer:
         self.listed = found[0]
         return names[0]
 
-    def ask(self, path: str, order: dict, most_tokens: int) -> dict:
+    def ask(self, path: str, order: dict, most_tokens: int, base: str | None = None) -> dict:
         """Ask this server's model for an answer of so many tokens at most."""
-        return self.call(path, {"model": self.model, **order}, _MOST + _MOST_PER_TOKEN * most_tokens)
+        return self.call(path, {"model": self.model, **order}, _MOST + _MOST_PER_TOKEN * most_tokens, base)
 
-    def call(self, path: str, order: dict | None = None, most: int = _MOST) -> dict:
-        """The JSON object that a GET gives, or a POST of `order`.
+    def call(
+        self,
+        path: str,
+        order: dict | None = None,
+        most: int = _MOST,
+        base: str | None = None,
+        tries: int | None = None,
+    ) -> dict:
+        """The JSON object that a GET gives, or a POST of `order`, to a path below `base` (default: /v1).
 
         Raises:
             NoAnswer: none in time, or the server was busy or gone every time.
@@ -100,29 +109,29 @@ class OpenAIServer:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if order is None else json.dumps(order).encode()
-        begun = time.monotonic()
-        for attempt in range(1, self.tries + 1):
-            last = attempt == self.tries
+        begun, address, tries = time.monotonic(), (base or self.url) + path, tries or self.tries
+        for attempt in range(1, tries + 1):
+            last = attempt == tries
             try:
-                said = json.loads(fetch(self.url + path, self.timeout, most, data, headers))
+                said = json.loads(fetch(address, self.timeout, most, data, headers))
                 if isinstance(said, dict):
                     return said
-                raise UserError(f"{self.url}{path}: its answer is no JSON object")
+                raise UserError(f"{address}: its answer is no JSON object")
             except Refused as error:
                 if error.code not in _PASSING or last:
                     reason = f"{error.code} {brief(error.reason)}: {self._without_key(error.said)}"
                     kind = NoAnswer if error.code in _PASSING else UserError
-                    raise kind(f"{self.url}{path}: {reason}") from None
+                    raise kind(f"{address}: {reason}") from None
             except (ValueError, RecursionError) as error:
                 reason = self._without_key(str(error))
                 raise UserError(
-                    f"{self.url}{path}: no address, or its answer is no JSON ({brief(reason)})"
+                    f"{address}: no address, or its answer is no JSON ({brief(reason)})"
                 ) from None
             except (OSError, http.client.HTTPException) as error:
                 if last or time.monotonic() - begun >= self.timeout:
                     reason = brief(getattr(error, "reason", error)) or type(error).__name__
                     raise NoAnswer(
-                        f"{self.url}{path}: no answer ({self._without_key(reason)}); the same command goes on"
+                        f"{address}: no answer ({self._without_key(reason)}); the same command goes on"
                     ) from None
             time.sleep(min(30.0, 1.5**attempt))
         raise AssertionError("unreachable")

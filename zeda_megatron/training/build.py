@@ -34,6 +34,7 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..distill.answers import RolloutEngine
 from ..distill.builtin_engine import BuiltinEngine
+from ..distill.student_servers import StudentServers
 from ..distill.teacher import Teacher
 from ..distill.vllm_engine import VLLMEngine
 from ..errors import UserError
@@ -44,6 +45,7 @@ from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, r
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
+from .log import warn
 
 
 @dataclass(frozen=True)
@@ -328,10 +330,17 @@ def rollout_engine(
     tokenizer: ChatTokenizer,
     max_length: int,
     static: bool = False,
+    save: str | None = None,
 ) -> RolloutEngine:
-    """The engine that --rollout-engine names. `static`: the zero experts are masked, the weights do not change."""
+    """The engine that --rollout-engine names. `static`: the zero experts are masked, the weights do not change. `save`:
+    folder of the run."""
     vocab, slots = min(tokenizer.vocab_size, arch.vocab_size), options.generate_batch_size
     if options.rollout_engine == "vllm":
         ranks = options.rollout_tensor_parallel_size
         return VLLMEngine(chunks, arch, zero, tokenizer.eos_ids, max_length, vocab, slots, static, ranks)
+    if options.asks_servers:
+        folder = options.rollout_weights or (save and Path(save) / "rollout_weights")
+        if not folder:
+            raise UserError("--rollout-weights is missing: servers get the student's weights there")
+        return StudentServers(chunks, arch, zero, tokenizer, max_length, options, Path(folder), warn)
     return BuiltinEngine(chunks, tokenizer.eos_ids, tokenizer.pad_id, max_length, vocab, slots)

@@ -159,7 +159,7 @@ class RolloutFeed:
         self.sampling = generate.sampling(options.optimizer.seed)
         self.vocab_size = min(tokenizer.vocab_size, student.arch.vocab_size)
         self.engine: RolloutEngine = rollout_engine(
-            generate, student.chunks, student.arch, student.zero, tokenizer, longest
+            generate, student.chunks, student.arch, student.zero, tokenizer, longest, save=options.run.save
         )
         self.packing = AnswerRows(
             length,
@@ -173,6 +173,7 @@ class RolloutFeed:
         self._prompts_per_round = generate.prompts_per_round(options.optimizer.global_batch_size)
         self.prompts = self.answers = 0
         self.pending: list[Answer] = []
+        self._ahead: tuple[list[Asked], int] | None = None
 
     def next_rows(self, step: int) -> StepRows:
         """Rows of the next step's answers; rolls out first if there are too few."""
@@ -182,6 +183,8 @@ class RolloutFeed:
             made = self._roll_out(step)
             self.pending = [*self.pending, *made.answers]
             routing = made if self.options.generate.routing_replay else None
+        if self._wants_ahead(step):
+            self._ask_ahead(step)
         now, self.pending = self.pending[:count], self.pending[count:]
         rows, padding_factor = self.packing.pack(now, routing)
         metrics = {
@@ -198,6 +201,7 @@ class RolloutFeed:
 
     def calibration_rows(self, count: int) -> list[PackedBatch]:
         """Fresh answers, packed, until there are `count` rows of them or enough rounds were played."""
+        self._collect_ahead()
         before = self.prompts, self.answers
         tokens, sample = 0, []
         for _ in range(CALIBRATION_ROUNDS):
@@ -224,6 +228,7 @@ class RolloutFeed:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
+        self._collect_ahead()  # what is in a checkpoint is not asked twice
         return {
             "prompts": self.prompts,
             "answers": self.answers,
@@ -235,7 +240,32 @@ class RolloutFeed:
         self.pending = [Answer(**plain) for plain in state["pending"]]
 
     def _roll_out(self, step: int) -> Round:
-        """Take the next prompts and answer them all."""
+        """Answers to the next prompts, or to those that were asked ahead."""
+        asked, version = self._ahead or (self._next_asked(), step)
+        self._ahead = None
+        replay = self.options.generate.routing_replay
+        return roll_out(self.engine, asked, self.sampling, version, replay, self.picks_shape)
+
+    def _wants_ahead(self, step: int) -> bool:
+        """Whether the next round is to be asked for now: this one has just begun, and steps will be left after it."""
+        generate, size = self.options.generate, self.options.optimizer.global_batch_size
+        if not generate.rollout_ahead or self._ahead:
+            return False
+        steps = len(self.pending) // size
+        return steps <= generate.steps_per_round(size) and step + steps < self.options.optimizer.train_iters
+
+    def _collect_ahead(self) -> None:
+        if self._ahead:
+            self.pending = [*self.pending, *self._roll_out(step=0).answers]
+
+    def _ask_ahead(self, step: int) -> None:
+        asked = self._next_asked()
+        prompts, streams = [one.prompt_ids for one in asked], [one.stream_id for one in asked]
+        self.engine.begin(prompts, self.sampling, streams)
+        self._ahead = asked, step
+
+    def _next_asked(self) -> list[Asked]:
+        """Take the next prompts."""
         asked, first = [], self.prompts
         self.prompts += self._prompts_per_round
         for position in range(first, self.prompts):
@@ -243,5 +273,4 @@ class RolloutFeed:
             for _ in range(self.options.generate.samples_per_prompt):
                 asked.append(Asked(question.ids, self.answers, question.prompt.kind))
                 self.answers += 1
-        replay = self.options.generate.routing_replay
-        return roll_out(self.engine, asked, self.sampling, step, replay, self.picks_shape)
+        return asked

@@ -22,7 +22,8 @@ from ..data.prompts import load_prompts
 from ..data.records import Prompt, Rollout
 from ..data.tokenizers import ChatTokenizer
 from ..distill.answers import RolloutEngine
-from ..distill.served_answers import Served, Servers, open_servers
+from ..distill.served_answers import Served, Servers, server_command
+from ..distill.server_pool import open_servers
 from ..durable_file import write_atomically, writing
 from ..errors import UserError, cut_short
 from ..models.architecture import read_architecture
@@ -333,7 +334,8 @@ def _from_servers(options, arch, tokenizer, questions, sampling, should_stop) ->
     """The teacher is a model that somebody serves; no weights are read here."""
     generate, context = options.generate, arch.max_position_embeddings
     longest = max((len(question.ids) for question in questions), default=0)
-    found = open_servers(generate, min(longest + sampling.max_new_tokens, context))
+    length = min(longest + sampling.max_new_tokens, context)
+    found = open_servers(generate, length, server_command(length))
     api, parallel = generate.rollout_api, generate.rollout_concurrency
     servers = Servers(found, tokenizer, context, arch.vocab_size, api, parallel, warn)
     file = _opened(options, tokenizer, sampling, f"served as {found[0].model}")

@@ -1,6 +1,8 @@
-"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`): names of architectures, no more."""
+"""What vLLM calls in each of its processes (entry point `vllm.general_plugins`): names, no more."""
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 ARCHITECTURES = (
     "Qwen3MoePlusPlusForCausalLM",
@@ -10,13 +12,30 @@ ARCHITECTURES = (
 """Architectures in config.json: the classes of `models`, which a process imports when it meets one."""
 
 
+WEIGHTS = "zeda_folder"
+"""Backend of --weight-transfer-config: `weight_folder`."""
+
+
 def register() -> None:
-    """Tell vLLM the architectures, and transformers the authors' model types. May be called again."""
+    """Tell vLLM the architectures and a way for new weights to come, and transformers the authors' model types.
+
+    May be called again.
+    """
     from vllm import ModelRegistry
 
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"{__package__}.models:{name}")
+    _register_weights()
     _register_model_types()
+
+
+def _register_weights() -> None:
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as engines
+    except ImportError:
+        return  # an older vLLM, whose weights stay what they are
+    with suppress(ValueError):  # it is registered already
+        engines.register_engine(WEIGHTS, f"{__package__}.weight_folder", "FolderWeights")
 
 
 def _register_model_types() -> None:
