@@ -123,11 +123,20 @@ LARGE = ("qwen3_30b_a3b", "glm_4_7_flash")
 
 @pytest.mark.parametrize("example", LARGE)
 def test_the_walk_of_a_large_example_is_complete(example):
-    """Convert, stages 0, 1 and 2, export, each with the flags it cannot do without; lines for Slurm."""
+    """Convert, stage 0, fit, stages 1 and 2, export, each with the flags it cannot do without; lines for Slurm."""
     page = (ROOT / "examples" / example / "README.md").read_text()
     steps = [program(words) for words in commands(page, False) if program(words)]
     order = [arguments[0] if file.startswith("tools/check") else file for file, arguments in steps]
-    walk = ["hf-to-megatron", "verify", LAUNCH, "tools/plan.py", LAUNCH, LAUNCH, "megatron-to-hf"]
+    walk = [
+        "hf-to-megatron",
+        "verify",
+        LAUNCH,
+        "tools/fit_zero_rows.py",
+        "tools/plan.py",
+        LAUNCH,
+        LAUNCH,
+        "megatron-to-hf",
+    ]
     assert order[: len(walk)] == walk
     arch = read_architecture(ROOT / "examples" / example)
     for file, arguments in steps:

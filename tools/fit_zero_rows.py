@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fit the heads of paired zero experts: `zeda fit`, without installing."""
+"""Fit paired zero experts: `zeda fit`, without installing."""
 
 import sys
 from pathlib import Path

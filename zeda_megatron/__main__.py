@@ -39,6 +39,7 @@ COMMANDS = {
     "plan steps": ("planning.step_plan", "rows per step, steps per epoch"),
     "plan memory": ("planning.memory_sheet", "GPU memory of a recipe, and what would make it fit"),
     "plan flops": ("planning.cost_sheet", "FLOPs, bytes and predicted speed-up by zero share"),
+    "plan rollouts": ("planning.rollout_sheet", "tokens a second and memory that sampling answers takes"),
     "doctor": ("planning.doctor", "what is installed, and which path every operator takes here"),
     "quantize": ("serving.quantize", "quantise an exported model with NVIDIA ModelOpt"),
     "recipes": ("", "copy recipes, launcher and job templates: zeda recipes --out DIR"),

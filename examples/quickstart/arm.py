@@ -57,17 +57,19 @@ def adamoe(name: str) -> Arm:
     return Arm(name, "null", loss)
 
 
+SILENT = {"--zero-experts-type": "zero"}
+
 FITS = {
-    "paired": {"--fit-target": "effect"},
-    "paired_layer": {"--fit-target": "effect", "--paired-budget": "layer"},
-    "paired_norm": {"--fit-target": "norm", "--paired-score": "weight+head"},
+    "paired": SILENT,
+    "paired_layer": {**SILENT, "--paired-budget": "layer"},
+    "paired_norm": {**SILENT, "--fit-target": "norm", "--paired-score": "weight+head"},
     "paired_norm_residual": {"--fit-target": "norm"},
-    "constant": {"--fit-target": "effect", "--zero-experts-type": "constant"},
-    "sharp": {"--fit-target": "effect", "--paired-head": "mlp"},
-    "low_rank": {"--fit-target": "effect", "--zero-experts-type": "low_rank"},
-    "awake": {"--fit-target": "effect", "--paired-head": "mlp", "--zero-experts-type": "low_rank"},
+    "constant": {"--zero-experts-type": "constant"},
+    "sharp": {**SILENT, "--paired-head": "mlp"},
+    "low_rank": {},
+    "awake": {"--paired-head": "mlp"},
 }
-"""Checkpoints with paired zero experts: flags of tools/fit_zero_rows.py."""
+"""Checkpoints with paired zero experts: flags of `zeda fit`, whose default is `low_rank`."""
 
 PRUNED = {"reap_25": "0.25", "reap_50": "0.5"}
 """Checkpoints with fewer experts (REAP): the share that is cut."""

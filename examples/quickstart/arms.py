@@ -38,21 +38,94 @@ SEEDS = (2, 3)
 """Besides the one of stage1.yaml, for the arms whose spread is told."""
 _EACH_SEED = (("", None), *((f"_seed{seed}", seed) for seed in SEEDS))
 
+OTHERS = ("constant", "sharp", "awake")
+"""Other fits than the default, `low_rank`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of zero experts depends on, in a teacher."""
+
+    hidden: int = 128
+    """H."""
+    experts: int = 16
+    """N."""
+    picks: int = 4
+    """K."""
+    width: int = 96
+    """F."""
+
+    def share(self, start: str, share: float) -> float:
+        """Share at which the zero experts of a fit cost the multiply-adds that silent ones with a linear head cost at
+        `share`: 1 - share, head, stand-ins."""
+        (plain, _), (head, stand_in) = self._costs("paired"), self._costs(start)
+        return round((share + head - plain) / (1 - stand_in), 3)
+
+    def _costs(self, start: str) -> tuple[float, float]:
+        flags = {flag.removeprefix("--").replace("-", "_"): value for flag, value in FITS[start].items()}
+        zero = FitOptions(**flags).zero(self.experts, self.width)
+        return zero.costs(self.hidden, self.picks, self.width)
+
+
+def woken(shape: Shape) -> tuple[Arm, Arm]:
+    """What `zeda fit` makes, as it is and distilled with hidden states matched; multiply-adds of half the picks."""
+    share = shape.share("low_rank", 0.5)
+    distilled = matched(paired("low_rank_kl", share, start="low_rank"))
+    return skipping("low_rank", share), also_on_own_answers(distilled)
+
+
+def waking(shape: Shape) -> tuple[Arm, ...]:
+    """What it is compared with: other fits, and other ways to skip with hidden states matched."""
+    return (
+        *(skipping(start, shape.share(start, 0.5)) for start in OTHERS),
+        matched(net("net_kl", shape.picks // 2)),
+        matched(Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"})),
+        *(
+            matched(paired(f"{start}_kl", shape.share(start, 0.5), start=start))
+            for start in ("paired", *OTHERS)
+        ),
+    )
+
+
+def waking_elsewhere(shape: Shape) -> tuple[Arm, ...]:
+    """The same at other shares, and with other seeds."""
+    starts = ("paired", "low_rank", "awake")
+    return (
+        *(
+            matched(paired(f"{start}_kl_{share}", shape.share(start, share / 100), start=start))
+            for share in (25, 62, 75, 87)
+            for start in starts
+        ),
+        *(
+            matched(paired(f"{start}_kl{end}_seed{seed}", shape.share(start, share), seed, start))
+            for seed in SEEDS
+            for end, share in (("", 0.5), ("_75", 0.75))
+            for start in starts
+        ),
+    )
+
+
+SHAPE = Shape()
+"""Of the quickstart's Qwen3-MoE and of its GLM."""
+WOKEN = woken(SHAPE)
+
 UNTRAINED = (
     Arm("injected_untrained"),
     Arm("static_topk_half", "static", measure={"--moe-pick-rule": "topk=2"}),
     Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
     Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
-    Arm("paired_untrained", "paired"),
+    WOKEN[0],
 )
 TRAINED = (
     also_on_own_answers(net("net_kl", 2)),
     zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     also_on_own_answers(zeda("zeda_stage1_kl", ZEDA_WEIGHT)),
-    also_on_own_answers(paired("paired_kl", 0.5)),
+    WOKEN[1],
 )
 DEFAULT = (*UNTRAINED, *TRAINED, stage2("net_kl"), stage2("zeda_stage1_kl"))
 RELATIVES = (
+    Arm("paired_untrained", "paired"),
+    also_on_own_answers(paired("paired_kl", 0.5)),
     fresh("logw_threshold_kl", "weight"),
     beam("beam_kl"),
     trained("paired_trained_kl"),
@@ -84,76 +157,6 @@ TUNING = (
     *(trained(f"paired_trained_kl_lr{rate}", head_lr=rate) for rate in ("2e-3", "0.015", "0.05")),
 )
 """Other learning rates of heads that train."""
-
-WOKEN = ("constant", "sharp", "low_rank", "awake")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the cost of zero experts depends on, in a teacher."""
-
-    hidden: int = 128
-    """H."""
-    experts: int = 16
-    """N."""
-    picks: int = 4
-    """K."""
-    width: int = 96
-    """F."""
-    rank: int = 4
-    """Of its stand-ins."""
-
-    def share(self, start: str, share: float) -> float:
-        """Share at which the zero experts of a fit cost the multiply-adds that silent ones with a linear head cost at
-        `share`: 1 - share, head, stand-ins."""
-        (plain, _), (head, stand_in) = self._costs("paired"), self._costs(start)
-        return round((share + head - plain) / (1 - stand_in), 3)
-
-    def _costs(self, start: str) -> tuple[float, float]:
-        flags = {flag.removeprefix("--").replace("-", "_"): value for flag, value in FITS[start].items()}
-        zero = FitOptions(**flags, stand_in_rank=self.rank).zero(self.experts)
-        return zero.costs(self.hidden, self.picks, self.width)
-
-    def fits(self) -> dict[str, dict[str, str]]:
-        """`FITS` with this rank."""
-        rank = {"--stand-in-rank": str(self.rank)}
-        return {name: flags | rank if "low_rank" in flags.values() else flags for name, flags in FITS.items()}
-
-
-def waking(shape: Shape) -> tuple[Arm, ...]:
-    """Zero experts that wake up, a sharper head, hidden states matched; at equal multiply-adds."""
-    return (
-        *(skipping(start, shape.share(start, 0.5)) for start in WOKEN),
-        matched(net("net_kl", shape.picks // 2)),
-        matched(Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"})),
-        *(
-            matched(paired(f"{start}_kl", shape.share(start, 0.5), start=start))
-            for start in ("paired", *WOKEN)
-        ),
-    )
-
-
-def waking_elsewhere(shape: Shape) -> tuple[Arm, ...]:
-    """The same at other shares, and with other seeds."""
-    starts = ("paired", "low_rank", "awake")
-    return (
-        *(
-            matched(paired(f"{start}_kl_{share}", shape.share(start, share / 100), start=start))
-            for share in (25, 62, 75, 87)
-            for start in starts
-        ),
-        *(
-            matched(paired(f"{start}_kl{end}_seed{seed}", shape.share(start, share), seed, start))
-            for seed in SEEDS
-            for end, share in (("", 0.5), ("_75", 0.75))
-            for start in starts
-        ),
-    )
-
-
-SHAPE = Shape()
-"""Of the quickstart's Qwen3-MoE and of its GLM."""
-WAKING = waking(SHAPE)
 
 LONG = tuple(
     longer(arm)
@@ -190,7 +193,7 @@ FULL = (
     *FRONTIER,
     *DIAL,
     *TUNING,
-    *WAKING,
+    *waking(SHAPE),
     *waking_elsewhere(SHAPE),
     *LONG,
     *(
@@ -209,5 +212,5 @@ FULL = (
         )
     ),
 )
-EXPORTED = "zeda_stage1_kl"
+EXPORTED = WOKEN[1].name
 """The arm that is exported to DIR/hf."""

@@ -18,7 +18,7 @@ TRAINED = (
     also_on_own_answers(net("net_kl", 2)),
     shared("zeda_stage1_ce", loss="ce"),
     also_on_own_answers(shared("zeda_stage1_kl")),
-    also_on_own_answers(paired("paired_kl", 0.5)),
+    arms.WOKEN[1],
 )
 
 
@@ -33,13 +33,17 @@ DEFAULT = (*UNTRAINED, *TRAINED)
 FULL = (
     *DEFAULT,
     *STAGE2,
-    *arms.WAKING,
+    Arm("paired_untrained", "paired"),
+    also_on_own_answers(paired("paired_kl", 0.5)),
+    *arms.waking(arms.SHAPE),
+    *arms.waking_elsewhere(arms.SHAPE),
     *(
         arm
         for seed in SEEDS
         for arm in (
             also_on_own_answers(net(f"net_kl_seed{seed}", 2, seed)),
             also_on_own_answers(shared(f"zeda_stage1_kl_seed{seed}", seed=seed)),
+            paired(f"paired_kl_seed{seed}", 0.5, seed),
             stage2("net_kl", seed),
             zeda_stage2(seed),
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import arms
 import arms_glm
-from arm import FITS, Arm, net, paired
+from arm import Arm, net, paired
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,16 +26,15 @@ class Model:
     """Arms of the short run."""
     full: tuple[Arm, ...]
     """Arms of `--full`."""
-    fits: dict[str, dict[str, str]] = field(default_factory=lambda: FITS)
-    """Flags of the fits that arms start from."""
 
 
-WIDE = arms.Shape(experts=8, picks=2, width=512, rank=10)
-"""Few experts, four times as wide as the model: a stand-in's rank is 2% of their width."""
+WIDE = arms.Shape(experts=8, picks=2, width=512)
+"""Few experts, four times as wide as the model."""
 WIDE_ARMS = (
     Arm("paired_untrained", "paired"),
     net("net_kl", 1),
     paired("paired_kl", 0.5),
+    *arms.woken(WIDE),
     *arms.waking(WIDE),
 )
 MODELS = {
@@ -49,7 +48,6 @@ MODELS = {
             Path("runs/quickstart_wide"),
             WIDE_ARMS,
             (*WIDE_ARMS, *arms.waking_elsewhere(WIDE)),
-            WIDE.fits(),
         ),
     )
 }

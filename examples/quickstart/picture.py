@@ -16,11 +16,16 @@ from zeda_megatron.evaluation.comparison.plots import Drawing, colour
 LINES = {
     "NET": ("NET: top-k cut", "net_kl", (12, 5)),
     "shared zero experts": ("shared zero experts (ZEDA)", "zeda_stage1_kl", (12, -5)),
-    "paired zero experts": ("paired zero experts", "paired_kl", (12, 0)),
+    "silent paired zero experts": ("paired zero experts, silent", "paired_kl", (12, -4)),
+    "the same, waking up, hidden states matched": (
+        "waking up, hidden states matched",
+        "low_rank_matched_kl",
+        (12, 4),
+    ),
 }
 """What is trained, at several shares, by its name in the README's table: name and colour here, and where to write."""
 POINTS = {
-    "paired_untrained": ("paired, fitted, not trained", (8, -84)),
+    "low_rank_untrained": ("waking up, fitted, not trained", (8, -84)),
     "top_p": ("top-p", (11, 0)),
     "static_topk_half": ("top-k halved", (11, 0)),
 }
@@ -55,7 +60,9 @@ def picture(report: dict) -> str:
         point = where(report["arms"][name])
         own = colour(len(colours))
         look = {"markerfacecolor": colour("card"), "markeredgecolor": own, "markeredgewidth": 2.2}
-        (mark,) = axes.plot(*point, "o" if name.startswith("paired") else "s", markersize=8, zorder=4, **look)
+        (mark,) = axes.plot(
+            *point, "o" if name.startswith("low_rank") else "s", markersize=8, zorder=4, **look
+        )
         drawing.titled(mark, f"{name}: {point[0]:.1%} skipped, KL {point[1]:.4f}")
         _write(axes, label, point, aside)
         colours.append((ARMS[name].light, ARMS[name].dark))

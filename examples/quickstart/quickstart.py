@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from arms import EXPORTED, PRUNED, Arm  # noqa: E402
+from arms import EXPORTED, FITS, PRUNED, Arm  # noqa: E402
 from figures import add_spread, environment, history_of  # noqa: E402
 from models import MODELS  # noqa: E402
 
@@ -226,7 +226,7 @@ def main() -> int:
     convert(walk, args.teacher.resolve(), {arm.start for arm in arms})
     prompts = args.prompts.resolve()
     answer(walk, prompts)
-    for name, flags in MODELS[args.model].fits.items():
+    for name, flags in FITS.items():
         if any(arm.start == name for arm in arms):
             fit(walk, name, flags)
     for name in PRUNED:

@@ -14,14 +14,19 @@ LABELS = {
     "dynamic_skipping": "Dynamic Skipping, tuned to 50%",
     "top_p": "top-p, tuned to 50%",
     "injected_untrained": "zero rows injected",
-    "paired_untrained": "paired zero experts, fitted",
+    "paired_untrained": "silent paired zero experts, fitted",
+    "low_rank_untrained": "zero experts that wake up, fitted",
     "net_kl": "NET: top-k halved + KL",
+    "net_matched_kl": "NET + KL + hidden states",
     "zeda_stage1_ce": "ZEDA stage 1, CE (paper)",
-    "zeda_stage1_kl": "ZEDA stage 1, KL (default)",
-    "paired_kl": "paired zero experts + KL",
+    "zeda_stage1_kl": "ZEDA stage 1, KL",
+    "zeda_target_matched_kl": "ZEDA stage 1, KL + hidden states",
+    "paired_kl": "silent paired zero experts + KL",
+    "paired_matched_kl": "silent paired zero experts + KL + hidden states",
+    "low_rank_matched_kl": "**zero experts that wake up + KL + hidden states**",
     "logw_threshold_kl": "threshold on the routing weight + KL",
     "beam_kl": "learned mask (BEAM-like) + KL",
-    "paired_trained_kl": "paired zero experts, head trained too",
+    "paired_trained_kl": "silent paired zero experts, head trained too + KL",
     "adamoe": "null experts, AdaMoE's loss + KL",
 }
 FRONTIER = {
@@ -32,11 +37,17 @@ FRONTIER = {
         "62%": "zeda_stage1_kl_62",
         "75%": "zeda_stage1_kl_75",
     },
-    "paired zero experts": {
+    "silent paired zero experts": {
         "25%": "paired_kl_25",
         "50%": "paired_kl",
         "62%": "paired_kl_62",
         "75%": "paired_kl_75",
+    },
+    "the same, waking up, hidden states matched": {
+        "25%": "low_rank_matched_kl_25",
+        "50%": "low_rank_matched_kl",
+        "62%": "low_rank_matched_kl_62",
+        "75%": "low_rank_matched_kl_75",
     },
     "NET, trained for k = 1 to 4": {
         "25%": "net_range_kl_dial_25",

@@ -25,18 +25,23 @@ source "$settings"
 : "${WORK:?is missing in the settings: the folder of all results}"
 : "${RECIPE:?is missing in the settings: the folder of stage0.yaml, stage1.yaml, stage2.yaml}"
 : "${NODES:=1}" "${GPUS_PER_NODE:=0}" "${SHARDS:=1}" "${STAGE0_NODES:=1}" "${SEED:=1234}" "${STAGE2:=1}"
-: "${TASKS_PER_NODE:=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}" "${HANG_MINUTES:=60}" "${MAX_RESTARTS:=50}"
+: "${STAGE1:=1}" "${TASKS_PER_NODE:=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}" "${HANG_MINUTES:=60}" "${MAX_RESTARTS:=50}"
 : "${SERVER_PORT:=8000}" "${SERVER_START_SECONDS:=3600}"
 : "${PYTHON:=python}" "${CONTAINER:=}" "${CPUS_PER_TASK:=}" "${WATCH_SECONDS:=20}"
-for name in ROLLOUTS CONTAINER_MOUNTS PLAN SERVER {CONVERT,STAGE0,STAGE1,STAGE2,EXPORT,EVALUATE}_FLAGS; do
+for name in ROLLOUTS CONTAINER_MOUNTS PLAN SERVER {CONVERT,STAGE0,FIT,STAGE1,STAGE2,EXPORT,EVALUATE}_FLAGS; do
   declare -p "$name" &>/dev/null || declare -a "$name=()"
 done
 export PYTHON NPROC_PER_NODE=1 # a task of srun is one process
+# What stages 1 and 2 begin from, and what is made in the end. Shared zero experts come with the conversion.
+begin=$WORK/fitted
+[[ " ${CONVERT_FLAGS[*]} " != *" --num-zero-experts "* ]] || begin=$WORK/start
+made=$begin
+((!STAGE1)) || made=$WORK/stage$((STAGE2 ? 2 : 1))
 restarts=${SLURM_RESTART_COUNT:-0}
 # The id of an array's last task is that of the array: `scontrol requeue` would take all of them.
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 me=${me:-${SLURM_JOB_ID:-0}}
-child='' heard='' asked='' hung=''
+child='' heard='' asked='' hung='' healthy=''
 overlap=() # options of steps that share the job's machines with another
 
 trap 'heard=1 asked=USR1; pass_on USR1' USR1 # the time limit is near
@@ -109,7 +114,7 @@ serve() { # nodes, port, log, command: the same server on every node, in a step 
   else
     hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is missing: start with sbatch}")
     urls=()
-    for host in $hosts; do urls+=("http://$host:$port/v1"); done
+    for host in $hosts; do urls+=("http://$(address "$host"):$port/v1"); done
     mkdir -p "${log%/*}"
     "${line[@]}" "$@" >>"$log" 2>&1 &
     servers=$!
@@ -121,22 +126,35 @@ serve() { # nodes, port, log, command: the same server on every node, in a step 
   GPUS_PER_NODE=0 TASKS_PER_NODE=1
 }
 
+answers() { # what stage 0 writes is ROLLOUTS, unless the settings name others
+  local i
+  ((${#ROLLOUTS[@]})) || for ((i = 0; i < SHARDS; i++)); do ROLLOUTS+=("$WORK/rollouts/shard-$i-of-$SHARDS.jsonl"); done
+}
+
 one_task() { # command: must succeed
   srun_here 1 1 "$@"
   ((rc == 0)) || exit "$rc"
 }
 
-meet() { # where the processes of several nodes find one another: the first node, under the address that Slurm uses
-  local hosts first address
+meet() { # where the processes of several nodes find one another: the first node
+  local hosts first
   [[ -z ${ZEDA_DRY_RUN:-} ]] || return 0
   hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is missing: start with sbatch}")
   read -r first <<<"$hosts"
-  address=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' || true)
-  export MASTER_ADDR=${address#NodeAddr=}
-  MASTER_ADDR=${MASTER_ADDR:-$first}
+  MASTER_ADDR=$(address "$first")
+  export MASTER_ADDR
 }
 
-health() { # nodes: every one has the packages, sees its GPUs and can write
+address() { # node: where Slurm finds it, else its name
+  local found
+  found=$(scontrol show node "$1" | grep -o 'NodeAddr=[^ ]*' || true)
+  found=${found#NodeAddr=}
+  echo "${found:-$1}"
+}
+
+health() { # nodes: every one has the packages, sees its GPUs and can write; asked once a job
+  [[ -z $healthy ]] || return 0
+  healthy=1
   srun_here "$1" 1 "$PYTHON" -m zeda_megatron doctor --brief --expect-gpus "$GPUS_PER_NODE" --writable "$WORK"
   ((rc == 0)) || [[ -n $asked ]] ||
     fail "health check failed ($rc): the lines above name the node; mend it, or leave it out (--exclude in SBATCH_FLAGS)"

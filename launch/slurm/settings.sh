@@ -4,15 +4,18 @@
 
 # Paths, all on a file system that every node sees.
 HF=/data/Qwen3-30B-A3B                    # the released model, as downloaded
-WORK=/data/zeda_qwen3                     # everything is written here: start/, rollouts/, stage1/, stage2/, hf/, logs/
+WORK=/data/zeda_qwen3                     # everything is written here: start/, rollouts/, fitted/, stage1/, ..., logs/
 RECIPE=examples/qwen3_30b_a3b             # stage0.yaml, stage1.yaml, stage2.yaml
 PROMPTS=/data/prompts.jsonl               # lines with `prompt`
 # ROLLOUTS=()                             # released answers: files that take the place of stage 0
 # HELDOUT=                                # conversations to evaluate on; empty: no evaluation
 
 # The model.
-CONVERT_FLAGS=(--num-zero-experts 64)     # of zeda convert hf-to-megatron
+# CONVERT_FLAGS=()                        # of zeda convert hf-to-megatron. (--num-zero-experts 64): the paper's shared
+#                                         # zero experts in place of fitted ones, and no fit
+FIT_FLAGS=(--bf16 --expert-model-parallel-size 8)  # of zeda fit, on one node
 # SEED=1234
+# STAGE1=1                                # 0: export what was fitted
 # STAGE2=1                                # 0: export what stage 1 made
 
 # Machines. A task is one process: one per GPU.
@@ -36,7 +39,7 @@ EVALUATE_FLAGS=(--eval-rows 64)           # after stage 1's: the evaluation runs
 EXPORT_FLAGS=(--dtype bf16)               # of zeda convert megatron-to-hf
 
 # Time limits. A training job that meets its limit saves, goes back into the queue and goes on from there.
-# TIME_CONVERT=04:00:00 TIME_STAGE0=24:00:00 TIME_STAGE1=24:00:00 TIME_STAGE2=24:00:00
+# TIME_CONVERT=04:00:00 TIME_STAGE0=24:00:00 TIME_FIT=04:00:00 TIME_STAGE1=24:00:00 TIME_STAGE2=24:00:00
 # TIME_EXPORT=04:00:00 TIME_EVALUATE=04:00:00
 # SAVE_SECONDS=600                        # before the limit comes the signal to save; a save must take less
 # HANG_MINUTES=60                         # a stage that writes no step for so long is ended and started again

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submits convert -> stage 0 (an array) -> stage 1 -> stage 2 -> export -> evaluate, each after the one before.
+# Submits convert -> stage 0 (an array) -> fit -> stage 1 -> stage 2 -> export -> evaluate, each after the one before.
 #
 #   bash launch/slurm/submit_chain.sh SETTINGS.sh [--dry-run] [--from STEP] [--to STEP] [--shards LIST]
 #
 #   --dry-run       prints every sbatch command, and under it what its job will run; submits nothing
-#   --from, --to    only these steps: convert, stage0, stage1, stage2, export, evaluate
+#   --from, --to    only these steps: convert, stage0, fit, stage1, stage2, export, evaluate
 #   --shards LIST   of stage 0 only these, as sbatch --array takes them: `--from stage0 --shards 3,7` after two failed
 #
 # The same command again is safe: what is done is found done, what was begun goes on, and two jobs never write into one
@@ -16,7 +16,7 @@ fail() {
   echo "error: $*" >&2
   exit 2
 }
-steps=(convert stage0 stage1 stage2 export evaluate)
+steps=(convert stage0 fit stage1 stage2 export evaluate)
 settings=${1:?is missing: bash launch/slurm/submit_chain.sh SETTINGS.sh}
 shift
 from=convert to=evaluate dry='' shards=''
@@ -51,7 +51,9 @@ declare -p SBATCH_FLAGS &>/dev/null || SBATCH_FLAGS=()
 wanted() { # whether a step is part of this chain
   case $1 in
     stage0) ((${#ROLLOUTS[@]} == 0)) || return 1 ;;
-    stage2) ((STAGE2)) || return 1 ;;
+    fit) [[ $begin == */fitted ]] || return 1 ;;
+    stage1) ((STAGE1)) || return 1 ;;
+    stage2) ((STAGE1 && STAGE2)) || return 1 ;;
     evaluate) [[ -n ${HELDOUT:-} ]] || return 1 ;;
   esac
   local step inside=''
@@ -66,6 +68,7 @@ place() { # sbatch's flags of a step, into `line`
   local nodes=1 tasks=1 time=TIME_${1^^} limit=04:00:00 gpus=0
   case $1 in
     stage0) nodes=$STAGE0_NODES tasks=$TASKS_PER_NODE limit=24:00:00 gpus=$GPUS_PER_NODE ;;
+    fit) gpus=$GPUS_PER_NODE ;;
     stage1 | stage2) nodes=$NODES tasks=$TASKS_PER_NODE limit=24:00:00 gpus=$GPUS_PER_NODE ;;
     evaluate) nodes=$NODES tasks=$TASKS_PER_NODE limit=04:00:00 gpus=$GPUS_PER_NODE ;;
   esac

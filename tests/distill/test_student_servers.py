@@ -1,5 +1,7 @@
 """Stage 2 on servers that follow the student: their answers are its own, whatever happens to a server."""
 
+import threading
+
 import openai_stand_in
 import pytest
 import tiny_world
@@ -121,6 +123,33 @@ def test_a_server_that_goes_leaves_its_questions_to_the_others_and_may_come_back
     assert len(model.asked) + len(other.asked) == 16 and len(model.asked) > 3
     said = capfd.readouterr().err
     assert "1 servers go on without it" in said and f"{server.url}: is back" in said
+
+
+def test_a_run_that_ended_in_the_middle_of_a_round_asks_for_nothing_that_has_come(
+    world, serve, tmp_path, capfd
+):
+    whole_model, server = serve()
+    whole = run(world, tmp_path / "whole", server, save_interval=2)
+
+    def dies(model):
+        def complete(path, order):
+            if path == "/inference/v1/generate" and len(model.asked) >= model.last:
+                return 503, "gone"
+            return model(path, order)
+
+        return complete
+
+    model, server = serve(complete=dies)
+    model.last = 14  # in the round of step 4; the checkpoint is of step 2
+    with pytest.raises(UserError, match="no server is left, the same command goes on"):
+        run(world, tmp_path / "parts", server, save_interval=2, rollout_concurrency=1)
+    threading.Event().wait(1)  # whoever was asking has heard of the end
+    model.last = 99
+    parts = run(world, tmp_path / "parts", server, save_interval=2, load=tmp_path / "parts")
+    assert parts == whole
+    assert sorted(model.asked) == sorted(whole_model.asked), "asked twice, or not at all"
+    said = capfd.readouterr().err
+    assert "4 of 4 answers are in" in said and "2 of 4 answers are in" in said
 
 
 def test_an_update_that_a_killed_run_left_open_is_ended(world, serve, tmp_path):

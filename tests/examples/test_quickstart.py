@@ -131,7 +131,7 @@ def test_all_arms_are_read_by_the_training_and_start_from_one_another(name):
     model = MODELS[name]
     assert model.full[: len(model.arms)] == model.arms
     assert len({arm.name for arm in model.full}) == len(model.full)
-    assert {"net_kl", "paired_kl"} <= {arm.name for arm in model.arms}
+    assert {"net_kl", "low_rank_untrained", "low_rank_matched_kl"} <= {arm.name for arm in model.arms}
     if name == "glm":
         assert {"static_topk_half", "zeda_stage1_kl"} <= {arm.name for arm in model.arms}
         assert {"net_stage2", "zeda_stage2"} <= {arm.name for arm in model.full}
@@ -144,20 +144,22 @@ def test_all_arms_are_read_by_the_training_and_start_from_one_another(name):
             assert arm.start.removeprefix("arms/") in {other.name for other in model.full}
 
 
-@pytest.mark.parametrize(("name", "shares"), [("qwen3", (0.5, 0.502, 0.531, 0.516, 0.548)), ("wide", None)])
-def test_woken_zero_experts_are_compared_at_equal_multiply_adds(name, shares):
+@pytest.mark.parametrize(
+    ("name", "rank", "shares"), [("qwen3", 4, (0.5, 0.502, 0.531, 0.516, 0.548)), ("wide", 12, None)]
+)
+def test_woken_zero_experts_are_compared_at_equal_multiply_adds(name, rank, shares):
     """By hand: of F*3*H multiply-adds of an expert, a constant takes H, rank r (2r + 1)*H; 32 units 32*(H + N)."""
     sys.path.insert(0, str(QUICKSTART))
-    from arms import SHAPE, WOKEN
+    from arms import SHAPE
     from models import WIDE
 
     shape = {"qwen3": SHAPE, "wide": WIDE}[name]
-    starts = ("paired", *WOKEN)
+    starts = ("paired", "constant", "sharp", "low_rank", "awake")
     found = [shape.share(start, 0.5) for start in starts]
     assert shares is None or found == [*shares]
     one = 3 * shape.hidden * shape.width
     for start, share in zip(starts, found):
-        each = {"constant": 1, "low_rank": 2 * shape.rank + 1, "awake": 2 * shape.rank + 1}.get(start, 0)
+        each = {"constant": 1, "low_rank": 2 * rank + 1, "awake": 2 * rank + 1}.get(start, 0)
         units = 32 if start in ("sharp", "awake") else 0
         cost = shape.picks * ((1 - share) * one + share * each * shape.hidden)
         cost += units * (shape.hidden + shape.experts)
@@ -264,8 +266,8 @@ def test_the_picture_of_the_readme_shows_the_committed_report():
 def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
     """Everything that the steps make is there, with the figures of the committed report: what is left is the report."""
     report = json.loads((QUICKSTART / "results" / "report.json").read_text())
-    arms = ("paired_untrained", "net_kl", "zeda_stage1_kl")
-    for name in ("static", "dynamic", "paired", "rollouts.done", "hf"):
+    arms = ("low_rank_untrained", "net_kl", "low_rank_matched_kl")
+    for name in ("static", "dynamic", "low_rank", "rollouts.done", "hf"):
         (tmp_path / name).touch()
     (tmp_path / "measured").mkdir()
     check = report["environment"]["export_check"]
@@ -280,7 +282,7 @@ def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
         {"step": i, "consumed_tokens": 10 * i, "seconds": 0.5, "kd_loss": 1 / i, "zero_share": 0.5}
         for i in (1, 2, 3)
     ]
-    for name in ("net_kl", "zeda_stage1_kl"):
+    for name in ("net_kl", "low_rank_matched_kl"):
         folder = tmp_path / "arms" / name
         folder.mkdir(parents=True)
         (folder / "latest_checkpointed_iteration.txt").write_text("3")
@@ -301,17 +303,14 @@ def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
     )
     assert made["environment"]["export_check"] == check
     for arm in arms:
-        cost = {"adapt_tokens": 0, "adapt_seconds": 0} if arm == "paired_untrained" else {}
+        cost = {"adapt_tokens": 0, "adapt_seconds": 0} if arm == "low_rank_untrained" else {}
         cost = cost or {"adapt_tokens": 30, "adapt_seconds": 1.5}
         assert made["arms"][arm] == {**report["arms"][arm], **cost}
     assert "net_kl" in done.stdout and str(tmp_path / "report.html") in done.stdout
     assert '"loss per token over step"' in (tmp_path / "report.html").read_text()
 
 
-ARMS = {
-    "qwen3": {"static_topk_half", "net_kl", "zeda_stage1_kl", "paired_kl", "zeda_stage2"},
-    "glm": {"static_topk_half", "net_kl", "zeda_stage1_kl", "zeda_stage2"},
-}
+ARMS = {"static_topk_half", "net_kl", "zeda_stage1_kl", "low_rank_matched_kl", "zeda_stage2"}
 
 
 @pytest.mark.slow
@@ -336,7 +335,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(name,
     ]
     command += [
         "--arms",
-        ",".join(sorted(ARMS[name])),
+        ",".join(sorted(ARMS)),
         "--prompts",
         str(prompts),
         "--heldout",
@@ -346,7 +345,7 @@ def test_the_walk_ends_with_a_report_and_an_export_that_transformers_reads(name,
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["teacher"]["kl_to_teacher"] == 0
-    assert set(report["arms"]) == ARMS[name]
+    assert set(report["arms"]) == ARMS
     arms = report["arms"]
     assert arms["zeda_stage2"]["adapt_seconds"] > arms["zeda_stage1_kl"]["adapt_seconds"]
     assert arms["zeda_stage2"]["own_answers"]["reverse_kl"] > 0

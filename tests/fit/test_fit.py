@@ -215,6 +215,27 @@ def test_mistakes_are_named(world, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "width", "kind", "score", "rank"),
+    [
+        ({}, 96, "low_rank", "weight+head", 4),
+        ({}, 768, "low_rank", "weight+head", 16),
+        ({}, 1536, "low_rank", "weight+head", 32),
+        ({"stand_in_rank": 10}, 512, "low_rank", "weight+head", 10),
+        ({"zero_experts_type": "constant", "stand_in_rank": 10}, 768, "constant", "weight+head", 0),
+        ({"zero_experts_type": "zero"}, 768, "zero", "weight+head", 0),
+        ({"fit_target": "norm"}, 768, "zero", "weight+head+residual", 0),
+        ({"fit_target": "norm", "paired_score": "weight+head"}, 768, "low_rank", "weight+head", 16),
+    ],
+)
+def test_zero_experts_wake_up_at_two_hundredths_of_an_experts_width_unless_told_otherwise(
+    changes, width, kind, score, rank
+):
+    zero = FitOptions("a", ["b"], "c", **changes).zero(8, width)
+    assert (zero.zero_experts_type, zero.paired_score, zero.stand_in_rank) == (kind, score, rank)
+    zero.validate(8, 2)
+
+
 def test_a_fit_that_breaks_off_leaves_nothing(world, tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise KeyboardInterrupt

@@ -122,7 +122,7 @@ def test_servers_run_on_every_node_beside_the_one_who_asks_and_end_with_the_job(
         "--nodes=2 --ntasks=2 --ntasks-per-node=1" in server and "--overlap my-server --port 9000" in server
     )
     assert "--nodes=1 --ntasks=1" in client and "--overlap --gres=none" in client
-    assert "--rollout-url http://n3:9000/v1 http://n4:9000/v1 --rollout-wait 3600" in client
+    assert "--rollout-url http://10.0.0.3:9000/v1 http://n4:9000/v1 --rollout-wait 3600" in client
     assert "--pretrained-checkpoint" not in client and "--hf-config" in client
 
 

@@ -11,12 +11,16 @@ import pytest
 
 from zeda_megatron.config.arguments import parse
 from zeda_megatron.config.convert import ExportOptions, ImportOptions, VerifyOptions, read_conversion
+from zeda_megatron.config.fit import FitOptions
 from zeda_megatron.config.options import GROUPS, Options
+from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.planning import doctor as machine_check
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ROOT / "launch" / "slurm" / "submit_chain.sh"
-STEPS = ["convert", "stage0", "stage1", "stage2", "export", "evaluate"]
+STEPS = ["convert", "stage0", "fit", "stage1", "stage2", "export", "evaluate"]
+
+SHARED = {"CONVERT_FLAGS": "(--num-zero-experts 64)"}
 
 
 @pytest.fixture
@@ -87,11 +91,31 @@ def test_every_printed_command_is_understood(submit, tmp_path, monkeypatch):
     assert read == [ImportOptions, VerifyOptions, ExportOptions]
 
 
+def test_a_fit_is_understood_and_what_follows_begins_from_it(submit, tmp_path):
+    steps = printed(submit("--dry-run", SHARDS="2", PLAN="()"))
+    options = parse(after(steps["fit"][-1], "fit"), {"fit": FitOptions, "parallel": ParallelConfig})
+    options["fit"].validate(options["parallel"])
+    assert [Path(file).name for file in options["fit"].data_path] == [
+        "shard-0-of-2.jsonl",
+        "shard-1-of-2.jsonl",
+    ]
+    for settings, stage1, made in (
+        ({}, "fitted", "stage2"),
+        ({"STAGE1": "0"}, None, "fitted"),
+        ({"STAGE2": "0"}, "fitted", "stage1"),
+        (SHARED, "start", "stage2"),
+    ):
+        steps = printed(submit("--dry-run", PLAN="()", **settings))
+        begin = stage1 and after(steps["stage1"][-1], "--pretrained-checkpoint")[0]
+        exported = after(steps["export"][-1], "--megatron")[0]
+        assert (begin, exported) == (stage1 and f"{tmp_path}/work/{stage1}", f"{tmp_path}/work/{made}")
+
+
 def test_stage_0_from_servers_is_understood(submit, files, monkeypatch):
     steps = printed(
         submit("--dry-run", SERVER="(vllm serve m --port 9000)", SERVER_PORT="9000", STAGE0_NODES="2")
     )
-    _, doctor, server, _, client = steps["stage0"]
+    _, doctor, server, client = steps["stage0"]
     assert after(server, "serve") == ["m", "--port", "9000", "&"] and "--nodes=2" in server
     assert "--expect-gpus" in doctor and "--nodes=1" in client and "--overlap" in client
     monkeypatch.chdir(ROOT)
@@ -150,9 +174,11 @@ def test_with_a_container_every_command_runs_in_it_and_sees_the_folders(submit, 
     ("flags", "settings", "expected"),
     [
         (["--from", "stage1", "--to", "stage2"], {}, ["stage1", "stage2"]),
-        ([], {"STAGE2": "0"}, ["convert", "stage0", "stage1", "export", "evaluate"]),
-        ([], {"ROLLOUTS": "(/a.jsonl)"}, ["convert", "stage1", "stage2", "export", "evaluate"]),
-        (["--to", "stage1"], {"HELDOUT": ""}, ["convert", "stage0", "stage1"]),
+        ([], {"STAGE2": "0"}, ["convert", "stage0", "fit", "stage1", "export", "evaluate"]),
+        ([], {"STAGE1": "0"}, ["convert", "stage0", "fit", "export", "evaluate"]),
+        (["--to", "stage1"], SHARED, ["convert", "stage0", "stage1"]),
+        ([], {"ROLLOUTS": "(/a.jsonl)"}, ["convert", "fit", "stage1", "stage2", "export", "evaluate"]),
+        (["--to", "stage1"], {"HELDOUT": ""}, ["convert", "stage0", "fit", "stage1"]),
         ([], {"HELDOUT": ""}, STEPS[:-1]),
     ],
 )

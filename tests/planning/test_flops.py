@@ -299,7 +299,9 @@ def test_heads_and_stand_ins_of_paired_zero_experts_are_charged(capsys):
     awake = json.loads(capsys.readouterr().out)
     head = (128 * 2048 + 64 * (2048 + 128)) / (3 * 8 * 2048 * 768)
     assert awake["expert_flops"] == pytest.approx(0.5 + head + 0.5 * 33 / (3 * 768))
-    assert main([*flags, "--paired"]) == 0
+    assert main([*flags, "--paired", "--paired-head-width", "64"]) == 0  # with the rank of a fit
+    assert json.loads(capsys.readouterr().out)["expert_flops"] == awake["expert_flops"]
+    assert main([*flags, "--paired", "--stand-in-rank", "0"]) == 0
     silent = json.loads(capsys.readouterr().out)
     assert silent["expert_flops"] == pytest.approx(0.5 + 128 / (3 * 8 * 768))
     assert silent["flops_per_token"]["dynamic"]["stand_ins"] == 0

@@ -161,7 +161,8 @@ STAGE1 = {model: ["--config", f"{model}/stage1.yaml"] for model in (QWEN, GLM)}
 
 @pytest.mark.parametrize("model", [QWEN, GLM])
 def test_more_splitting_and_less_keeping_need_less(model):
-    plain = total(model, *STAGE1[model])
+    ahead = [*STAGE1[model], "--teacher-schedule", "ahead"]
+    plain = total(model, *ahead)
     for more in (
         ["--context-parallel-size", 2],
         ["--teacher-memory", "offload"],
@@ -171,15 +172,16 @@ def test_more_splitting_and_less_keeping_need_less(model):
         ["--loss-chunk-tokens", 512, "--distill-loss", "ce", "--seq-length", 8192],
         ["--zero-share", 0.5],
     ):
-        assert total(model, *STAGE1[model], *more)[0] < plain[0], more
-    assert total(model, *STAGE1[model], gpus=16)[0] < plain[0] < plain[1]
+        assert total(model, *ahead, *more)[0] < plain[0], more
+    assert total(model, *ahead, gpus=16)[0] < plain[0] < plain[1]
     for more in (["--no-use-distributed-optimizer"], ["--recompute-granularity", "selective"]):
-        assert total(model, *STAGE1[model], *more)[0] > plain[0], more
+        assert total(model, *ahead, *more)[0] > plain[0], more
 
 
+@pytest.mark.parametrize("stage", [["stage1.yaml"], ["stage2.yaml", "--generate-batch-size", 8]])
 @pytest.mark.parametrize("model", [QWEN, GLM])
-def test_advice_names_changes_that_keep_their_word(model):
-    stages = ["--config", f"{model}/stage2.yaml", "--generate-batch-size", 8]
+def test_advice_names_changes_that_keep_their_word(model, stage):
+    stages = ["--config", f"{model}/{stage[0]}", *stage[1:]]
     sheet = memory_sheet(command(model, *stages, "--gpu-memory", 79, gpus=8))
     assert sheet["verdict"] == "does not fit" and len(sheet["changes"]) > 2
     for change in sheet["changes"]:
@@ -205,7 +207,8 @@ def test_the_verdict_tells_even_from_worst_load():
 
 
 def test_a_fetched_teacher_is_there_during_its_own_pass_alone():
-    made = command(QWEN, *STAGE1[QWEN], "--teacher-memory", "offload", gpus=8)
+    offload = ["--teacher-memory", "offload", "--teacher-schedule", "ahead"]
+    made = command(QWEN, *STAGE1[QWEN], *offload, gpus=8)
     parallel = made.options.parallel
     (count,) = stage_parameters(made.arch, parallel, made.zero)
     shapes = Shapes.of(made.options, made.arch, made.zero, count, 0, 2, 0.0, worst=False)

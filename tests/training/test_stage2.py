@@ -298,7 +298,7 @@ def test_net_goes_through_stage_2(world, tmp_path):
         ({"rollout_batch_size": 4, "routing_replay": True}, "--routing-replay needs fresh answers"),
         (
             {"rollout_batch_size": 4, "distill_loss": "sampled_reverse_kl"},
-            "sampled_reverse_kl needs fresh answers.*--rollout-batch-size 4 serves 2",
+            "sampled_reverse_kl needs fresh answers.*--rollout-batch-size 4 .* 1 updates old",
         ),
         ({"truncated_answers": "drop"}, "--truncated-answers 'drop'.*train, mask"),
         ({"rollout_engine": "sglang"}, "--rollout-engine 'sglang'.*builtin, vllm"),

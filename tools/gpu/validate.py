@@ -150,7 +150,7 @@ class Validation:
 
     def paired(self) -> dict:
         """Fit of paired zero experts on both devices, then the same steps from one of the fits."""
-        tool = (sys.executable, str(self.root / "tools" / "fit_zero_rows.py"), "--fit-target", "effect")
+        tool = (sys.executable, str(self.root / "tools" / "fit_zero_rows.py"))
         data = ("--pretrained-checkpoint", str(self.work / "static"))
         data += ("--data-path", str(self.work / "rollouts.jsonl"), "--fit-rows", "8", "--held-out-rows", "2")
         fits = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,11 @@ from .zero_experts import PAIRED_TYPES, ZeroExpertConfig
 
 SCORES = {"norm": ZeroExpertConfig.paired_score, "effect": "weight+head"}
 """What is fitted -> the terms that a score then needs."""
+
+
+def stand_in_rank(expert_width: int) -> int:
+    """Rank of a fit's maps unless it is told another: 2% of the experts' neurons, rounded up to a multiple of 4."""
+    return 4 * math.ceil(0.02 * expert_width / 4)
 
 
 @dataclass(frozen=True)
@@ -31,17 +37,17 @@ class FitOptions:
     overwrite: bool = False
     """Replace the checkpoint in --save if there is one."""
 
-    fit_target: Literal["norm", "effect"] = "norm"
-    """norm: a head predicts the size of its expert's output. effect: the effect of the pick on the answer's
-    log-probability; takes a backward pass."""
+    fit_target: Literal["effect", "norm"] = "effect"
+    """effect: a head predicts what the pick does to the answer's log-probability; takes a backward pass. norm: the size
+    of its expert's output."""
 
     effect_floor: Amount = 1.0
     """For effect: part of an expert's output that counts wherever it points. 0: the bare effect, which starves
     tokens whose answer is certain. Large: the norm, weighted by how sensitive each layer is."""
 
     paired_score: str | None = None
-    """Terms of a pick's score, joined by '+': weight, head, residual. Without head nothing is fitted. Default:
-    weight+head+residual, for --fit-target effect weight+head."""
+    """Terms of a pick's score, joined by '+': weight, head, residual. Without head no head is fitted. Default:
+    weight+head, for --fit-target norm weight+head+residual."""
 
     paired_head: Literal["linear", "mlp"] = "linear"
     """linear: one ridge regression per expert. mlp: besides, hidden units that all experts of a layer share; fitted by
@@ -50,12 +56,13 @@ class FitOptions:
     paired_head_width: Count = 32
     """Hidden units of the mlp head."""
 
-    zero_experts_type: Literal[PAIRED_TYPES] = "zero"
+    zero_experts_type: Literal[PAIRED_TYPES] | None = None
     """What a zero expert gives in its expert's place: nothing (zero), a vector (constant), or a linear map of its input
-    and a vector (low_rank); fitted to what the skipped picks would have given."""
+    and a vector (low_rank); fitted to what the skipped picks would have given. Default: low_rank, with a score that has
+    residual zero."""
 
-    stand_in_rank: Count = 4
-    """Rank of the map of low_rank."""
+    stand_in_rank: Count | None = None
+    """Rank of the map of low_rank. Default: 2% of an expert's width, rounded up to a multiple of 4."""
 
     constants_only: bool = False
     """One constant per expert instead of a linear head."""
@@ -84,29 +91,34 @@ class FitOptions:
     bf16: bool = False
     """bfloat16 weights."""
 
-    def zero(self, num_experts: int) -> ZeroExpertConfig:
-        """The zero experts that the fit makes."""
+    def zero(self, num_experts: int, expert_width: int) -> ZeroExpertConfig:
+        """The zero experts that the fit makes, for experts of this many neurons."""
+        kind = self.zero_experts_type or ("zero" if "residual" in self._terms else "low_rank")
+        rank = self.stand_in_rank or stand_in_rank(expert_width)
         return ZeroExpertConfig(
             num_experts,
-            self.zero_experts_type,
+            kind,
             "paired",
-            self.paired_score or SCORES[self.fit_target],
+            "+".join(self._terms),
             self.paired_head_width if self.paired_head == "mlp" else 0,
-            self.stand_in_rank if self.zero_experts_type == "low_rank" else 0,
+            rank if kind == "low_rank" else 0,
         )
+
+    @property
+    def _terms(self) -> list[str]:
+        return (self.paired_score or SCORES[self.fit_target]).split("+")
 
     def validate(self, parallel: ParallelConfig) -> None:
         """Raise `UserError` naming the flag."""
         check_choices(self)
         parallel.validate()
         require(self, "pretrained_checkpoint", "data_path", "save")
-        terms = (self.paired_score or SCORES[self.fit_target]).split("+")
-        if self.zero_experts_type != "zero" and "residual" in terms:
+        if self.zero_experts_type in ("constant", "low_rank") and "residual" in self._terms:
             raise UserError(
                 f"--zero-experts-type {self.zero_experts_type} needs a score without residual: --fit-target effect, or "
                 "--paired-score weight+head"
             )
-        if self.paired_head == "mlp" and (self.constants_only or "head" not in terms):
+        if self.paired_head == "mlp" and (self.constants_only or "head" not in self._terms):
             raise UserError(
                 "--paired-head mlp needs a head that is fitted: not --constants-only, and head in the score"
             )

@@ -176,6 +176,12 @@ class Answer:
     kind: str = ""
     """Domain of the prompt."""
 
+    @classmethod
+    def of(cls, asked: Asked, made: Generation, version: int) -> Answer:
+        """What a student of so many updates has answered."""
+        parts = (made.response_ids, made.logprobs, made.finish_reason)
+        return cls(asked.prompt_ids, *parts, version, asked.kind)
+
 
 @dataclass(frozen=True)
 class Asked:

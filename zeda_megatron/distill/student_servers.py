@@ -103,8 +103,18 @@ class StudentServers:
 
         on_rank0(start)
 
-    def begin(self, prompts: list[list[int]], sampling: SamplingConfig, stream_ids: list[int]) -> None:
-        """Hand over the weights and ask; `generate` with the same prompts collects. All ranks call it."""
+    def begin(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        stream_ids: list[int],
+        heard: Callable[[int, Generation], None] = lambda number, made: None,
+    ) -> None:
+        """Hand over the weights and ask; `generate` with the same prompts collects. All ranks call it.
+
+        Args:
+            heard: gets every answer as it comes, from a thread of its own on rank 0.
+        """
         check_prompts(prompts, self.max_length)
         if sampling.temperature > HOTTEST:
             raise UserError(
@@ -116,7 +126,7 @@ class StudentServers:
             self.pool.look_again()
             self.pool.each(self._tell)
             one = partial(self._one, self.label, prompts, sampling, stream_ids)
-            self._asking = _Asking(self.pool.share_out(len(prompts), one))
+            self._asking = _Asking(self.pool.share_out(len(prompts), one), heard)
 
         on_rank0(start)
         self._begun = (prompts, stream_ids)
@@ -227,8 +237,11 @@ class StudentServers:
 class _Asking:
     """Answers of a round, collected while the caller does something else."""
 
-    def __init__(self, coming: Iterator[list[tuple[int, Generation]]]):
+    def __init__(
+        self, coming: Iterator[list[tuple[int, Generation]]], heard: Callable[[int, Generation], None]
+    ):
         self.made: dict[int, Generation] = {}
+        self._heard = heard
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._collect, args=[coming], daemon=True)
         self._thread.start()
@@ -236,7 +249,9 @@ class _Asking:
     def _collect(self, coming) -> None:
         try:
             for some in coming:
-                self.made.update(some)
+                for number, made in some:
+                    self._heard(number, made)
+                    self.made[number] = made
         except BaseException as error:
             self._failure = error
 

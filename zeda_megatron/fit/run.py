@@ -1,4 +1,4 @@
-"""Fit the heads of paired zero experts on the teacher's answers: `zeda fit`, seconds to minutes.
+"""Fit paired zero experts, heads and stand-ins, on the teacher's answers: `zeda fit`, seconds to minutes.
 
 Also under torchrun: data parallel, expert parallel, tensor parallel; one pipeline stage.
 """
@@ -87,7 +87,7 @@ class HeadFit:
                 f"--pretrained-checkpoint {options.pretrained_checkpoint}: has shared zero experts; give the static "
                 "model (convert it without --num-zero-experts)"
             )
-        self.zero = options.zero(arch.megatron["num_moe_experts"])
+        self.zero = options.zero(arch.megatron["num_moe_experts"], arch.megatron["moe_ffn_hidden_size"])
         # The weights stay what they are: an original's, or adapted ones.
         start = options.pretrained_checkpoint
         self.facts = replace(

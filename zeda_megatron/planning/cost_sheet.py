@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..config.fit import stand_in_rank
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.hf_config import zero_experts_of
@@ -344,18 +345,25 @@ def add_paired_flags(parser: argparse.ArgumentParser) -> None:
     """What a plan is told of paired zero experts, as a fit makes them."""
     add = parser.add_argument
     add("--paired-head-width", type=int, metavar="h", help="hidden units of paired heads (the checkpoint's)")
-    add("--stand-in-rank", type=int, metavar="r", help="rank of paired stand-ins (the checkpoint's)")
-    add("--paired", action="store_true", help="paired zero experts (the checkpoint's)")
+    add(
+        "--stand-in-rank",
+        type=int,
+        metavar="r",
+        help="rank of paired stand-ins (the checkpoint's, or a fit's)",
+    )
+    add(
+        "--paired", action="store_true", help="paired zero experts (the checkpoint's), as zeda fit makes them"
+    )
 
 
 def paired_zero_experts(
-    args: argparse.Namespace, experts: int, has: ZeroExpertConfig
+    args: argparse.Namespace, experts: int, expert_width: int, has: ZeroExpertConfig
 ) -> ZeroExpertConfig | None:
     """The paired zero experts that these flags, or the folder's config, ask for; None if they are shared."""
     given = (args.paired_head_width, args.stand_in_rank)
     if not (args.paired or has.paired or any(given)):
         return None
-    its = (has.paired_head_width, has.stand_in_rank)
+    its = (has.paired_head_width, has.stand_in_rank if has.paired else stand_in_rank(expert_width))
     width, rank = (its[i] if value is None else value for i, value in enumerate(given))
     kind = "low_rank" if rank else has.zero_experts_type if has.paired and not has.stand_in_rank else "zero"
     score = has.paired_score if has.paired else "weight+head"
@@ -372,7 +380,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{flag} {min(values)}: must be 1 or more")
     geometry = Geometry.read(args.hf)
     has = zero_experts_of(geometry.config)
-    zero = paired_zero_experts(args, geometry.experts, has)
+    zero = paired_zero_experts(args, geometry.experts, geometry.expert_width, has)
     if zero is None:
         number = args.num_zero_experts
         if number is None:

@@ -83,7 +83,7 @@ def read_command(argv: list[str]) -> Command:
     model, experts = options.model, arch.megatron["num_moe_experts"]
     has, number = zero_experts_of(arch.hf), model.num_zero_experts
     mine.paired |= model.zero_expert_routing == "paired"
-    zero = paired_zero_experts(mine, experts, has)
+    zero = paired_zero_experts(mine, experts, arch.megatron["moe_ffn_hidden_size"], has)
     if zero is None:
         if number is None:  # as many as the config has, else the paper's half
             number = has.num_zero_experts or experts // 2
@@ -271,9 +271,14 @@ def _candidates(
             changed = replace(options.optimizer, use_distributed_optimizer=True)
             yield "--use-distributed-optimizer", replace(options, optimizer=changed), about.gpus
         if distill.teacher_memory == "own":
-            changed = replace(distill, teacher_memory="offload")
-            yield "--teacher-memory offload", replace(options, distill=changed), about.gpus
-        if distill.teacher_schedule == "ahead" and not parallel.virtual_stages:
+            changed = replace(distill, teacher_memory="offload", teacher_schedule="ahead")
+            more = " --teacher-schedule ahead" if distill.teacher_schedule != "ahead" else ""
+            yield f"--teacher-memory offload{more}", replace(options, distill=changed), about.gpus
+        if (
+            distill.teacher_schedule == "ahead"
+            and distill.teacher_memory != "offload"
+            and not parallel.virtual_stages
+        ):
             changed = replace(distill, teacher_schedule="alongside")
             yield "--teacher-schedule alongside", replace(options, distill=changed), about.gpus
         if model.trainable == "all":

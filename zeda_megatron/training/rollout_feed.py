@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,10 +19,13 @@ from ..config.options import Options
 from ..data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, blank_row
 from ..data.rows import filled_up, rank_part, split_over_context
 from ..data.tokenizers import ChatTokenizer
-from ..distill.answers import Answer, Asked, RolloutEngine, Round, roll_out
+from ..distill.answers import Answer, Asked, Generation, RolloutEngine, Round, roll_out
+from ..runtime.agreement import from_rank0, rank
 from ..runtime.process_groups import device, seconds_now
 from .build import Student, rollout_engine
 from .feed import StepRows
+from .kept_answers import KeptAnswers, student_id
+from .log import told
 from .stage0 import Question
 
 
@@ -136,6 +140,33 @@ CALIBRATION_ROUNDS = 8
 """At most so many rounds of rollouts give the rows on which a threshold is set."""
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A round that is on its way."""
+
+    asked: list[Asked]
+    """Its questions."""
+    version: int
+    """Updates that the student had had."""
+    known: dict[int, Generation]
+    """Answers that need nobody, by stream id."""
+    student: str
+    """Its id, where answers are kept."""
+
+    @property
+    def missing(self) -> list[Asked]:
+        """Questions without an answer."""
+        return [one for one in self.asked if one.stream_id not in self.known]
+
+    def told(self, new: list[Answer]) -> list[Answer]:
+        """All answers, with those to `missing`."""
+        rest, answers = iter(new), []
+        for one in self.asked:
+            made = self.known.get(one.stream_id)
+            answers.append(next(rest) if made is None else Answer.of(one, made, self.version))
+        return answers
+
+
 class RolloutFeed:
     """Answers sampled from the student a moment ago.
 
@@ -173,7 +204,10 @@ class RolloutFeed:
         self._prompts_per_round = generate.prompts_per_round(options.optimizer.global_batch_size)
         self.prompts = self.answers = 0
         self.pending: list[Answer] = []
-        self._ahead: tuple[list[Asked], int] | None = None
+        self._ahead: _Opened | None = None
+        self.chunks, save = student.chunks, options.run.save
+        self._keeps = bool(save) and not generate.routing_replay  # picks are not on the disk
+        self.kept = KeptAnswers(Path(save)) if self._keeps and rank() == 0 else None
 
     def next_rows(self, step: int) -> StepRows:
         """Rows of the next step's answers; rolls out first if there are too few."""
@@ -205,7 +239,7 @@ class RolloutFeed:
         before = self.prompts, self.answers
         tokens, sample = 0, []
         for _ in range(CALIBRATION_ROUNDS):
-            made = self._roll_out(step=0).answers
+            made = self._roll_out(step=0, keep=False).answers
             sample += made
             tokens += sum(len(answer.prompt_ids) + len(answer.response_ids) for answer in made)
             if tokens >= count * self.options.data.seq_length:
@@ -229,6 +263,8 @@ class RolloutFeed:
 
     def state_dict(self) -> dict[str, Any]:
         self._collect_ahead()  # what is in a checkpoint is not asked twice
+        if self.kept:
+            self.kept.forget()
         return {
             "prompts": self.prompts,
             "answers": self.answers,
@@ -259,10 +295,49 @@ class RolloutFeed:
             self.pending = [*self.pending, *self._roll_out(step=0).answers]
 
     def _ask_ahead(self, step: int) -> None:
-        asked = self._next_asked()
-        prompts, streams = [one.prompt_ids for one in asked], [one.stream_id for one in asked]
-        self.engine.begin(prompts, self.sampling, streams)
-        self._ahead = asked, step
+        self._ahead = self._open(step)
+        self._begin(self._ahead)
+
+    def _roll_out(self, step: int, keep: bool = True) -> Round:
+        """Answers to the next prompts, or to those that were asked ahead."""
+        opened, begun = self._ahead or self._open(step, keep), self._ahead is not None
+        self._ahead = None
+        if not opened.missing:
+            return Round(opened.told([]), None, {}, self.picks_shape)
+        serves = hasattr(self.engine, "begin")
+        if serves and not begun:
+            self._begin(opened)
+        replay = self.options.generate.routing_replay
+        made = roll_out(self.engine, opened.missing, self.sampling, opened.version, replay, self.picks_shape)
+        if not serves:
+            for question, answer in zip(opened.missing, made.answers, strict=True):
+                self._keep(opened, question.stream_id, answer)
+        return replace(made, answers=opened.told(made.answers))
+
+    def _open(self, step: int, keep: bool = True) -> _Opened:
+        """Take the next prompts; some of them this student may have answered already, before the run was stopped."""
+        asked, known, student = self._next_asked(), {}, ""
+        if keep and self._keeps:
+            if self.kept:
+                student = student_id(self.chunks, self.fingerprint())
+                known = self.kept.of(student, asked)
+            known = from_rank0(known)
+            if known and self.kept:
+                told(f"{len(known)} of {len(asked)} answers are in {self.kept.path}")
+        return _Opened(asked, step, known, student)
+
+    def _begin(self, opened: _Opened) -> None:
+        """Ask servers; what comes is kept at once."""
+        missing = opened.missing
+        prompts, streams = [one.prompt_ids for one in missing], [one.stream_id for one in missing]
+        if missing:
+            self.engine.begin(
+                prompts, self.sampling, streams, lambda i, made: self._keep(opened, streams[i], made)
+            )
+
+    def _keep(self, opened: _Opened, stream_id: int, made: Generation | Answer) -> None:
+        if self.kept and opened.student:
+            self.kept.keep(opened.student, opened.version, stream_id, made)
 
     def _next_asked(self) -> list[Asked]:
         """Take the next prompts."""

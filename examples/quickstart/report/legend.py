@@ -23,6 +23,10 @@ class Arm:
 
 
 _OURS = {
+    "low_rank_matched_kl": ("zero experts that wake up, distilled (KL, hidden states)", "#ae3ec9", "#e599f7"),
+    "low_rank_untrained": ("zero experts that wake up, fitted only", "#9c6bb0", "#c9a3d9"),
+    "paired_matched_kl": ("paired zero experts, distilled (KL, hidden states)", "#d9730d", "#ffb066"),
+    "zeda_target_matched_kl": ("shared zero experts, distilled (KL, hidden states)", "#1c7ed6", "#74c0fc"),
     "paired_kl": ("a zero expert beside every real one, distilled (KL)", "#d9480f", "#ff922b"),
     "zeda_stage1_kl": ("shared zero experts, distilled (KL)", "#1864ab", "#4dabf7"),
     "zeda_stage1_ce": ("shared zero experts, the paper's stage 1 (CE)", "#0c8599", "#3bc9db"),
@@ -48,6 +52,7 @@ _OURS = {
 _BASELINES = {
     "net_range_kl": ("top-k cut, trained for all k", "#495057", "#ced4da"),
     "net_kl": ("top-k halved, the same distillation (KL)", "#343a40", "#e9ecef"),
+    "net_matched_kl": ("top-k halved, distilled (KL, hidden states)", "#212529", "#f1f3f5"),
     "net_stage2": ("top-k halved: the same, then on-policy", "#5c5f66", "#c1c2c5"),
     "net_stage2_sampled": ("top-k halved: then the paper's policy gradient", "#373a40", "#909296"),
     "net_more": ("top-k halved: the same, then as long again", "#25262b", "#dee2e6"),
