@@ -192,7 +192,6 @@ def test_a_folder_that_the_server_does_not_see_is_named(world, serve, tmp_path):
         ({"rollout_ahead": 1, "rollout_engine": "builtin", "rollout_url": None}, "--rollout-ahead is for"),
         ({"rollout_ahead": 1, "max_staleness": 0}, "--max-staleness 0: .* up to 1 updates old"),
         ({"max_staleness": 0, "rollout_batch_size": 4}, "--max-staleness 0: .* up to 1 updates old"),
-        ({"rollout_ahead": 1, "distill_loss": "sampled_reverse_kl"}, "needs fresh answers"),
         ({"save": None}, "--rollout-weights is missing"),
     ],
 )

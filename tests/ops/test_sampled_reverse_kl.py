@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -46,6 +48,33 @@ def test_value_and_gradient_are_reverse_kls_on_average_over_the_students_samples
         torch.testing.assert_close(mean, wanted, rtol=1e-10, atol=1e-10)
     single = run(operator, "sampled_reverse_kl", *tensors, labels_T, weights_T)
     assert (single[1] - exact[1]).norm() > 0.1 * exact[1].norm()  # one draw is not the mean
+
+
+@pytest.mark.parametrize("operator", [fused_distill_loss, reference_distill_loss])
+def test_over_an_older_students_samples_the_mean_is_the_same_where_no_label_is_cut(operator, case):
+    *tensors, labels_T, weights_T = case
+    p_TV = log_probabilities(*tensors[:2]).exp()
+    older_TV = (p_TV + torch.rand_like(p_TV).softmax(dim=1)) / 2  # nowhere less than half of p
+    sums = None
+    for label in range(TRUE_VOCAB):
+        drawn_T, m_T = torch.full((TOKENS,), label), older_TV[:, label]
+        rest = (*tensors, drawn_T, weights_T * m_T, m_T.log())
+        parts = run(operator, "sampled_reverse_kl", *rest)
+        sums = parts if sums is None else [total + part for total, part in zip(sums, parts)]
+    for mean, wanted in zip(sums, run(operator, "reverse_kl", *tensors, labels_T, weights_T)):
+        torch.testing.assert_close(mean, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("operator", [fused_distill_loss, reference_distill_loss])
+def test_a_label_that_has_become_much_likelier_counts_twice_and_no_more(operator, case):
+    hidden_TH, head_VH, *_, labels_T, _ = case
+    logp_T = log_probabilities(hidden_TH, head_VH).gather(1, labels_T[:, None]).squeeze(1)
+    plain = run(operator, "sampled_reverse_kl", *case)
+    for shift in (0.0, 0.5, 3.0, -1.0):
+        factor = min(math.exp(shift), 2.0)
+        found = run(operator, "sampled_reverse_kl", *case, logp_T - shift)
+        for one, other in zip(found, plain):
+            torch.testing.assert_close(one, factor * other)
 
 
 @pytest.mark.parametrize("operator", [fused_distill_loss, reference_distill_loss])

@@ -168,13 +168,6 @@ class Options:
             raise UserError(
                 "--distill-loss sampled_reverse_kl is for stage 2: its tokens must be sampled from the student"
             )
-        lag = self.generate.lag(self.optimizer.global_batch_size)
-        if lag:
-            raise UserError(
-                f"--distill-loss sampled_reverse_kl needs fresh answers for every step; with --rollout-batch-size "
-                f"{self.generate.rollout_batch_size} and --rollout-ahead {self.generate.rollout_ahead} they are up to "
-                f"{lag} updates old: leave these away, or choose reverse_kl"
-            )
 
     @property
     def sequence_multiple(self) -> int:

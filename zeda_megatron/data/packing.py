@@ -43,6 +43,8 @@ class PackedBatch:
     """Domain of each sequence ("" for padding)."""
     picks: Tensor | None = None
     """int16 [1, S, L, K]: experts that routing replay takes (`moe.replay`); -1 leaves it to the router."""
+    drawn: Tensor | None = None
+    """float32 [1, S]: log-probability that the label was sampled with, where an older student sampled it."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """A copy with every tensor on `device`."""

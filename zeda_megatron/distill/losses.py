@@ -26,7 +26,7 @@ def distill_loss(
 
     Hidden states are what the final norm gives, [S, B, H] in Megatron's order; with `sequence_parallel` (and
     a group of several ranks) each rank passes its [S / TP, B, H] part. Labels and weights (floats, 0 = not counted)
-    are [B, S]: whole sequences on every rank.
+    are [B, S], `drawn` too: whole sequences on every rank.
 
     The gradient of the hidden states is complete: summed over the group here. The teacher gets none. Loss
     and metrics are the same on every rank of the group: reduce them over data-parallel ranks only.
@@ -43,6 +43,7 @@ def distill_loss(
         hidden=_enter_tp_region(inputs.hidden, tp_group, sequence_parallel).flatten(0, 1),
         labels=inputs.labels.t().flatten(),
         weights=inputs.weights.t().flatten(),
+        drawn=None if inputs.drawn is None else inputs.drawn.t().flatten(),
         teacher_hidden=teacher_TH,
     )
     return fused_distill_loss(

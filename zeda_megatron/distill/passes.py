@@ -96,6 +96,7 @@ def row_loss(
         *(teacher or (None, None)),
         batch.labels.to(hidden.device),
         batch.loss_mask.to(hidden.device),
+        None if batch.drawn is None else batch.drawn.to(hidden.device),
     )
     return distill_loss(
         inputs,

@@ -13,8 +13,9 @@ divided by it:
 
 "sampled_reverse_kl" is the token-level policy gradient of the paper's stage 2 (arXiv 2605.18643), for labels that
 the student has sampled: the advantage A carries no gradient, so value and gradient are not those of one function.
-Over labels drawn from p, their means are the value and the gradient of "reverse_kl". "jsd" is the generalised
-Jensen-Shannon divergence of GKD (arXiv 2306.13649).
+Over labels drawn from p, their means are the value and the gradient of "reverse_kl". Labels of an older student, drawn
+with probability m, count p[label] / m times, `MOST_IMPORTANT` times at most (truncated importance sampling: no label
+outweighs all others). "jsd" is the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649).
 
 Dimensions: C tokens of the chunk, H hidden, V columns of this rank, R ranks, P numbers of a rank per token,
 X values reported per token.
@@ -29,6 +30,9 @@ import torch
 import torch.distributed as dist
 
 from zeda_megatron.ops.vocab_scores import STATISTICS, JoinedScores, all_gather, label_columns, local_scores
+
+MOST_IMPORTANT = 2.0
+"""No label of an older student counts more often than this."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,11 @@ def chunk_loss(
     labels_C: torch.Tensor,
     plan: LossPlan,
     want_grad: bool,
+    drawn_C: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """values_XC and d loss / d z [C, V] (None without `want_grad`), both in `compute_dtype`.
 
+    `drawn_C` are the log-probabilities that an older student drew the labels with ("sampled_reverse_kl").
     `teacher_inputs` is None or (hidden_CH, head_VH); head rows are this rank's without padding. The values
     are the rows loss, ce and, with a teacher, teacher_ce, KL(teacher || student), top-1 agreement: the same
     on every rank.
@@ -108,6 +114,8 @@ def chunk_loss(
             dlogits_CV = ratio_CV.add_((shift_C - teacher_shift_C - loss_C)[:, None]).mul_(p_CV)
     elif plan.kind == "sampled_reverse_kl":
         loss_C = teacher.ce_C - student.ce_C
+        if drawn_C is not None:
+            loss_C = loss_C * importance(-student.ce_C, drawn_C)
         if want_grad:
             dlogits_CV = _ce_gradient(p_CV, student, labels_C, plan).mul_(-loss_C[:, None])
     else:
@@ -115,6 +123,11 @@ def chunk_loss(
         q_CV.mul_(teacher_shift_C.exp()[:, None])
         loss_C, dlogits_CV = _jsd(p_CV, q_CV, ratio_CV.add_((shift_C - teacher_shift_C)[:, None]), plan)
     return torch.stack([loss_C, student.ce_C, teacher.ce_C, kl_C, agree_C]), dlogits_CV
+
+
+def importance(logp_T: torch.Tensor, drawn_T: torch.Tensor) -> torch.Tensor:
+    """How often a label counts that was drawn with another log-probability than it has now."""
+    return (logp_T - drawn_T).exp().clamp(max=MOST_IMPORTANT)
 
 
 def _ce_gradient(exp_CV, student, labels_C, plan):

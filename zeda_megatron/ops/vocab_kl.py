@@ -12,13 +12,14 @@ X values per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from zeda_megatron.ops.vocab_chunk import LossPlan, chunk_loss
+from zeda_megatron.ops.vocab_chunk import LossPlan, chunk_loss, importance
 from zeda_megatron.ops.vocab_scores import compute_dtype
 
 from ..config.run import LOSS_KINDS
@@ -42,6 +43,8 @@ class LossInputs:
     weights: torch.Tensor
     """Weight of every token, any sign. Tokens of weight 0 are dropped before any GEMM, so their labels and hidden
     states may hold anything."""
+    drawn: torch.Tensor | None = None
+    """For "sampled_reverse_kl" with labels of an older student: the log-probability that each was drawn with."""
 
     def check(self) -> None:
         """Raise ValueError for tensors that do not fit together."""
@@ -52,6 +55,8 @@ class LossInputs:
             raise ValueError(
                 f"{tokens} hidden states, labels {self.labels.shape}, weights {self.weights.shape}"
             )
+        if self.drawn is not None and self.drawn.shape != (tokens,):
+            raise ValueError(f"{tokens} hidden states, log-probabilities {self.drawn.shape}")
         if self.teacher_hidden is None:
             return
         if self.teacher_hidden.shape[0] != tokens:
@@ -120,6 +125,7 @@ def fused_distill_loss(
         inputs.teacher_weight_VH,
         inputs.labels,
         inputs.weights,
+        inputs.drawn if kind == "sampled_reverse_kl" else None,
         plan,
     )
     names = ("ce",) if inputs.teacher_hidden is None else ("ce", "teacher_ce", "kl", "top1_agreement")
@@ -128,7 +134,9 @@ def fused_distill_loss(
 
 class _FusedDistillLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, labels_T, weights_T, plan):
+    def forward(
+        ctx, hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, labels_T, weights_T, drawn_T, plan
+    ):
         dtype = compute_dtype(hidden_TH.dtype)
         kept_K = weights_T.nonzero().squeeze(1)
         labels_K, weights_K = labels_T[kept_K], weights_T[kept_K].to(dtype)
@@ -148,12 +156,15 @@ class _FusedDistillLoss(torch.autograd.Function):
         want_grad = grad_hidden_TH is not None or grad_weight_VH is not None
 
         values_XK = []
-        for kept_C, labels_C, weights_C in zip(
-            *(tensor.split(plan.chunk_tokens) for tensor in (kept_K, labels_K, weights_K))
+        drawn = repeat(None) if drawn_T is None else drawn_T[kept_K].to(dtype).split(plan.chunk_tokens)
+        for kept_C, labels_C, weights_C, drawn_C in zip(
+            *(tensor.split(plan.chunk_tokens) for tensor in (kept_K, labels_K, weights_K)), drawn
         ):
             hidden_CH = hidden_TH[kept_C]
             teacher = None if teacher_head_VH is None else (teacher_hidden_TH[kept_C], teacher_head_VH)
-            values_XC, dlogits_CV = chunk_loss(hidden_CH, head_VH, teacher, labels_C, plan, want_grad)
+            values_XC, dlogits_CV = chunk_loss(
+                hidden_CH, head_VH, teacher, labels_C, plan, want_grad, drawn_C
+            )
             values_XK.append(values_XC)
             if not want_grad:
                 continue
@@ -182,7 +193,7 @@ class _FusedDistillLoss(torch.autograd.Function):
         if grad_weight_VH is not None:
             scaled_VH = torch.empty_like(grad_weight_VH, dtype=ctx.weight_dtype)
             grad_weight_VH = torch.mul(grad_weight_VH, grad_loss, out=scaled_VH)
-        return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
+        return grad_hidden_TH, grad_weight_VH, None, None, None, None, None, None
 
 
 def _add_outer(total_VH, dlogits_CV, hidden_CH):
@@ -220,6 +231,8 @@ def reference_distill_loss(
             loss_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(dim=1)
         elif kind == "sampled_reverse_kl":
             value_T = (values["teacher_ce"] - ce_T).detach()
+            if inputs.drawn is not None:
+                value_T = value_T * importance(-ce_T.detach(), inputs.drawn.to(dtype))
             surrogate_T = -value_T * ce_T  # -A * log p(label) with A a constant
             loss_T = value_T + (surrogate_T - surrogate_T.detach())
         elif kind == "jsd":

@@ -43,6 +43,8 @@ class AnswerRows:
     """The rows of a rank are a multiple of this: blank ones fill up."""
     train_truncated: bool = True
     """Whether answers that were cut off are learned from."""
+    drawn: bool = False
+    """Whether rows tell the log-probabilities that their answers were sampled with."""
 
     def learns(self, answer: Answer) -> bool:
         """Whether its tokens count in the loss."""
@@ -69,12 +71,28 @@ class AnswerRows:
         data = PackedDataset(samples, self.seq_length, self.pad_id, seed=0, align=self.align)
         numbers = [data.row_samples(row) for row in range(data.rows_in_epoch(0))]
         rows = [data[row] for row in rank_part(range(len(numbers)))]
+        if self.drawn:
+            rows = self._with_drawn(rows, numbers, answers)
         if routing is not None:
             lengths = [len(sample.tokens) for sample in samples]
             rows = self._with_picks(rows, numbers, lengths, routing)
         rows = filled_up(rows, len(numbers), blank_row(self.seq_length, self.pad_id), self.multiple)
         total = len(rows) * parallel_state.get_data_parallel_world_size()
         return split_over_context(rows), total / len(numbers)
+
+    def _with_drawn(
+        self, rows: list[PackedBatch], numbers: list[list[int]], answers: list[Answer]
+    ) -> list[PackedBatch]:
+        """Lay the log-probabilities where the sampled tokens are labels: one place before they are read."""
+        made = []
+        for row, group in zip(rows, rank_part(numbers), strict=True):
+            drawn_S = torch.zeros(self.seq_length)
+            for start, number in zip(row.cu_seqlens.tolist(), group):
+                one = answers[number]
+                first = start + len(one.prompt_ids) - 1
+                drawn_S[first : first + len(one.logprobs)] = torch.tensor(one.logprobs)
+            made.append(replace(row, drawn=drawn_S[None]))
+        return made
 
     def _with_picks(
         self, rows: list[PackedBatch], numbers: list[list[int]], lengths: list[int], routing: Round
@@ -198,6 +216,8 @@ class RolloutFeed:
             options.sequence_multiple,
             options.parallel.row_multiple,
             generate.truncated_answers == "train",
+            options.loss().kind == "sampled_reverse_kl"
+            and generate.lag(options.optimizer.global_batch_size) > 0,
         )
         config = student.chunks[0].config
         self.picks_shape = (config.num_layers, config.moe_router_topk)
