@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,10 +152,14 @@ def small_world(one_process, tmp_path_factory):
     return tiny_world.make_world(tmp_path_factory.mktemp("world"), **SIZES)
 
 
-def run_main(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+def command_of(*flags: object, processes: int = 1) -> list[str]:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(launcher if processes > 1 else []), "zeda_megatron", "train"]
-    command += ["--no-progress", *map(str, flags)]
+    return [*command, "--no-progress", *map(str, flags)]
+
+
+def run_main(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+    command = command_of(*flags, processes=processes)
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -198,6 +203,24 @@ def test_stage_2_runs_with_vllm_and_a_resumed_run_is_the_uninterrupted_one(small
     assert len(whole) == 3
     assert parts == whole
     assert all(abs(line["logp_gap"]) < 1e-4 for line in whole)
+
+
+def test_killed_in_a_round_a_run_goes_on_and_asks_for_no_answer_twice(small_world, tmp_path):
+    flags = [*stage_2_flags(small_world, ("--rollout-engine", "vllm")), "--save-interval", 2]
+    run_main(*flags, "--save", tmp_path / "whole")
+    answers = tmp_path / "parts" / "rollout_answers.jsonl"
+    killed = subprocess.Popen(command_of(*flags, "--save", tmp_path / "parts"), stderr=subprocess.DEVNULL)
+    # The checkpoint is of step 2; step 3's answers are there, it itself is not.
+    while not (answers.exists() and answers.read_text().count('"version":2') == 4):
+        assert killed.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    there = [line for line in answers.read_text().split() if '"version":2' in line]
+    run_main(*flags, "--save", tmp_path / "parts", "--load", tmp_path / "parts")
+    whole, parts = (read(tmp_path / name) for name in ("whole", "parts"))
+    assert parts == whole and len(whole) == 3
+    assert [line for line in answers.read_text().split() if '"version":2' in line] == there
 
 
 def test_stage_2_of_a_paired_glm_runs_with_vllm(one_process, tmp_path):

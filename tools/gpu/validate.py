@@ -22,7 +22,7 @@ import torch
 from .families import glm, serving
 from .kernels import CPU, flex, own_kernels, permute_fusion
 from .slice import SLICES, real_slice
-from .stage2 import stage2
+from .stage2 import stage2, stage2_vllm
 
 
 class Validation:
@@ -184,7 +184,8 @@ def checks(run: Validation) -> dict[str, Callable[[], dict]]:
     own = (run.same_losses_as_cpu, run.bf16, run.expert_backends, run.teacher_memory, run.paired, run.export)
     found = {check.__name__: check for check in (run.convert, run.stage0, *own)}
     found |= {
-        check.__name__: partial(check, run) for check in (stage2, permute_fusion, flex, glm, own_kernels)
+        check.__name__: partial(check, run)
+        for check in (stage2, stage2_vllm, permute_fusion, flex, glm, own_kernels)
     }
     found |= {recipe: partial(real_slice, run, recipe) for recipe in SLICES}
     return found | {"serving": partial(serving, run)}
