@@ -16,11 +16,11 @@ from zeda_megatron.evaluation.comparison.plots import Drawing, colour
 LINES = {
     "NET": ("NET: top-k cut", "net_kl", (12, 5)),
     "shared zero experts": ("shared zero experts (ZEDA)", "zeda_stage1_kl", (12, -5)),
-    "silent paired zero experts": ("paired zero experts, silent", "paired_kl", (12, -4)),
+    "silent paired zero experts": ("paired zero experts, silent", "paired_kl", (12, 9)),
     "the same, waking up, hidden states matched": (
-        "waking up, hidden states matched",
+        "waking up, states matched",
         "low_rank_matched_kl",
-        (12, 4),
+        (12, -9),
     ),
 }
 """What is trained, at several shares, by its name in the README's table: name and colour here, and where to write."""
@@ -66,7 +66,7 @@ def picture(report: dict) -> str:
         drawing.titled(mark, f"{name}: {point[0]:.1%} skipped, KL {point[1]:.4f}")
         _write(axes, label, point, aside)
         colours.append((ARMS[name].light, ARMS[name].dark))
-    axes.set(xlim=(0.2, 0.95), ylim=(0.006, 0.25), xticks=[0.25, 0.5, 0.75])
+    axes.set(xlim=(0.2, 0.95), ylim=(0.0025, 0.25), xticks=[0.25, 0.5, 0.75])
     axes.set_xticklabels(["25%", "50%", "75%"])
     drawing.log_y()
     return _alone(drawing.svg(), colours)
