@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from zeda_megatron.serving.load import load_zero_expert_model
 
 MISSING = 404, "no such path"
+LOADING = threading.Lock()
+"""transformers replaces methods of its classes while it opens a model: two at a time would leave them replaced."""
 
 
 class FollowingModel:
@@ -67,7 +69,8 @@ class FollowingModel:
         for file in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(file)
         save_file(tensors, self.folder / "model.safetensors", metadata={"format": "pt"})
-        self.model = load_zero_expert_model(self.folder, dtype=torch.float32).eval()
+        with LOADING:
+            self.model = load_zero_expert_model(self.folder, dtype=torch.float32).eval()
         if dials:
             self.model.set_zero_threshold(dials)
 

@@ -212,8 +212,6 @@ def test_mistakes_of_flags_are_named(world, serve, tmp_path, monkeypatch):
         stage0_files.stage0(world, path, rollout_url=["http://x/v1"])
     with pytest.raises(UserError, match="--rollout-url ftp://x: an address begins with"):
         ask(world, path, "ftp://x")
-    with pytest.raises(UserError, match="openai is for stage 0"):
-        tiny_world.options(world, stage="2", rollout_engine="openai", rollout_url=["http://x/v1"])
     monkeypatch.setattr(stage0.torch.distributed, "get_world_size", lambda *group: 2)
     with pytest.raises(UserError, match="asks from one process"):
         ask(world, path, serve())
