@@ -397,3 +397,72 @@ def test_a_layer_compiled_to_machine_code_gives_the_numbers_of_the_definition(tm
     expected, real = definition(block.float(), hidden.reshape(-1, 32).float(), None, FAMILIES[name])
     assert 0 < real < 14 * K
     assert (made - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def turn(model, more: float) -> None:
+    """The dial of the whole model, from the -1 or 0 that it has."""
+    paired = model.moe_blocks()[0].gate.zero.terms is not None
+    model.set_zero_threshold(-1.0 + more) if paired else model.set_zero_logit_bias(more)
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["zero", "low_rank"])
+@torch.no_grad()
+def test_every_sequence_of_a_batch_may_have_a_dial_of_its_own(tmp_path, name, kind):
+    model = make_model(tmp_path / name, name, kind)
+    tokens = torch.randint(1, 96, (3, 7), generator=torch.Generator().manual_seed(1))
+    model.set_zero_dials([0.0, 1.5, -2.0])
+    together = model(tokens).logits
+    model.set_zero_dials(None)
+    alone = []
+    for row, more in zip(tokens, (0.0, 1.5, -2.0)):
+        turn(model, more)
+        alone.append(model(row[None]).logits)
+    tiny.close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    assert tiny.gap(alone[1], alone[2]) > 1e-3, "dials that say nothing"
+    model.set_zero_dials([0.0, 1.0])
+    with pytest.raises(ValueError, match="zero dials were set for 2 sequences"):
+        model(tokens)
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["zero", "low_rank"])
+@torch.no_grad()
+def test_thinking_may_skip_more_than_answering(tmp_path, name, kind):
+    """Greedy answers are those of a decoding by hand that turns the whole model's dial at every token."""
+    model = make_model(tmp_path / name, name, kind)
+    prompts, new = torch.randint(4, 96, (2, 6), generator=torch.Generator().manual_seed(2)), 8
+    begin, end = 2, 3
+    prompts[0, -1] = begin  # one thinks from the start, the other does not
+    by_hand = []
+    for row in prompts:
+        turn(model, 0.0)
+        state = model(row[None], use_cache=True)
+        ids = row.tolist()
+        for step in range(new):
+            scores = state.logits[0, -1].clone()
+            if step == 3:  # both end what they think here
+                scores[end] = 1e4
+            ids.append(int(scores.argmax()))
+            said = list(enumerate(ids[:-1]))  # "</think>" itself is still a thought
+            last = {
+                token: max((i + 1 for i, one in said if one == token), default=0) for token in (begin, end)
+            }
+            turn(model, 1.5 if last[begin] > last[end] else -0.5)
+            state = model(torch.tensor([ids[-1:]]), past_key_values=state.past_key_values, use_cache=True)
+        by_hand.append(ids)
+    turn(model, 0.0)
+    phase = model.zero_dial_by_phase(begin, end, inside=1.5, outside=-0.5)
+
+    def ends_here(input_ids, scores):
+        if input_ids.shape[1] == prompts.shape[1] + 3:
+            scores[:, end] = 1e4
+        return scores
+
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(prompts)
+    made = model.generate(prompts, attention_mask=mask, logits_processor=[ends_here, phase], **options)
+    assert made.tolist() == by_hand
+    model.set_zero_dials(None)
+    plain = model.generate(prompts, attention_mask=mask, logits_processor=[ends_here], **options)
+    assert plain.tolist() != by_hand

@@ -95,6 +95,22 @@ class ZeroExpertMoeBlock(nn.Module):
             self.all_slots = self.all_slots + zero_TK.numel()
 
 
+class ZeroDialByPhase:
+    """Sets every sequence's dial by the phase that it is in, before its next token is fed."""
+
+    def __init__(self, model, begin, end, inside, outside):
+        self.model, self.begin, self.end = model, begin, end
+        self.inside, self.outside = inside, outside
+        model.set_zero_dials(None)  # a prompt is read under the model's own dial
+
+    def __call__(self, input_ids, scores):
+        """[B, T] so far -> the scores as they are."""
+        place_T = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        begun_B, ended_B = ((place_T * (input_ids == token)).amax(dim=1) for token in (self.begin, self.end))
+        self.model.set_zero_dials(torch.where(begun_B > ended_B, self.inside, self.outside))
+        return scores
+
+
 def _shapes_must_be_static():
     return torch.compiler.is_compiling() or (
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -216,6 +232,26 @@ class ZeroExpertModel:
         for block in self.moe_blocks():
             block.dials.logit_bias = value
         self.config.zce_logit_bias = value
+
+    def set_zero_dials(self, more) -> None:
+        """A dial by request: one number for each sequence of the batches that follow, added to the model's own; None: none.
+
+        More skips more, for paired zero experts and shared ones. `ValueError` for a batch of other sequences.
+        """
+        device = self.model.embed_tokens.weight.device
+        more_B = (
+            None if more is None else torch.as_tensor(more, dtype=torch.float32, device=device).reshape(-1)
+        )
+        for block in self.moe_blocks():
+            block.dials.more_B = more_B
+
+    def zero_dial_by_phase(self, begin: int, end: int, inside: float, outside: float = 0.0):
+        """A logits processor for `generate`: after the token `begin` ("<think>") up to and with `end` ("</think>")
+        `inside` is added to the dial, elsewhere `outside`. Afterwards `set_zero_dials(None)`.
+
+            model.generate(**inputs, logits_processor=[model.zero_dial_by_phase(151667, 151668, inside=0.7)])
+        """
+        return ZeroDialByPhase(self, begin, end, inside, outside)
 
     def zero_share(self) -> list[float]:
         """Per MoE layer: slots that chose a zero expert / all slots, padding excluded, since the last reset.

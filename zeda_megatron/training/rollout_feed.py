@@ -20,7 +20,7 @@ from ..data.packing import EpochOrder, PackedBatch, PackedDataset, TokenSample, 
 from ..data.rows import filled_up, rank_part, split_over_context
 from ..data.tokenizers import ChatTokenizer
 from ..distill.answers import Answer, Asked, Generation, RolloutEngine, Round, roll_out
-from ..runtime.agreement import from_rank0, rank
+from ..runtime.agreement import from_rank0, on_rank0, rank
 from ..runtime.process_groups import device, seconds_now
 from .build import Student, rollout_engine
 from .feed import StepRows
@@ -283,8 +283,8 @@ class RolloutFeed:
 
     def state_dict(self) -> dict[str, Any]:
         self._collect_ahead()  # what is in a checkpoint is not asked twice
-        if self.kept:
-            self.kept.forget()
+        if self._keeps:
+            on_rank0(lambda: self.kept.forget())
         return {
             "prompts": self.prompts,
             "answers": self.answers,
@@ -329,9 +329,8 @@ class RolloutFeed:
             self._begin(opened)
         replay = self.options.generate.routing_replay
         made = roll_out(self.engine, opened.missing, self.sampling, opened.version, replay, self.picks_shape)
-        if not serves:
-            for question, answer in zip(opened.missing, made.answers, strict=True):
-                self._keep(opened, question.stream_id, answer)
+        if self._keeps and not serves:
+            on_rank0(lambda: self._keep_all(opened, made.answers))
         return replace(made, answers=opened.told(made.answers))
 
     def _open(self, step: int, keep: bool = True) -> _Opened:
@@ -354,6 +353,10 @@ class RolloutFeed:
             self.engine.begin(
                 prompts, self.sampling, streams, lambda i, made: self._keep(opened, streams[i], made)
             )
+
+    def _keep_all(self, opened: _Opened, answers: list[Answer]) -> None:
+        for question, answer in zip(opened.missing, answers, strict=True):
+            self._keep(opened, question.stream_id, answer)
 
     def _keep(self, opened: _Opened, stream_id: int, made: Generation | Answer) -> None:
         if self.kept and opened.student:
