@@ -234,7 +234,7 @@ class ZeroExpertModel:
         self.config.zce_logit_bias = value
 
     def set_zero_dials(self, more) -> None:
-        """A dial by request: one number for each sequence of the batches that follow, added to the model's own; None: none.
+        """A dial by request: one number for each sequence of the batches that follow, added to the dial; None: none.
 
         More skips more, for paired zero experts and shared ones. `ValueError` for a batch of other sequences.
         """
