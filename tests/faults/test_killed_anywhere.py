@@ -116,8 +116,8 @@ def result(root: Path) -> dict:
     found = contents(root)
     for name in list(found):
         path = root / name
-        if "events.out.tfevents" in name:
-            del found[name]
+        if "events.out.tfevents" in name or path.name == "rollout_answers.jsonl":
+            del found[name]  # the second: what a run keeps for going on, a line more or less
         elif path.name == "integrity.json":
             found[name] = str(find_damage(path.parent))
         elif path.name == ".metadata":

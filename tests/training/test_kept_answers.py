@@ -17,9 +17,8 @@ def known(folder, student="me"):
 
 def test_they_come_back_as_they_were_for_the_same_student_and_stream(tmp_path):
     kept = KeptAnswers(tmp_path)
-    kept.keep("me", 2, 4, MADE)
-    kept.keep("me", 2, 9, MADE)
-    kept.keep("you", 2, 3, MADE)
+    kept.keep("me", 2, [(4, MADE), (9, MADE)])
+    kept.keep("you", 2, [(3, MADE)])
     assert known(tmp_path) == {4: MADE} and known(tmp_path, "you") == {3: MADE}
     assert known(tmp_path, "nobody") == {}
 
@@ -42,14 +41,14 @@ def test_they_come_back_as_they_were_for_the_same_student_and_stream(tmp_path):
 )
 def test_a_line_that_is_cut_off_or_says_something_else_is_not_taken_and_spoils_no_other(tmp_path, line):
     (tmp_path / NAME).write_bytes(line.encode(errors="surrogateescape"))
-    KeptAnswers(tmp_path).keep("me", 1, 5, MADE)
+    KeptAnswers(tmp_path).keep("me", 1, [(5, MADE)])
     assert known(tmp_path) == {5: MADE}
 
 
 def test_what_is_older_than_the_oldest_checkpoint_is_dropped(tmp_path):
     kept = KeptAnswers(tmp_path)
     for version, stream in ((1, 3), (4, 4), (6, 5)):
-        kept.keep("me", version, stream, MADE)
+        kept.keep("me", version, [(stream, MADE)])
     kept.forget()
     assert set(known(tmp_path)) == {3, 4, 5}  # no checkpoint: the run would begin anew
     for step in (4, 6):
@@ -73,7 +72,7 @@ def test_a_student_is_told_by_its_weights_and_by_how_it_is_sampled():
 def test_a_run_of_the_built_in_engine_that_was_killed_asks_it_for_nothing_twice(
     one_process, world, tmp_path, monkeypatch
 ):
-    """Killed after step 3, its checkpoint is of step 2; sampling goes on with step 4."""
+    """Killed after it had answered for step 4; its checkpoint is of step 2."""
     flags = {
         "stage": "2",
         "train_iters": 4,
@@ -107,3 +106,28 @@ def test_a_run_of_the_built_in_engine_that_was_killed_asks_it_for_nothing_twice(
     again.run()
     assert asked == [], "steps 3 and 4 had been answered"
     assert tiny_world.read_metrics(tmp_path / "parts") == tiny_world.read_metrics(tmp_path / "whole")
+
+
+def test_a_part_of_a_round_is_not_taken_from_an_engine_that_answers_a_batch(
+    one_process, world, tmp_path, monkeypatch
+):
+    """Together with others an answer may round differently: the resumed run would not be the uninterrupted one."""
+    flags = {"stage": "2", "train_iters": 2, "global_batch_size": 4, "samples_per_prompt": 2}
+    run = tiny_world.start(world, save=tmp_path / "run", **flags)
+    run.run()
+    lines = (tmp_path / "run" / NAME).read_text().splitlines(keepends=True)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / NAME).write_text(
+        "".join(lines[:-1])
+    )  # the last one of the second round was cut off
+    again = tiny_world.start(world, save=tmp_path / "again", **flags)
+    asked, generate = [], again.feed.engine.generate
+
+    def counting(prompts, *args, **kwargs):
+        asked.append(len(prompts))
+        return generate(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(again.feed.engine, "generate", counting)
+    again.run()
+    assert asked == [4]
+    assert tiny_world.read_metrics(tmp_path / "again") == tiny_world.read_metrics(tmp_path / "run")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -53,19 +54,23 @@ class KeptAnswers:
         found = {one.stream_id: self._there.get((student, one.stream_id)) for one in asked}
         return {stream: made for stream, made in found.items() if made is not None}
 
-    def keep(self, student: str, version: int, stream_id: int, made: Generation | Answer) -> None:
-        """Add an answer. May be called from any thread."""
-        line = {
-            "student": student,
-            "version": version,
-            "stream": stream_id,
-            "ids": made.response_ids,
-            "logprobs": made.logprobs,
-            "finish": made.finish_reason,
-        }
+    def keep(self, student: str, version: int, made: Iterable[tuple[int, Generation | Answer]]) -> None:
+        """Add answers with their stream ids, all in one write. May be called from any thread."""
+        lines = [
+            {
+                "student": student,
+                "version": version,
+                "stream": stream_id,
+                "ids": one.response_ids,
+                "logprobs": one.logprobs,
+                "finish": one.finish_reason,
+            }
+            for stream_id, one in made
+        ]
+        # The newline comes first: what a kill has cut off spoils no other line.
+        text = "".join("\n" + json.dumps(line, separators=(",", ":")) for line in lines)
         with self._lock, writing(str(self.path)):
-            # The newline comes first: what a kill has cut off spoils no other line.
-            append_whole(self.path, b"\n" + json.dumps(line, separators=(",", ":")).encode())
+            append_whole(self.path, text.encode())
 
     def forget(self) -> None:
         """Drop what no checkpoint of the folder could ask for again."""

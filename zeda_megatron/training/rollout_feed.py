@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -210,6 +211,7 @@ class RolloutFeed:
         self.engine: RolloutEngine = rollout_engine(
             generate, student.chunks, student.arch, student.zero, tokenizer, longest, save=options.run.save
         )
+        self._serves = hasattr(self.engine, "begin")
         self.packing = AnswerRows(
             length,
             tokenizer.pad_id,
@@ -324,13 +326,13 @@ class RolloutFeed:
         self._ahead = None
         if not opened.missing:
             return Round(opened.told([]), None, {}, self.picks_shape)
-        serves = hasattr(self.engine, "begin")
-        if serves and not begun:
+        if self._serves and not begun:
             self._begin(opened)
         replay = self.options.generate.routing_replay
         made = roll_out(self.engine, opened.missing, self.sampling, opened.version, replay, self.picks_shape)
-        if self._keeps and not serves:
-            on_rank0(lambda: self._keep_all(opened, made.answers))
+        if self._keeps and not self._serves:
+            streams = [one.stream_id for one in opened.missing]
+            on_rank0(lambda: self._keep(opened, zip(streams, made.answers, strict=True)))
         return replace(made, answers=opened.told(made.answers))
 
     def _open(self, step: int, keep: bool = True) -> _Opened:
@@ -340,6 +342,8 @@ class RolloutFeed:
             if self.kept:
                 student = student_id(self.chunks, self.fingerprint())
                 known = self.kept.of(student, asked)
+                if len(known) < len(asked) and not self._serves:
+                    known = {}  # an engine rounds by what it answers together: a part of a round would not be the same
             known = from_rank0(known)
             if known and self.kept:
                 told(f"{len(known)} of {len(asked)} answers are in {self.kept.path}")
@@ -351,16 +355,12 @@ class RolloutFeed:
         prompts, streams = [one.prompt_ids for one in missing], [one.stream_id for one in missing]
         if missing:
             self.engine.begin(
-                prompts, self.sampling, streams, lambda i, made: self._keep(opened, streams[i], made)
+                prompts, self.sampling, streams, lambda i, made: self._keep(opened, [(streams[i], made)])
             )
 
-    def _keep_all(self, opened: _Opened, answers: list[Answer]) -> None:
-        for question, answer in zip(opened.missing, answers, strict=True):
-            self._keep(opened, question.stream_id, answer)
-
-    def _keep(self, opened: _Opened, stream_id: int, made: Generation | Answer) -> None:
+    def _keep(self, opened: _Opened, made: Iterable[tuple[int, Generation | Answer]]) -> None:
         if self.kept and opened.student:
-            self.kept.keep(opened.student, opened.version, stream_id, made)
+            self.kept.keep(opened.student, opened.version, made)
 
     def _next_asked(self) -> list[Asked]:
         """Take the next prompts."""
