@@ -10,6 +10,7 @@ from following_model import FollowingModel
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.live_weights import LiveWeights
+from zeda_megatron.training import main
 
 pytestmark = pytest.mark.usefixtures("one_process")
 STEPS = {"train_iters": 4, "global_batch_size": 4, "samples_per_prompt": 2, "lr": 1e-2}
@@ -201,9 +202,25 @@ def test_what_cannot_work_is_refused_before_anybody_is_asked(world, tmp_path, ch
         tiny_world.start(world, **({"save": tmp_path / "run"} | STEPS | fields | changes))
 
 
+@pytest.mark.parametrize(("stage", "size"), [("2", 2), ("0", 1)])
+def test_the_student_keeps_its_layout_where_stage_0_has_none(world, tmp_path, monkeypatch, stage, size):
+    seen = []
+
+    def started(parallel, _seed):
+        seen.append(parallel.expert_model_parallel_size)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.process_groups, "started", started)
+    fields = {"stage": stage, "rollout_engine": "openai", "rollout_url": ["http://127.0.0.1:9/v1"]}
+    fields |= {"expert_model_parallel_size": 2, "rollout_path": tmp_path / "a.jsonl"}
+    with pytest.raises(KeyboardInterrupt):
+        main.train(tiny_world.options(world, **fields))
+    assert seen == [size]
+
+
 def test_weights_are_written_in_parts_that_are_small(world, serve, tmp_path, monkeypatch):
     """Nothing is held but the part that is being written."""
-    monkeypatch.setattr("zeda_megatron.distill.student_servers.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("zeda_megatron.models.live_weights.SHARD_BYTES", 20_000)
     seen = []
 
     def watching(model):

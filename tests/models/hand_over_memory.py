@@ -13,10 +13,9 @@ import torch
 from tools.measure.loss_memory import resident
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
-from zeda_megatron.distill.student_servers import write_weights
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
-from zeda_megatron.models.live_weights import LiveWeights
+from zeda_megatron.models.live_weights import LiveWeights, write_weights
 from zeda_megatron.runtime.agreement import rank, world_size
 from zeda_megatron.runtime.process_groups import started
 

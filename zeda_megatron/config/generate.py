@@ -129,7 +129,7 @@ class GenerateOptions:
 
     @property
     def asks_servers(self) -> bool:
-        """Answers come from elsewhere: no model runs in this process."""
+        """Answers come from elsewhere. In stage 0 no model runs in this process; in stage 2 the student does."""
         return self.rollout_engine == "openai"
 
     def validate(self, stage: str, global_batch_size: int) -> None:

@@ -15,9 +15,6 @@ from ..config.generate import SamplingConfig
 from ..errors import UserError
 from ..runtime.agreement import gathered, rank, world_size
 
-HOTTEST = 2.0
-"""vLLM's highest temperature."""
-
 
 def filter_logits(logits_BV: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     """Logits at the sampling temperature, -inf where top-k or top-p cut. float32 [B, V]; temperature > 0."""

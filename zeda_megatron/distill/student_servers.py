@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..config.generate import GenerateOptions, SamplingConfig
 from ..config.zero_experts import ZeroExpertConfig
@@ -25,16 +24,14 @@ from ..data.chat_tokenizer import ChatTokenizer
 from ..durable_file import writing
 from ..errors import UserError
 from ..models.architecture import Architecture
-from ..models.live_weights import LiveWeights
-from ..moe.router_dials import has_pick_rule
-from ..runtime.agreement import from_rank0, on_rank0, rank
+from ..models.live_weights import LiveWeights, write_weights
+from ..runtime.agreement import from_rank0, on_rank0, rank, world_size
 from ..runtime.openai_server import NoAnswer, OpenAIServer, brief, choice_of
 from ..strict_json import is_int, is_number
-from .answers import HOTTEST, Deal, Generation, check_prompts
+from .answers import Deal, Generation, check_prompts
 from .server_pool import FLAGS, ServerPool, open_servers
+from .vllm_engine import check_student, check_temperature, sampling_fields
 
-SHARD_BYTES = 256 << 20
-"""So much of the weights is held at a time while they are written."""
 _NEWS = 20.0
 """Seconds after which the other processes hear that answers are still on their way."""
 _ANSWER_TRIES = 3
@@ -56,7 +53,7 @@ class StudentServers:
 
     Args:
         chunks: bare model chunks of this rank. zero: its zero experts.
-        max_length: of prompt and answer. vocab_size: ids that may be sampled.
+        tokenizer: its ids may be sampled, and it says what ends an answer. max_length: of prompt and answer.
         folder: for weights on their way, of this run alone; trainer and servers see it under the same path.
         say: gets a line about a server that is gone, or that had other weights.
 
@@ -75,13 +72,8 @@ class StudentServers:
         folder: Path,
         say: Callable[[str], None],
     ):
-        if not zero.num_zero_experts:
-            raise UserError(
-                "--rollout-engine openai wants a student with zero experts in stage 2: use builtin"
-            )
-        if has_pick_rule(chunks):
-            raise UserError("--rollout-engine openai does not know --moe-pick-rule in stage 2: use builtin")
-        self.deal = Deal(1, 0, rank() == 0, by_model=False)
+        check_student(options.rollout_engine, chunks, zero)
+        self.deal = Deal.of_groups(world_size())
         self.weights, self.folder, self.max_length = LiveWeights(chunks, arch), folder, max_length
         self.ends = sorted(tokenizer.eos_ids)
         self.banned = {str(token): -100 for token in range(tokenizer.vocab_size, arch.vocab_size)}
@@ -116,10 +108,7 @@ class StudentServers:
             heard: gets every answer as it comes, from a thread of its own on rank 0.
         """
         check_prompts(prompts, self.max_length)
-        if sampling.temperature > HOTTEST:
-            raise UserError(
-                f"--temperature {sampling.temperature}: vLLM takes {HOTTEST} at most; use builtin"
-            )
+        check_temperature(sampling)
         self._hand_over()
 
         def start():
@@ -199,17 +188,7 @@ class StudentServers:
     ) -> Generation:
         prompt = prompts[number]
         most = min(sampling.max_new_tokens, self.max_length - len(prompt))
-        settings = {
-            "max_tokens": most,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": sampling.seed_of(stream_ids[number]),
-            "stop_token_ids": self.ends,
-            "ignore_eos": True,  # the tokenizer of the run says what ends an answer
-            "logprobs": 0,
-            "detokenize": False,
-        }
+        settings = sampling_fields(sampling, stream_ids[number], most, self.ends)
         if self.banned:
             settings["logit_bias"] = self.banned
         where = f"{FLAGS[0]} {server.url}"
@@ -273,28 +252,6 @@ def _start_update(say) -> None:
         with suppress(UserError):
             say("/update_weights", {"update_info": {"folder": ""}})
         say("/start_weight_update", {})
-
-
-def write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path | None) -> None:
-    """Write them in files of `SHARD_BYTES`, or of one tensor that is larger; without a folder only walk along."""
-    shard, size, number = {}, 0, 0
-    for name, tensor in tensors:
-        if folder is None:
-            continue
-        shard[name] = _on_host(tensor)
-        size += tensor.nbytes
-        del tensor
-        if size >= SHARD_BYTES:
-            save_file(shard, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
-            shard, size, number = {}, 0, number + 1
-    if shard:
-        save_file(shard, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that the format takes: in order, and with memory of its own."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _versions(choice: dict, where: str) -> set[str]:

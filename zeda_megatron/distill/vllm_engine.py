@@ -16,20 +16,51 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
 
 from ..config.generate import SamplingConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.hf_config import dynamic_config, static_config, write_config
-from ..models.live_weights import LiveWeights
+from ..models.live_weights import LiveWeights, write_weights
 from ..moe.router_dials import has_pick_rule
 from ..runtime.agreement import rank, world_size
-from .answers import HOTTEST, Deal, Generation, check_prompts
+from .answers import Deal, Generation, check_prompts
 
 GPU_SHARE = 0.4
 """Share of a GPU's memory that vLLM may take: the rest is the training's."""
+
+HOTTEST = 2.0
+"""vLLM's highest temperature."""
+
+
+def check_student(engine: str, chunks: list[torch.nn.Module], zero: ZeroExpertConfig | None) -> None:
+    """Raise `UserError` for a student that vLLM cannot follow. `zero`: its zero experts; None: they are masked."""
+    if zero is not None and not zero.num_zero_experts:
+        raise UserError(f"--rollout-engine {engine} wants a student with zero experts: use builtin")
+    if has_pick_rule(chunks):
+        raise UserError(f"--rollout-engine {engine} does not know --moe-pick-rule: use builtin")
+
+
+def check_temperature(sampling: SamplingConfig) -> None:
+    """Raise `UserError` for one that vLLM does not take."""
+    if sampling.temperature > HOTTEST:
+        raise UserError(f"--temperature {sampling.temperature}: vLLM takes {HOTTEST} at most; use builtin")
+
+
+def sampling_fields(sampling: SamplingConfig, stream_id: int, most: int, stop_ids: list[int]) -> dict:
+    """Fields of vLLM's SamplingParams for one answer of `most` tokens, told with the log-probability of every one."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": sampling.seed_of(stream_id),
+        "max_tokens": most,
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,  # the tokenizer of the run says what ends an answer
+        "logprobs": 0,
+        "detokenize": False,
+    }
 
 
 class VLLMEngine:
@@ -70,10 +101,7 @@ class VLLMEngine:
             raise UserError(
                 "--rollout-engine vllm answers stage 0 in one process: use servers (--rollout-engine openai) or builtin"
             )
-        if not static and not zero.num_zero_experts:
-            raise UserError("--rollout-engine vllm wants a student with zero experts: use builtin")
-        if has_pick_rule(chunks):
-            raise UserError("--rollout-engine vllm does not know --moe-pick-rule: use builtin")
+        check_student("vllm", chunks, None if static else zero)
         self.arch, self.static, self.deal = arch, static, Deal.of_groups(ranks)
         self.stop_ids, self.max_length, self.vocab_size = stop_ids, max_length, vocab_size
         self.weights = LiveWeights(chunks, arch)
@@ -95,10 +123,7 @@ class VLLMEngine:
             config["num_nextn_predict_layers"] = 0  # they do not answer, and the Megatron model has none
         write_config(folder, config)
         if self.static:
-            # Copies: parts of one tensor share its memory, which the format does not allow.
-            weights = self.weights.tensors(static=True)
-            copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
-            save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
+            write_weights(self.weights.tensors(static=True), folder)
 
     @torch.no_grad()
     def generate(
@@ -110,10 +135,7 @@ class VLLMEngine:
     ) -> list[Generation]:
         """Answer prompts (lists of token ids, each shorter than `max_length`); see `RolloutEngine`."""
         check_prompts(prompts, self.max_length)
-        if sampling.temperature > HOTTEST:
-            raise UserError(
-                f"--temperature {sampling.temperature}: vLLM takes {HOTTEST} at most; use builtin"
-            )
+        check_temperature(sampling)
         if record_routing and self.recorder is None:
             raise ValueError("a static model's routing is not recorded")
         with torch.random.fork_rng(), self._awake():
@@ -158,17 +180,10 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         whole = self.vocab_size >= self.arch.vocab_size
+        most = min(sampling.max_new_tokens, self.max_length - prompt_tokens)
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed_of(stream_id),
-            max_tokens=min(sampling.max_new_tokens, self.max_length - prompt_tokens),
-            stop_token_ids=sorted(self.stop_ids),
-            ignore_eos=True,  # the tokenizer of the run says what ends an answer
+            **sampling_fields(sampling, stream_id, most, sorted(self.stop_ids)),
             allowed_token_ids=None if whole else list(range(self.vocab_size)),
-            logprobs=0,
-            detokenize=False,
         )
 
     def _generation(self, made, picks: dict[str, torch.Tensor]) -> Generation:

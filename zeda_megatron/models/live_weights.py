@@ -9,15 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from safetensors.torch import save_file
 
 from ..runtime.agreement import gathered, rank, world_size
 from ..runtime.process_groups import device
 from .architecture import Architecture, dims_of, weight_map_of
 from .weight_kinds import Added, Router, Setting
 
+SHARD_BYTES = 256 << 20
+"""So much of the weights is held at a time while they are written."""
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.weight)\d+$")
 
@@ -116,6 +120,28 @@ class LiveWeights:
                 for part in parts:
                     if isinstance(part, ShardedTensor):
                         yield _described(name, part)
+
+
+def write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path | None) -> None:
+    """Write them in files of `SHARD_BYTES`, or of one tensor that is larger; without a folder only walk along."""
+    shard, size, number = {}, 0, 0
+    for name, tensor in tensors:
+        if folder is None:
+            continue
+        shard[name] = _on_host(tensor)
+        size += tensor.nbytes
+        del tensor
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+            shard, size, number = {}, 0, number + 1
+    if shard:
+        save_file(shard, folder / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that the format takes: in order, and with memory of its own."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _described(name: str, part: ShardedTensor) -> tuple[str, _Box, _Parameter, torch.Tensor]:

@@ -110,16 +110,17 @@ class ZeroDials:
     more_B: torch.Tensor | None = None
     """Added to the dial for the tokens of each sequence of a batch, float32 [B]; None: nothing."""
 
-    def of_tokens(self, dial: float, tokens: int):
+    def of_tokens(self, dial: float, hidden_TH: torch.Tensor):
         """The dial for the tokens of a batch, sequence after sequence: a number, or float32 [T, 1]."""
         if self.more_B is None:
             return dial
-        sequences = len(self.more_B)
+        sequences, tokens = len(self.more_B), len(hidden_TH)
         if tokens % sequences:
             raise ValueError(
                 f"zero dials were set for {sequences} sequences, these are {tokens} tokens of others"
             )
-        return (dial + self.more_B).repeat_interleave(tokens // sequences).unsqueeze(1)
+        more_B = self.more_B.to(hidden_TH.device)  # layers may lie on several
+        return (dial + more_B).repeat_interleave(tokens // sequences).unsqueeze(1)
 
 
 class ZeroExpertRouting:
@@ -156,17 +157,14 @@ class ZeroExpertRouting:
         rows = self.num_real + (0 if self.dials.masked else self.zero.rows)
         logits_TE = self._project(hidden_TH, self.weight[:rows])
         dtype = logits_TE.dtype
-        if (
-            (self.dials.logit_bias or self.dials.more_B is not None)
-            and not self.dials.masked
-            and self.zero.rows
-        ):
+        turned = self.dials.logit_bias or self.dials.more_B is not None
+        if turned and rows > self.num_real:
             real, zero = logits_TE.float().split([self.num_real, self.zero.rows], dim=-1)
-            bias = self.dials.of_tokens(self.dials.logit_bias, len(zero))
+            bias = self.dials.of_tokens(self.dials.logit_bias, hidden_TH)
             logits_TE = torch.cat([real, zero + bias], dim=-1)
         weights_TK, ids_TK = self._pick(logits_TE)
         if self.zero.terms is not None and not self.dials.masked:
-            threshold = self.dials.of_tokens(self.dials.threshold, len(hidden_TH))
+            threshold = self.dials.of_tokens(self.dials.threshold, hidden_TH)
             kept_TK = self._scores(hidden_TH, weights_TK, ids_TK) >= threshold
             weights_TK, answer_TH = weights_TK.to(dtype), None
             if self.zero.kind != "zero":

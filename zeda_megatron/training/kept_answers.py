@@ -80,7 +80,7 @@ class KeptAnswers:
         first = iteration_of(kept[0])
         with self._lock, writing(str(self.path)):
             lines = self.path.read_text().splitlines(keepends=True)
-            wanted = [line for line in lines if (_version(line) or -1) >= first]
+            wanted = [line for line in lines if _version(line) >= first]
             if len(wanted) < len(lines):
                 write_atomically(self.path, "".join(wanted))
 
@@ -100,9 +100,10 @@ def _fields(line: str) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def _version(line: str) -> int | None:
+def _version(line: str) -> int:
+    """-1 for a line that says none."""
     version = (_fields(line) or {}).get("version")
-    return version if is_int(version) else None
+    return version if is_int(version) else -1
 
 
 def _answer(line: str) -> tuple[tuple[str, int], Generation] | None:

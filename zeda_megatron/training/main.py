@@ -38,9 +38,10 @@ def train(options: Options) -> int:
     Raises:
         UserError: a flag that cannot work here, a file that is not what it should be, a folder in use.
     """
-    # Servers bring their own layout, and no model runs here.
-    parallel = ParallelConfig() if options.generate.asks_servers else options.parallel
-    if not options.generate.asks_servers:
+    parallel = options.parallel
+    if options.model.stage == "0" and options.generate.asks_servers:
+        parallel = ParallelConfig()  # servers bring their own layout, and no model runs here
+    else:
         check_machine(options)
     with process_groups.started(parallel, options.optimizer.seed):
         if options.model.stage == "0":

@@ -211,7 +211,7 @@ class RolloutFeed:
         self.engine: RolloutEngine = rollout_engine(
             generate, student.chunks, student.arch, student.zero, tokenizer, longest, save=options.run.save
         )
-        self._serves = hasattr(self.engine, "begin")
+        self._serves = generate.asks_servers
         self.packing = AnswerRows(
             length,
             tokenizer.pad_id,
@@ -296,13 +296,6 @@ class RolloutFeed:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.prompts, self.answers = state["prompts"], state["answers"]
         self.pending = [Answer(**plain) for plain in state["pending"]]
-
-    def _roll_out(self, step: int) -> Round:
-        """Answers to the next prompts, or to those that were asked ahead."""
-        asked, version = self._ahead or (self._next_asked(), step)
-        self._ahead = None
-        replay = self.options.generate.routing_replay
-        return roll_out(self.engine, asked, self.sampling, version, replay, self.picks_shape)
 
     def _wants_ahead(self, step: int) -> bool:
         """Whether the next round is to be asked for now: this one has just begun, and steps will be left after it."""
