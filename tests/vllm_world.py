@@ -134,17 +134,20 @@ class Reference:
 
 
 @torch.no_grad()
-def reference(folder: Path, turn=lambda model: None) -> Reference:
-    """Answer with transformers; `turn` may move the model's dial."""
+def reference(folder: Path, turn=lambda model: None, turn_each=None) -> Reference:
+    """Answer with transformers; `turn` may move the model's dial, `turn_each(model, number)` before each prompt, and
+    give a logits processor."""
     from zeda_megatron.serving.load import load_zero_expert_model
 
     model = load_zero_expert_model(folder, dtype=torch.float32).eval()
     turn(model)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     tokens = []
-    for prompt in prompts():
+    for number, prompt in enumerate(prompts()):
         ids = torch.tensor([prompt])
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        processor = turn_each and turn_each(model, number)
+        more = {"logits_processor": [processor]} if processor else {}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
         tokens.append(made[0, len(prompt) :].tolist())
     numbers = [i for i, layer in enumerate(model.model.layers) if layer.mlp in model.moe_blocks()]
     counts = {
@@ -154,9 +157,10 @@ def reference(folder: Path, turn=lambda model: None) -> Reference:
     return Reference(tokens, counts)
 
 
-def offline(folder: Path, rounds: int = 1, **llm) -> dict:
-    """Answer with vLLM's offline engine; `llm` are its arguments."""
+def offline(folder: Path, rounds: int = 1, extra_args: list[dict] | None = None, **llm) -> dict:
+    """Answer with vLLM's offline engine; `llm` are its arguments, `extra_args` those of each prompt."""
     job = {
+        "extra_args": extra_args,
         "folder": str(folder),
         "llm": llm,
         "prompts": prompts(),

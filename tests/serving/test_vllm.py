@@ -27,11 +27,28 @@ def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name)
     assert made["counts"] == expected.counts
 
 
-@pytest.mark.parametrize("name", ["qwen_learned", "qwen_paired", "glm_copy", "glm_paired", "qwen_awake"])
-def test_two_tensor_parallel_ranks_give_the_same_answers(folders, name):
-    """What zero experts give is added once, not by every rank."""
+DATA = ["--data-parallel-size", "2"]
+TENSORS = {"tensor_parallel_size": 2}
+EXPERTS = TENSORS | {"enable_expert_parallel": True}
+STAGES = {"pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(
+            (name, TENSORS)
+            for name in ("qwen_learned", "qwen_paired", "glm_copy", "glm_paired", "qwen_awake")
+        ),
+        *((name, EXPERTS) for name in ("qwen_shared", "qwen_awake", "glm_paired", "mixtral_paired")),
+        *((name, STAGES) for name in ("qwen_paired", "glm_shared")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_two_ranks_give_the_same_answers(folders, name, layout):
+    """What zero experts give is added once, not by every rank; a rank computes the slots of its own experts."""
     expected = vllm_world.reference(folders[name])
-    made = vllm_world.offline(folders[name], enable_prefix_caching=False, tensor_parallel_size=2)
+    made = vllm_world.offline(folders[name], enable_prefix_caching=False, **layout)
     assert made["rounds"] == [expected.tokens]
     assert made["counts"] == expected.counts
 
@@ -61,6 +78,62 @@ def test_the_server_s_dial_is_the_model_s(folders, name, turn, llm):
     assert made["rounds"] == [expected.tokens]
     assert made["counts"] == expected.counts
     assert sum(expected.shares) > sum(before.shares)
+
+
+BY_REQUEST = {
+    "logits_processors": ["zeda_megatron.serving.vllm.request_dials:RequestDials"],
+    "enable_prefix_caching": False,
+}
+
+
+@pytest.mark.parametrize("name", ["qwen_paired", "qwen_shared", "glm_awake"])
+def test_every_request_has_a_dial_of_its_own(folders, name):
+    """Of four requests two at a time are answered: one that ends makes room, and others move to its place."""
+    dials, small = [0.7, 0.0, -0.5, 1.5], {"max_num_seqs": 2, "max_num_batched_tokens": 48}
+    expected = vllm_world.reference(folders[name], turn_each=lambda m, n: m.set_zero_dials([dials[n]]))
+    extra = [{"zce_dial": dial} if dial else {} for dial in dials]
+    made = vllm_world.offline(folders[name], extra_args=extra, **BY_REQUEST, **small)
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+    assert expected.tokens != vllm_world.reference(folders[name]).tokens
+
+
+def test_thinking_has_a_dial_of_its_own(folders):
+    """The marks are tokens that the answers have: some begin to think, stop, and begin again."""
+    plain = vllm_world.reference(folders["qwen_paired"]).tokens
+    marks = [(tokens[2], tokens[9]) for tokens in plain]
+    numbers = [(0.5, 2.0), (0.0, -3.0), (0.0, 1.0), (-1.0, 3.0)]
+
+    def think(model, n):
+        model.set_zero_dials(None)
+        return model.zero_dial_by_phase(*marks[n], inside=numbers[n][1], outside=numbers[n][0])
+
+    expected = vllm_world.reference(folders["qwen_paired"], turn_each=think)
+    extra = [
+        {"zce_dial": dial, "zce_dial_thinking": thinking, "zce_think_tokens": list(pair)}
+        for (dial, thinking), pair in zip(numbers, marks)
+    ]
+    made = vllm_world.offline(
+        folders["qwen_paired"], extra_args=extra, **BY_REQUEST, max_num_batched_tokens=48
+    )
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+    assert sum(a != b for a, b in zip(expected.tokens, plain)) >= 2
+
+
+@pytest.mark.parametrize("name", ["qwen_paired", "glm_awake"])
+def test_a_batch_may_prefer_the_experts_that_it_reads_anyway(folders, name):
+    """One prompt at a time: the margin then weighs a token's picks against each other's, as in transformers."""
+    before = vllm_world.reference(folders[name])
+    expected = vllm_world.reference(folders[name], lambda model: model.set_zero_batch_margin(0.6))
+    made = vllm_world.offline(
+        folders[name],
+        enable_prefix_caching=False,
+        max_num_seqs=1,
+        additional_config={"zce_batch_margin": 0.6},
+    )
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts != before.counts
 
 
 @pytest.mark.parametrize(
@@ -97,6 +170,8 @@ def test_the_masked_model_is_the_static_one(folders, tmp_path):
         ("glm_shared", lambda m: m.set_zero_logit_bias(0.1), [], {"zce_logit_bias": 0.1}),
         ("glm_paired", None, [], {}),
         ("mixtral_paired", lambda m: m.set_zero_threshold(-2.5), [], {"zce_threshold": -2.5}),
+        ("qwen_awake", None, DATA, {}),
+        ("glm_shared", None, [*DATA, "--enable-expert-parallel"], {}),
     ],
 )
 def test_the_server_gives_the_same_answers_and_tells_the_zero_share(

@@ -1,6 +1,7 @@
 """config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`).
 
-`zce_logit_bias` is a dial of serving, not of the weights: an import drops it, an export takes it from its template.
+`zce_logit_bias` and `zce_batch_margin` are dials of serving, not of the weights: an import drops them, an export takes
+them from its template.
 Nothing that is written here names any code but ours: people open exports with `trust_remote_code=True`.
 """
 
@@ -118,10 +119,11 @@ _MODELING_FILES = {model.ARCHITECTURES[1]: model.MODELING_FILE for model in MODE
 _SHARED_FILES = ("zero_expert_model.py", "zero_expert_routing.py")
 """What all modeling files import."""
 _TYPE_KEYS = ("dtype", "torch_dtype")
-_DIAL = "zce_logit_bias"
+_DIALS = {"zce_logit_bias": False, "zce_batch_margin": True}
+"""Dials of serving, not of the weights, and whether they belong to paired zero experts."""
 _ADAPTED = "zce_adapted_steps"
 """Steps that the weights have been distilled for, in an export of ours."""
-_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", _DIAL, _ADAPTED, *PAIRED_KEYS)
+_ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", *_DIALS, _ADAPTED, *PAIRED_KEYS)
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -235,7 +237,8 @@ def dynamic_config(
         numbers = {"zce_head_width": zero.paired_head_width, "zce_rank": zero.stand_in_rank}
         more |= {key: value for key, value in numbers.items() if value}
     else:
-        more = {key: config[key] for key in (_DIAL,) if key in config}
+        more = {}
+    more |= {key: config[key] for key, paired in _DIALS.items() if paired == zero.paired and key in config}
     return {
         **result,
         "architectures": [name],

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .zero_expert_routing import number, paired_shapes, zero_experts
+from .zero_expert_routing import batch_margin, number, paired_shapes, zero_experts
 
 
 class ZeroExpertMoeBlock(nn.Module):
@@ -161,6 +161,8 @@ class ZeroExpertModel:
         self.model.register_forward_pre_hook(self._pass_padding_mask, with_kwargs=True)
         if zero.terms is not None:
             self.set_zero_threshold(getattr(config, "zce_threshold", None))
+            if getattr(config, "zce_batch_margin", None):
+                self.set_zero_batch_margin(config.zce_batch_margin)
         elif getattr(config, "zce_logit_bias", None) is not None:
             self.set_zero_logit_bias(config.zce_logit_bias)
 
@@ -232,6 +234,21 @@ class ZeroExpertModel:
         for block in self.moe_blocks():
             block.dials.logit_bias = value
         self.config.zce_logit_bias = value
+
+    def set_zero_batch_margin(self, value: float) -> None:
+        """Paired routing: picks nearer than `value` to the threshold prefer experts that the pass reads anyway
+        (`kept_picks`); 0 switches it off. An answer then depends on the batch that it is made in.
+
+        config.json of a later `save_pretrained` has it too. `ValueError` if it does not fit the model.
+        """
+        if self._zero().terms is None:
+            raise ValueError(
+                "zce_batch_margin: this model's zero experts are shared, paired ones alone have it"
+            )
+        value = batch_margin(value)
+        for block in self.moe_blocks():
+            block.dials.batch_margin = value
+        self.config.zce_batch_margin = value
 
     def set_zero_dials(self, more) -> None:
         """A dial by request: one number for each sequence of the batches that follow, added to the dial; None: none.

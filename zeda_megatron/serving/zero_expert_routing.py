@@ -11,6 +11,7 @@ or "paired".
 Compute dial of shared routing: `zce_logit_bias` (default 0), added to the logits of the zero experts.
 Paired routing: `zce_score` names the score's terms, `zce_threshold` (a number, or one per MoE layer) is the dial,
 `zce_head_width` the hidden units of the score's head (0: linear), `zce_rank` the rank of `low_rank` stand-ins.
+`zce_batch_margin` (default 0): so near the threshold a pick follows its batch, see `kept_picks`.
 """
 
 import math
@@ -107,6 +108,8 @@ class ZeroDials:
     threshold: float = 0.0
     """Of paired ones: a pick with a lower score is skipped. A Python number that is a float32 exactly (a buffer would
     be rounded with the model's type)."""
+    batch_margin: float = 0.0
+    """Of paired ones: so near the threshold a pick follows its batch (`kept_picks`)."""
     more_B: torch.Tensor | None = None
     """Added to the dial for the tokens of each sequence of a batch, float32 [B]; None: nothing."""
 
@@ -165,7 +168,8 @@ class ZeroExpertRouting:
         weights_TK, ids_TK = self._pick(logits_TE)
         if self.zero.terms is not None and not self.dials.masked:
             threshold = self.dials.of_tokens(self.dials.threshold, hidden_TH)
-            kept_TK = self._scores(hidden_TH, weights_TK, ids_TK) >= threshold
+            score_TK = self._scores(hidden_TH, weights_TK, ids_TK)
+            kept_TK = kept_picks(score_TK, ids_TK, threshold, self.dials.batch_margin, self.num_real)
             weights_TK, answer_TH = weights_TK.to(dtype), None
             if self.zero.kind != "zero":
                 parts = (getattr(self, name, None) for name in ("zero_down", "zero_up", "zero_constant"))
@@ -213,6 +217,40 @@ class ZeroExpertRouting:
                 raise RuntimeError("the paired router saw no residual: run the whole decoder layer")
             score_TK = score_TK - norm_T.clamp(min=1e-20).log().unsqueeze(-1)
         return score_TK
+
+
+MEMORY_BOUND_ROWS = 256
+"""Up to so many tokens a pass waits for weights rather than for products (a few rows for each expert)."""
+
+
+def kept_picks(score_TK, ids_TK, threshold, margin, num_real, no_token_T=None):
+    """Which picks of paired routing are computed, bool [T, K]: those whose score reaches the threshold.
+
+    A step of decoding many sequences waits for the weights of the experts that it reads, not for their products. With a
+    margin a pick that is nearer than that to the threshold is computed exactly if a pick beyond it, of any token of the
+    pass, has its expert read anyway. What a token is given then depends on the tokens that come with it.
+
+    Args:
+        threshold: a number, or [T, 1].
+        margin: 0 or more; 0 is the plain rule, which passes of more than `MEMORY_BOUND_ROWS` tokens follow as well.
+        no_token_T: bool, rows of the pass that are no tokens.
+    """
+    if not margin or len(ids_TK) > MEMORY_BOUND_ROWS:
+        return score_TK >= threshold
+    sure_TK = score_TK >= threshold + margin
+    if no_token_T is not None:
+        sure_TK = sure_TK & ~no_token_T.unsqueeze(1)
+    read_N = torch.zeros(num_real + 1, dtype=torch.bool, device=ids_TK.device)
+    read_N[ids_TK.masked_fill(~sure_TK, num_real)] = True
+    return sure_TK | ((score_TK >= threshold - margin) & read_N[:num_real][ids_TK])
+
+
+def batch_margin(value) -> float:
+    """`zce_batch_margin` of a config, 0 where it is not there; `ValueError` if it makes no sense."""
+    value = number("zce_batch_margin", value or 0.0)
+    if value < 0:
+        raise ValueError(f"zce_batch_margin {value} must be 0 or more")
+    return value
 
 
 def paired_shapes(zero: ZeroExperts, hidden: int) -> dict[str, tuple[int, ...]]:

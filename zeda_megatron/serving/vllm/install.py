@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import extract_layer_index, sequence_parallel_chunk
+from vllm.platforms import current_platform
 
 from .meter import SlotCounter, ZeroShareMeter
+from .request_dials import RequestDials
 from .routing import ZeroExpertGate, pick
 from .settings import read_routing
-from .skipping import ZeroSkippingMoEMethod
+from .skipping import ANYWAY, skip_zero_experts
 
 
 class ZeroExpertRouter(BaseRouter):
@@ -39,8 +42,9 @@ class ZeroExpertRouter(BaseRouter):
             self.routing,
             hidden_states.dtype,
             getattr(self.gate, "e_score_correction_bias", None),
-            self.gate.dial,
+            RequestDials.added_to(self.gate.dial, len(router_logits)),
             self.scaled,
+            get_forward_context().is_padding if is_forward_context_available() else None,
         )
         self.counter.count(ids_TK, self.routing.num_real)
         return weights_TK, ids_TK.to(torch.int32 if indices_type is None else indices_type)
@@ -58,36 +62,54 @@ class ZeroExpertMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        return self.experts(hidden_states=hidden_states, router_logits=self.gate(hidden_states))
+        columns_TC = self.gate(hidden_states)
+        if not self.experts.moe_config.is_sequence_parallel:
+            return self.experts(hidden_states=hidden_states, router_logits=columns_TC)
+        # Ranks of a tensor-parallel group have the same tokens: each takes a part of them to the experts.
+        part_TH, part_TC = sequence_parallel_chunk(hidden_states), sequence_parallel_chunk(columns_TC)
+        output_TH = self.experts(hidden_states=part_TH, router_logits=part_TC)
+        return tensor_model_parallel_all_gather(output_TH, 0)[: len(hidden_states)]
+
+
+def prefer_skipping_kernels(vllm_config: VllmConfig) -> None:
+    """Before a model is built: on a GPU, where vLLM would choose a kernel, take Triton's, which skips in every number
+    format that it has."""
+    kernels = vllm_config.kernel_config
+    if not current_platform.is_cpu() and kernels.moe_backend == "auto":
+        kernels.moe_backend = "triton"
 
 
 def install_zero_experts(
-    layers: nn.ModuleList, block_class: type, config, vllm_config: VllmConfig, name: str = "mlp"
+    layers: nn.ModuleList,
+    block_class: type,
+    config,
+    vllm_config: VllmConfig,
+    numbers: list[int],
+    name: str = "mlp",
 ) -> ZeroShareMeter:
     """Replace the MoE blocks of these decoder layers; returns the meter of their zero share.
 
     Args:
         layers: decoder layers of this pipeline rank (others are placeholders).
-        block_class: the stock MoE block. config: the Hugging Face config. name: a layer's name of its MoE block.
+        block_class: the stock MoE block. config: the Hugging Face config. numbers: of all MoE layers of the model.
+        name: a layer's name of its MoE block.
 
     Raises:
         ValueError: the config makes no sense, or vLLM's settings would not skip zero experts.
     """
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError("models with zero experts do not work with --pipeline-parallel-size above 1")
-    if vllm_config.quant_config is not None:
-        raise ValueError("models with zero experts do not work with quantised weights")
     extra = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
-    found = [layer for layer in layers if isinstance(getattr(layer, name, None), block_class)]
+    routings = dict(zip(numbers, read_routing(config, len(numbers), extra)))
     counters = {}
-    for layer, routing in zip(found, read_routing(config, len(found), extra)):
-        gate = ZeroExpertGate(routing, config.hidden_size, vllm_config.model_config.dtype)
-        counter = SlotCounter()
-        stock = getattr(layer, name)
-        _rewire(stock.experts, gate, counter)
-        counters[extract_layer_index(stock.experts.layer_name)] = counter
+    for layer in layers:
+        stock = getattr(layer, name, None)
+        if not isinstance(stock, block_class):
+            continue
+        number = extract_layer_index(stock.experts.layer_name)
+        gate = ZeroExpertGate(routings[number], config.hidden_size, vllm_config.model_config.dtype)
+        counters[number] = SlotCounter()
+        _rewire(stock.experts, gate, counters[number], bool(extra.get(ANYWAY)))
         setattr(layer, name, ZeroExpertMoeBlock(gate, stock))
-        if routing.needs_residual:
+        if gate.routing.needs_residual:
             layer.post_attention_layernorm.register_forward_hook(_show_residual(gate))
     return ZeroShareMeter(counters, float(extra.get("zeda_metric_seconds", 10.0)))
 
@@ -106,16 +128,13 @@ def set_dials(model: nn.Module, values: list[float]) -> None:
         gate.dial.fill_(value)
 
 
-def _rewire(runner: MoERunner, gate: ZeroExpertGate, counter: SlotCounter) -> None:
-    experts = runner.routed_experts
-    if type(experts.quant_method) is not UnquantizedFusedMoEMethod:
-        raise ValueError(f"zero experts do not work with {type(experts.quant_method).__name__}")
+def _rewire(runner: MoERunner, gate: ZeroExpertGate, counter: SlotCounter, anyway: bool) -> None:
     runner.gate = None  # the block's gate comes before the runner
     runner.router = ZeroExpertRouter(gate, counter, runner_scales=runner.routed_scaling_factor != 1.0)
     # On the CPU vLLM would trace through its runner, but how many slots are real is not known while tracing.
     shared = runner.shared_experts is not None
     runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
-    experts._replace_quant_method(ZeroSkippingMoEMethod(runner.moe_config, gate))
+    skip_zero_experts(runner.routed_experts, gate, anyway)
 
 
 def _show_residual(gate: ZeroExpertGate):

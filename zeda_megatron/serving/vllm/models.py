@@ -8,52 +8,64 @@ from vllm.model_executor.models.mixtral import MixtralForCausalLM, MixtralMoE
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM, Qwen3MoeSparseMoeBlock
 from vllm.platforms import current_platform
 
-from .install import install_zero_experts
+from .install import install_zero_experts, prefer_skipping_kernels
 from .meter import ZeroShareMeter
+from .request_dials import RequestDials
 
 LATENT_EPS = 1e-6
 """Epsilon of the norms of GLM's latents in transformers (and of training here); vLLM gives them the config's."""
 
 
-class _Metered:
+class _Dynamic:
     """What every model here has beside its layers."""
 
     zero_share_meter: ZeroShareMeter
     """Counts of every MoE layer."""
 
-    def compute_logits(self, hidden_states):
+    def forward(self, input_ids, positions, *args, **kwargs):
         self.zero_share_meter.tick()
-        return super().compute_logits(hidden_states)
+        RequestDials.see_batch(input_ids, positions)
+        return super().forward(input_ids, positions, *args, **kwargs)
 
 
-class Qwen3MoePlusPlusForCausalLM(_Metered, Qwen3MoeForCausalLM):
+class Qwen3MoePlusPlusForCausalLM(_Dynamic, Qwen3MoeForCausalLM):
     """Qwen3-MoE."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        prefer_skipping_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = self.config
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers or []
+        numbers = [n for n in range(config.num_hidden_layers) if n not in dense and (n + 1) % step == 0]
         self.zero_share_meter = install_zero_experts(
-            self.model.layers, Qwen3MoeSparseMoeBlock, self.config, vllm_config
+            self.model.layers, Qwen3MoeSparseMoeBlock, config, vllm_config, numbers
         )
 
 
-class MixtralPlusPlusForCausalLM(_Metered, MixtralForCausalLM):
+class MixtralPlusPlusForCausalLM(_Dynamic, MixtralForCausalLM):
     """Mixtral."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        prefer_skipping_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        numbers = list(range(self.config.num_hidden_layers))
         self.zero_share_meter = install_zero_experts(
-            self.model.layers, MixtralMoE, self.config, vllm_config, name="block_sparse_moe"
+            self.model.layers, MixtralMoE, self.config, vllm_config, numbers, name="block_sparse_moe"
         )
 
 
-class Glm4MoeLitePlusPlusForCausalLM(_Metered, Glm4MoeLiteForCausalLM):
+class Glm4MoeLitePlusPlusForCausalLM(_Dynamic, Glm4MoeLiteForCausalLM):
     """GLM-4.7-Flash, with transformers' numbers in its attention."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        prefer_skipping_kernels(vllm_config)
         _name_dense_layers(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         _correct_attention(self.model.layers)
-        self.zero_share_meter = install_zero_experts(self.model.layers, Glm4MoeLite, self.config, vllm_config)
+        numbers = list(range(self.config.first_k_dense_replace, self.config.num_hidden_layers))
+        self.zero_share_meter = install_zero_experts(
+            self.model.layers, Glm4MoeLite, self.config, vllm_config, numbers
+        )
 
 
 def _correct_attention(layers) -> None:

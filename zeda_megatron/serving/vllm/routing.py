@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..zero_expert_routing import paired_shapes, predict, stand_ins
+from ..zero_expert_routing import kept_picks, paired_shapes, predict, stand_ins
 from .settings import ZeroRouting
 
 TINY = 1e-20
@@ -65,8 +65,7 @@ class ZeroExpertGate(nn.Module):
         if routing.masked:
             return logits_TE
         if not routing.paired:
-            real_TN, zero_TZ = logits_TE.split([routing.num_real, routing.zero.count], dim=-1)
-            return torch.cat([real_TN, zero_TZ + self.dial], dim=-1)
+            return logits_TE
         more_TN = torch.zeros_like(logits_TE)
         if "head" in routing.zero.terms:
             more_TN = predict(hidden_TH, self)
@@ -83,17 +82,22 @@ def pick(
     routing: ZeroRouting,
     dtype: torch.dtype,
     score_bias: torch.Tensor | None = None,
-    threshold: torch.Tensor | None = None,
+    dial: torch.Tensor | float = 0.0,
     scaled: bool = True,
+    no_token_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights float32 [T, K] and ids int64 [T, K] of the picks, from a gate's columns.
 
     Args:
         dtype: the model's type; softmax weights are rounded to it, as transformers does.
         score_bias: [E], added to sigmoid scores for the choice alone.
-        threshold: [1], of paired zero experts.
+        dial: the logit bias or the threshold: a number, [1], or [T, 1] of each token.
         scaled: multiply by the model's factor. Scores of paired zero experts are those of scaled weights anyway.
+        no_token_T: bool, rows that only pad a batch: they load no expert.
     """
+    if not routing.paired and not routing.masked:
+        real_TN, zero_TZ = columns_TC.split([routing.num_real, routing.zero.count], dim=-1)
+        columns_TC = torch.cat([real_TN, zero_TZ + dial], dim=-1)
     paired = routing.paired and not routing.masked
     # Contiguous: a sigmoid of a slice may round otherwise than that of transformers.
     logits_TE = columns_TC[:, : routing.num_real].contiguous() if paired else columns_TC
@@ -111,7 +115,8 @@ def pick(
         score_TK = columns_TC[:, routing.num_real :].gather(1, ids_TK)
         if "weight" in routing.zero.terms:
             score_TK = score_TK + whole_TK.clamp(min=TINY).log()
-        ids_TK = torch.where(score_TK < threshold, ids_TK + routing.num_real, ids_TK)
+        kept_TK = kept_picks(score_TK, ids_TK, dial, routing.batch_margin, routing.num_real, no_token_T)
+        ids_TK = torch.where(kept_TK, ids_TK, ids_TK + routing.num_real)
     weights_TK = whole_TK if scaled else weights_TK
     return (weights_TK if routing.score == "sigmoid" else weights_TK.to(dtype).float()), ids_TK
 
@@ -136,14 +141,6 @@ def zero_output(
         return weights_TK.sum(dim=-1, keepdim=True) * hidden_TH.float()
     bias_TKH = gate.zero_bias.float()[(ids_TK - routing.num_real).clamp(min=0)]
     return (weights_TK.unsqueeze(-1) * bias_TKH).sum(dim=1)
-
-
-def real_slots(
-    ids_TK: torch.Tensor, weights_TK: torch.Tensor, num_real: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The slots that real experts serve, as rows: token [R], id [R, 1], weight [R, 1]. Asks the device how many."""
-    token_R, slot_R = (ids_TK < num_real).nonzero(as_tuple=True)
-    return token_R, ids_TK[token_R, slot_R].unsqueeze(1), weights_TK[token_R, slot_R].unsqueeze(1)
 
 
 def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:

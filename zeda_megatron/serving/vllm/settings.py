@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..zero_expert_routing import ZeroExperts, zero_experts
+from ..zero_expert_routing import ZeroExperts, batch_margin, zero_experts
 
-DIALS = ("zce_logit_bias", "zce_threshold")
+DIALS = ("zce_logit_bias", "zce_threshold", "zce_batch_margin")
 """Keys of config.json that a server may override."""
 
 
@@ -35,6 +35,8 @@ class ZeroRouting:
     """Shared zero experts: added to their logits."""
     threshold: float = 0.0
     """Paired zero experts: a pick with a lower score is skipped."""
+    batch_margin: float = 0.0
+    """Paired zero experts: so near the threshold a pick follows its batch (`kept_picks`)."""
 
     @property
     def rows(self) -> int:
@@ -57,7 +59,7 @@ def read_routing(config: Any, moe_layers: int, dials: Mapping[str, Any] | None =
     Args:
         config: the Hugging Face config of the model.
         moe_layers: how many MoE layers the model has.
-        dials: values that go before those of config.json: `zce_logit_bias`, `zce_threshold`.
+        dials: values that go before those of config.json, under the names in `DIALS`.
 
     Raises:
         ValueError: a key is missing or makes no sense; the message names it.
@@ -66,12 +68,17 @@ def read_routing(config: Any, moe_layers: int, dials: Mapping[str, Any] | None =
     routing = _shape(config)
     value = {key: dials.get(key, getattr(config, key, None)) for key in DIALS}
     if not routing.paired:
+        if value["zce_batch_margin"]:
+            raise ValueError(
+                "zce_batch_margin: this model's zero experts are shared, paired ones alone have it"
+            )
         if "zce_threshold" in dials:
             raise ValueError("this model's zero experts are shared: its dial is zce_logit_bias")
         bias = 0.0 if value["zce_logit_bias"] is None else number("zce_logit_bias", value["zce_logit_bias"])
         return [replace(routing, logit_bias=bias)] * moe_layers
     if "zce_logit_bias" in dials:
         raise ValueError("this model's zero experts are paired: its dial is zce_threshold")
+    routing = replace(routing, batch_margin=batch_margin(value["zce_batch_margin"]))
     return [replace(routing, threshold=one) for one in thresholds(value["zce_threshold"], moe_layers)]
 
 

@@ -1,136 +1,135 @@
-"""vLLM's method for unquantised experts, given picks of zero experts too: they never reach a kernel."""
+"""Picks of zero experts and vLLM's expert kernels: to a kernel all zero experts are one more expert, of no rank.
+
+vLLM's kernels know experts of other ranks: an expert map (global id -> local id, -1 where it is another rank's) says
+which they are, and their slots are dropped while rows are sorted. Zero experts get the id N behind the N real ones, and
+-1 in the map. Weights, scales and number format are the stock method's business, which is not replaced.
+
+A dispatch over an all-to-all library sends a slot to its expert's rank, and knows as "nobody" the id -1 alone.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.platforms import current_platform
 
-from .routing import ZeroExpertGate, real_slots, zero_output
+from .routing import ZeroExpertGate, zero_output
 
-GPU_KERNELS = ("TritonExperts",)
-"""Kernels that drop rows whose expert is not mapped (expert id -1 in the expert map)."""
+GATHERED = "allgather_reducescatter"
+"""The all-to-all backend that gathers every token on every rank: ids travel as they are."""
+SKIPPING_KERNELS = (
+    *("TritonExperts", "TritonWNA16Experts", "DeepGemmExperts", "TritonOrDeepGemmExperts", "MarlinExperts"),
+)
+"""Kernels of GPUs that drop a slot whose expert the map puts on no rank, so their source says (vLLM 0.32)."""
+ANYWAY = "zeda_unproved_backends"
+"""Key of --additional-config: take kernels and backends of which this is not known."""
 
 
-class ZeroSkippingMoEMethod(UnquantizedFusedMoEMethod):
-    """Experts of one MoE layer, of N real ones.
+def skipped_id(parallel: FusedMoEParallelConfig, num_real: int) -> int:
+    """The id of a skipped pick toward the engine."""
+    return -1 if parallel.use_all2all_kernels and parallel.all2all_backend != GATHERED else num_real
 
-    On the CPU only real (token, slot) pairs are handed over: its kernel has no bounds check on ids. On a GPU the shapes
-    stay (CUDA graphs), and an expert map says that the zero experts live on no rank, as in expert parallelism; this
-    path was not run yet. What zero experts of another type than `zero` give is added behind the experts, by one
-    rank of those that add up their outputs.
 
-    Args:
-        moe: vLLM's settings of the layer.
-        gate: its router's weights.
+def skip_zero_experts(experts: RoutedExperts, gate: ZeroExpertGate, anyway: bool) -> None:
+    """Let the experts of a layer that vLLM has built leave out picks of zero experts.
 
     Raises:
-        ValueError: kernels that would not skip.
+        ValueError: with these settings they would be computed, or it is not known; `anyway` takes the latter.
     """
+    _refuse(experts, anyway)
+    method, num_real, base = experts.quant_method, gate.routing.num_real, experts._expert_map
+    local = torch.arange(num_real, dtype=torch.int32) if base is None else base.to(torch.int32)
+    experts._expert_map = torch.cat([local, local.new_full((1,), -1)])
+    experts.global_num_experts = num_real + 1
+    method.apply = _with_zero_experts(method, gate)
+    if current_platform.is_cpu():
+        method.process_weights_after_loading = _on_real_rows(method)
 
-    def __init__(self, moe: FusedMoEConfig, gate: ZeroExpertGate):
-        super().__init__(moe)
-        self.num_real = gate.routing.num_real
-        self._gate = [gate]  # in a list: the gate belongs to another module
-        self._maps: tuple[torch.Tensor | None, torch.Tensor] | None = None
-        self._refuse()
 
-    def _refuse(self) -> None:
-        parallel = self.moe.moe_parallel_config
-        for on, what in (
-            (
-                parallel.use_all2all_kernels,
-                "an all-to-all backend (data parallel with --enable-expert-parallel)",
-            ),
-            (parallel.enable_eplb, "--enable-eplb"),
-            (parallel.is_sequence_parallel, "sequence-parallel MoE layers"),
-            (self.moe.is_lora_enabled, "--enable-lora"),
-            (current_platform.is_cpu() and parallel.use_ep, "--enable-expert-parallel on the CPU"),
-        ):
-            if on:
-                raise ValueError(f"models with zero experts do not work with {what}: leave it off")
-        name = self.experts_cls.__name__ if self.experts_cls else "none"
-        if self.is_monolithic or not (current_platform.is_cpu() or name in GPU_KERNELS):
-            raise ValueError(
-                f"the MoE kernel {name} would not skip zero experts; choose --moe-backend triton "
-                f"(known to skip: {', '.join(GPU_KERNELS)})"
-            )
+def _with_zero_experts(method: FusedMoEMethodBase, gate: ZeroExpertGate):
+    """The method's `apply` for raw ids: [T, H] -> [T, H]. What zero experts of another kind than `zero` give is added
+    behind the experts, once among the ranks that add up their outputs."""
+    stock, num_real, width = method.apply, gate.routing.num_real, gate.weight.shape[1]
+    skipped = skipped_id(method.moe.moe_parallel_config, num_real)
 
-    def process_weights_after_loading(self, layer) -> None:
-        """As vLLM, but weights that are loaded again are packed again on the CPU too."""
-        if current_platform.is_cpu():
-            self.moe_kernel = None
-        super().process_weights_after_loading(layer)
-
-    def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input) -> torch.Tensor:
-        """[T, H] -> [T, H]. Ids lie in [0, N+Nz); no slot with an id from N on reaches an expert."""
-        path = self._real_rows if current_platform.is_cpu() else self._unmapped
-        output_TH = path(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
-        if get_tensor_model_parallel_rank() == 0:
-            gate = self._gate[0]
-            more_TH = zero_output(x[:, : gate.weight.shape[1]], topk_weights, topk_ids, gate)
-            if more_TH is not None:
-                # vLLM pads the width of x where a kernel wants it.
-                output_TH = output_TH + F.pad(more_TH, (0, x.shape[1] - more_TH.shape[1]))
-        return output_TH.to(x.dtype)
-
-    def _unmapped(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
-        """All zero experts get one id, and the expert map says it is on no rank."""
-        is_real_TK = topk_ids < self.num_real
-        return self._kernel(
-            layer,
-            x,
-            torch.where(is_real_TK, topk_weights, 0),
-            torch.where(is_real_TK, topk_ids, self.num_real),
-            self.num_real + 1,
-            self._expert_map(layer, x.device),
-            shared_experts,
-            shared_experts_input,
-        )
-
-    def _real_rows(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
-        """Every real slot is a row of its own; float32."""
-        output_TH = torch.zeros_like(x, dtype=torch.float32)
-        token_R, ids_R1, weights_R1 = real_slots(topk_ids, topk_weights, self.num_real)
-        if token_R.numel() == 0:
+    def apply(*, x, topk_weights, topk_ids, **more):
+        ids_TK = topk_ids.masked_fill(topk_ids >= num_real, skipped)
+        output_TH = stock(x=x, topk_weights=topk_weights, topk_ids=ids_TK, **more)
+        whole = method.moe.is_sequence_parallel or method.moe_kernel.output_is_reduced()
+        if not whole and get_tensor_model_parallel_rank() > 0:
             return output_TH
-        rows_RH = self._kernel(
-            layer,
-            x[token_R],
-            weights_R1,
-            ids_R1,
-            self.num_real,
-            None,
-            shared_experts,
-            shared_experts_input,
-        )
-        return output_TH.index_add_(0, token_R, rows_RH.float())
+        more_TH = zero_output(x[:, :width], topk_weights, topk_ids, gate)
+        if more_TH is None:
+            return output_TH
+        # vLLM pads the width of x where a kernel wants it.
+        return (output_TH + F.pad(more_TH, (0, x.shape[1] - width))).to(x.dtype)
 
-    def _kernel(self, layer, x, weights, ids, num_experts, expert_map, shared_experts, shared_experts_input):
-        return self.moe_kernel.apply(
-            hidden_states=x,
-            w1=layer.w13_weight,
-            w2=layer.w2_weight,
-            topk_weights=weights,
-            topk_ids=ids,
-            activation=layer.activation,
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
-            global_num_experts=num_experts,
-            expert_map=expert_map,
-            shared_experts=shared_experts,
-            shared_experts_input=shared_experts_input,
-        )
+    return apply
 
-    def _expert_map(self, layer, device: torch.device) -> torch.Tensor:
-        """vLLM's map of expert ids to local ones, and one entry more for all zero experts: -1."""
-        base = layer.expert_map
-        if self._maps is None or self._maps[0] is not base:
-            if base is None:
-                local = torch.arange(self.num_real, dtype=torch.int32, device=device)
-            else:
-                local = base.to(torch.int32)
-            self._maps = base, torch.cat([local, local.new_full((1,), -1)])
-        return self._maps[1]
+
+def _on_real_rows(method: FusedMoEMethodBase):
+    """The method's `process_weights_after_loading`, after which its CPU kernel meets real slots alone."""
+    stock = method.process_weights_after_loading
+
+    def process(layer) -> None:
+        method.moe_kernel = None  # weights that are loaded again are packed again too
+        stock(layer)
+        experts = method.moe_kernel.fused_experts
+        experts.apply = partial(_real_rows, experts.apply)
+
+    return process
+
+
+def _real_rows(kernel, *, output, hidden_states, w1, topk_weights, topk_ids, expert_map, **more) -> None:
+    """vLLM's C++ kernels of a CPU check no bounds and read no expert map: every slot of an expert of this rank becomes
+    a row of its own, and they see nothing else."""
+    local_TK = expert_map[topk_ids.long()]
+    token_R, place_R = (local_TK >= 0).nonzero(as_tuple=True)
+    sum_TH = torch.zeros_like(output, dtype=torch.float32)
+    if token_R.numel():
+        rows_RH = torch.empty(len(token_R), output.shape[1], dtype=output.dtype)
+        more |= {"global_num_experts": len(w1), "expert_map": None}
+        kernel(
+            output=rows_RH,
+            hidden_states=hidden_states[token_R],
+            w1=w1,
+            topk_weights=topk_weights[token_R, place_R].unsqueeze(1),
+            topk_ids=local_TK[token_R, place_R].unsqueeze(1).to(topk_ids.dtype),
+            **more,
+        )
+        sum_TH.index_add_(0, token_R, rows_RH.float())
+    output.copy_(sum_TH)
+
+
+def _refuse(experts: RoutedExperts, anyway: bool) -> None:
+    method, moe = experts.quant_method, experts.moe_config
+    parallel, kernel = moe.moe_parallel_config, getattr(method, "experts_cls", None)
+    for on, what in (
+        (parallel.enable_eplb, "--enable-eplb (which knows the real experts alone)"),
+        (moe.is_lora_enabled, "--enable-lora (its kernels sort every slot)"),
+    ):
+        if on:
+            raise ValueError(f"models with zero experts do not work with {what}: leave it off")
+    name = kernel.__name__ if kernel else type(method).__name__
+    if method.is_monolithic:
+        raise ValueError(
+            f"the MoE kernel {name} routes by itself, over the real experts: --moe-backend triton"
+        )
+    if anyway:
+        return
+    if parallel.use_all2all_kernels and parallel.all2all_backend != GATHERED:
+        raise ValueError(
+            f"--all2all-backend {parallel.all2all_backend} was never run with zero experts: {GATHERED} was, or set "
+            f"{ANYWAY} in --additional-config"
+        )
+    if not current_platform.is_cpu() and name not in SKIPPING_KERNELS:
+        raise ValueError(
+            f"it is not known that the MoE kernel {name} skips zero experts: --moe-backend triton does (or "
+            f"{ANYWAY} in --additional-config)"
+        )
