@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,24 +160,51 @@ def reference(folder: Path, turn=lambda model: None, turn_each=None) -> Referenc
 
 def offline(folder: Path, rounds: int = 1, extra_args: list[dict] | None = None, **llm) -> dict:
     """Answer with vLLM's offline engine; `llm` are its arguments, `extra_args` those of each prompt."""
-    job = {
-        "extra_args": extra_args,
-        "folder": str(folder),
-        "llm": llm,
-        "prompts": prompts(),
-        "rounds": rounds,
-        "new_tokens": NEW_TOKENS,
-    }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "serving" / "vllm_run.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-4000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"rounds"')]
-    return json.loads(line)
+    (made,) = _answers([(_job(folder, prompts(), rounds, extra_args, llm), {})])
+    return made
+
+
+def offline_of_two(folder: Path, **llm) -> dict:
+    """Two data-parallel engines answer every other prompt; what both did, as if one had."""
+    port, halves = str(free_port()), (prompts()[::2], prompts()[1::2])
+    jobs = [
+        (
+            _job(folder, half, 1, None, llm),
+            {"VLLM_DP_RANK": str(rank), "VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_PORT": port},
+        )
+        for rank, half in enumerate(halves)
+    ]
+    even, odd = _answers(jobs)
+    tokens = [one for pair in zip(even["rounds"][0], odd["rounds"][0]) for one in pair]
+    counts = {key: [a + b for a, b in zip(even["counts"][key], odd["counts"][key])] for key in odd["counts"]}
+    return {"rounds": [tokens], "counts": counts}
+
+
+def _job(folder: Path, prompts: list[list[int]], rounds: int, extra_args, llm: dict) -> str:
+    job = {"folder": str(folder), "llm": llm, "prompts": prompts, "rounds": rounds, "extra_args": extra_args}
+    return json.dumps(job | {"new_tokens": NEW_TOKENS})
+
+
+def _answers(jobs: list[tuple[str, dict[str, str]]]) -> list[dict]:
+    """Run the offline engine, a process for every job and its environment."""
+    command = [sys.executable, str(Path(__file__).parent / "serving" / "vllm_run.py")]
+    plain = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    started = [subprocess.Popen(command, text=True, env=plain | env, **pipes) for _, env in jobs]
+    with ThreadPoolExecutor() as threads:
+        told = list(threads.map(lambda process, job: process.communicate(job[0]), started, jobs))
+    made = []
+    for process, (out, err) in zip(started, told):
+        assert process.returncode == 0, err[-4000:] + out[-4000:]
+        (line,) = [line for line in out.splitlines() if line.startswith('{"rounds"')]
+        made.append(json.loads(line))
+    return made
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Server:
@@ -185,9 +213,7 @@ class Server:
 
     def __init__(self, folder: Path, tmp_path: Path, flags: list[str], extra: dict):
         self.log = tmp_path / "server.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         metrics = tmp_path / "prometheus"
         metrics.mkdir()
         self.command = [

@@ -27,7 +27,6 @@ def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name)
     assert made["counts"] == expected.counts
 
 
-DATA = ["--data-parallel-size", "2"]
 TENSORS = {"tensor_parallel_size": 2}
 EXPERTS = TENSORS | {"enable_expert_parallel": True}
 STAGES = {"pipeline_parallel_size": 2}
@@ -78,6 +77,20 @@ def test_the_server_s_dial_is_the_model_s(folders, name, turn, llm):
     assert made["rounds"] == [expected.tokens]
     assert made["counts"] == expected.counts
     assert sum(expected.shares) > sum(before.shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [("qwen_awake", True), ("glm_shared", True), ("qwen_paired", False)]
+)
+def test_two_data_parallel_ranks_give_the_same_answers(folders, name, experts):
+    """Every rank answers half of the prompts; their MoE layers meet: all tokens go to all ranks, each of which has half
+    of the experts, or a half of every expert."""
+    expected = vllm_world.reference(folders[name])
+    made = vllm_world.offline_of_two(
+        folders[name], enable_prefix_caching=False, enable_expert_parallel=experts
+    )
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
 
 
 BY_REQUEST = {
@@ -170,8 +183,6 @@ def test_the_masked_model_is_the_static_one(folders, tmp_path):
         ("glm_shared", lambda m: m.set_zero_logit_bias(0.1), [], {"zce_logit_bias": 0.1}),
         ("glm_paired", None, [], {}),
         ("mixtral_paired", lambda m: m.set_zero_threshold(-2.5), [], {"zce_threshold": -2.5}),
-        ("qwen_awake", None, DATA, {}),
-        ("glm_shared", None, [*DATA, "--enable-expert-parallel"], {}),
     ],
 )
 def test_the_server_gives_the_same_answers_and_tells_the_zero_share(

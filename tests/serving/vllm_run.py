@@ -5,13 +5,44 @@ Job: `folder`, `llm` (arguments of `LLM`), `prompts` (token ids), `rounds` (how 
 """
 
 import json
+import os
 import sys
 
+import torch
 from vllm import LLM, SamplingParams
 
 
 def counts(model):
     return model.zero_share_meter.read()
+
+
+def gather_on_cpus() -> None:
+    """vLLM 0.32 lacks on CPUs what data-parallel MoE layers ask of a group: all-gather and reduce-scatter of unequal
+    parts. These do what its communicators of GPUs do."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        if isinstance(input_, (list, tuple)):
+            return [all_gatherv(self, one, dim, sizes) for one in input_]
+        parts = [input_.new_empty(size, *input_.shape[1:]) for size in sizes]
+        for rank, part in zip(self.ranks, parts):
+            if rank == self.ranks[self.rank_in_group]:
+                part.copy_(input_)
+            torch.distributed.broadcast(part, rank, group=self.device_group)
+        return torch.cat(parts)
+
+    def reduce_scatterv(self, input_, dim=0, sizes=None):
+        whole = input_.clone()
+        torch.distributed.all_reduce(whole, group=self.device_group)
+        return whole.split(sizes)[self.rank_in_group]
+
+    CpuCommunicator.all_gatherv, CpuCommunicator.reduce_scatterv = all_gatherv, reduce_scatterv
+
+
+class GatherOnCpus:
+    """An extension of vLLM's workers: importing it is all."""
+
+    gather_on_cpus()
 
 
 def warm_up(worker):
@@ -22,6 +53,8 @@ def warm_up(worker):
 def main() -> None:
     job = json.loads(sys.stdin.read())
     options = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128}
+    if "VLLM_DP_RANK" in os.environ:
+        options["worker_extension_cls"] = "vllm_run.GatherOnCpus"
     llm = LLM(job["folder"], **(options | job["llm"]))
     if "pipeline_parallel_size" in job["llm"]:
         llm.collective_rpc(warm_up)
