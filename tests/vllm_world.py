@@ -113,6 +113,23 @@ def draw_added(folder: Path, threshold: float | None) -> None:
         change_config(folder, zce_threshold=threshold)
 
 
+def packed(folder: Path, out: Path, number_format: str, plain: tuple[str, ...] = ()) -> Path:
+    """A folder with 8-bit weights; those whose names have one of `plain` stay as they are."""
+    from zeda_megatron.serving.quantize import QuantizeOptions, quantize
+
+    quantize(QuantizeOptions(str(folder), str(out), number_format, packed=True))
+    file, before = out / "model.safetensors", load_file(folder / "model.safetensors")
+    tensors = load_file(file)
+    for key in [key for key in before if any(word in key for word in plain)]:
+        tensors[key] = before[key]
+        tensors.pop(key + "_scale", None)
+    save_file(tensors, file, metadata={"format": "pt"})
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    quantization["ignore"] += [f"re:.*{word}.*" for word in plain]
+    change_config(out, quantization_config=quantization)
+    return out
+
+
 def change_config(folder: Path, **changes) -> None:
     """Change keys of config.json; None takes one away."""
     file = folder / "config.json"

@@ -1,13 +1,14 @@
 """ModelOpt rounds the weights of an exported model and leaves alone what decides on picks."""
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
 import test_modeling_families as families
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.serving.load import load_model, load_zero_expert_model, unpacked
@@ -93,28 +94,68 @@ def test_fp8_is_the_definition(modelopt, tmp_path, name):
             assert not torch.equal(weight, after[key])  # gate and up share a scale
 
 
+def fp8_rows(weight):
+    """E4M3 with a scale per row."""
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 @every_family
 @every_kind
+@pytest.mark.parametrize(("number_format", "by_hand"), [("int8", int8_rows), ("fp8", fp8_rows)])
 @torch.no_grad()
-def test_a_packed_folder_gives_the_numbers_of_the_rounded_one(modelopt, tmp_path, name, kind):
+def test_a_packed_folder_holds_the_numbers_of_the_definition(tmp_path, name, kind, number_format, by_hand):
     hf = make_folder(tmp_path, name, kind)
-    quantize(QuantizeOptions(str(hf), str(tmp_path / "rounded")))
-    if name == "mixtral":
-        with pytest.raises(UserError, match="ModelOpt cannot pack this model"):
-            quantize(QuantizeOptions(str(hf), str(tmp_path / "packed"), packed=True))
-        assert not (tmp_path / "packed").exists()
-        return
-    quantize(QuantizeOptions(str(hf), str(tmp_path / "packed"), packed=True))
-    small, large = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("packed", "rounded"))
+    done = quantize(QuantizeOptions(str(hf), str(tmp_path / "packed"), number_format, packed=True))
+    small, large = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("packed", "hf"))
     assert small < 0.7 * large
-    tokens = torch.randint(1, 96, (2, 9))
-    rounded, opened = load_model(tmp_path / "rounded"), load_model(tmp_path / "packed")
-    tiny.close(opened(tokens).logits, rounded(tokens).logits, rtol=1e-4, atol=1e-4)
-    # transformers alone would take the integers for weights: the file that travels refuses.
-    with pytest.raises(ValueError, match="quantization_config of modelopt"):
+    before, after = load_file(hf / "model.safetensors"), unpacked(tmp_path / "packed", torch.float32)
+    assert before.keys() == after.keys()
+    moved = 0
+    for key, weight in before.items():
+        if any(word in key for word in KEPT):
+            assert torch.equal(weight, after[key]), key
+            continue
+        moved += weight.numel()
+        tiny.close(after[key], by_hand(weight), rtol=0, atol=1e-6)
+    assert done["parameters"] == moved > 0
+    opened, plain, tokens = load_model(tmp_path / "packed"), load_model(hf), torch.randint(1, 96, (2, 9))
+    for parameter, other in zip(opened.parameters(), plain.parameters(), strict=True):
+        assert parameter.dtype == other.dtype and parameter.shape == other.shape
+    assert (opened(tokens).logits - plain(tokens).logits).abs().max() > 0
+    # transformers alone would take the integers for weights: the file that travels refuses, or transformers does.
+    with pytest.raises((ValueError, ImportError), match="compressed-tensors"):
         from transformers import AutoModelForCausalLM
 
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed", trust_remote_code=True)
+
+
+@every_family
+@every_kind
+@torch.no_grad()
+def test_packed_int8_is_what_modelopt_rounds_to(modelopt, tmp_path, name, kind):
+    hf, tokens = make_folder(tmp_path, name, kind), torch.randint(1, 96, (2, 9))
+    quantize(QuantizeOptions(str(hf), str(tmp_path / "rounded")))
+    quantize(QuantizeOptions(str(hf), str(tmp_path / "packed"), packed=True))
+    rounded, opened = load_model(tmp_path / "rounded"), load_model(tmp_path / "packed")
+    tiny.close(opened(tokens).logits, rounded(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_multi_token_prediction_are_packed_along_as_they_are(tmp_path):
+    """vLLM reads them beside the others, under the names that `ignore` has."""
+    hf = make_folder(tmp_path, "glm4_moe_lite", "zero")
+    tensors, config = load_file(hf / "model.safetensors"), json.loads((hf / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    extra = {f"model.layers.{layers}.eh_proj.weight": torch.randn(4, 8)}
+    save_file(tensors | extra, hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    quantize(QuantizeOptions(str(hf), str(tmp_path / "packed"), packed=True))
+    (key,) = extra
+    assert torch.equal(load_file(tmp_path / "packed" / "model.safetensors")[key], extra[key])
+    ignored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [pattern.removeprefix("re:") for pattern in ignored]
+    assert any(re.match(pattern, key) for pattern in patterns)
+    assert not any(re.match(pattern, "model.layers.1.self_attn.o_proj") for pattern in patterns)
 
 
 @every_family
@@ -146,8 +187,6 @@ def test_rounded_routers_pick_otherwise(modelopt, tmp_path):
 
 
 def test_packed_tensors_are_read_with_their_scales(tmp_path):
-    from safetensors.torch import save_file
-
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(-127, 128, (4, 6), generator=draw).to(torch.int8)
     half = torch.randn(4, 6, generator=draw).to(torch.float8_e4m3fn)
@@ -177,7 +216,6 @@ def test_packed_tensors_are_read_with_their_scales(tmp_path):
     [
         ({"number_format": "int3"}, "--number-format 'int3'"),
         ({"packed": True, "quantize_router": True}, "leave --quantize-router out"),
-        ({"packed": True, "number_format": "fp8"}, "activations are fp8"),
         ({"out": "hf"}, "--overwrite"),
     ],
 )

@@ -149,6 +149,29 @@ def test_a_batch_may_prefer_the_experts_that_it_reads_anyway(folders, name):
     assert made["counts"] == expected.counts != before.counts
 
 
+@pytest.mark.parametrize("number_format", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["qwen_shared", "qwen_awake", "mixtral_paired"])
+def test_packed_experts_answer_as_their_numbers_say(folders, tmp_path, monkeypatch, name, number_format):
+    """The stock method reads the packed folder, weights and scales, into the layer; its kernel is a stand-in."""
+    packed = vllm_world.packed(
+        folders[name], tmp_path / "packed", number_format, ("self_attn", "layers.1.mlp")
+    )
+    expected = vllm_world.reference(packed)
+    monkeypatch.setenv("ZEDA_TEST_8_BITS", "1")
+    made = vllm_world.offline(packed, enable_prefix_caching=False)
+    assert made["rounds"] == [expected.tokens]
+    assert made["counts"] == expected.counts
+
+
+def test_a_packed_folder_is_served_whole(folders, tmp_path, monkeypatch):
+    """With int8 attention as well, whose inputs vLLM's own kernel rounds: answers begin as the numbers say."""
+    packed = vllm_world.packed(folders["qwen_paired"], tmp_path / "packed", "int8")
+    expected = vllm_world.reference(packed)
+    monkeypatch.setenv("ZEDA_TEST_8_BITS", "1")
+    (made,) = vllm_world.offline(packed, enable_prefix_caching=False)["rounds"]
+    assert [one[0] for one in made] == [one[0] for one in expected.tokens]
+
+
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [("qwen_shared", "qwen3_moe"), ("glm_shared", "glm4_moe_lite"), ("mixtral_shared", "mixtral")],

@@ -39,10 +39,64 @@ def gather_on_cpus() -> None:
     CpuCommunicator.all_gatherv, CpuCommunicator.reduce_scatterv = all_gatherv, reduce_scatterv
 
 
-class GatherOnCpus:
-    """An extension of vLLM's workers: importing it is all."""
+def multiply_on_cpus() -> None:
+    """vLLM's 8-bit experts want AMX on a CPU. This stand-in has their contract: rows, ids of local experts alone,
+    weights times scales; activations keep their type."""
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+    from vllm.model_executor.layers.fused_moe.oracle import fp8, int8
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-    gather_on_cpus()
+    class DequantisedExperts(mk.FusedMoEExpertsModular):
+        expects_unquantized_inputs = True
+
+        @staticmethod
+        def activation_format():
+            return mk.FusedMoEActivationFormat.Standard
+
+        @staticmethod
+        def is_supported_config(cls, *settings):
+            return True, None
+
+        def _supports(*settings):
+            return True
+
+        _supports_current_device = _supports_no_act_and_mul = _supports_quant_scheme = _supports
+        _supports_activation = _supports_parallel_config = _supports
+
+        def workspace_shapes(self, M, N, K, *settings):
+            return (0,), (0,), (M, K)
+
+        def finalize_weight_and_reduce_impl(self):
+            return TopKWeightAndReduceNoOP()
+
+        def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, **settings):
+            assert int(topk_ids.min()) >= 0 and int(topk_ids.max()) < len(w1)
+            output.zero_()
+            for row, (ids, weights) in enumerate(zip(topk_ids.tolist(), topk_weights)):
+                for e, weight in zip(ids, weights):
+                    up = (w1[e].float() * self.w1_scale[e]) @ hidden_states[row].float()
+                    gate, up = up.chunk(2)
+                    down = (w2[e].float() * self.w2_scale[e]) @ (torch.nn.functional.silu(gate) * up)
+                    output[row] += weight * down
+
+    def kernels(backend):
+        return [DequantisedExperts] if backend.name == "TRITON" else []
+
+    int8.backend_to_kernel_cls = fp8.backend_to_kernel_cls = kernels
+
+
+class MultiplyOnCpus:
+    """An extension of vLLM's workers: importing it is all, where the job asks for it."""
+
+    if os.environ.get("ZEDA_TEST_8_BITS"):
+        multiply_on_cpus()
+
+
+class GatherOnCpus:
+    """As `MultiplyOnCpus`."""
+
+    if "VLLM_DP_RANK" in os.environ:
+        gather_on_cpus()
 
 
 def warm_up(worker):
@@ -55,6 +109,8 @@ def main() -> None:
     options = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128}
     if "VLLM_DP_RANK" in os.environ:
         options["worker_extension_cls"] = "vllm_run.GatherOnCpus"
+    if "ZEDA_TEST_8_BITS" in os.environ:
+        options["worker_extension_cls"] = "vllm_run.MultiplyOnCpus"
     llm = LLM(job["folder"], **(options | job["llm"]))
     if "pipeline_parallel_size" in job["llm"]:
         llm.collective_rpc(warm_up)

@@ -1,8 +1,8 @@
 """Load a model from its folder: ours, the authors' published ones, and static ones.
 
-Folders whose weights NVIDIA ModelOpt has packed (int8 or fp8 with scales) are read back as plain numbers.
-transformers does not know the format: it would take the integers for weights. Here every weight is multiplied by its
-scale while it is read, so the model in memory is as large as an unquantised one.
+Folders whose weights are packed (`zeda quantize --packed`, or NVIDIA ModelOpt: int8 or fp8 with scales) are read back
+as plain numbers. transformers does not know the experts of these formats: it would take integers for weights. Here
+every weight is multiplied by its scale while it is read, so the model in memory is as large as an unquantised one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from safetensors import safe_open
 
 from ..errors import UserError
 from ..models.architecture import REGISTRY, read_architecture
+from .pack import SCALE
+
+PACKERS = ("compressed-tensors", "modelopt")
+"""Formats of weights with scales, as `quantization_config` names them."""
 
 
 def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     """Load a folder with zero experts as a transformers model; needs no `trust_remote_code`.
 
     transformers does not know the authors' `model_type` (`qwen3_moe_plus_plus`) and would not merge the per-expert
-    weights; it is read as the native one. Weights that ModelOpt has packed are multiplied by their scales.
+    weights; it is read as the native one. Packed weights are multiplied by their scales.
     `kwargs` go to `from_pretrained`.
 
     Raises:
@@ -37,7 +41,7 @@ def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     module = import_module(f".{model.MODELING_FILE.removesuffix('.py')}", __package__)
     dynamic = getattr(module, model.ARCHITECTURES[1])
     fields = arch.hf | {"model_type": model.MODEL_TYPES[0]}
-    if packed_by(fields) != "modelopt":
+    if packed_by(fields) not in PACKERS:
         config = dynamic.config_class.from_dict(fields)
         return _whole(dynamic, folder, folder, config=config, **kwargs)
     del fields["quantization_config"]
@@ -68,8 +72,6 @@ def _whole(kind, where: str | os.PathLike, folder: str | os.PathLike | None, **k
 
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SCALE = "_scale"
-"""`...weight` and `...weight_scale`: one number, or one per row."""
 
 
 def packed_by(config: Mapping[str, Any]) -> str | None:

@@ -1,14 +1,13 @@
-"""Quantise an exported dynamic model with NVIDIA ModelOpt: weights only, router and zero rows as they are.
+"""Quantise an exported dynamic model: weights only, router and zero rows as they are.
 
 zeda quantize --hf DIR --out DIR [--number-format int8|fp8] [--packed]
 
-Rounded by default: the folder has the layout, type and size that it had, and its numbers are those that the format can
-hold; every engine serves it, and its quality is that of the packed model. `--packed` writes ModelOpt's own format.
+Rounded by default, by NVIDIA ModelOpt: the folder has the layout, type and size that it had, and its numbers are those
+that the format can hold; every engine serves it. `--packed` writes 8-bit numbers (`pack`), half the size of bf16.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,13 @@ from torch import nn
 from ..config.arguments import check_choices, parse, require
 from ..convert.hf_files import HFReader
 from ..convert.import_checks import check_not_quantised
-from ..durable_file import write_atomically
 from ..errors import UserError
 from ..models.architecture import read_architecture
-from ..models.hf_config import copy_side_files, with_own_code, write_config
+from ..models.hf_config import copy_side_files, write_config
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from ..strict_json import read_json
-from .load import SCALE, keys_of, load_model, packed_by, stored_dtype
+from .load import load_model, packed_by, stored_dtype
+from .pack import pack
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"num_bits": 8, "axis": 0},
@@ -55,7 +54,7 @@ class QuantizeOptions:
     """int8 or fp8; weights alone, activations keep their type."""
 
     packed: bool = False
-    """Write ModelOpt's own format: half the size of bf16; few engines read it."""
+    """Write 8-bit numbers with a scale per row, in compressed-tensors' format, which vLLM reads. Needs no ModelOpt."""
 
     quantize_router: bool = False
     """Round the routers and the heads of zero experts as well: to see what that does."""
@@ -73,14 +72,10 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     Raises:
         UserError: no ModelOpt, an unknown format, a folder that cannot be read or written, or a packed one.
     """
-    mtq = _modelopt()
+    mtq = None if options.packed else _modelopt()
     check_choices(options)
     if options.packed and options.quantize_router:
         raise UserError("--packed has no place for quantised routers: leave --quantize-router out")
-    if options.packed and options.number_format == "fp8":
-        raise UserError(
-            "--packed with --number-format fp8: ModelOpt's format would say that activations are fp8 too; choose int8"
-        )
     source, target = Path(options.hf), Path(options.out)
     arch = read_architecture(source)
     if packed_by(arch.hf) is not None:
@@ -88,6 +83,8 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     reader = HFReader(source)
     check_not_quantised(reader)
     check_target(target, options.overwrite)
+    if options.packed:
+        return pack(source, target, arch, options.number_format, options.overwrite)
     check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
     plain = type(model)
@@ -97,28 +94,13 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
         "make": "quantised",
         "source": files_of([source / "config.json", *reader.files]),
         "number_format": options.number_format,
-        "packed": options.packed,
     }
     with staged_folder(target, request, options.overwrite) as staging:
         if staging is not None:
-            _write(mtq, model, plain, source, staging.work, options)
+            _save_rounded(mtq, model, plain, staging.work, options)
+            copy_side_files(source, staging.work)
+            write_config(staging.work, read_json(staging.work / "config.json"))
     return done
-
-
-def _write(mtq, model, plain: type, source: Path, work: Path, options: QuantizeOptions) -> None:
-    if options.packed:
-        from modelopt.torch.export import export_hf_checkpoint
-
-        export_hf_checkpoint(model, export_dir=work)
-        _check_names(work, source)
-    else:
-        _save_rounded(mtq, model, plain, work, options)
-    copy_side_files(source, work)
-    config = read_json(work / "config.json")
-    if options.packed:  # without the modeling files: transformers would take the packed integers for weights
-        write_atomically(work / "config.json", json.dumps(with_own_code(config), indent=2) + "\n")
-    else:
-        write_config(work, config)
 
 
 def _modelopt():
@@ -160,13 +142,6 @@ def _count(model: nn.Module) -> dict[str, int]:
             owner, _, _ = name.rpartition("_weight_quantizers.")
             parameters += sizes[owner][0].numel()
     return {"weights": len(names), "parameters": parameters}
-
-
-def _check_names(packed: Path, source: Path) -> None:
-    """ModelOpt gives some models' experts names that neither transformers nor this project would read."""
-    found = {name for name in keys_of(packed) if not name.endswith(SCALE)}
-    for name in sorted(found ^ set(keys_of(source))):
-        raise UserError(f"ModelOpt cannot pack this model: {name} is in one folder alone; leave --packed out")
 
 
 def _save_rounded(mtq, model: nn.Module, plain: type, folder: Path, options: QuantizeOptions) -> None:

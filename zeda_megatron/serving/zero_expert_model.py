@@ -121,10 +121,12 @@ def _is_distributed():
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _is_packed(config):
-    """Weights packed by NVIDIA ModelOpt, whose scales transformers does not read."""
+def _packed_by(config):
+    """Who packed the weights: the scales of these formats' experts are none that transformers reads."""
     found = getattr(config, "quantization_config", None)
-    return (found.get("quant_method") if isinstance(found, dict) else None) == "modelopt"
+    found = found if isinstance(found, dict) or found is None else found.to_dict()
+    name = str((found or {}).get("quant_method", ""))
+    return name if name in ("compressed-tensors", "modelopt") else None
 
 
 class ZeroExpertModel:
@@ -141,10 +143,10 @@ class ZeroExpertModel:
 
     def __init__(self, config):
         zero = zero_experts(config, getattr(config, self.NUM_EXPERTS))
-        if _is_packed(config):
+        if _packed_by(config):
             raise ValueError(
-                "config.json: quantization_config of modelopt: transformers would take packed weights for plain ones; "
-                "open the folder with zeda_megatron.serving.load.load_model"
+                f"config.json: quantization_config of {_packed_by(config)}: transformers would take packed weights for "
+                "plain ones; open the folder with zeda_megatron.serving.load.load_model"
             )
         super().__init__(config)
         self._columns(getattr(config, "use_zce_mask", False))
