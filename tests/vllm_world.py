@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,6 +112,40 @@ def draw_added(folder: Path, threshold: float | None) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     if threshold is not None:
         change_config(folder, zce_threshold=threshold)
+
+
+def as_published(folder: Path, out: Path, model_type: str) -> Path:
+    """A folder as the authors of the method publish theirs: shards with an index, the layer of multi-token prediction
+    where the family has one, their four keys and no code."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text())
+    tensors, layers = load_file(out / "model.safetensors"), config["num_hidden_layers"]
+    more = {}
+    if "n_routed_experts" in config:
+        last, ahead, hidden = f"model.layers.{layers - 1}.", f"model.layers.{layers}.", config["hidden_size"]
+        ours = {key: value for key, value in tensors.items() if key.startswith(last)}
+        tensors |= {key.replace(last, ahead): value.clone() for key, value in ours.items()}
+        tensors |= {
+            f"{ahead}{name}.weight": torch.ones(hidden) for name in ("enorm", "hnorm", "shared_head.norm")
+        }
+        tensors[f"{ahead}eh_proj.weight"] = torch.ones(hidden, 2 * hidden)
+        more = {"num_nextn_predict_layers": 1}
+    (out / "model.safetensors").unlink()
+    names, place = sorted(tensors), {}
+    for part in range(2):
+        file = f"model-0000{part + 1}-of-00002.safetensors"
+        place |= dict.fromkeys(names[part::2], file)
+        save_file({name: tensors[name] for name in names[part::2]}, out / file, metadata={"format": "pt"})
+    size = sum(value.nbytes for value in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in out.glob("*.py"):
+        file.unlink()
+    gone = dict.fromkeys(["auto_map", *(key for key in config if key.startswith("zce_adapted"))])
+    change_config(out, **gone, **more, model_type=model_type)
+    ours = {key for key in json.loads((out / "config.json").read_text()) if "zce" in key}
+    assert ours == {"use_zce_mask", "zce_nums", "zce_types"}
+    return out
 
 
 def packed(folder: Path, out: Path, number_format: str, plain: tuple[str, ...] = ()) -> Path:

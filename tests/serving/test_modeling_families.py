@@ -466,3 +466,62 @@ def test_thinking_may_skip_more_than_answering(tmp_path, name, kind):
     model.set_zero_dials(None)
     plain = model.generate(prompts, attention_mask=mask, logits_processor=[ends_here], **options)
     assert plain.tolist() != by_hand
+
+
+@every_family
+@torch.no_grad()
+def test_near_the_threshold_a_pick_follows_the_experts_that_its_batch_reads(tmp_path, name):
+    model = make_model(tmp_path / name, name, "paired")
+    block, hidden = model.moe_blocks()[-1], torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(3))
+    router, residual = block.gate, torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(4))
+    shape = (5, router.num_real)
+
+    def picks(margin):
+        model.set_zero_batch_margin(margin)
+        router.see_residual(None, (residual,))
+        _, _, ids_TK, _ = router(hidden)
+        return ids_TK
+
+    logits = router._project(hidden.reshape(5, -1), router.weight[: router.num_real])
+    weights, every = router._pick(logits)
+    router.see_residual(None, (residual,))
+    scores = router._scores(hidden.reshape(5, -1), weights, every)
+    threshold = float(scores.median())
+    model.set_zero_threshold(threshold)
+    plain = picks(0.0)
+    assert plain.tolist() == torch.where(scores >= threshold, every, router.num_real).tolist()
+    margin = 0.5 * float(scores.max() - threshold)
+    sure = {int(e) for e, score in zip(every.flatten(), scores.flatten()) if score >= threshold + margin}
+    expected = [
+        [
+            int(e)
+            if score >= threshold + margin or (score >= threshold - margin and int(e) in sure)
+            else shape[1]
+            for e, score in zip(row, row_scores)
+        ]
+        for row, row_scores in zip(every, scores)
+    ]
+    assert picks(margin).tolist() == expected != plain.tolist()
+    read = {e for row in expected for e in row} - {shape[1]}
+    assert read == sure, "no expert is read for a pick near the threshold alone"
+    many = torch.randn(300, 1, 32, generator=torch.Generator().manual_seed(5))
+    found = []
+    for value in (0.0, margin):
+        model.set_zero_batch_margin(value)
+        router.see_residual(None, (many,))
+        found.append(router(many)[2])
+    assert torch.equal(*found), "a long pass waits for products, not for weights"
+
+
+@torch.no_grad()
+def test_a_margin_is_kept_in_the_config_and_refused_where_it_says_nothing(tmp_path):
+    model = make_model(tmp_path / "paired", "qwen3_moe", "paired")
+    model.set_zero_batch_margin(0.25)
+    model.save_pretrained(tmp_path / "saved")
+    opened = load_zero_expert_model(tmp_path / "saved")
+    assert [block.dials.batch_margin for block in opened.moe_blocks()] == [0.25] * len(opened.moe_blocks())
+    with pytest.raises(ValueError, match="shared, paired ones alone"):
+        make_model(tmp_path / "shared", "qwen3_moe", "zero").set_zero_batch_margin(0.25)
+    for value, told in ((-1.0, "0 or more"), (float("nan"), "finite"), ("much", "not a number")):
+        with pytest.raises(ValueError, match=told):
+            model.set_zero_batch_margin(value)

@@ -174,14 +174,21 @@ def test_a_packed_folder_is_served_whole(folders, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [("qwen_shared", "qwen3_moe"), ("glm_shared", "glm4_moe_lite"), ("mixtral_shared", "mixtral")],
+    [
+        ("qwen_shared", "qwen3_moe"),
+        ("qwen_shared", "qwen3_moe_plus_plus"),
+        ("glm_shared", "glm4_moe_lite"),
+        ("glm_shared", "glm4_moe_lite_plus_plus"),
+        ("mixtral_shared", "mixtral_plus_plus"),
+    ],
 )
 def test_folders_as_the_authors_publish_them_are_served(folders, tmp_path, name, model_type):
-    folder = tmp_path / name
-    shutil.copytree(folders[name], folder)
-    vllm_world.change_config(folder, model_type=f"{model_type}_plus_plus", auto_map=None)
+    folder = vllm_world.as_published(folders[name], tmp_path / name, model_type)
     expected = vllm_world.reference(folder)
-    assert vllm_world.offline(folder, enable_prefix_caching=False)["rounds"] == [expected.tokens]
+    made = vllm_world.offline(folder, enable_prefix_caching=False)
+    assert made["rounds"] == [expected.tokens] == [vllm_world.reference(folders[name]).tokens]
+    assert made["counts"] == expected.counts
+    assert all(0 < share < 1 for share in expected.shares)
 
 
 def test_the_masked_model_is_the_static_one(folders, tmp_path):
