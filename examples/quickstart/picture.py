@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from readme_table import FRONTIER, mean_of
 from report.legend import ARMS
 
-from zeda_megatron.evaluation.comparison.plots import Drawing, colour
+from zeda_megatron.evaluation.comparison.plots import Drawing, colour, standalone
 
 LINES = {
     "NET": ("NET: top-k cut", "net_kl", (12, 5)),
@@ -30,8 +30,6 @@ POINTS = {
     "static_topk_half": ("top-k halved", (11, 0)),
 }
 """Arms without training."""
-PAGE = {"ink": ("#1b2026", "#e8ebee"), "soft": ("#5c6570", "#9aa4af"), "grid": ("#e3e6ea", "#2b313a")}
-PAGE["card"] = ("#ffffff", "#181c22")
 
 
 def picture(report: dict) -> str:
@@ -69,7 +67,7 @@ def picture(report: dict) -> str:
     axes.set(xlim=(0.2, 0.95), ylim=(0.0025, 0.25), xticks=[0.25, 0.5, 0.75])
     axes.set_xticklabels(["25%", "50%", "75%"])
     drawing.log_y()
-    return _alone(drawing.svg(), colours)
+    return standalone(drawing.svg(), colours)
 
 
 def where(m: dict) -> tuple[float, float]:
@@ -86,16 +84,6 @@ def _write(axes, text: str, point: tuple[float, float], aside: tuple[int, int]) 
         else {}
     )
     axes.annotate(text, point, size=13, color=colour("ink"), **where, **side, **far)
-
-
-def _alone(svg: str, colours: list[tuple[str, str]]) -> str:
-    """The drawing as a file of its own, with the colours that a page would have given it."""
-    names = PAGE | {f"c{i}": pair for i, pair in enumerate(colours)}
-    light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in names.items()) for i in (0, 1))
-    style = f"<style>svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
-    start, _, rest = svg.partition(">")
-    root = f'{start} xmlns="http://www.w3.org/2000/svg" font-family="system-ui, -apple-system, Segoe UI, sans-serif">'
-    return f'{root}{style}<rect width="100%" height="100%" rx="12" fill="var(--card)"/>{rest}\n'
 
 
 if __name__ == "__main__":

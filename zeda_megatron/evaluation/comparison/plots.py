@@ -16,6 +16,9 @@ Figure = library("matplotlib.figure").Figure
 
 _ROLES = ("ink", "soft", "grid", "card")
 _TITLED = re.compile(r'<g id="title(\d+)">')
+_PAGE = {"ink": ("#1b2026", "#e8ebee"), "soft": ("#5c6570", "#9aa4af"), "grid": ("#e3e6ea", "#2b313a")}
+_PAGE["card"] = ("#ffffff", "#181c22")
+"""What a page sets, light and dark."""
 _STEPS = (
     (0, 0),
     (0, 15),
@@ -106,6 +109,16 @@ class Drawing:
         body = re.sub(r"\s+", " ", re.sub(r" font-family: [^;\"]*;", "", body))
         start = f'<svg viewBox="{box}" role="img" aria-label="{escape(self.name)}" stroke-linejoin="round">'
         return f"{start}{body.replace('> <', '><')}</svg>"
+
+
+def standalone(svg: str, colours: list[tuple[str, str]]) -> str:
+    """A drawing as a file of its own, with the colours (light, dark) that a page would have given it."""
+    names = _PAGE | {f"c{i}": pair for i, pair in enumerate(colours)}
+    light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in names.items()) for i in (0, 1))
+    style = f"<style>svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    start, _, rest = svg.partition(">")
+    root = f'{start} xmlns="http://www.w3.org/2000/svg" font-family="system-ui, -apple-system, Segoe UI, sans-serif">'
+    return f'{root}{style}<rect width="100%" height="100%" rx="12" fill="var(--card)"/>{rest}\n'
 
 
 def _round_steps():

@@ -44,7 +44,7 @@ class ZeroExpertRouter(BaseRouter):
             getattr(self.gate, "e_score_correction_bias", None),
             RequestDials.added_to(self.gate.dial, len(router_logits)),
             self.scaled,
-            get_forward_context().is_padding if is_forward_context_available() else None,
+            _padding(len(router_logits)),
         )
         self.counter.count(ids_TK, self.routing.num_real)
         return weights_TK, ids_TK.to(torch.int32 if indices_type is None else indices_type)
@@ -135,6 +135,12 @@ def _rewire(runner: MoERunner, gate: ZeroExpertGate, counter: SlotCounter, anywa
     shared = runner.shared_experts is not None
     runner._forward_entry = torch.ops.vllm.moe_forward_shared if shared else torch.ops.vllm.moe_forward
     skip_zero_experts(runner.routed_experts, gate, anyway)
+
+
+def _padding(tokens: int) -> torch.Tensor | None:
+    """Which of the tokens of this pass only fill up a batch; None if none does, or nobody says."""
+    found = get_forward_context().is_padding if is_forward_context_available() else None
+    return found if found is not None and len(found) == tokens else None
 
 
 def _show_residual(gate: ZeroExpertGate):

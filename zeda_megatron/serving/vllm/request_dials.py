@@ -36,7 +36,7 @@ class RequestDials(LogitsProcessor):
         of_tokens: float32 [tokens of the largest batch], what is added to the dial for every token of this pass.
 
     Raises:
-        ValueError: vLLM's settings keep tokens from being seen, or mix the keys and values of two dials.
+        ValueError: with vLLM's settings some tokens would not be seen, or be computed under another dial.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
@@ -136,9 +136,7 @@ def _read(params) -> tuple[float, float, tuple[int, int] | None]:
 
 
 def _refuse(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    full_graphs = vllm_config.compilation_config.cudagraph_mode
-    full_graphs = full_graphs is not None and full_graphs.has_full_cudagraphs()
+    parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config.cudagraph_mode
     for on, what in (
         (
             vllm_config.cache_config.enable_prefix_caching,
@@ -148,7 +146,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
         (parallel.use_sequence_parallel_moe, "sequence-parallel MoE layers: one of tensor and data parallel"),
         (parallel.enable_dbo, "two half batches at a time: without --enable-dbo"),
         (
-            full_graphs,
+            graphs is not None and graphs.has_full_cudagraphs(),
             'CUDA graphs of whole passes: --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\'',
         ),
     ):
