@@ -2,7 +2,9 @@
 
 vLLM's kernels know experts of other ranks: an expert map (global id -> local id, -1 where it is another rank's) says
 which they are, and their slots are dropped while rows are sorted. Zero experts get the id N behind the N real ones, and
--1 in the map. Weights, scales and number format are the stock method's business, which is not replaced.
+-1 in the map. Weights, scales and number format are the stock method's business, which is not replaced. (The id -1
+alone would not do: Triton's kernel then leaves rows unwritten without knowing it, and adds them up; with one scale for
+all activations it would also measure them. With the map it writes zeros there, or leaves them out in both places.)
 
 A dispatch over an all-to-all library sends a slot to its expert's rank, and knows as "nobody" the id -1 alone.
 """
