@@ -29,23 +29,40 @@ def forward_model(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         Hidden states [S, B, H], on the last pipeline stage those that the LM head takes.
     """
     to = partial(torch.Tensor.to, device=device(), non_blocking=True)
+    return model(
+        to(batch.tokens),
+        to(batch.position_ids),
+        None,
+        packed_seq_params=_packed(batch),
+        padding_mask=to(batch.padding_mask),
+        return_hidden=True,
+    )
+
+
+def _packed(batch: PackedBatch) -> PackedSeqParams:
+    """Where the sequences of a row lie."""
     # Transformer Engine's kernels read them on the device. Without it every layer's attention and rotary embedding
     # read them on the host.
-    ends = to(batch.cu_seqlens) if has_transformer_engine() else batch.cu_seqlens
-    packed = PackedSeqParams(
+    ends = batch.cu_seqlens.to(device()) if has_transformer_engine() else batch.cu_seqlens
+    return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    return model(
-        to(batch.tokens),
-        to(batch.position_ids),
-        None,
-        packed_seq_params=packed,
-        padding_mask=to(batch.padding_mask),
-        return_hidden=True,
+
+
+def draft_states(model: torch.nn.Module, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor:
+    """Run the head of multi-token prediction of a bare chunk on one packed row; `hidden` is what `forward_model` gave.
+
+    Returns:
+        States [S, B, H] that the LM head takes: at each position t of a sequence for its token t+2.
+    """
+    to = partial(torch.Tensor.to, device=device(), non_blocking=True)
+    hidden = hidden.to(model.head_weight().dtype)  # Megatron's bf16 wrapper hands out fp32
+    return model.draft(
+        hidden, to(batch.labels), to(batch.position_ids), _packed(batch), to(batch.padding_mask)
     )
 
 
