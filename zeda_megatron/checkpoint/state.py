@@ -38,6 +38,7 @@ __all__ = [
 ]
 _FITTED = re.compile(r"\.router\.(paired\.|zero_output\.(constant|down|up)$)")
 """Heads of paired zero experts, and stand-ins."""
+_MTP = re.compile(r"mtp\.")
 _EXTRA = "._extra_state"
 """Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
@@ -111,6 +112,12 @@ def load_weights(
     stored = index.state_dict_metadata
     for chunk in model_chunks:
         _check_zero_experts(stored, chunk, folder, flag)
+        if any(name.startswith("mtp.") for name, _ in chunk.named_parameters()) and not any(
+            map(_MTP.match, stored)
+        ):
+            raise UserError(
+                f"{flag} {folder}: has no head of multi-token prediction; convert the model with --mtp"
+            )
     fresh = heads == "fresh" or (heads != "stored" and not any(map(_FITTED.search, stored)))
 
     def left_out(key: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -121,6 +121,46 @@ def row_loss(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         sequence_parallel=model.config.sequence_parallel,
         vocab_size=vocab_size,
+    )
+
+
+def draft_loss(
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    drafted: torch.Tensor,
+    teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    config: LossConfig,
+    vocab_size: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """How far the head of multi-token prediction is from the model whose next choice it is to guess, on one packed row.
+
+    At position t the head says what token t+2 is; the teacher says so at position t+1, and its distribution is what
+    drafts are compared with: KL(teacher || head). Without a teacher: cross-entropy on token t+2. Predictions across two
+    sequences, of prompts and of padding count nothing. The LM head is a constant.
+
+    Args:
+        model: a bare chunk, whose LM head is taken. drafted: `draft_states` of it.
+        teacher: hidden states [S, B, H] of the whole row (what `forward_model` gives), and the rows of an LM head.
+        config: temperature and chunks; its kind does not matter.
+
+    Returns:
+        As `row_loss`: `top1_agreement` is the number of drafts that are the teacher's first choice.
+    """
+    followed = (batch.position_ids > 0).to(batch.loss_mask.dtype)  # by the head, from the position before
+    inputs = LossInputs(
+        drafted,
+        model.head_weight().detach(),
+        *(teacher or (None, None)),
+        batch.labels.to(drafted.device),
+        (batch.loss_mask * followed).to(drafted.device),
+    )
+    return distill_loss(
+        inputs,
+        replace(config, kind="forward_kl" if teacher else "ce"),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        sequence_parallel=model.config.sequence_parallel,
+        vocab_size=vocab_size,
+        ahead=1,
     )
 
 

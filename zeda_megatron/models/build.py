@@ -36,15 +36,12 @@ class ZedaGPTModel(GPTModel):
     """GPTModel that can stop before the LM head, so that the loss is computed in chunks of the vocabulary.
 
     Attributes:
-        mtp: its head of multi-token prediction, or None. Only `draft` runs it; Megatron's own loss on such heads, which
-            makes all logits, stays unused.
+        mtp: its head of multi-token prediction, where the architecture asks for one (Megatron looks for the attribute).
+            Only `draft` runs it; Megatron's own loss on such heads, which makes all logits, stays unused.
     """
 
     _to_head = True
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.mtp: MultiTokenPredictionBlock | None = None
+    mtp: MultiTokenPredictionBlock
 
     def forward(self, *args, return_hidden: bool = False, **kwargs):
         """Megatron's. With `return_hidden` the last pipeline stage returns hidden states [S, B, H] (after the final

@@ -6,9 +6,9 @@ t+1; what comes out goes through the model's own LM head and predicts token t+2:
     g_t = norm( layer( eh_proj [ enorm(embedding of token t+1) ; hnorm(h_t) ] ) )
 
 The parts, their order and their names are those of Megatron's `MultiTokenPredictionLayer`, which this one extends, and
-of Hugging Face folders (`enorm`, `hnorm`, `eh_proj`, a decoder layer, `shared_head.norm`). Megatron-Core 0.16.1 and vLLM
-0.32 (`glm4_moe_lite_mtp.py`, `deepseek_mtp.py`) agree on all of it but one thing: at position 0 of a sequence vLLM sets
-the embedding to zero, and Megatron does not. Here it is zero, as where the head is used.
+of Hugging Face folders (`enorm`, `hnorm`, `eh_proj`, a decoder layer, `shared_head.norm`). Megatron-Core 0.16.1 and
+vLLM 0.32 (`glm4_moe_lite_mtp.py`, `deepseek_mtp.py`) agree on all of it but one thing: at position 0 of a sequence vLLM
+sets the embedding to zero, and Megatron does not. Here it is zero, as where the head is used.
 
 The head learns from its own loss, and nothing else does: decoder, embedding and LM head are constants to it
 (`ZedaGPTModel.draft`). Their aim is the teacher's distribution, whether drafts are easy or not.

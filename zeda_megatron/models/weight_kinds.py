@@ -67,7 +67,7 @@ class Direct:
 
 @dataclass(frozen=True)
 class Repeated(Direct):
-    """One tensor that a folder has under several names, with the same bits: the first, and `also` (joined by spaces)."""
+    """One tensor that a folder has under several names, with the same bits: `hf`, and `also` (joined by spaces)."""
 
     also: str
 

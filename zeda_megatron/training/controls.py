@@ -12,7 +12,13 @@ from ..config.options import Options
 from ..errors import UserError
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import StaticTopK
-from ..moe.router_dials import ScoreQuantiles, open_thresholds, set_dials, set_thresholds
+from ..moe.router_dials import (
+    ScoreQuantiles,
+    open_thresholds,
+    set_dials,
+    set_mtp_threshold,
+    set_thresholds,
+)
 from ..moe.stats import SCORE_BINS, StatsReport
 from .build import Student
 
@@ -102,7 +108,8 @@ class ThresholdControl(ShareControl):
     the statistics come per layer.
 
     With a range, each step draws its own target from it (from the seed and the step alone, so a resumed run draws
-    the same): the model learns to serve at any share.
+    the same): the model learns to serve at any share. A multi-token-prediction head has a threshold of its own, from
+    its own scores, at the same target.
     """
 
     def __init__(
@@ -112,26 +119,34 @@ class ThresholdControl(ShareControl):
         bounds: tuple | None,
         seed: int,
         by_layer: bool = False,
+        of_decoder: bool = True,
     ):
+        """`of_decoder`: the decoder's thresholds move too, not the head's alone."""
         self.chunks, self.target, self.bounds, self.seed = chunks, target, bounds, seed
         self.quantiles = ScoreQuantiles(chunks[0].config.num_layers if by_layer else 1)
+        self.mtp_quantiles, self.of_decoder = ScoreQuantiles(), of_decoder
 
     def before_step(self, step: int) -> None:
         target = self.target
         if self.bounds:
             target = random.Random(f"{self.seed}:{step}").uniform(*self.bounds)
         found = self.quantiles.thresholds(target)
-        if found is not None:  # the first step keeps the checkpoint's
+        if found is not None and self.of_decoder:  # the first step keeps the checkpoint's
             set_thresholds(self.chunks, found)
+        found = self.mtp_quantiles.thresholds(target)
+        if found is not None:
+            set_mtp_threshold(self.chunks, found[0])
 
     def after_step(self, report: StatsReport) -> dict[str, float]:
         self.quantiles.observe(report.score_counts)
+        self.mtp_quantiles.observe(report.mtp_score_counts)
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"score_counts": self.quantiles.counts}
+        return {"score_counts": self.quantiles.counts, "mtp_score_counts": self.mtp_quantiles.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mtp_quantiles.counts = state.get("mtp_score_counts", self.mtp_quantiles.counts)
         counts = state["score_counts"].view(-1, SCORE_BINS)
         if len(counts) == len(self.quantiles.counts):
             self.quantiles.counts = counts
@@ -213,5 +228,10 @@ def build_share_control(options: Options, student: Student) -> ShareControl:
         return SparsityControl(chunks, wanted.paired_target, ramp, wanted.sparsity_gain)
     by_layer = wanted.paired_budget == "layer"
     return ThresholdControl(
-        chunks, wanted.paired_target, wanted.share_bounds(), options.optimizer.seed, by_layer
+        chunks,
+        wanted.paired_target,
+        wanted.share_bounds(),
+        options.optimizer.seed,
+        by_layer,
+        of_decoder=options.model.trainable != "mtp",
     )

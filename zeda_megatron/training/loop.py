@@ -72,6 +72,7 @@ class TrainingRun:
             replay=options.generate.routing_replay,
             vocab_size=self.feed.vocab_size,
             matching=HiddenMatch(self.student.chunks, self.teacher, coeff) if coeff else None,
+            mtp_scale=options.distill.mtp_loss_scale,
         )
         self.control = build_share_control(options, self.student)
         self.evaluation = build_evaluation(options, self.student, self.teacher)
@@ -157,6 +158,11 @@ class TrainingRun:
         metrics["kd_loss"] = metrics["loss"]
         metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
         metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
+        if self.student.arch.mtp_layers:
+            metrics["mtp_group_loss"] = report.mtp_group_loss * zero.group_loss_coeff
+            scale = self.options.distill.mtp_loss_scale
+            metrics["loss"] += scale * (metrics["mtp_loss"] + metrics["mtp_group_loss"])
+            metrics["mtp_zero_share"] = report.mtp_zero_share
         self.finite.update(metrics)
         metrics["zero_share"] = report.zero_share
         metrics |= on_policy_metrics(metrics, fed.metrics)
@@ -176,6 +182,8 @@ class TrainingRun:
         """Set the threshold of paired zero experts so that training rows give the target share in evaluation."""
         wanted, chunks = self.options.share, self.student.chunks
         if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
+            return
+        if self.options.model.trainable == "mtp":  # the decoder stays what it is
             return
         rows = self.feed.calibration_rows(wanted.calibration_rows)
         # All rows in one run of the pipeline.
@@ -202,6 +210,7 @@ class TrainingRun:
                 "adapted_steps": self.adapted_steps(),
                 "schedule": self.options.optimizer.schedule(),
                 "lr": self.lr,
+                "mtp_layers": self.student.arch.mtp_layers,
             },
             "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
@@ -243,6 +252,12 @@ class TrainingRun:
                 require_checkpoint(root, flag)  # says what is missing
             return
         plain = load_plain_values(folder, flag)
+        if plain.get("progress", {}).get("mtp_layers", 0) != self.student.arch.mtp_layers:
+            asked = "without" if self.student.arch.mtp_layers else "with"
+            raise UserError(
+                f"{flag} {folder}: was trained {asked} a head of multi-token prediction; resume {asked} "
+                "--mtp-loss-scale, or start in a new --save folder"
+            )
         sharded = plain.get("progress", {}).get("distributed_optimizer")
         if sharded not in (None, self.options.optimizer.use_distributed_optimizer):
             raise UserError(
