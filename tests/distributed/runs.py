@@ -81,7 +81,16 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
         paired.threshold.fill_(-1.0)  # if it kept all, the first step's gradient would be rounding alone
     run.save()
     mtp_paired = replace(mtp, dynamic=folder / "mtp paired")
-    special = {"mtp paired": mtp_paired, "mtp": mtp, "odd": odd, "deep": deep, "six": six, "paired": with_heads, "awake": awake, "glm": glm}
+    special = {
+        "mtp paired": mtp_paired,
+        "mtp": mtp,
+        "odd": odd,
+        "deep": deep,
+        "six": six,
+        "paired": with_heads,
+        "awake": awake,
+        "glm": glm,
+    }
 
     def of(name: str) -> tiny_world.World:
         if {"glm", "deep"} <= set(name.split()):

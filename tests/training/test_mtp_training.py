@@ -8,12 +8,14 @@ import tiny
 import tiny_mtp
 import tiny_world
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.distill.passes import draft_loss, draft_states, forward_model
 from zeda_megatron.errors import UserError
+from zeda_megatron.moe.paired import KEEP_ALL
 from zeda_megatron.moe.stats import decoder_routers
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -137,8 +139,6 @@ def test_the_trained_head_is_exported(world, tmp_path):
     megatron_to_hf(tmp_path / "run", world.hf, tmp_path / "back")
     config = json.loads((tmp_path / "back/config.json").read_text())
     assert config["num_nextn_predict_layers"] == 1 and config["zce_nums"] == [4]
-    from safetensors.torch import load_file
-
     back, mine = load_file(tmp_path / "back/model.safetensors"), weights(made)
     for key, name in {
         "mlp.gate.weight": "transformer_layer.mlp.router.weight",
@@ -202,3 +202,22 @@ def test_what_cannot_train_a_head_is_refused_in_one_line(world, tmp_path):
     without = tmp_path / "without"
     hf_to_megatron(world.hf, without, num_zero_experts=4)
     refused("has no head of multi-token prediction", pretrained_checkpoint=without)
+
+
+def test_a_fit_brings_the_head_along_and_lets_it_keep_all_picks(world, tmp_path):
+    tiny_world.fit(
+        world, tmp_path / "fitted", target_zero_share=0.5, zero_experts_type="low_rank", stand_in_rank=2
+    )
+    start = {"pretrained_checkpoint": tmp_path / "fitted", "mtp_loss_scale": 1.0}
+    made = tiny_world.start(world, **start, train_iters=3, save=tmp_path / "run", lr=1e-3)
+    router = made.student.chunks[0].mtp.layers[0].transformer_layer.mlp.router
+    assert router.paired.threshold == KEEP_ALL and not router.paired.weight.any()
+    assert not router.zero_output.constant.any()
+    assert all(one.paired.weight.any() for one in decoder_routers(made.student.chunks))
+    megatron_to_hf(tmp_path / "fitted", world.hf, tmp_path / "back")
+    original, back = (load_file(folder / "model.safetensors") for folder in (world.hf, tmp_path / "back"))
+    for key, tensor in original.items():
+        assert torch.equal(back[key][: len(tensor)], tensor), key
+    made.run()
+    lines = tiny_world.read_metrics(tmp_path / "run")
+    assert lines[0]["mtp_zero_share"] == 0 < lines[-1]["mtp_zero_share"]

@@ -28,6 +28,7 @@ __all__ = [
     "TRACKER",
     "barrier",
     "find_checkpoint",
+    "holds_mtp_head",
     "is_complete",
     "load_checkpoint",
     "load_plain_values",
@@ -112,9 +113,7 @@ def load_weights(
     stored = index.state_dict_metadata
     for chunk in model_chunks:
         _check_zero_experts(stored, chunk, folder, flag)
-        if any(name.startswith("mtp.") for name, _ in chunk.named_parameters()) and not any(
-            map(_MTP.match, stored)
-        ):
+        if any(_MTP.match(name) for name, _ in chunk.named_parameters()) and not any(map(_MTP.match, stored)):
             raise UserError(
                 f"{flag} {folder}: has no head of multi-token prediction; convert the model with --mtp"
             )
@@ -133,6 +132,11 @@ def load_weights(
         lost = [key for key in missing if not left_out(key)]
         if lost or unexpected:
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
+
+
+def holds_mtp_head(folder: Path, flag: str) -> bool:
+    """Whether a head of multi-token prediction is among a checkpoint's weights."""
+    return any(map(_MTP.match, _index(folder, flag).state_dict_metadata))
 
 
 def _index(folder: Path, flag: str) -> Metadata:
