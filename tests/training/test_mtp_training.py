@@ -206,7 +206,12 @@ def test_what_cannot_train_a_head_is_refused_in_one_line(world, tmp_path):
 
 def test_a_fit_brings_the_head_along_and_lets_it_keep_all_picks(world, tmp_path):
     tiny_world.fit(
-        world, tmp_path / "fitted", target_zero_share=0.5, zero_experts_type="low_rank", stand_in_rank=2
+        world,
+        tmp_path / "fitted",
+        target_zero_share=0.5,
+        zero_experts_type="low_rank",
+        stand_in_rank=2,
+        fit_target="effect",
     )
     start = {"pretrained_checkpoint": tmp_path / "fitted", "mtp_loss_scale": 1.0}
     made = tiny_world.start(world, **start, train_iters=3, save=tmp_path / "run", lr=1e-3)

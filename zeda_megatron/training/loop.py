@@ -239,7 +239,11 @@ class TrainingRun:
     def adapted_steps(self) -> int | None:
         """Steps that the weights have been distilled for, by this run and by those before it; None: nobody knows."""
         before = self.facts.adapted_steps
-        return None if before is None else before + (self.iteration if self.teacher else 0)
+        return None if before is None else before + self._steps_of_adaptation()
+
+    def _steps_of_adaptation(self) -> int:
+        """Steps of this run that have moved the model away from its original; drafts alone do not."""
+        return self.iteration if self.teacher and self.options.model.trainable != "mtp" else 0
 
     def _resume(self) -> None:
         run = self.options.run
@@ -287,10 +291,7 @@ class TrainingRun:
         self.guards.load_state_dict(loaded.get("guards", {}))
         self.guards.newest = folder
         self.iteration = progress["iteration"]
-        adapted, here = (
-            progress.get("adapted_steps", self.adapted_steps()),
-            self.iteration if self.teacher else 0,
-        )
+        adapted, here = progress.get("adapted_steps", self.adapted_steps()), self._steps_of_adaptation()
         self.facts = replace(self.facts, adapted_steps=None if adapted is None else adapted - here)
         self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]
