@@ -185,9 +185,33 @@ def test_paired_zero_experts_of_the_head_follow_the_target_by_their_own_threshol
         assert torch.equal(router.paired.threshold, other.paired.threshold) and router.paired.threshold != own
 
 
-def test_stage_2_trains_the_head_on_the_students_own_answers(world, tmp_path):
-    _, lines = run(world, tmp_path / "run", stage="2", train_iters=2)
+@pytest.mark.parametrize("replay", [False, True])
+def test_stage_2_trains_the_head_on_the_students_own_answers(world, tmp_path, replay):
+    values = {"stage": "2", "train_iters": 2, "routing_replay": replay, "clip_grad": 0.0}
+    _, lines = run(world, tmp_path / "run", **values)
+    _, without = run(world, tmp_path / "without", mtp_loss_scale=0.0, **values)
     assert all(line["mtp_loss"] > 0 for line in lines)
+    assert [line["kd_loss"] for line in lines] == [line["kd_loss"] for line in without]
+
+
+@pytest.mark.parametrize("more", [{"recompute_granularity": "full"}, {"recompute_granularity": "selective"}])
+def test_recomputation_changes_nothing(world, tmp_path, more):
+    _, lines = run(world, tmp_path / "run", **more)
+    _, plain = run(world, tmp_path / "plain")
+    for line, other in zip(lines, plain, strict=True):
+        for key in ("loss", "mtp_loss", "mtp_group_loss", "mtp_zero_share", "zero_share", "grad_norm"):
+            assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+
+
+def test_a_run_in_bfloat16_adapts_the_head_too(world, tmp_path):
+    made, lines = run(world, tmp_path / "run", bf16=True)
+    assert lines[-1]["mtp_loss"] < lines[0]["mtp_loss"]
+    assert weights(made)[HEAD + "eh_proj.weight"].dtype == torch.bfloat16
+
+
+def test_engines_that_answer_get_the_weights_without_the_head(world):
+    with_head, without = (tiny_world.start(world, mtp_loss_scale=scale).student for scale in (0.5, 0.0))
+    assert tiny_world.given_out(with_head) == tiny_world.given_out(without)
 
 
 def test_what_cannot_train_a_head_is_refused_in_one_line(world, tmp_path):
