@@ -11,6 +11,7 @@ from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
+from zeda_megatron.serving.load import load_zero_expert_model
 
 N, NZ, HEAD = 8, 4, "model.layers.3."
 
@@ -95,6 +96,20 @@ def test_paired_zero_experts_of_the_head_have_a_threshold_of_their_own(hf, tmp_p
     assert_same_bits(weights_of(tmp_path / "back2"), weights_of(tmp_path / "back"))
     again = json.loads((tmp_path / "back2/config.json").read_text())
     assert again["zce_threshold"] == [-1.0, -2.0] and again["zce_mtp_threshold"] == -3.0
+
+
+@pytest.mark.parametrize("flags", [{"num_zero_experts": NZ}, {"zero_expert_routing": "paired"}])
+def test_transformers_opens_an_export_with_a_head_and_leaves_it_out(tmp_path, flags):
+    tiny_mtp.GlmWithHead().save(tmp_path / "hf")
+    for name, mtp in (("with", True), ("without", False)):
+        hf_to_megatron(tmp_path / "hf", tmp_path / name, mtp=mtp, **flags)
+        megatron_to_hf(tmp_path / name, tmp_path / "hf", tmp_path / f"{name} hf")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        a, b = (
+            load_zero_expert_model(tmp_path / f"{name} hf")(tokens).logits for name in ("with", "without")
+        )
+    assert torch.equal(a, b)
 
 
 def test_verify_sees_every_tensor_of_the_head(hf, tmp_path):

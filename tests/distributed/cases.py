@@ -132,6 +132,7 @@ TRAIN = [
     case("mtp ep2", world="mtp", ep=2),
     case("mtp dp2", world="mtp", slow=True),
     case("mtp tp2 ep2", world="mtp", tp=2, ep=2, slow=True),
+    case("mtp ep2 sharded", world="mtp", ep=2, flags={"use_distributed_optimizer": True}, slow=True),
     case("mtp paired tp2", world="mtp paired", tp=2, slow=True),
     case("mtp paired ep2", world="mtp paired", ep=2, slow=True),
     case("mtp tp2 full", world="mtp", tp=2, flags={"recompute_granularity": "full"}, slow=True),

@@ -74,6 +74,7 @@ FLAGS = {
     "expert_backend": "{} over experts",
     "teacher_memory": "teacher {}",
     "teacher_schedule": "teacher {}",
+    "use_distributed_optimizer": "distributed optimizer",
 }
 
 

@@ -53,8 +53,14 @@ def _packed(batch: PackedBatch) -> PackedSeqParams:
     )
 
 
-def draft_states(model: torch.nn.Module, batch: PackedBatch, hidden: torch.Tensor) -> torch.Tensor:
-    """Run the head of multi-token prediction of a bare chunk on one packed row; `hidden` is what `forward_model` gave.
+def draft_states(
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    hidden: torch.Tensor,
+    head: torch.nn.Module | None = None,
+) -> torch.Tensor:
+    """Run the head of multi-token prediction of a bare chunk, or another `head`, on one packed row; `hidden` is what
+    `forward_model` gave.
 
     Returns:
         States [S, B, H] that the LM head takes: at each position t of a sequence for its token t+2.
@@ -62,7 +68,7 @@ def draft_states(model: torch.nn.Module, batch: PackedBatch, hidden: torch.Tenso
     to = partial(torch.Tensor.to, device=device(), non_blocking=True)
     hidden = hidden.to(model.head_weight().dtype)  # Megatron's bf16 wrapper hands out fp32
     return model.draft(
-        hidden, to(batch.labels), to(batch.position_ids), _packed(batch), to(batch.padding_mask)
+        hidden, to(batch.labels), to(batch.position_ids), _packed(batch), to(batch.padding_mask), head
     )
 
 

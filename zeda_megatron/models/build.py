@@ -64,6 +64,7 @@ class ZedaGPTModel(GPTModel):
         position_ids: torch.Tensor,
         packed_seq_params=None,
         padding_mask: torch.Tensor | None = None,
+        head: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """States of the head of multi-token prediction: through the LM head they say what comes after `next_tokens`.
 
@@ -73,6 +74,7 @@ class ZedaGPTModel(GPTModel):
             hidden_SBH: what `forward` gave with `return_hidden`; the local part under sequence parallelism.
             next_tokens: [B, S] int64: the token behind each position, anything where its sequence has none.
             position_ids: [B, S], counted from 0 in each sequence. padding_mask: [B, S], True = padding.
+            head: another model's `MTPHead`, in the place of this one's.
 
         Returns:
             [S, B, H], at each position t of a sequence for its token t+2.
@@ -83,7 +85,8 @@ class ZedaGPTModel(GPTModel):
             )[:6]
             first_SB1 = first_positions(position_ids, self.pg_collection.tp, self.config.sequence_parallel)
             embedded_SBH = embedded_SBH.masked_fill(first_SB1, 0.0)
-        return self.mtp.layers[0](
+        head = self.mtp.layers[0] if head is None else head
+        return head(
             hidden_SBH.detach(),
             embedded_SBH,
             padding_mask,

@@ -60,7 +60,8 @@ def wanted(answers: int) -> drafts.DraftOptions:
 def test_as_many_steps_and_accepted_drafts_as_in_vllm(world):
     model = drafts.load_model(world.hf.with_name("run"), mtp=True)
     held_out = load_held_out(str(world.heldout), model.tokenizer, 256)
-    mine = drafts.on_own_answers(model.chunk, model.chunk, drafts._answers(model, held_out, wanted(10)))
+    head = model.chunk.mtp.layers[0]
+    mine = drafts.on_own_answers(model.chunk, head, drafts._answers(model, held_out, wanted(10)))
     job = {
         "folder": str(world.hf.with_name("out")),
         "prompts": held_out.prompts[:: len(held_out.prompts) // 10][:10],

@@ -93,39 +93,41 @@ def measure_drafts(options: DraftOptions) -> dict[str, dict]:
         )
     held_out = load_held_out(options.heldout, teacher.tokenizer, options.seq_length, limit=options.limit)
     set_dials(teacher.chunk, zero_mask=True)
-    pairs = {"teacher": (teacher, teacher)}
+    old = teacher.chunk.mtp.layers[0]
+    pairs = {"teacher": (teacher, old)}
     if options.student:
         student = load_model(options.student, mtp=True)
-        pairs["student, old head"] = (student, teacher)
+        pairs["student, old head"] = (student, old)
         if student.arch.mtp_layers:
-            pairs["student, its own head"] = (student, student)
+            pairs["student, its own head"] = (student, student.chunk.mtp.layers[0])
     answered: dict[int, list[PackedBatch]] = {}
     result = {}
-    for name, (model, drafter) in pairs.items():
-        result[name] = on_text(model.chunk, drafter.chunk, held_out, model.arch.vocab_size)
+    for name, (model, head) in pairs.items():
+        result[name] = on_text(model.chunk, head, held_out, model.arch.vocab_size)
         if options.own_answers:
             if id(model) not in answered:
                 answered[id(model)] = _answers(model, held_out, options)
-            result[name]["own_answers"] = on_own_answers(model.chunk, drafter.chunk, answered[id(model)])
+            result[name]["own_answers"] = on_own_answers(model.chunk, head, answered[id(model)])
     return result
 
 
 @torch.no_grad()
-def on_text(model, drafter, held_out: HeldOut, vocab_size: int) -> dict:
+def on_text(model, head, held_out: HeldOut, vocab_size: int) -> dict:
     """Acceptance on held-out text.
 
     Args:
-        model: bare chunk that decides; `drafter`: the one whose head, embedding and LM head draft.
+        model: bare chunk that decides. head: an `MTPHead`, its own or another's; embedding and LM head are the model's,
+            as engines that draft have it.
     """
     sums, by_kind, loss = total([]), {}, LossConfig("forward_kl", chunk_tokens=CHUNK_TOKENS)
-    with stats.evaluating([model, drafter]):
+    with stats.evaluating([model, head]):
         for kind, rows in held_out.rows_by_kind.items():
             mine = []
             for row in rows:
                 hidden = forward_model(model, row)
-                drafted = draft_states(drafter, row, hidden)
+                drafted = draft_states(model, row, hidden, head)
                 theirs = hidden, model.head_weight()
-                mine.append(draft_loss(drafter, row, drafted, theirs, loss, vocab_size)[1])
+                mine.append(draft_loss(model, row, drafted, theirs, loss, vocab_size)[1])
             by_kind[kind] = means(total(mine))["top1_agreement"]
             sums = sums + total(mine)
         share = stats.collect(model, model.config.num_layers, process_groups.device()).zero_share
@@ -141,18 +143,18 @@ def on_text(model, drafter, held_out: HeldOut, vocab_size: int) -> dict:
 
 
 @torch.no_grad()
-def on_own_answers(model, drafter, rows: list[PackedBatch]) -> dict:
-    """Acceptance while `model` writes the answers in these rows, with one draft of `drafter` a step.
+def on_own_answers(model, head, rows: list[PackedBatch]) -> dict:
+    """Acceptance while `model` writes the answers in these rows, with one draft of `head` a step.
 
     Returns:
         `accepted_length`: tokens a step (the first token of an answer comes with its prompt); `acceptance` of the
         drafts that were made; `answers`; `steps`.
     """
     tokens = steps = kept = answers = 0
-    with stats.evaluating([model, drafter]):
+    with stats.evaluating([model, head]):
         for row in rows:
-            drafted = draft_states(drafter, row, forward_model(model, row))
-            choice_S = first_choices(drafted.flatten(0, 1), drafter.head_weight())
+            drafted = draft_states(model, row, forward_model(model, row), head)
+            choice_S = first_choices(drafted.flatten(0, 1), model.head_weight())
             right_S = choice_S[:-1] == row.labels[0, 1:].to(choice_S.device)
             ends, asked_S = row.cu_seqlens.tolist(), row.loss_mask[0] > 0
             for start, end in zip(ends, ends[1:]):
