@@ -209,6 +209,12 @@ def test_a_run_in_bfloat16_adapts_the_head_too(world, tmp_path):
     assert weights(made)[HEAD + "eh_proj.weight"].dtype == torch.bfloat16
 
 
+def test_without_a_teacher_the_head_learns_the_token_after_the_next(world, tmp_path):
+    values = {"stage": "pretrain", "pretrained_checkpoint": world.static, "lr": 1e-3}
+    _, lines = run(world, tmp_path / "run", moe_router_load_balancing_type="none", **values)
+    assert lines[-1]["mtp_loss"] < lines[0]["mtp_loss"] and "mtp_top1_agreement" not in lines[0]
+
+
 def test_engines_that_answer_get_the_weights_without_the_head(world):
     with_head, without = (tiny_world.start(world, mtp_loss_scale=scale).student for scale in (0.5, 0.0))
     assert tiny_world.given_out(with_head) == tiny_world.given_out(without)
@@ -222,6 +228,7 @@ def test_what_cannot_train_a_head_is_refused_in_one_line(world, tmp_path):
     refused("--trainable mtp needs --mtp-loss-scale", trainable="mtp", mtp_loss_scale=0.0)
     refused("needs --pipeline-model-parallel-size 1", pipeline_model_parallel_size=2)
     refused("needs --context-parallel-size 1", context_parallel_size=2)
+    refused("use none", stage="pretrain", moe_router_load_balancing_type="aux_loss")
     refused("--stage eval does not train", stage="eval", eval_data_path=world.heldout)
     without = tmp_path / "without"
     hf_to_megatron(world.hf, without, num_zero_experts=4)

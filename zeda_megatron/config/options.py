@@ -160,6 +160,12 @@ class Options:
         told = f"--mtp-loss-scale {scale}"
         if self.model.stage in ("0", "eval"):
             raise UserError(f"{told}: --stage {self.model.stage} does not train; leave it away")
+        balancing = self.model.moe_router_load_balancing_type
+        if balancing not in ("grouped_aux_loss", "none"):
+            raise UserError(
+                f"{told} does not work with --moe-router-load-balancing-type {balancing}: Megatron counts decoder "
+                "layers alone for it; use none"
+            )
         if parallel.pipeline_model_parallel_size > 1:
             raise UserError(
                 f"{told} needs --pipeline-model-parallel-size 1: the head takes the decoder's last states and the "

@@ -39,17 +39,16 @@ def distill_loss(
     teacher_TH = inputs.teacher_hidden
     if teacher_TH is not None:
         with torch.no_grad():
-            teacher_TH = (
-                _enter_tp_region(teacher_TH, tp_group, sequence_parallel).roll(-ahead, 0).flatten(0, 1)
-            )
-    weights_SB = inputs.weights.t()
+            teacher_SBH = _enter_tp_region(teacher_TH, tp_group, sequence_parallel)
+            teacher_TH = (teacher_SBH.roll(-ahead, 0) if ahead else teacher_SBH).flatten(0, 1)
+    labels_SB, weights_SB = inputs.labels.t(), inputs.weights.t()
     if ahead:
-        weights_SB = weights_SB.roll(-ahead, 0).clone()
+        labels_SB, weights_SB = labels_SB.roll(-ahead, 0), weights_SB.roll(-ahead, 0)
         weights_SB[-ahead:] = 0.0
     flat = replace(
         inputs,
         hidden=_enter_tp_region(inputs.hidden, tp_group, sequence_parallel).flatten(0, 1),
-        labels=inputs.labels.t().roll(-ahead, 0).flatten(),
+        labels=labels_SB.flatten(),
         weights=weights_SB.flatten(),
         drawn=None if inputs.drawn is None else inputs.drawn.t().flatten(),
         teacher_hidden=teacher_TH,

@@ -87,9 +87,8 @@ class HeadFit:
         folder = require_checkpoint(options.pretrained_checkpoint, "--pretrained-checkpoint")
         self.hf = hf_folder(source)
         arch = read_architecture(self.hf)
-        if holds_mtp_head(
-            folder, "--pretrained-checkpoint"
-        ):  # it comes along; what it skips is left to training
+        # A head of multi-token prediction comes along; what it skips is left to training.
+        if holds_mtp_head(folder, "--pretrained-checkpoint"):
             arch = arch.with_mtp_head("--pretrained-checkpoint")
         have = zero_experts(source, arch)
         if have.num_zero_experts and not have.paired:
