@@ -35,7 +35,7 @@ def with_head(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, torch.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--teacher", type=Path, required=True, help="HF folder of the model without a head")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     args = parser.parse_args()
