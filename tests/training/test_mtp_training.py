@@ -174,13 +174,14 @@ def test_the_head_alone_can_train(world, tmp_path):
     assert lines[-1]["mtp_loss"] < lines[0]["mtp_loss"] and lines[-1]["kl"] > 0
 
 
-def test_paired_zero_experts_of_the_head_follow_the_target_by_their_own_threshold(world, tmp_path):
+def test_paired_zero_experts_of_the_head_keep_their_own_threshold(world, tmp_path):
     values = {"pretrained_checkpoint": world.dynamic.with_name("paired"), "lr": 0.0, "train_iters": 6}
     made, lines = run(world, tmp_path / "run", target_zero_share=0.4, **values)
     plain, _ = run(world, tmp_path / "plain", target_zero_share=0.4, mtp_loss_scale=0.0, **values)
-    assert lines[-1]["mtp_zero_share"] == pytest.approx(0.4, abs=0.08)
+    assert lines[-1]["mtp_zero_share"] == 0 < lines[-1]["zero_share"]
     (chunk,) = made.student.chunks
     own = chunk.mtp.layers[0].transformer_layer.mlp.router.paired.threshold
+    assert own == KEEP_ALL
     for router, other in zip(decoder_routers(chunk), decoder_routers(plain.student.chunks), strict=True):
         assert torch.equal(router.paired.threshold, other.paired.threshold) and router.paired.threshold != own
 
@@ -256,4 +257,4 @@ def test_a_fit_brings_the_head_along_and_lets_it_keep_all_picks(world, tmp_path)
         assert torch.equal(back[key][: len(tensor)], tensor), key
     made.run()
     lines = tiny_world.read_metrics(tmp_path / "run")
-    assert lines[0]["mtp_zero_share"] == 0 < lines[-1]["mtp_zero_share"]
+    assert lines[0]["mtp_zero_share"] == lines[-1]["mtp_zero_share"] == 0 < lines[-1]["zero_share"]

@@ -72,17 +72,10 @@ def zero_mask(model_chunks):
 def set_thresholds(model_chunks, values: list[float | None]) -> None:
     """Give the paired zero experts of all layers one threshold (a list of one), or each its own (one per decoder layer,
     None leaves it). Thresholds are part of the weights: checkpoints keep them. A multi-token-prediction head keeps its
-    own, `set_mtp_threshold`."""
+    own."""
     for router in decoder_routers(model_chunks):
         value = values[0 if len(values) == 1 else layer_of(router)]
         if router.paired is not None and value is not None:
-            router.paired.threshold.fill_(value)
-
-
-def set_mtp_threshold(model_chunks, value: float) -> None:
-    """Give the paired zero experts of a multi-token-prediction head this threshold."""
-    for router in routers(model_chunks):
-        if router.in_mtp_head:
             router.paired.threshold.fill_(value)
 
 

@@ -99,8 +99,6 @@ class StatsReport:
     has run."""
     mtp_group_loss: float = 0.0
     """Group loss of that layer, as above."""
-    mtp_score_counts: torch.Tensor | None = None
-    """Histogram of its scores, [1, SCORE_BINS]."""
 
 
 def routers(model_chunks) -> list:
@@ -137,9 +135,8 @@ def collect(
     head: figures of the decoder mean what they mean without it.
     """
     # Nothing goes to the host before all is added up: every copy waits for the device.
-    rows = num_layers if scores_by_layer else 1
     table = torch.zeros(num_layers + 1, 4, dtype=torch.float64, device=device)
-    scores = torch.zeros(rows + 1, SCORE_BINS, dtype=torch.float64, device=device)
+    scores = torch.zeros(num_layers if scores_by_layer else 1, SCORE_BINS, dtype=torch.float64, device=device)
     for router in routers(model_chunks):
         s, layer = router.routing_stats, -1 if router.in_mtp_head else layer_of(router)
         if s.slots is not None:
@@ -147,8 +144,8 @@ def collect(
         if s.group_loss is not None:
             # Parts add up over the ranks that share a loss; micro-batches are averaged.
             table[layer, 2:] = torch.stack([s.group_loss, s.group_loss_calls / router.group_loss_ranks])
-        if s.score_counts is not None:
-            scores[min(layer, rows - 1)] += s.score_counts.to(device)
+        if s.score_counts is not None and not router.in_mtp_head:
+            scores[layer if scores_by_layer else 0] += s.score_counts.to(device)
         if reset_after:
             s.reset()
     table, scores = _sum_over_ranks(device, table, scores)
@@ -160,10 +157,9 @@ def collect(
         zero_share=float(zero / slots) if slots > 0 else 0.0,
         zero_share_by_layer=shares[:-1],
         group_loss=float(losses[:-1].sum()),
-        score_counts=scores[:-1] if scores[:-1].any() else None,
+        score_counts=scores if scores.any() else None,
         mtp_zero_share=shares[-1],
         mtp_group_loss=float(losses[-1]),
-        mtp_score_counts=scores[-1:] if scores[-1].any() else None,
     )
 
 

@@ -16,7 +16,6 @@ from ..moe.router_dials import (
     ScoreQuantiles,
     open_thresholds,
     set_dials,
-    set_mtp_threshold,
     set_thresholds,
 )
 from ..moe.stats import SCORE_BINS, StatsReport
@@ -108,8 +107,7 @@ class ThresholdControl(ShareControl):
     the statistics come per layer.
 
     With a range, each step draws its own target from it (from the seed and the step alone, so a resumed run draws
-    the same): the model learns to serve at any share. A multi-token-prediction head has a threshold of its own, from
-    its own scores, at the same target.
+    the same): the model learns to serve at any share. The threshold of a multi-token-prediction head stays what it is.
     """
 
     def __init__(
@@ -121,10 +119,10 @@ class ThresholdControl(ShareControl):
         by_layer: bool = False,
         of_decoder: bool = True,
     ):
-        """`of_decoder`: the decoder's thresholds move too, not the head's alone."""
+        """`of_decoder`: off leaves the thresholds as they are."""
         self.chunks, self.target, self.bounds, self.seed = chunks, target, bounds, seed
         self.quantiles = ScoreQuantiles(chunks[0].config.num_layers if by_layer else 1)
-        self.mtp_quantiles, self.of_decoder = ScoreQuantiles(), of_decoder
+        self.of_decoder = of_decoder
 
     def before_step(self, step: int) -> None:
         target = self.target
@@ -133,20 +131,15 @@ class ThresholdControl(ShareControl):
         found = self.quantiles.thresholds(target)
         if found is not None and self.of_decoder:  # the first step keeps the checkpoint's
             set_thresholds(self.chunks, found)
-        found = self.mtp_quantiles.thresholds(target)
-        if found is not None:
-            set_mtp_threshold(self.chunks, found[0])
 
     def after_step(self, report: StatsReport) -> dict[str, float]:
         self.quantiles.observe(report.score_counts)
-        self.mtp_quantiles.observe(report.mtp_score_counts)
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"score_counts": self.quantiles.counts, "mtp_score_counts": self.mtp_quantiles.counts}
+        return {"score_counts": self.quantiles.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mtp_quantiles.counts = state.get("mtp_score_counts", self.mtp_quantiles.counts)
         counts = state["score_counts"].view(-1, SCORE_BINS)
         if len(counts) == len(self.quantiles.counts):
             self.quantiles.counts = counts
