@@ -30,6 +30,10 @@ COMMANDS = {
     "evaluate report": ("evaluation.comparison.report", "compare such runs"),
     "evaluate sandbox": ("evaluation.sandbox.walls", "which walls stand on this machine"),
     "evaluate distance": ("evaluation.quality.measure", "distance of a checkpoint to its teacher"),
+    "evaluate drafts": (
+        "evaluation.quality.drafts",
+        "which drafts of a multi-token-prediction head are accepted",
+    ),
     "evaluate oracle": (
         "evaluation.quality.oracle",
         "how good a decision could be, beside heads that were fitted",

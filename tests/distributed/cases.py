@@ -12,6 +12,7 @@ STAGE2 = {"stage": "2", "samples_per_prompt": 2, "global_batch_size": 10, "gener
 STAGE2 |= {"adam_eps": 1e-6}
 GLM = {"adam_eps": 1e-6}
 """For the same reason: gradients of latents that few tokens move."""
+MTP = GLM | {"mtp_loss_scale": 0.5}
 ALIGNED = {"pad_seq_to_mult": 4}
 MATCHED = {"hidden_loss_coeff": 5.0, "adam_eps": 1e-6}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
@@ -58,6 +59,9 @@ WORLD_FLAGS = {
     "stage 2 replay glm": STAGE2 | {"routing_replay": True},
     "glm deep": GLM,
     "stage 2 glm deep": STAGE2 | GLM,
+    "mtp": MTP,
+    "mtp paired": MTP,
+    "stage 2 mtp": STAGE2 | MTP,
     "evaluated": EVALUATED,
     "evaluated deep": EVALUATED,
     "evaluated aligned": ALIGNED | EVALUATED,
@@ -124,6 +128,15 @@ TRAIN = [
         flags={"moe_token_dispatcher_type": "allgather"},
         slow=True,
     ),
+    case("mtp tp2", world="mtp", tp=2),
+    case("mtp ep2", world="mtp", ep=2),
+    case("mtp dp2", world="mtp", slow=True),
+    case("mtp tp2 ep2", world="mtp", tp=2, ep=2, slow=True),
+    case("mtp ep2 sharded", world="mtp", ep=2, flags={"use_distributed_optimizer": True}, slow=True),
+    case("mtp paired tp2", world="mtp paired", tp=2, slow=True),
+    case("mtp paired ep2", world="mtp paired", ep=2, slow=True),
+    case("mtp tp2 full", world="mtp", tp=2, flags={"recompute_granularity": "full"}, slow=True),
+    case("mtp dp2 alongside", world="mtp", flags={"teacher_schedule": "alongside"}, slow=True),
     case("matched tp2", world="matched", tp=2, slow=True),
     case("matched pp2", world="matched", pp=2),
     case("matched paired ep2", world="matched paired", ep=2, slow=True),
@@ -226,6 +239,8 @@ STAGE_2 = [
     case("stage 2 glm pp2 3+1", world="stage 2 glm deep", pp=2, last=1, slow=True),
     case("stage 2 pp2 odd", world="stage 2 odd", pp=2, slow=True),
     case("stage 2 replay pp2 odd", world="stage 2 replay odd", pp=2, slow=True),
+    case("stage 2 mtp ep2", world="stage 2 mtp", ep=2, slow=True),
+    case("stage 2 mtp tp2", world="stage 2 mtp", tp=2, slow=True),
     case("stage 2 glm ep2", world="stage 2 glm", ep=2, slow=True),
     case("stage 2 glm tp2", world="stage 2 glm", tp=2, slow=True),
     case("stage 2 glm pp2", world="stage 2 glm", pp=2, slow=True),

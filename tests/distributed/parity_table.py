@@ -60,6 +60,9 @@ WORLDS = {
     "stage 2 replay glm": "stage 2, GLM, routing replay",
     "glm deep": "GLM, four layers",
     "stage 2 glm deep": "stage 2, GLM, four layers",
+    "mtp": "GLM, head of multi-token prediction",
+    "mtp paired": "GLM, head of multi-token prediction, paired",
+    "stage 2 mtp": "stage 2, GLM, head of multi-token prediction",
     "evaluated": "held-out rows",
     "evaluated deep": "held-out rows, four layers",
     "evaluated aligned": "held-out rows",
@@ -71,6 +74,7 @@ FLAGS = {
     "expert_backend": "{} over experts",
     "teacher_memory": "teacher {}",
     "teacher_schedule": "teacher {}",
+    "use_distributed_optimizer": "distributed optimizer",
 }
 
 

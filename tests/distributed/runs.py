@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import tiny
+import tiny_mtp
 import tiny_world
 from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES, WORLD_FLAGS
 
@@ -42,6 +43,7 @@ def torchrun(processes: int, job: Path) -> None:
 
 def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.World]:
     """All worlds by name."""
+    from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
     from zeda_megatron.models.hf_config import describe_checkpoint
     from zeda_megatron.models.on_disk import read_facts
     from zeda_megatron.moe.paired import paired_modules
@@ -68,11 +70,33 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     glm = tiny_world.make_world(folder / "glm", tiny.glm_model, num_hidden_layers=2)
     glm_deep = tiny_world.make_world(folder / "glm deep", tiny.glm_model, num_hidden_layers=4)
     six = tiny_world.make_world(folder / "six", num_hidden_layers=6)
-    special = {"odd": odd, "deep": deep, "six": six, "paired": with_heads, "awake": awake, "glm": glm}
+    mtp = tiny_world.make_world(folder / "mtp", tiny_mtp.GlmWithHead, num_hidden_layers=2)
+    mtp = replace(mtp, static=folder / "mtp static", dynamic=folder / "mtp dynamic")
+    hf_to_megatron(mtp.hf, mtp.static, mtp=True)
+    hf_to_megatron(mtp.hf, mtp.dynamic, num_zero_experts=4, mtp=True)
+    flags = {"pretrained_checkpoint": mtp.static, "zero_expert_routing": "paired", "mtp_loss_scale": 1.0}
+    run = tiny_world.start(mtp, save=folder / "mtp paired", **flags)
+    for i, paired in enumerate(paired_modules(run.student.chunks)):
+        tiny.draw(paired, seed=i)
+        paired.threshold.fill_(-1.0)  # if it kept all, the first step's gradient would be rounding alone
+    run.save()
+    mtp_paired = replace(mtp, dynamic=folder / "mtp paired")
+    special = {
+        "mtp paired": mtp_paired,
+        "mtp": mtp,
+        "odd": odd,
+        "deep": deep,
+        "six": six,
+        "paired": with_heads,
+        "awake": awake,
+        "glm": glm,
+    }
 
     def of(name: str) -> tiny_world.World:
         if {"glm", "deep"} <= set(name.split()):
             return glm_deep
+        if name in special:
+            return special[name]
         return next((world for word, world in special.items() if word in name.split()), plain)
 
     return {name: of(name) for name in WORLD_FLAGS}

@@ -16,6 +16,7 @@ MODELS = {
     "odd": tiny.TINY
     | {"num_hidden_layers": 4, "mlp_only_layers": [0], "tie_word_embeddings": True, "vocab_size": 97},
     "glm": tiny.GLM | {"num_hidden_layers": 4},
+    "glm mtp": tiny.GLM | {"num_hidden_layers": 4, "num_nextn_predict_layers": 1},
     "mixtral": tiny.MIXTRAL | {"num_hidden_layers": 4},
 }
 SHARDED = ["--use-distributed-optimizer"]
@@ -54,6 +55,16 @@ FOUR = {
     ],
     "dp4 sharded": SHARDED,
 }
+
+
+def cases(layouts: dict):
+    """Models and their layouts: a head of multi-token prediction needs one pipeline stage and whole sequences."""
+    for model in MODELS:
+        for layout, flags in layouts.items():
+            if model != "glm mtp" or not any(word.startswith(("pp", "cp")) for word in layout.split()):
+                yield model, layout, [*flags, *(["--mtp-loss-scale", "0.3"] if model == "glm mtp" else [])]
+    if "routers" in layouts:
+        yield "glm mtp", "head alone", ["--mtp-loss-scale", "1", "--trainable", "mtp"]
 
 
 def read_options(folder: Path, model: str, flags: list[str]):
@@ -115,12 +126,11 @@ def work(rank: int, world: int, folder: Path, layouts: dict) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     made = {}
-    for model in MODELS:
-        for layout, flags in layouts.items():
-            options = read_options(folder, model, flags)
-            initialize(options.parallel)
-            made[f"{model}, {layout}"] = allocated(options)
-            parallel_state.destroy_model_parallel()
+    for model, layout, flags in cases(layouts):
+        options = read_options(folder, model, flags)
+        initialize(options.parallel)
+        made[f"{model}, {layout}"] = allocated(options)
+        parallel_state.destroy_model_parallel()
     (folder / f"{rank}.json").write_text(json.dumps(made))
     torch.distributed.destroy_process_group()
 
@@ -136,9 +146,10 @@ def check(folder: Path, world: int, layouts: dict) -> None:
         (folder / model / "config.json").write_text(json.dumps(config))
     mp.spawn(work, args=(world, folder, layouts), nprocs=world)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-    for case in ranks[0]:
-        model, layout = case.split(", ")
-        options, arch = read_options(folder, model, layouts[layout]), read_architecture(folder / model)
+    for model, layout, flags in cases(layouts):
+        case = f"{model}, {layout}"
+        options, arch = read_options(folder, model, flags), read_architecture(folder / model)
+        arch = arch.with_mtp_head("model") if options.distill.mtp_loss_scale else arch
         counts = stage_parameters(arch, options.parallel, zero_experts(options.model, arch))
         sharers = data_ranks(options, world) * options.parallel.context_parallel_size
         of_experts = (
@@ -149,7 +160,7 @@ def check(folder: Path, world: int, layouts: dict) -> None:
         for rank in ranks:
             found, count = rank[case], counts[rank[case]["stage"]]
             mine = standing_bytes(options, count, sharers, copies)
-            trainable = count.trainable(options.model.trainable == "router", False)
+            trainable = count.trainable(options.model.trainable, False)
             assert (found["dense"], found["expert"]) == (count.dense, count.expert), case
             assert found["router"] == count.router and found["trainable"] == sum(trainable), case
             assert found["weights"] == mine["weights"], case

@@ -28,6 +28,7 @@ __all__ = [
     "TRACKER",
     "barrier",
     "find_checkpoint",
+    "holds_mtp_head",
     "is_complete",
     "load_checkpoint",
     "load_plain_values",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 _FITTED = re.compile(r"\.router\.(paired\.|zero_output\.(constant|down|up)$)")
 """Heads of paired zero experts, and stand-ins."""
+_MTP = re.compile(r"mtp\.")
 _EXTRA = "._extra_state"
 """Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
@@ -111,6 +113,10 @@ def load_weights(
     stored = index.state_dict_metadata
     for chunk in model_chunks:
         _check_zero_experts(stored, chunk, folder, flag)
+        if any(_MTP.match(name) for name, _ in chunk.named_parameters()) and not any(map(_MTP.match, stored)):
+            raise UserError(
+                f"{flag} {folder}: has no head of multi-token prediction; convert the model with --mtp"
+            )
     fresh = heads == "fresh" or (heads != "stored" and not any(map(_FITTED.search, stored)))
 
     def left_out(key: str) -> bool:
@@ -126,6 +132,11 @@ def load_weights(
         lost = [key for key in missing if not left_out(key)]
         if lost or unexpected:
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
+
+
+def holds_mtp_head(folder: Path, flag: str) -> bool:
+    """Whether a head of multi-token prediction is among a checkpoint's weights."""
+    return any(map(_MTP.match, _index(folder, flag).state_dict_metadata))
 
 
 def _index(folder: Path, flag: str) -> Metadata:

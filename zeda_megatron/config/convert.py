@@ -72,6 +72,10 @@ class ImportOptions(_Written):
     seed: int = 1234
     """Seed of the new router rows."""
 
+    mtp: bool = False
+    """Make the head of multi-token prediction a part of the Megatron model, with zero experts like all layers, so that
+    training adapts it (--mtp-loss-scale). Off: its tensors are carried along as they are."""
+
 
 @dataclass(frozen=True)
 class ExportOptions(_Written):
@@ -104,7 +108,7 @@ class VerifyOptions(_Conversion):
 COMMANDS = {"hf-to-megatron": ImportOptions, "megatron-to-hf": ExportOptions, "verify": VerifyOptions}
 USAGE = """usage: zeda convert COMMAND [flags]; every command has --help
 
-    zeda convert hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S]
+    zeda convert hf-to-megatron --hf DIR --out DIR [--num-zero-experts N] [--seed S] [--mtp]
     zeda convert hf-to-megatron --hf DIR --out DIR --zero-expert-routing paired
     zeda convert megatron-to-hf --megatron DIR --hf-template DIR --out DIR
     zeda convert verify --hf DIR --megatron DIR

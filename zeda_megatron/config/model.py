@@ -87,8 +87,8 @@ class ModelOptions:
     moe_permute_fusion: bool = False
     """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
 
-    trainable: Literal["all", "router"] = "all"
-    """all, or router (only the routers train)."""
+    trainable: Literal["all", "router", "mtp"] = "all"
+    """all, router (only the routers train) or mtp (only the head of multi-token prediction, see --mtp-loss-scale)."""
 
     bf16: bool = False
     """bfloat16 weights and activations with fp32 master weights; otherwise fp32."""

@@ -144,8 +144,38 @@ class Options:
                 "--teacher-schedule alongside does not work with --teacher-memory offload: the whole teacher would "
                 "move for every micro-batch; use ahead, or another --teacher-memory"
             )
-        if self.distill.teacher_memory == "shared" and self.model.trainable != "router":
-            raise UserError("--teacher-memory shared needs --trainable router: other weights must not move")
+        if self.distill.teacher_memory == "shared" and self.model.trainable == "all":
+            raise UserError(
+                "--teacher-memory shared needs --trainable router or mtp: other weights must not move"
+            )
+        self._validate_mtp()
+
+    def _validate_mtp(self) -> None:
+        """The head of multi-token prediction can be trained on this layout."""
+        parallel, scale = self.parallel, self.distill.mtp_loss_scale
+        if not scale:
+            if self.model.trainable == "mtp":
+                raise UserError("--trainable mtp needs --mtp-loss-scale above 0: nothing else would train")
+            return
+        told = f"--mtp-loss-scale {scale}"
+        if self.model.stage in ("0", "eval"):
+            raise UserError(f"{told}: --stage {self.model.stage} does not train; leave it away")
+        balancing = self.model.moe_router_load_balancing_type
+        if balancing not in ("grouped_aux_loss", "none"):
+            raise UserError(
+                f"{told} does not work with --moe-router-load-balancing-type {balancing}: Megatron counts decoder "
+                "layers alone for it; use none"
+            )
+        if parallel.pipeline_model_parallel_size > 1:
+            raise UserError(
+                f"{told} needs --pipeline-model-parallel-size 1: the head takes the decoder's last states and the "
+                "embedding, which the first stage has"
+            )
+        if parallel.context_parallel_size > 1:
+            raise UserError(
+                f"{told} needs --context-parallel-size 1: a draft is compared with the teacher at the next position, "
+                "which another rank may have"
+            )
 
     def _validate_loss(self) -> None:
         """The loss fits the stage."""

@@ -57,6 +57,10 @@ class DistillOptions:
     """Also match the residual stream after each layer: coefficient of its squared error relative to the teacher's, a
     mean over layers and response tokens (stages 1 and 2). 0: do not."""
 
+    mtp_loss_scale: Amount = 0.0
+    """Also train the head of multi-token prediction, of a checkpoint that was converted with --mtp: factor of its loss,
+    KL(teacher's next choice || draft). The rest of the model does not feel it. 0: the head is not built."""
+
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at a time."""
 
@@ -65,7 +69,7 @@ class DistillOptions:
 
     teacher_memory: Literal["own", "offload", "shared"] = "own"
     """own: a second copy of the weights. offload: that copy waits in host memory. shared: with --trainable
-    router, the student's own weights with the zero experts masked."""
+    router or mtp, the student's own weights with the zero experts masked."""
 
     teacher_schedule: Literal["ahead", "alongside"] = "ahead"
     """ahead: the teacher runs all micro-batches of a step first; their hidden states wait on the last pipeline stage.

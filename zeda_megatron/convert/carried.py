@@ -1,7 +1,7 @@
 """Tensors behind the decoder's layers (GLM's multi-token prediction): no Megatron parameter, carried along as they are.
 
 An import puts them into HF_CONFIG/carried/, an export takes them from its template. They are never widened: their
-routers belong to a layer that is not trained.
+routers belong to a layer that is not trained. An import with `--mtp` makes parameters of them, and nothing is carried.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ def cast_carried(key: str, tensor: torch.Tensor, cast: Cast) -> torch.Tensor:
 
 
 def carried_source(template: Path, arch: Architecture) -> HFReader | None:
-    """Where an export with this template finds the carried tensors; None for a model that has none.
+    """Where an export with this template finds the carried tensors; None for a model that has none, or whose checkpoint
+    holds them as parameters.
 
     Raises:
         UserError: config.json names multi-token-prediction layers whose weights are not there.
     """
     layers = arch.hf.get("num_nextn_predict_layers")
-    if not layers:
+    if not layers or arch.mtp_layers:
         return None
     for folder in (template / CARRIED_NAME, template):
         if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():

@@ -61,6 +61,7 @@ def hf_to_megatron(
     overwrite: bool = False,
     zero_expert_routing: str | None = None,
     paired_score: str | None = None,
+    mtp: bool = False,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = 1,
@@ -74,6 +75,8 @@ def hf_to_megatron(
     that the folder already has are taken as they are.
 
     Args:
+        mtp: make the head of multi-token prediction a part of the Megatron model, zero experts and all; else its
+            tensors are carried along.
         max_shard_bytes: longest data file, in bytes (a longer tensor has a file of its own).
         workers: threads; each holds one parameter.
         restart: throw away what an interrupted import to `out` has left, instead of going on from it.
@@ -86,6 +89,7 @@ def hf_to_megatron(
     side_files(reader.folder)
     check_not_quantised(reader)
     arch = read_architecture(hf)
+    arch = arch.with_mtp_head("--mtp") if mtp else arch
     real = arch.megatron["num_moe_experts"]
     present = zero_experts_of(reader.config)
     zero = wanted_zero_experts(
@@ -120,6 +124,7 @@ def hf_to_megatron(
         "direction": "hf-to-megatron",
         "source": files_of([reader.folder / "config.json", *reader.files]),
         "max_shard_bytes": max_shard_bytes,
+        **({"mtp": True} if mtp else {}),
         **facts.entries(),
         "torch": torch.__version__,  # another one may write other bytes
     }

@@ -10,7 +10,7 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.bits import DTYPES, same_bits
 from ..models.hf_config import zero_experts_of
-from ..models.weight_kinds import Added, ModelDims, WeightMapping
+from ..models.weight_kinds import Added, ModelDims, Repeated, WeightMapping
 from .hf_files import HFReader
 from .layout import Layout
 
@@ -121,10 +121,17 @@ def check_source(
     """Check every shape, and that a repeated (tied) tensor really repeats, before anything is written."""
     used = set()
     for parameter in layout.parameters:
-        for key, allowed in bound[parameter.name].hf_shapes(parameter.shape, dims).items():
+        mapping = bound[parameter.name]
+        for key, allowed in mapping.hf_shapes(parameter.shape, dims).items():
             used.add(key)
             if key in reader:
                 reader.check_shape(key, allowed)
+        for key in mapping.also.split() if isinstance(mapping, Repeated) else ():
+            if not same_bits(reader.read(key), reader.read(mapping.hf)):
+                raise UserError(
+                    f"{reader.folder}: {key} and {mapping.hf} differ, but Megatron's head of multi-token prediction "
+                    "shares the model's; convert without --mtp"
+                )
     for key, original in tied.items():
         if key in reader and key not in used and not same_bits(reader.read(key), reader.read(original)):
             raise UserError(f"{reader.folder}: config ties {key} to {original}, but the two tensors differ")

@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.hf_config import zero_experts_of
 from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts
+from ..models.weight_map import MTP
 from ..regular_file import open_regular
 from .layout import Box, Layout, Parameter, model_layout, stacked
 
@@ -215,12 +216,16 @@ def _window(start: list[int], origin, lengths: list[int]) -> tuple[slice, ...]:
 
 
 _MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
+_MTP_KEY = re.compile(re.escape(MTP))
 _ROUTER_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.weight")
 _HEAD_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.paired\.\w+")
 
 
 class MegatronModel:
     """Unsharded parameters of a checkpoint, read one by one.
+
+    Attributes:
+        arch: architecture, with the head of multi-token prediction if the checkpoint holds one.
 
     Args:
         folder: checkpoint folder (or the iteration's folder inside it).
@@ -233,13 +238,14 @@ class MegatronModel:
     """
 
     def __init__(self, folder: Path, arch: Architecture, config: dict[str, Any], verify: str = "hash"):
-        self._arch = arch
         self._reader = TorchDistReader(folder, verify)
         self.folder = self._reader.folder
+        has_head = any(map(_MTP_KEY.match, self._reader.keys()))
+        self.arch = arch.with_mtp_head(str(self.folder)) if has_head else arch
         about = read_facts(folder) or read_facts(self.folder)
         self.zero = self._zero_experts(folder, about, config)
         self.adapted_steps = self._adapted_steps(about)
-        self.layout: Layout = model_layout(arch, self.zero)
+        self.layout: Layout = model_layout(self.arch, self.zero)
         self._check_keys()
 
     def read(self, parameter: Parameter) -> torch.Tensor:
@@ -264,7 +270,7 @@ class MegatronModel:
 
     def _stored(self, box):
         """The box itself, or its place in a checkpoint that stacks all layers in one tensor."""
-        return box if box.key in self._reader else stacked(box, self._arch.megatron["num_layers"])
+        return box if box.key in self._reader else stacked(box, self.arch.megatron["num_layers"])
 
     def _check_keys(self) -> None:
         known = {self._stored(box).key for parameter in self.layout.parameters for box in parameter.boxes}
@@ -280,7 +286,7 @@ class MegatronModel:
         routers = [key for key in keys if _ROUTER_KEY.fullmatch(key)]
         if not routers:
             raise UserError(f"{self.folder}: holds no router weights; it is no Mixture-of-Experts model")
-        real = self._arch.megatron["num_moe_experts"]
+        real = self.arch.megatron["num_moe_experts"]
         rows = self._reader.shape(routers[0])[-2]
         if rows < real:
             raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")

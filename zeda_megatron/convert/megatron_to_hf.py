@@ -76,6 +76,7 @@ def megatron_to_hf(
     side_files(template)
     arch, config = read_architecture(template), read_json(config_file)
     model = MegatronModel(Path(megatron), arch, config, verify_checkpoint)
+    arch = model.arch
     carried = carried_source(template, arch)
     dims = dims_of(arch, paired=model.zero.paired)
     target = _Target(model, weight_map_of(arch), dims, cast)

@@ -43,6 +43,7 @@ def verify(
     check_not_quantised(reader)
     arch = read_architecture(hf)
     model = MegatronModel(Path(megatron), arch, reader.config, verify_checkpoint)
+    arch = model.arch
     weights, dims = weight_map_of(arch), dims_of(arch, paired=model.zero.paired)
     bound = weights.bind(model.layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
     present, differences = zero_experts_of(reader.config), []

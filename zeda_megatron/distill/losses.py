@@ -21,12 +21,14 @@ def distill_loss(
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     vocab_size: int | None = None,
+    ahead: int = 0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over tokens of mask * loss, and the metric sums of `fused_distill_loss`.
 
     Hidden states are what the final norm gives, [S, B, H] in Megatron's order; with `sequence_parallel` (and
     a group of several ranks) each rank passes its [S / TP, B, H] part. Labels and weights (floats, 0 = not counted)
-    are [B, S], `drawn` too: whole sequences on every rank.
+    are [B, S], `drawn` too: whole sequences on every rank. With `ahead` the student's state at a place of the row meets
+    labels, weights and teacher of the place so many further on; the last places meet nothing.
 
     The gradient of the hidden states is complete: summed over the group here. The teacher gets none. Loss
     and metrics are the same on every rank of the group: reduce them over data-parallel ranks only.
@@ -37,12 +39,17 @@ def distill_loss(
     teacher_TH = inputs.teacher_hidden
     if teacher_TH is not None:
         with torch.no_grad():
-            teacher_TH = _enter_tp_region(teacher_TH, tp_group, sequence_parallel).flatten(0, 1)
+            teacher_SBH = _enter_tp_region(teacher_TH, tp_group, sequence_parallel)
+            teacher_TH = (teacher_SBH.roll(-ahead, 0) if ahead else teacher_SBH).flatten(0, 1)
+    labels_SB, weights_SB = inputs.labels.t(), inputs.weights.t()
+    if ahead:
+        labels_SB, weights_SB = labels_SB.roll(-ahead, 0), weights_SB.roll(-ahead, 0)
+        weights_SB[-ahead:] = 0.0
     flat = replace(
         inputs,
         hidden=_enter_tp_region(inputs.hidden, tp_group, sequence_parallel).flatten(0, 1),
-        labels=inputs.labels.t().flatten(),
-        weights=inputs.weights.t().flatten(),
+        labels=labels_SB.flatten(),
+        weights=weights_SB.flatten(),
         drawn=None if inputs.drawn is None else inputs.drawn.t().flatten(),
         teacher_hidden=teacher_TH,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,23 +29,46 @@ def forward_model(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         Hidden states [S, B, H], on the last pipeline stage those that the LM head takes.
     """
     to = partial(torch.Tensor.to, device=device(), non_blocking=True)
+    return model(
+        to(batch.tokens),
+        to(batch.position_ids),
+        None,
+        packed_seq_params=_packed(batch),
+        padding_mask=to(batch.padding_mask),
+        return_hidden=True,
+    )
+
+
+def _packed(batch: PackedBatch) -> PackedSeqParams:
+    """Where the sequences of a row lie."""
     # Transformer Engine's kernels read them on the device. Without it every layer's attention and rotary embedding
     # read them on the host.
-    ends = to(batch.cu_seqlens) if has_transformer_engine() else batch.cu_seqlens
-    packed = PackedSeqParams(
+    ends = batch.cu_seqlens.to(device()) if has_transformer_engine() else batch.cu_seqlens
+    return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    return model(
-        to(batch.tokens),
-        to(batch.position_ids),
-        None,
-        packed_seq_params=packed,
-        padding_mask=to(batch.padding_mask),
-        return_hidden=True,
+
+
+def draft_states(
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    hidden: torch.Tensor,
+    head: torch.nn.Module | None = None,
+) -> torch.Tensor:
+    """Run the head of multi-token prediction of a bare chunk, or another `head`, on one packed row; `hidden` is what
+    `forward_model` gave.
+
+    Returns:
+        States [S, B, H] that the LM head takes: at each position t of a sequence for its token t+2.
+    """
+    to = partial(torch.Tensor.to, device=device(), non_blocking=True)
+    hidden = hidden.to(model.head_weight().dtype)  # Megatron's bf16 wrapper hands out fp32
+    return model.draft(
+        hidden, to(batch.labels), to(batch.position_ids), _packed(batch), to(batch.padding_mask), head
     )
 
 
@@ -104,6 +127,46 @@ def row_loss(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         sequence_parallel=model.config.sequence_parallel,
         vocab_size=vocab_size,
+    )
+
+
+def draft_loss(
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    drafted: torch.Tensor,
+    teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    config: LossConfig,
+    vocab_size: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """How far the head of multi-token prediction is from the model whose next choice it is to guess, on one packed row.
+
+    At position t the head says what token t+2 is; the teacher says so at position t+1, and its distribution is what
+    drafts are compared with: KL(teacher || head). Without a teacher: cross-entropy on token t+2. Predictions across two
+    sequences, of prompts and of padding count nothing. The LM head is a constant.
+
+    Args:
+        model: a bare chunk, whose LM head is taken. drafted: `draft_states` of it.
+        teacher: hidden states [S, B, H] of the whole row (what `forward_model` gives), and the rows of an LM head.
+        config: temperature and chunks; its kind does not matter.
+
+    Returns:
+        As `row_loss`: `top1_agreement` is the number of drafts that are the teacher's first choice.
+    """
+    followed = (batch.position_ids > 0).to(batch.loss_mask.dtype)  # by the head, from the position before
+    inputs = LossInputs(
+        drafted,
+        model.head_weight().detach(),
+        *(teacher or (None, None)),
+        batch.labels.to(drafted.device),
+        (batch.loss_mask * followed).to(drafted.device),
+    )
+    return distill_loss(
+        inputs,
+        replace(config, kind="forward_kl" if teacher else "ce"),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        sequence_parallel=model.config.sequence_parallel,
+        vocab_size=vocab_size,
+        ahead=1,
     )
 
 

@@ -31,10 +31,12 @@ Outputs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Non
 
 
 def moe_layers(model: torch.nn.Module) -> dict[int, MoELayer]:
-    """Layer number (from 1) -> MoE layer with paired zero experts."""
+    """Layer number (from 1) -> MoE layer of the decoder with paired zero experts."""
     found = {}
     for module in model.modules():
-        if isinstance(module, MoELayer) and getattr(module.router, "paired", None) is not None:
+        if not isinstance(module, MoELayer) or getattr(module.router, "paired", None) is None:
+            continue
+        if not module.router.in_mtp_head:
             found[module.router.layer_number] = module
     return found
 

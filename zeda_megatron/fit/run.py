@@ -15,7 +15,13 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from ..checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
+from ..checkpoint.state import (
+    holds_mtp_head,
+    load_weights,
+    model_state,
+    require_checkpoint,
+    save_checkpoint,
+)
 from ..config.arguments import parse
 from ..config.fit import FitOptions
 from ..config.model import ModelOptions
@@ -81,6 +87,9 @@ class HeadFit:
         folder = require_checkpoint(options.pretrained_checkpoint, "--pretrained-checkpoint")
         self.hf = hf_folder(source)
         arch = read_architecture(self.hf)
+        # A head of multi-token prediction comes along; what it skips is left to training.
+        if holds_mtp_head(folder, "--pretrained-checkpoint"):
+            arch = arch.with_mtp_head("--pretrained-checkpoint")
         have = zero_experts(source, arch)
         if have.num_zero_experts and not have.paired:
             raise UserError(

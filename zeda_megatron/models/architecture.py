@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,9 +68,31 @@ class Architecture:
     """LM head = embedding."""
     num_zero_experts: int
     """Zero experts already in the checkpoint (`zce_nums`), 0 for a static model."""
+    mtp_layers: int = 0
+    """Heads of multi-token prediction that the Megatron model builds (`with_mtp_head`)."""
+
+    def with_mtp_head(self, flag: str) -> Architecture:
+        """The same model, with its head of multi-token prediction built.
+
+        Raises `UserError` that begins with `flag` for a model that has none, or more than one.
+        """
+        heads = self.hf.get("num_nextn_predict_layers") or 0
+        if heads != 1:
+            raise UserError(
+                f"{flag}: config.json says num_nextn_predict_layers {heads}, but a model with one head of multi-token "
+                "prediction is needed"
+            )
+        return replace(self, mtp_layers=heads)
+
+    def without_mtp_head(self) -> Architecture:
+        """The same model, its head not built: the decoder alone."""
+        return replace(self, mtp_layers=0)
 
     def is_carried(self, key: str) -> bool:
-        """True for an HF tensor behind the decoder's layers (multi-token prediction): conversions carry it along."""
+        """True for an HF tensor behind the decoder's layers (multi-token prediction) of which no Megatron parameter is
+        made: conversions carry it along."""
+        if self.mtp_layers:
+            return False
         layers, more = self.megatron["num_layers"], self.hf.get("num_nextn_predict_layers") or 0
         match = re.match(r"model\.layers\.(\d+)\.", key)
         return match is not None and layers <= int(match[1]) < layers + more
@@ -189,7 +211,10 @@ def _aliases(key: str, names: dict[str, str]) -> set[str]:
 
 def weight_map_of(arch: Architecture) -> WeightMap:
     """The map of an architecture."""
-    return REGISTRY[arch.name].WEIGHTS
+    weights = REGISTRY[arch.name].WEIGHTS
+    if not arch.mtp_layers:
+        return weights
+    return weights.with_mtp_head(arch.megatron["num_layers"], arch.tie_word_embeddings)
 
 
 def dims_of(arch: Architecture, seed: int = 0, paired: bool = False) -> ModelDims:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -28,12 +29,19 @@ from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bi
 from ..runtime.megatron_api import mend_latent_attention, moe_submodules, queries_need_latents
 from .architecture import Architecture
 from .local_layers import LatentAttention, SDPAttention, SPRMSNorm, with_explicit_masks
+from .mtp_head import build_mtp_head, first_positions
 
 
 class ZedaGPTModel(GPTModel):
-    """GPTModel that can stop before the LM head, so that the loss is computed in chunks of the vocabulary."""
+    """GPTModel that can stop before the LM head, so that the loss is computed in chunks of the vocabulary.
+
+    Attributes:
+        mtp: its head of multi-token prediction, where the architecture asks for one (Megatron looks for the attribute).
+            Only `draft` runs it; Megatron's own loss on such heads, which makes all logits, stays unused.
+    """
 
     _to_head = True
+    mtp: MultiTokenPredictionBlock
 
     def forward(self, *args, return_hidden: bool = False, **kwargs):
         """Megatron's. With `return_hidden` the last pipeline stage returns hidden states [S, B, H] (after the final
@@ -48,6 +56,46 @@ class ZedaGPTModel(GPTModel):
         if self.post_process and not self._to_head:
             return hidden_states
         return super()._postprocess(hidden_states, *args, **kwargs)
+
+    def draft(
+        self,
+        hidden_SBH: torch.Tensor,
+        next_tokens: torch.Tensor,
+        position_ids: torch.Tensor,
+        packed_seq_params=None,
+        padding_mask: torch.Tensor | None = None,
+        head: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        """States of the head of multi-token prediction: through the LM head they say what comes after `next_tokens`.
+
+        Gradients reach the head alone, see `mtp_head`.
+
+        Args:
+            hidden_SBH: what `forward` gave with `return_hidden`; the local part under sequence parallelism.
+            next_tokens: [B, S] int64: the token behind each position, anything where its sequence has none.
+            position_ids: [B, S], counted from 0 in each sequence. padding_mask: [B, S], True = padding.
+            head: another model's `MTPHead`, in the place of this one's.
+
+        Returns:
+            [S, B, H], at each position t of a sequence for its token t+2.
+        """
+        with torch.no_grad():
+            embedded_SBH, rotary, cos, sin, offset, padding_mask = self._preprocess(
+                next_tokens, position_ids, packed_seq_params=packed_seq_params, padding_mask=padding_mask
+            )[:6]
+            first_SB1 = first_positions(position_ids, self.pg_collection.tp, self.config.sequence_parallel)
+            embedded_SBH = embedded_SBH.masked_fill(first_SB1, 0.0)
+        head = self.mtp.layers[0] if head is None else head
+        return head(
+            hidden_SBH.detach(),
+            embedded_SBH,
+            padding_mask,
+            rotary_pos_emb=rotary,
+            rotary_pos_cos=cos,
+            rotary_pos_sin=sin,
+            sequence_len_offset=offset,
+            packed_seq_params=packed_seq_params,
+        )
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the LM head, [V/tp, H]."""
@@ -148,6 +196,11 @@ def build_gpt_model(
         zero: zero experts; None builds the static model with Megatron's own router.
         expert_backend: product of the local experts, see `moe.experts`.
     """
+    if arch.mtp_layers and config.pipeline_model_parallel_size > 1:
+        raise UserError(
+            f"{STAGES} {config.pipeline_model_parallel_size} does not work with a head of multi-token prediction: it "
+            "needs the embedding of the first stage"
+        )
     block = decoder_block_spec(config, vp_stage=vp_stage, use_te=use_te)
     if zero is None:
         block = apply_grouped_experts(block, expert_backend)
@@ -171,6 +224,8 @@ def build_gpt_model(
         rotary_base=arch.rotary_base,
         vp_stage=vp_stage,
     )
+    if arch.mtp_layers:
+        model.mtp = build_mtp_head(config, block, has_transformer_engine() if use_te is None else use_te)
     install_dispatchers(model)
     install_residual_norms(model)
     mark_expert_parameters(model)

@@ -26,8 +26,9 @@ from .architecture import MODELS
 from .bits import DTYPES
 from .on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from .weight_kinds import Setting, WeightMapping
+from .weight_map import MTP_THRESHOLD
 
-PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold", "zce_head_width", "zce_rank")
+PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold", MTP_THRESHOLD, "zce_head_width", "zce_rank")
 
 
 def is_paired(config: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from ..runtime.agreement import gathered, rank, world_size
 from ..runtime.process_groups import device
 from .architecture import Architecture, dims_of, weight_map_of
 from .weight_kinds import Added, Router, Setting
+from .weight_map import MTP
 
 SHARD_BYTES = 256 << 20
 """So much of the weights is held at a time while they are written."""
@@ -58,7 +59,8 @@ class LiveWeights:
     """
 
     def __init__(self, chunks: list[torch.nn.Module], arch: Architecture):
-        self.chunks, self.arch, self.map = chunks, arch, weight_map_of(arch)
+        # Engines that answer have no head of multi-token prediction.
+        self.chunks, self.arch, self.map = chunks, arch, weight_map_of(arch.without_mtp_head())
         mine = [(name, box, parameter) for name, box, parameter, _ in self._local()]
         plan: dict[str, _Parameter] = {}
         for owner, theirs in enumerate(gathered(mine)):
@@ -116,6 +118,8 @@ class LiveWeights:
         """Name in the whole model, place, and data of every part that this rank holds."""
         for chunk in self.chunks:
             for name, item in chunk.sharded_state_dict().items():
+                if name.startswith(MTP):
+                    continue
                 parts = item.build() if isinstance(item, ShardedTensorFactory) else [item]
                 for part in parts:
                     if isinstance(part, ShardedTensor):

@@ -66,6 +66,22 @@ class Direct:
 
 
 @dataclass(frozen=True)
+class Repeated(Direct):
+    """One tensor that a folder has under several names, with the same bits: `hf`, and `also` (joined by spaces)."""
+
+    also: str
+
+    def _names(self) -> list[str]:
+        return [self.hf, *self.also.split()]
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        return dict.fromkeys(self._names(), (shape,))
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(self._names(), tensor)
+
+
+@dataclass(frozen=True)
 class QKV:
     """Query, key and value projection in one: per query group [its q heads; its k; its v] on dim 0.
 

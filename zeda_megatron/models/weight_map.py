@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..errors import UserError
-from .weight_kinds import QKV, Added, Direct, GateUp, ModelDims, Router, Setting, Shape, WeightMapping
+from .weight_kinds import (
+    QKV,
+    Added,
+    Direct,
+    GateUp,
+    ModelDims,
+    Repeated,
+    Router,
+    Setting,
+    Shape,
+    WeightMapping,
+)
 
 _MERGED = re.compile(r"\.experts\.[a-z0-9_]+(\.weight)?$")
 """Parameters of all experts in one tensor: no number stands behind `experts`."""
@@ -46,12 +57,50 @@ class WeightMap:
     ignored: tuple[str, ...] = ()
     """Regular expressions of Hugging Face keys that carry no weight of the model (full match)."""
 
+    mtp_layer: int | None = None
+    """Hugging Face's number of the head of multi-token prediction; None: no parameter belongs to one."""
+
+    def with_mtp_head(self, layer: int, tied: bool) -> WeightMap:
+        """The map of a model that has such a head, which Hugging Face counts as layer `layer`.
+
+        The head's own parameters get mappings; its decoder layer takes those of the decoder. Published folders repeat
+        embedding and LM head among its tensors, and loaders of drafting engines want them there. `tied`: the LM head is
+        the embedding.
+        """
+        head = HF.format(layer=layer)
+        also = {"model.embed_tokens.weight": [f"{head}embed_tokens.weight"], "lm_head.weight": []}
+        also["model.embed_tokens.weight" if tied else "lm_head.weight"].append(
+            f"{head}shared_head.head.weight"
+        )
+        mappings = [
+            Repeated(mapping.hf, mapping.mcore, " ".join(also[mapping.hf]))
+            if isinstance(mapping, Direct) and also.get(mapping.hf)
+            else mapping
+            for mapping in self.mappings
+        ]
+        own = {
+            "enorm": "enorm",
+            "hnorm": "hnorm",
+            "eh_proj": "eh_proj",
+            "shared_head.norm": "final_layernorm",
+        }
+        mappings += [Direct(f"{head}{hf}.weight", f"{MTP}{mcore}.weight") for hf, mcore in own.items()]
+        return dataclasses.replace(self, mappings=tuple(mappings), mtp_layer=layer)
+
     def for_mcore_name(self, name: str) -> WeightMapping:
         """The mapping of one Megatron parameter, wildcards filled in.
 
         Raises:
             UserError: no mapping knows this name.
         """
+        inner = f"{MTP}transformer_layer."
+        if self.mtp_layer is not None and name.startswith(inner):
+            as_decoder = MC.format(layer=self.mtp_layer) + name.removeprefix(inner)
+            mapping = dataclasses.replace(self.for_mcore_name(as_decoder), mcore=name)
+            # Loaders count the thresholds of the decoder's layers.
+            return (
+                dataclasses.replace(mapping, key=MTP_THRESHOLD) if isinstance(mapping, Setting) else mapping
+            )
         for mapping in self.mappings:
             match = _pattern(mapping.mcore).fullmatch(name)
             if match:
@@ -161,6 +210,10 @@ def _first(keys: list[str], limit: int = 3) -> str:
 
 HF = "model.layers.{layer}."
 MC = "decoder.layers.{layer}."
+MTP = "mtp.layers.0."
+"""Megatron's name of the head of multi-token prediction."""
+MTP_THRESHOLD = "zce_mtp_threshold"
+"""Key of config.json: the threshold of that head's paired zero experts."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 

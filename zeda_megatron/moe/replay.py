@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from ..errors import UserError
 from ..runtime.process_groups import device
-from .stats import layer_of, routers
+from .stats import decoder_routers, layer_of
 
 
 class RoutingReplay:
@@ -107,7 +107,7 @@ def recorded_picks(model_chunks: list[torch.nn.Module], tokens: int) -> torch.Te
     config = model_chunks[0].config
     picks_TLK = torch.full((tokens, config.num_layers, config.moe_router_topk), -1, dtype=torch.int16)
     picks_TLK = picks_TLK.to(device())
-    for router in routers(model_chunks):
+    for router in decoder_routers(model_chunks):
         picks_TLK[:, layer_of(router)] = router.router_replay.recorded_TK.to(torch.int16)
     return picks_TLK
 
@@ -124,7 +124,7 @@ def set_targets(model_chunks, picks_TLK: torch.Tensor | None) -> None:
 
     T may be the whole row under sequence parallelism: each rank takes its part.
     """
-    for router in routers(model_chunks):
+    for router in decoder_routers(model_chunks):
         if picks_TLK is None:
             router.router_replay.target_TK = None
             continue
@@ -137,7 +137,7 @@ def set_targets(model_chunks, picks_TLK: torch.Tensor | None) -> None:
 def _require(model_chunks) -> list:
     """Routers that know replay: those of this pipeline stage, which may have none."""
     chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
-    mine = routers(chunks)
+    mine = decoder_routers(chunks)
     if not mine and any(isinstance(module, TopKRouter) for chunk in chunks for module in chunk.modules()):
         raise UserError(
             "--routing-replay: this model has Megatron's own routers (a static model with a per-expert loss); use "

@@ -33,6 +33,7 @@ class ZeroExpertRouter(TopKRouter):
     Attributes:
         dials: mask, pick rule, w and the like; only `router_dials` sets them.
         paired: scores of paired zero experts, or None (shared routing).
+        in_mtp_head: its layer is that of a multi-token-prediction head, behind the decoder's.
         routing_stats: counts since the last reset.
         router_replay: `replay.RoutingReplay` (or Megatron's) that fixes or records the picks, or None. The masked
             model, which is the teacher, routes freely.
@@ -52,6 +53,7 @@ class ZeroExpertRouter(TopKRouter):
         self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
         self.dials = RouterDials(zero_weight=zero.moe_zero_expert_weight)
         self.routing_stats = RoutingStats()
+        self.in_mtp_head = False
         self.zero_output = zero_output(zero, config)
         self.paired = None
         if zero.paired:

@@ -17,7 +17,7 @@ from ..runtime.process_groups import device
 from . import stats
 from .paired import KEEP_ALL, paired_modules
 from .pick_rules import PickRule
-from .stats import SCORE_BINS, SCORE_RANGE, layer_of, routers
+from .stats import SCORE_BINS, SCORE_RANGE, decoder_routers, layer_of, routers
 
 OPEN = -0.5
 """Threshold of a fresh mask that learns to close: with U = 0 and c = 0 every pick is half a unit inside."""
@@ -71,8 +71,9 @@ def zero_mask(model_chunks):
 
 def set_thresholds(model_chunks, values: list[float | None]) -> None:
     """Give the paired zero experts of all layers one threshold (a list of one), or each its own (one per decoder layer,
-    None leaves it). Thresholds are part of the weights: checkpoints keep them."""
-    for router in routers(model_chunks):
+    None leaves it). Thresholds are part of the weights: checkpoints keep them. A multi-token-prediction head keeps its
+    own."""
+    for router in decoder_routers(model_chunks):
         value = values[0 if len(values) == 1 else layer_of(router)]
         if router.paired is not None and value is not None:
             router.paired.threshold.fill_(value)

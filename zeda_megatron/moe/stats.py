@@ -94,13 +94,24 @@ class StatsReport:
     score_counts: torch.Tensor | None = None
     """Histogram of pick scores, float64: [1, SCORE_BINS] over all layers or [num_layers, SCORE_BINS]; None without
     paired routing."""
+    mtp_zero_share: float | None = None
+    """Zero share of the multi-token-prediction head's layer, which none of the figures above counts; None: no such head
+    has run."""
+    mtp_group_loss: float = 0.0
+    """Group loss of that layer, as above."""
 
 
 def routers(model_chunks) -> list:
-    """All zero-expert routers of a model (or list of pipeline chunks), in layer order."""
+    """All zero-expert routers of a model (or list of pipeline chunks), in layer order; that of a multi-token-prediction
+    head comes last."""
     chunks = model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     found = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "routing_stats")]
     return sorted(found, key=lambda router: router.layer_number or 0)
+
+
+def decoder_routers(model_chunks) -> list:
+    """`routers` of the decoder's layers alone."""
+    return [router for router in routers(model_chunks) if not router.in_mtp_head]
 
 
 def reset(model_chunks) -> None:
@@ -120,36 +131,41 @@ def collect(
 
     The sums travel as one tensor with a row per layer, so a pipeline stage without MoE layers neither hangs nor
     shifts the layer numbers. Ranks that hold copies of the same tokens (tensor parallelism without sequence
-    parallelism) scale zero slots and slots alike, so shares are exact.
+    parallelism) scale zero slots and slots alike, so shares are exact. The last row is that of a multi-token-prediction
+    head: figures of the decoder mean what they mean without it.
     """
     # Nothing goes to the host before all is added up: every copy waits for the device.
-    table = torch.zeros(num_layers, 4, dtype=torch.float64, device=device)
+    table = torch.zeros(num_layers + 1, 4, dtype=torch.float64, device=device)
     scores = torch.zeros(num_layers if scores_by_layer else 1, SCORE_BINS, dtype=torch.float64, device=device)
     for router in routers(model_chunks):
-        s, layer = router.routing_stats, layer_of(router)
+        s, layer = router.routing_stats, -1 if router.in_mtp_head else layer_of(router)
         if s.slots is not None:
             table[layer, :2] = torch.stack([s.zero_slots, s.slots])
         if s.group_loss is not None:
             # Parts add up over the ranks that share a loss; micro-batches are averaged.
             table[layer, 2:] = torch.stack([s.group_loss, s.group_loss_calls / router.group_loss_ranks])
-        if s.score_counts is not None:
+        if s.score_counts is not None and not router.in_mtp_head:
             scores[layer if scores_by_layer else 0] += s.score_counts.to(device)
         if reset_after:
             s.reset()
     table, scores = _sum_over_ranks(device, table, scores)
     zero, slots, loss, calls = table.unbind(1)
-    shares = torch.stack([zero, slots, zero / slots], dim=1).tolist()
+    shares = [share if n > 0 else None for n, share in torch.stack([slots, zero / slots], dim=1).tolist()]
+    losses = torch.where(calls > 0, loss / calls.clamp(min=1e-12), loss * 0)
+    zero, slots = zero[:-1].sum(), slots[:-1].sum()
     return StatsReport(
-        zero_share=float(zero.sum() / slots.sum()) if slots.sum() > 0 else 0.0,
-        zero_share_by_layer=[share if n > 0 else None for _, n, share in shares],
-        group_loss=float(torch.where(calls > 0, loss / calls.clamp(min=1e-12), loss * 0).sum()),
+        zero_share=float(zero / slots) if slots > 0 else 0.0,
+        zero_share_by_layer=shares[:-1],
+        group_loss=float(losses[:-1].sum()),
         score_counts=scores if scores.any() else None,
+        mtp_zero_share=shares[-1],
+        mtp_group_loss=float(losses[-1]),
     )
 
 
 def zero_share(model_chunks, reset_after: bool = True) -> float:
     """Zero picks / all picks since the last call, over all layers and processes. Every process must call it."""
-    found = routers(model_chunks)
+    found = decoder_routers(model_chunks)
     device = found[0].weight.device if found else torch.device("cpu")
     layers = 1 + max(map(layer_of, found), default=0)
     return collect(model_chunks, layers, device, reset_after).zero_share
@@ -189,7 +205,7 @@ def collect_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Picks of every real expert and those it kept, [num_layers, N] float64 each, over all processes."""
     picks = torch.zeros(num_layers, 2, num_experts, dtype=torch.float64, device=device)
-    for router in routers(model_chunks):
+    for router in decoder_routers(model_chunks):
         if router.routing_stats.picks_2N is not None:
             picks[layer_of(router)] += router.routing_stats.picks_2N.to(device)
     (picks,) = _sum_over_ranks(device, picks)
@@ -203,7 +219,7 @@ def take_skipped(model_chunks) -> torch.Tensor:
         [T] float64, padding included, in the order of the forward passes since tokens were recorded or last
         taken; they are forgotten here.
     """
-    mine = routers(model_chunks)
+    mine = decoder_routers(model_chunks)
     real_T = sum(torch.cat(router.routing_stats.real_picks_T).double() for router in mine)
     for router in mine:
         router.routing_stats.real_picks_T.clear()

@@ -127,7 +127,7 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
     made = {"weights": float(width * count.total)}
     if options.model.stage == "0":
         return made
-    dense, expert = count.trainable(options.model.trainable == "router", options.share.paired_head_lr > 0)
+    dense, expert = count.trainable(options.model.trainable, options.share.paired_head_lr > 0)
     made["gradients (fp32)"] = 4.0 * (dense + expert)
     # Two moments; under bf16 the fp32 weights too.
     state = 12 if options.model.bf16 else 8
@@ -137,9 +137,8 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         made["optimizer"] = float(state * (dense + expert))
     if options.model.stage in ("1", "2"):
         mode = options.distill.teacher_memory
-        held = {"own": count.total, "offload": 0, "shared": count.router - count.paired - count.stand_ins}[
-            mode
-        ]
+        routers = count.router - count.paired - count.stand_ins
+        held = {"own": count.of_decoder, "offload": 0, "shared": routers}[mode]
         made[f"teacher ({mode})"] = float(width * held)
     return made
 
@@ -167,6 +166,9 @@ def data_ranks(options: Options, gpus: int) -> int:
 
 CACHE_SLACK = 64
 """Columns that the engine's cache has more than the longest answer needs."""
+MTP_ROWS = 7
+"""Hidden states of a row that a head of multi-token prediction keeps beside its layer: embedding, norms of it and of
+the decoder's state, both joined (two), what `eh_proj` and the layer give."""
 SCORES = {"ce": 2, "jsd": 5}
 """Float32 tensors of a chunk's size [C, V] alive at once in the loss; 4 for the other kinds with a teacher."""
 
@@ -260,6 +262,10 @@ def student_pass(options: Options, shapes: Shapes) -> dict[str, float]:
         number * kept_per_layer(layer, recompute, shapes.tokens, shapes.load, sparse)
         for number, sparse in ((count.moe_layers, True), (dense, False))
     )
+    if count.mtp:  # its one layer is not recomputed as a whole
+        recomputed = recompute if recompute == "selective" else None
+        kept += kept_per_layer(layer, recomputed, shapes.tokens, shapes.load, True)
+        kept += MTP_ROWS * shapes.hidden_bytes
     if options.distill.hidden_loss_coeff and recompute != "full":
         kept += shapes.hidden_bytes * count.layers  # the gradient of each layer's error
     at_work = layer.gradients(shapes.tokens, shapes.load) + layer.width * count.largest_layer
@@ -281,7 +287,7 @@ def teacher_pass(options: Options, shapes: Shapes) -> dict[str, float]:
     """The teacher's forward pass; alongside the student's, what the student keeps is there too."""
     made = {}
     if options.distill.teacher_memory == "offload":
-        made["teacher's weights, fetched"] = float(shapes.layer.width * shapes.count.total)
+        made["teacher's weights, fetched"] = float(shapes.layer.width * shapes.count.of_decoder)
     if options.distill.teacher_schedule == "alongside":
         made["activations kept"] = student_pass(options, shapes)["activations kept"]
     made["teacher's hidden states"] = _teacher_hidden(options, shapes)
@@ -348,4 +354,6 @@ def loss_bytes(options: Options, shapes: Shapes) -> float:
         head += shapes.count.head * width
     # Megatron's bf16 wrapper hands the hidden states out in fp32.
     norm = 2 * shapes.hidden_bytes + (3 * shapes.hidden_bytes if width < 4 else 0)
-    return gathered + 2 * row + scores + head + norm
+    # Drafts: their states, the gradient of these, the teacher's states moved by one position.
+    drafts = 3 * row if shapes.count.mtp else 0.0
+    return gathered + 2 * row + scores + head + norm + drafts

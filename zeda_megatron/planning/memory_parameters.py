@@ -16,6 +16,20 @@ from ..models.build import stage_layers
 
 
 @dataclass(frozen=True)
+class MTPParameters:
+    """Parameters of a head of multi-token prediction on one rank: a MoE layer, `eh_proj` and three norms."""
+
+    dense: int
+    """All but the real experts."""
+    expert: int
+    """The real experts of this rank."""
+    paired: int
+    """Part of `dense`, as for a stage."""
+    stand_ins: int
+    """Part of `dense`, as for a stage."""
+
+
+@dataclass(frozen=True)
 class StageParameters:
     """Parameters (numbers, not bytes) of one rank of a pipeline stage."""
 
@@ -37,16 +51,24 @@ class StageParameters:
     """Part of `dense`: rows of the LM head; 0 before the last stage."""
     largest_layer: int
     """Parameters of its largest layer."""
+    mtp: MTPParameters | None = None
+    """Those of `dense` and `expert` that are a head of multi-token prediction, which the teacher has not."""
 
     @property
     def total(self) -> int:
         """All of them."""
         return self.dense + self.expert
 
-    def trainable(self, routers_only: bool, paired_trains: bool) -> tuple[int, int]:
-        """(dense, expert) parameters that have gradients."""
-        frozen = self.stand_ins + (0 if paired_trains else self.paired)
-        return (self.router - frozen, 0) if routers_only else (self.dense - frozen, self.expert)
+    @property
+    def of_decoder(self) -> int:
+        """All without a head of multi-token prediction."""
+        return self.total - (self.mtp.dense + self.mtp.expert if self.mtp else 0)
+
+    def trainable(self, what: str, paired_trains: bool) -> tuple[int, int]:
+        """(dense, expert) parameters that have gradients; `what`: --trainable."""
+        part = self.mtp if what == "mtp" else self
+        frozen = part.stand_ins + (0 if paired_trains else part.paired)
+        return (self.router - frozen, 0) if what == "router" else (part.dense - frozen, part.expert)
 
 
 def stage_parameters(
@@ -70,17 +92,25 @@ def stage_parameters(
         dense += copies * vocabulary + last * fields["hidden_size"]
         expert = experts_of_layer(fields, parallel)
         moe = norms + beside + _router(fields, zero) + expert if sparse else 0
+        mtp = None
+        if last and arch.mtp_layers:
+            hidden = fields["hidden_size"]
+            joined = 2 * hidden * hidden // tp + 3 * hidden
+            own = norms + beside + _router(fields, zero) + joined
+            mtp = MTPParameters(own, expert, _paired(fields, zero), _stand_ins(fields, zero))
+        heads = 1 if mtp else 0
         found.append(
             StageParameters(
                 layers=len(layers),
                 moe_layers=sparse,
-                dense=dense,
-                expert=sparse * expert,
-                router=router,
-                paired=sparse * _paired(fields, zero),
-                stand_ins=sparse * _stand_ins(fields, zero),
+                dense=dense + (mtp.dense if mtp else 0),
+                expert=(sparse + heads) * expert,
+                router=router + heads * _router(fields, zero),
+                paired=(sparse + heads) * _paired(fields, zero),
+                stand_ins=(sparse + heads) * _stand_ins(fields, zero),
                 head=last * vocabulary,
                 largest_layer=max(moe, norms + dense_mlp if sparse < len(layers) else 0),
+                mtp=mtp,
             )
         )
     return tuple(found)

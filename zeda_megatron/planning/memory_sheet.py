@@ -79,6 +79,8 @@ def read_command(argv: list[str]) -> Command:
         generate=replace(options.generate, rollout_path=options.generate.rollout_path or "rollouts"),
     ).validate()
     arch = read_architecture(mine.hf)
+    if options.distill.mtp_loss_scale:
+        arch = arch.with_mtp_head("--mtp-loss-scale")
     check_layout(arch, options.parallel)
     model, experts = options.model, arch.megatron["num_moe_experts"]
     has, number = zero_experts_of(arch.hf), model.num_zero_experts

@@ -42,6 +42,7 @@ from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import zero_experts_of
 from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, read_facts, weights_id
+from ..models.weight_map import MTP
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
@@ -175,6 +176,8 @@ def build_chunks(options: Options, arch: Architecture, zero: ZeroExpertConfig) -
 def build_student(options: Options, trains: bool = True) -> Student:
     """Build, load and wrap the student. One that does not train has no gradient buffers and is not wrapped."""
     arch = read_architecture(hf_folder(options.model))
+    if options.distill.mtp_loss_scale:
+        arch = arch.with_mtp_head("--mtp-loss-scale")
     zero = zero_experts(options.model, arch)
     if options.model.recompute_granularity == "selective" and zero.zero_experts_type in ("copy", "learned"):
         raise UserError(
@@ -185,15 +188,17 @@ def build_student(options: Options, trains: bool = True) -> Student:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
         verify = options.run.verify_checkpoint
         load_weights(chunks, folder, "--pretrained-checkpoint", heads="stored or fresh", verify=verify)
-    if options.model.trainable == "router":
+    if options.model.trainable != "all":
+        part = {"router": ".router.", "mtp": MTP}[options.model.trainable]
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 # Stand-ins, which are routers' too, never train.
-                parameter.requires_grad_(parameter.requires_grad and ".router." in name)
+                parameter.requires_grad_(parameter.requires_grad and part in name)
             if chunk.pre_process:
                 # Recomputation follows gradients through its inputs only: with frozen embeddings none would begin.
                 chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    for paired in paired_modules(chunks):
+    trained = chunks if options.model.trainable != "mtp" else [chunks[-1].mtp]
+    for paired in paired_modules(trained):
         # Which terms a score has decides whether its head has anything to learn.
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
@@ -238,7 +243,9 @@ def build_teacher(options: Options, student: Student) -> Teacher:
             options.model, num_zero_experts=None, zero_experts_type=None, zero_expert_routing=None
         )
         zero = zero_experts(plain, student.arch, source)
-    chunks = build_chunks(options, student.arch, replace(zero, group_loss_coeff=0.0))
+    # It is asked what the next token is, never for drafts.
+    arch = student.arch.without_mtp_head()
+    chunks = build_chunks(options, arch, replace(zero, group_loss_coeff=0.0))
     folder = require_checkpoint(source, "--teacher-load")
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint

@@ -12,7 +12,12 @@ from ..config.options import Options
 from ..errors import UserError
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import StaticTopK
-from ..moe.router_dials import ScoreQuantiles, open_thresholds, set_dials, set_thresholds
+from ..moe.router_dials import (
+    ScoreQuantiles,
+    open_thresholds,
+    set_dials,
+    set_thresholds,
+)
 from ..moe.stats import SCORE_BINS, StatsReport
 from .build import Student
 
@@ -102,7 +107,7 @@ class ThresholdControl(ShareControl):
     the statistics come per layer.
 
     With a range, each step draws its own target from it (from the seed and the step alone, so a resumed run draws
-    the same): the model learns to serve at any share.
+    the same): the model learns to serve at any share. The threshold of a multi-token-prediction head stays what it is.
     """
 
     def __init__(
@@ -112,16 +117,19 @@ class ThresholdControl(ShareControl):
         bounds: tuple | None,
         seed: int,
         by_layer: bool = False,
+        of_decoder: bool = True,
     ):
+        """`of_decoder`: off leaves the thresholds as they are."""
         self.chunks, self.target, self.bounds, self.seed = chunks, target, bounds, seed
         self.quantiles = ScoreQuantiles(chunks[0].config.num_layers if by_layer else 1)
+        self.of_decoder = of_decoder
 
     def before_step(self, step: int) -> None:
         target = self.target
         if self.bounds:
             target = random.Random(f"{self.seed}:{step}").uniform(*self.bounds)
         found = self.quantiles.thresholds(target)
-        if found is not None:  # the first step keeps the checkpoint's
+        if found is not None and self.of_decoder:  # the first step keeps the checkpoint's
             set_thresholds(self.chunks, found)
 
     def after_step(self, report: StatsReport) -> dict[str, float]:
@@ -213,5 +221,10 @@ def build_share_control(options: Options, student: Student) -> ShareControl:
         return SparsityControl(chunks, wanted.paired_target, ramp, wanted.sparsity_gain)
     by_layer = wanted.paired_budget == "layer"
     return ThresholdControl(
-        chunks, wanted.paired_target, wanted.share_bounds(), options.optimizer.seed, by_layer
+        chunks,
+        wanted.paired_target,
+        wanted.share_bounds(),
+        options.optimizer.seed,
+        by_layer,
+        of_decoder=options.model.trainable != "mtp",
     )

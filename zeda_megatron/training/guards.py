@@ -206,8 +206,9 @@ class FiniteCheck:
 
     def loss(self, metrics: dict[str, float]) -> None:
         """After forward and backward, before the update: the weights are still those of the step before."""
-        if self.active and not math.isfinite(metrics["loss"]):
-            self._end(f"the loss is {metrics['loss']}", self._weights())
+        for name, what in (("loss", "the loss"), ("mtp_loss", "the loss of the multi-token-prediction head")):
+            if self.active and not math.isfinite(metrics.get(name, 0.0)):
+                self._end(f"{what} is {metrics[name]}", self._weights())
 
     def update(self, metrics: dict[str, float]) -> None:
         """After the update: it has spoilt the weights if the gradient is no number."""

@@ -72,6 +72,7 @@ class TrainingRun:
             replay=options.generate.routing_replay,
             vocab_size=self.feed.vocab_size,
             matching=HiddenMatch(self.student.chunks, self.teacher, coeff) if coeff else None,
+            mtp_scale=options.distill.mtp_loss_scale,
         )
         self.control = build_share_control(options, self.student)
         self.evaluation = build_evaluation(options, self.student, self.teacher)
@@ -157,6 +158,11 @@ class TrainingRun:
         metrics["kd_loss"] = metrics["loss"]
         metrics["group_loss"] = report.group_loss * zero.group_loss_coeff
         metrics["loss"] = metrics["kd_loss"] + metrics["group_loss"]
+        if self.student.arch.mtp_layers:
+            metrics["mtp_group_loss"] = report.mtp_group_loss * zero.group_loss_coeff
+            scale = self.options.distill.mtp_loss_scale
+            metrics["loss"] += scale * (metrics["mtp_loss"] + metrics["mtp_group_loss"])
+            metrics["mtp_zero_share"] = report.mtp_zero_share
         self.finite.update(metrics)
         metrics["zero_share"] = report.zero_share
         metrics |= on_policy_metrics(metrics, fed.metrics)
@@ -176,6 +182,8 @@ class TrainingRun:
         """Set the threshold of paired zero experts so that training rows give the target share in evaluation."""
         wanted, chunks = self.options.share, self.student.chunks
         if not (self.student.zero.paired and wanted.calibration_rows and wanted.paired_control != "none"):
+            return
+        if self.options.model.trainable == "mtp":  # the decoder stays what it is
             return
         rows = self.feed.calibration_rows(wanted.calibration_rows)
         # All rows in one run of the pipeline.
@@ -202,6 +210,7 @@ class TrainingRun:
                 "adapted_steps": self.adapted_steps(),
                 "schedule": self.options.optimizer.schedule(),
                 "lr": self.lr,
+                "mtp_layers": self.student.arch.mtp_layers,
             },
             "feed": self.feed.state_dict(),
             "share_control": self.control.state_dict(),
@@ -230,7 +239,11 @@ class TrainingRun:
     def adapted_steps(self) -> int | None:
         """Steps that the weights have been distilled for, by this run and by those before it; None: nobody knows."""
         before = self.facts.adapted_steps
-        return None if before is None else before + (self.iteration if self.teacher else 0)
+        return None if before is None else before + self._steps_of_adaptation()
+
+    def _steps_of_adaptation(self) -> int:
+        """Steps of this run that have moved the model away from its original; drafts alone do not."""
+        return self.iteration if self.teacher and self.options.model.trainable != "mtp" else 0
 
     def _resume(self) -> None:
         run = self.options.run
@@ -243,6 +256,12 @@ class TrainingRun:
                 require_checkpoint(root, flag)  # says what is missing
             return
         plain = load_plain_values(folder, flag)
+        if plain.get("progress", {}).get("mtp_layers", 0) != self.student.arch.mtp_layers:
+            asked = "without" if self.student.arch.mtp_layers else "with"
+            raise UserError(
+                f"{flag} {folder}: was trained {asked} a head of multi-token prediction; resume {asked} "
+                "--mtp-loss-scale, or start in a new --save folder"
+            )
         sharded = plain.get("progress", {}).get("distributed_optimizer")
         if sharded not in (None, self.options.optimizer.use_distributed_optimizer):
             raise UserError(
@@ -272,10 +291,7 @@ class TrainingRun:
         self.guards.load_state_dict(loaded.get("guards", {}))
         self.guards.newest = folder
         self.iteration = progress["iteration"]
-        adapted, here = (
-            progress.get("adapted_steps", self.adapted_steps()),
-            self.iteration if self.teacher else 0,
-        )
+        adapted, here = progress.get("adapted_steps", self.adapted_steps()), self._steps_of_adaptation()
         self.facts = replace(self.facts, adapted_steps=None if adapted is None else adapted - here)
         self.feed.load_state_dict(loaded.get("feed", progress))  # older checkpoints: among the progress
         self.consumed_tokens = progress["consumed_tokens"]

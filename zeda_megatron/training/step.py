@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from ..config.run import LossConfig
 from ..data.packing import PackedBatch
 from ..distill.hidden_match import HiddenMatch
-from ..distill.passes import SUMS, forward_model, means, row_loss, total
+from ..distill.passes import SUMS, draft_loss, draft_states, forward_model, means, row_loss, total
 from ..distill.teacher import Teacher
 from ..moe.paired import forget_residuals
 from ..moe.replay import enable_replay, set_targets
@@ -39,16 +39,19 @@ class Stepper:
         replay: bool = False,
         vocab_size: int | None = None,
         matching: HiddenMatch | None = None,
+        mtp_scale: float = 0.0,
     ):
         """`alongside`: run the teacher's micro-batch just before the student's, in one pipeline; else all of its
         micro-batches come first. `per_token`: see `step`. `check` gets the metrics before the weights are
         updated; it may raise. `replay`: the student takes the experts that the rows' `picks` name. `vocab_size`: ids
-        that the loss compares (default: the model's). `matching`: also match hidden states."""
+        that the loss compares (default: the model's). `matching`: also match hidden states. `mtp_scale`: factor of the
+        loss on the head of multi-token prediction; 0 does not run it."""
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.seq_length = loss, seq_length
         self.alongside, self.per_token = alongside and teacher is not None, per_token
         self.check, self.replay, self.matching = check, replay, matching
         self.vocab_size = vocab_size or student.arch.vocab_size
+        self.mtp_scale = mtp_scale
         if replay:
             enable_replay(student.chunks)
 
@@ -64,8 +67,9 @@ class Stepper:
 
         Returns:
             Means over response tokens (`loss`, `ce`, and with a teacher `kl`, ...), `tokens`, `grad_norm`,
-            `update_seconds` (student's passes and update), with a teacher that runs ahead `teacher_seconds`, and with
-            `matching` `hidden_error`, the mean over layers too.
+            `update_seconds` (student's passes and update), with a teacher that runs ahead `teacher_seconds`, with
+            `matching` `hidden_error`, the mean over layers too, and of a head of multi-token prediction `mtp_loss` and,
+            with a teacher, `mtp_top1_agreement`.
         """
         for chunk in self.student.wrapped:
             chunk.zero_grad_buffer()
@@ -78,6 +82,8 @@ class Stepper:
             hidden = self.teacher.hidden_states(batches, self.seq_length) if ahead else []
             teacher_seconds = seconds_now() - started
             set_dials(self.student.chunks, loss_factor=padding_factor)
+            if self.mtp_scale:
+                set_dials(self._head_holder.mtp, loss_factor=padding_factor * self.mtp_scale)
             sums = self._run_student(batches, hidden or [None] * len(batches), scales)
         forget_residuals(self.student.chunks)
         metrics = self._reduce(sums)
@@ -108,7 +114,8 @@ class Stepper:
                 output, teacher_hidden = self._both(model, batch)
             else:
                 output = forward_model(model, batch)
-            return output, partial(self._loss, batch, teacher_hidden, scale)
+            drafted = draft_states(self._head_holder, batch, output) if self.mtp_scale else None
+            return output, partial(self._loss, batch, teacher_hidden, drafted, scale)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -154,16 +161,25 @@ class Stepper:
             return output, hidden
         return torch.cat([output, hidden.to(output.dtype)], dim=-1), None
 
+    @property
+    def _head_holder(self) -> torch.nn.Module:
+        """The bare chunk with the head of multi-token prediction: there is one pipeline stage."""
+        return self.student.chunks[-1]
+
     @staticmethod
     def _stages() -> int:
         return parallel_state.get_pipeline_model_parallel_world_size()
 
-    def _loss(self, batch, teacher_hidden, scale, student_hidden):
+    def _loss(self, batch, teacher_hidden, drafted, scale, student_hidden):
         theirs = None if teacher_hidden is None else (teacher_hidden, self.teacher.head_weight())
         loss, sums = row_loss(
             self.student.chunks[-1], batch, student_hidden, theirs, self.loss, self.vocab_size
         )
         logged = {"loss": loss.detach(), **sums}
+        if drafted is not None:
+            more, sums = draft_loss(self._head_holder, batch, drafted, theirs, self.loss, self.vocab_size)
+            loss = loss + self.mtp_scale * more
+            logged["mtp"] = {"loss": more.detach(), **sums}
         return loss * scale, torch.ones((), dtype=torch.int), logged
 
     def _reduce(self, sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -172,6 +188,8 @@ class Stepper:
             parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         )
         found = total(sums if mine else [])
+        if self.mtp_scale:
+            found = torch.cat([found, total([row["mtp"] for row in sums] if mine else [])])
         if self.matching:
             found = torch.cat([found, self.matching.error_sum().double().cpu()[None]])
         if torch.distributed.get_world_size() > 1:
@@ -182,6 +200,10 @@ class Stepper:
             metrics["hidden_error"] = found[-1].item() / max(metrics["tokens"], 1.0)
         if self.teacher is None:
             metrics = {name: metrics[name] for name in ("loss", "ce", "tokens")}
+        if self.mtp_scale:
+            drafts = means(found[len(SUMS) : 2 * len(SUMS)])
+            names = ("loss",) if self.teacher is None else ("loss", "top1_agreement")
+            metrics |= {f"mtp_{name}": drafts[name] for name in names}
         return metrics
 
 
