@@ -98,6 +98,24 @@ def test_paired_zero_experts_of_the_head_have_a_threshold_of_their_own(hf, tmp_p
     assert again["zce_threshold"] == [-1.0, -2.0] and again["zce_mtp_threshold"] == -3.0
 
 
+def test_a_head_that_keeps_all_picks_is_exported_for_engines_that_draft(hf, tmp_path):
+    hf_to_megatron(hf, tmp_path / "megatron", zero_expert_routing="paired", mtp=True)
+    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    drafts, original = tmp_path / "back/drafts", weights_of(hf)
+    assert_same_bits(weights_of(drafts), {key: value for key, value in original.items() if HEAD in key})
+    static = json.loads((hf / "config.json").read_text())
+    config = json.loads((drafts / "config.json").read_text())
+    assert config["architectures"] == ["Glm4MoeLiteForCausalLM"] and not any("zce" in key for key in config)
+    assert config["first_k_dense_replace"] == static["mlp_layer_types"].count("dense")
+    config = json.loads((tmp_path / "back/config.json").read_text()) | {"zce_mtp_threshold": -3.0}
+    (tmp_path / "back/config.json").write_text(json.dumps(config))
+    hf_to_megatron(tmp_path / "back", tmp_path / "skips", mtp=True)
+    megatron_to_hf(tmp_path / "skips", hf, tmp_path / "other")
+    hf_to_megatron(hf, tmp_path / "shared", num_zero_experts=NZ, mtp=True)
+    megatron_to_hf(tmp_path / "shared", hf, tmp_path / "widened")
+    assert not any((tmp_path / name / "drafts").exists() for name in ("other", "widened"))
+
+
 @pytest.mark.parametrize("flags", [{"num_zero_experts": NZ}, {"zero_expert_routing": "paired"}])
 def test_transformers_opens_an_export_with_a_head_and_leaves_it_out(tmp_path, flags):
     tiny_mtp.GlmWithHead().save(tmp_path / "hf")

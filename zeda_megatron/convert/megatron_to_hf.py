@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..checkpoint.folders import own_file
-from ..models.architecture import dims_of, read_architecture, weight_map_of
+from ..models.architecture import Architecture, dims_of, read_architecture, weight_map_of
 from ..models.bits import caster
 from ..models.hf_config import (
     SettingsWriter,
     copy_side_files,
+    draft_config,
     dynamic_config,
     side_files,
     with_dtype,
@@ -27,11 +29,13 @@ from ..models.hf_config import (
     write_config,
 )
 from ..models.weight_kinds import ModelDims, ScoreBias, Setting, WeightMapping
-from ..models.weight_map import WeightMap
+from ..models.weight_map import MTP_THRESHOLD, WeightMap
+from ..moe.paired import KEEP_ALL
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from ..strict_json import read_json
 from .carried import carried_plans, carried_source, cast_carried
 from .file_writer import FileWriter, Summary
+from .hf_files import SINGLE_NAME
 from .layout import Parameter
 from .megatron_model import MegatronModel
 from .safetensors_shards import (
@@ -42,6 +46,9 @@ from .safetensors_shards import (
     plan_shards,
     write_index,
 )
+
+DRAFTS = "drafts"
+"""Folder in an export whose head of multi-token prediction skips nothing: that head alone, static."""
 
 
 def megatron_to_hf(
@@ -82,7 +89,10 @@ def megatron_to_hf(
     target = _Target(model, weight_map_of(arch), dims, cast)
     planned = [*target.tensors(), *(carried_plans(carried, arch, cast) if carried else ())]
     shards = plan_shards(planned, max_shard_bytes)
-    result = dynamic_config(config, model.zero, target.settings(), model.adapted_steps)
+    settings = target.settings()
+    keeps_all = settings.get(MTP_THRESHOLD, 0.0) <= KEEP_ALL
+    aside = [Shard(f"{DRAFTS}/{SINGLE_NAME}", list(_drafts(planned, arch)))] if keeps_all else []
+    result = dynamic_config(config, model.zero, settings, model.adapted_steps)
     result = with_dtype(with_stored_dtype(result, bytes_by_type(shards)), dtype)
 
     def made(shard: Shard) -> Iterator[torch.Tensor]:
@@ -94,7 +104,7 @@ def megatron_to_hf(
             if plan.source is not last:  # neighbours of one parameter (q, k and v) cost one read
                 last, parts = plan.source, {}  # free one before the next is read
                 parts = target.take_apart(last, model.read(last))
-            yield parts[plan.key]
+            yield parts[plan.key][: plan.shape[0]]  # drafts take the rows of real experts
 
     request = {
         "direction": "megatron-to-hf",
@@ -107,13 +117,25 @@ def megatron_to_hf(
     }
     with staged_folder(out, request, overwrite, restart) as staging:
         if staging is not None:
-            writer = FileWriter(staging, shards, workers, "export")
+            writer = FileWriter(staging, [*shards, *aside], workers, "export")
             check_space(Path(out), writer.missing_bytes())
             writer.run(lambda shard, stream: shard.write(stream, made(shard)))
             write_index(staging.work, shards)
             copy_side_files(template, staging.work)
             write_config(staging.work, result)
+            if aside:
+                write_config(staging.work / DRAFTS, with_dtype(draft_config(config), dtype))
     return Summary(len(planned), sum(plan.nbytes for plan in planned), model.zero)
+
+
+def _drafts(planned: list[Planned], arch: Architecture) -> Iterator[Planned]:
+    """Tensors of the head of multi-token prediction as a static model has them: for engines that draft with it, which
+    know nothing of zero experts. Its paired zero experts keep all picks, so it is the same head."""
+    head = f"model.layers.{arch.megatron['num_layers']}."
+    for plan in planned:
+        if plan.key.startswith(head) and ".gate.zero_" not in plan.key:
+            rows = arch.megatron["num_moe_experts"] if ".gate." in plan.key else plan.shape[0]
+            yield replace(plan, shape=(rows, *plan.shape[1:]))
 
 
 class _Target:

@@ -198,6 +198,16 @@ def static_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**result, "architectures": [native.get(name, name) for name in names]}
 
 
+def draft_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The static config, of a folder whose head of multi-token prediction an engine is to draft with.
+
+    vLLM reads two keys as published, which transformers leaves out when it saves.
+    """
+    kinds = config.get("mlp_layer_types") or []
+    asked = {"first_k_dense_replace": list(kinds).count("dense"), "topk_method": "noaux_tc"}
+    return asked | static_config(config)
+
+
 def without_code(value: Any) -> Any:
     """A JSON value without the keys that name code, on any level."""
     if isinstance(value, dict):

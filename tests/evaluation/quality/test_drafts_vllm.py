@@ -18,6 +18,7 @@ from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.evaluation.quality import drafts
 from zeda_megatron.evaluation.quality.heldout import load_held_out
 from zeda_megatron.models.load import LoadedModel
+from zeda_megatron.moe.router_dials import set_thresholds
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
@@ -26,6 +27,8 @@ SIZES = vllm_world.MODELS["glm"][1] | {"rms_norm_eps": 1e-6}
 KEYS = {"first_k_dense_replace": 1, "topk_method": "noaux_tc"}
 ALONE = {"trainable": "mtp", "mtp_loss_scale": 1.0, "teacher_memory": "shared", "num_zero_experts": 0}
 NEW_TOKENS = 48
+THRESHOLD = -1.0
+"""Of a dynamic model: log of the weight that a pick must have."""
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +61,33 @@ def wanted(answers: int) -> drafts.DraftOptions:
 
 
 def test_as_many_steps_and_accepted_drafts_as_in_vllm(world):
-    model = drafts.load_model(world.hf.with_name("run"), mtp=True)
+    compare(world, world.hf.with_name("run"), world.hf.with_name("out"))
+
+
+def test_a_dynamic_model_drafts_with_its_own_head_in_vllm(world, tmp_path):
+    """The plugin answers and skips; vLLM's own class drafts, from the folder that the export has for it."""
+    hf_to_megatron(
+        world.hf.with_name("out"),
+        tmp_path / "paired",
+        zero_expert_routing="paired",
+        paired_score="weight",
+        mtp=True,
+    )
+    megatron_to_hf(tmp_path / "paired", world.hf, tmp_path / "dynamic")
+    vllm_world.change_config(tmp_path / "dynamic", zce_threshold=THRESHOLD)
+    compare(world, tmp_path / "paired", tmp_path / "dynamic", [THRESHOLD])
+
+
+def compare(world, megatron, folder, thresholds=None):
+    model = drafts.load_model(megatron, mtp=True)
+    if thresholds:
+        set_thresholds(model.chunk, thresholds)
     held_out = load_held_out(str(world.heldout), model.tokenizer, 256)
     head = model.chunk.mtp.layers[0]
     mine = drafts.on_own_answers(model.chunk, head, drafts._answers(model, held_out, wanted(10)))
     job = {
-        "folder": str(world.hf.with_name("out")),
+        "folder": str(folder),
+        "drafts": str(folder / "drafts") if thresholds else None,
         "prompts": held_out.prompts[:: len(held_out.prompts) // 10][:10],
         "new_tokens": NEW_TOKENS,
         "vocab": min(model.tokenizer.vocab_size, model.arch.vocab_size),
@@ -83,3 +107,4 @@ def test_as_many_steps_and_accepted_drafts_as_in_vllm(world):
     kept = round(mine["acceptance"] * mine["steps"])
     assert (theirs["drafts"], theirs["accepted"]) == (mine["steps"], kept)
     assert 0.1 < mine["acceptance"] < 0.9  # the comparison means something
+    assert (theirs["zero_slots"] > 0) == bool(thresholds)

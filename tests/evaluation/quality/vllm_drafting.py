@@ -1,6 +1,7 @@
 """Answers with vLLM's speculative decoding, in a process of its own: a job (JSON) in, one line of JSON out.
 
-Job: `folder`, `prompts` (token ids), `new_tokens`, `vocab` (ids that may be answered), `eos` (ids).
+Job: `folder`, `drafts` (folder of the head, or null: the same), `prompts` (token ids), `new_tokens`, `vocab` (ids that
+may be answered), `eos` (ids).
 """
 
 import json
@@ -9,8 +10,16 @@ import sys
 from vllm import LLM, SamplingParams
 
 
+def zero_slots(model):
+    meter = getattr(model, "zero_share_meter", None)
+    return sum(zero for zero, _ in meter.read().values()) if meter else 0
+
+
 def main() -> None:
     job = json.loads(sys.stdin.read())
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    if job.get("drafts"):
+        speculative["model"] = job["drafts"]
     llm = LLM(
         job["folder"],
         dtype="float32",
@@ -18,7 +27,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=256,
         disable_log_stats=False,
-        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+        speculative_config=speculative,
         # vLLM's rotary kernel for the CPU has other numbers than its PyTorch form, for this model.
         compilation_config={"custom_ops": ["all", "-rotary_embedding"]},
     )
@@ -30,6 +39,7 @@ def main() -> None:
         "answers": [list(one.outputs[0].token_ids) for one in made],
         "drafts": counts["vllm:spec_decode_num_draft_tokens"],
         "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
+        "zero_slots": llm.apply_model(zero_slots)[0],
     }
     print(json.dumps(told))
 
