@@ -226,5 +226,5 @@ def test_heads_with_hidden_units_and_stand_ins_are_counted_and_stand_ins_never_t
     assert count.total == sum(numbers.values())
     assert count.paired == sum(number for name, number in numbers.items() if ".paired." in name)
     assert count.stand_ins == sum(number for name, number in numbers.items() if ".zero_output." in name) > 0
-    assert count.trainable(False, True) == (count.dense - count.stand_ins, count.expert)
-    assert count.trainable(True, False) == (count.router - count.paired - count.stand_ins, 0)
+    assert count.trainable("all", True) == (count.dense - count.stand_ins, count.expert)
+    assert count.trainable("router", False) == (count.router - count.paired - count.stand_ins, 0)

@@ -13,7 +13,7 @@ from zeda_megatron.models.architecture import MODELS
 from zeda_megatron.serving import modeling_glm4_moe_lite_zero as glm_file
 from zeda_megatron.serving import modeling_mixtral_zero as mixtral_file
 from zeda_megatron.serving import modeling_qwen3_moe_zero as qwen_file
-from zeda_megatron.serving.vllm.routing import ZeroExpertGate, pick, real_slots, zero_output
+from zeda_megatron.serving.vllm.routing import ZeroExpertGate, pick, zero_output
 from zeda_megatron.serving.vllm.settings import read_routing
 
 N, NZ, K, H = 8, 4, 3, 32
@@ -196,19 +196,9 @@ def test_columns_may_travel_without_the_gate():
     hidden, residual = torch.randn(2, 12, H)
     gate.see_residual(residual)
     columns = gate(hidden)
-    whole = pick(columns, routing, hidden.dtype, threshold=gate.dial)
-    parts = [pick(part, routing, hidden.dtype, threshold=gate.dial) for part in columns.split(5)]
+    whole = pick(columns, routing, hidden.dtype, dial=gate.dial)
+    parts = [pick(part, routing, hidden.dtype, dial=gate.dial) for part in columns.split(5)]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts)))
-
-
-@torch.no_grad()
-def test_only_real_slots_become_rows():
-    gate, routing = make_gate(qwen_config())
-    weights, ids = run(gate, torch.randn(30, H))
-    token_R, id_R1, weight_R1 = real_slots(ids, weights, N)
-    dense = torch.zeros(30, N).index_put((token_R, id_R1[:, 0]), weight_R1[:, 0], accumulate=True)
-    assert torch.equal(dense, by_expert(weights, ids, N + routing.zero.count)[:, :N])
-    assert len(token_R) == int((ids < N).sum()) and int(id_R1.max()) < N
 
 
 @torch.no_grad()
@@ -239,6 +229,8 @@ def test_dials_of_the_server_go_before_those_of_the_checkpoint():
         (qwen_config, {"zce_logit_bias": float("nan")}, {}, "zce_logit_bias nan"),
         (paired_config, {}, {"zce_logit_bias": 1.0}, "dial is zce_threshold"),
         (paired_config, {"zce_threshold": None}, {}, "no zce_threshold"),
+        (paired_config, {"zce_batch_margin": -1.0}, {}, "zce_batch_margin"),
+        (qwen_config, {}, {"zce_batch_margin": 0.5}, "shared, paired ones alone"),
         (paired_config, {"zce_threshold": [1.0, 2.0, 3.0]}, {}, "3 numbers for 2 MoE layers"),
         (paired_config, {"zce_nums": [4]}, {}, "zce_nums"),
         (paired_config, {"zce_score": "weight+weight"}, {}, "zce_score"),
