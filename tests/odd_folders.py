@@ -12,7 +12,8 @@ import struct
 
 import torch
 from corruptions import INDEX, edit_json, shards
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tiny import weights_of
 
 CONFIG = "config.json"
 JUNK = (None, -1, 0, 1, 2.5, 1e308, 1e-320, True, "x", "", [], [0], {}, {"a": 1}, 10**400)
@@ -93,13 +94,6 @@ def json_cases():
             shard.write_bytes(struct.pack("<Q", len(text)) + text)
 
         yield f"header {name}", header
-
-
-def weights_of(folder):
-    found = {}
-    for path in shards(folder):
-        found |= load_file(path)
-    return found
 
 
 def single(folder, tensors):

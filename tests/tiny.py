@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
@@ -83,6 +85,18 @@ def close(mine, wanted, rtol: float, atol: float, msg=None) -> None:
     largest = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
     told = None if msg is None else lambda text: f"{msg}: {text}"
     torch.testing.assert_close(mine, wanted, rtol=rtol, atol=atol * max(largest, 1.0), msg=told)
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return {k: v for shard in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(shard).items()}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """The same names, types and bits."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 def _drawn(model_class, config, seed: int, std: float):

@@ -34,23 +34,29 @@ class Task:
     """The exact string that counts as right (after stripping)."""
 
 
+def chunk_of(family: str, seed: int, chunk: int, seen: set[str]) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Yield the tasks of one chunk whose question is not in `seen`, adding each question to it, and what the generator
+    says about them."""
+    # Entry i of a generator is drawn from its seed + i, so chunks lie a whole chunk apart.
+    entries = reasoning_gym.create_dataset(
+        family, size=_CHUNK, seed=seed * 1_000_000 + chunk * _CHUNK, **FAMILIES[family]
+    )
+    for entry in entries:
+        question, answer = entry["question"].strip(), entry["answer"]
+        if answer is not None and question not in seen:
+            seen.add(question)
+            yield Task(family, question, answer), entry["metadata"]
+
+
 def generate(family: str, seed: int, seen: set[str]) -> Iterator[Task]:
     """Yield tasks of `family` whose question is not in `seen`, adding each question to it.
 
     Ends when the generator gives hardly anything new. The order depends on `seed` and on `seen` alone.
     """
     for chunk in range(_MAX_CHUNKS):
-        # Entry i of a generator is drawn from its seed + i, so chunks lie a whole chunk apart.
-        entries = reasoning_gym.create_dataset(
-            family, size=_CHUNK, seed=seed * 1_000_000 + chunk * _CHUNK, **FAMILIES[family]
-        )
         fresh = 0
-        for entry in entries:
-            question, answer = entry["question"].strip(), entry["answer"]
-            if answer is None or question in seen:
-                continue
-            seen.add(question)
+        for task, _ in chunk_of(family, seed, chunk, seen):
             fresh += 1
-            yield Task(family, question, answer)
+            yield task
         if fresh < _CHUNK // 100:
             return

@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
+from tiny import assert_same_bits, weights_of
 from tiny_models import TINY, make_hf_folder
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
@@ -34,19 +35,6 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "dense layers": {"mlp_only_layers": [0], "num_hidden_layers": 4, "decoder_sparse_step": 2},
 }
-
-
-def weights_of(folder):
-    tensors = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(shard))
-    return tensors
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 def load_megatron(folder, hf, zero=None, dtype=torch.float32):

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from tiny import weights_of
 
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
@@ -22,10 +22,6 @@ KINDS = {
     "paired": {"zero_expert_routing": "paired"},
 }
 pytestmark = pytest.mark.usefixtures("one_process")
-
-
-def weights_of(folder):
-    return {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
 
 
 def test_no_family_of_the_package_is_left_out():

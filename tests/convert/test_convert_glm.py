@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import assert_same_bits, weights_of
 from transformers import AutoModelForCausalLM, Glm4MoeLiteForCausalLM
 
 from zeda_megatron.checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
@@ -45,16 +46,6 @@ def make_folder(folder, dtype=torch.float32, mtp=True):
             tensors[f"{MTP}{name}.weight"] = torch.randn(5, generator=draw).to(dtype)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder, model.eval()
-
-
-def weights_of(folder):
-    return {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 def load_megatron(folder, hf, zero=None, dtype=torch.float32):

@@ -6,6 +6,7 @@ import pytest
 import tiny_mtp
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import assert_same_bits, weights_of
 
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
@@ -20,16 +21,6 @@ N, NZ, HEAD = 8, 4, "model.layers.3."
 def hf(request, tmp_path):
     tiny_mtp.GlmWithHead().save(tmp_path / "hf", request.param)
     return tmp_path / "hf"
-
-
-def weights_of(folder):
-    return {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 def change(folder, key):

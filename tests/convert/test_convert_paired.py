@@ -13,6 +13,7 @@ import tiny
 import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
+from tiny import assert_same_bits, weights_of
 from tiny_models import TINY, make_hf_folder
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
@@ -40,13 +41,6 @@ THRESHOLDS = [-2.3456788, -3.1, -1.7]
 SPARSE = {"mlp_only_layers": [0], "num_hidden_layers": 4, "decoder_sparse_step": 2}
 
 
-def weights_of(folder):
-    tensors = {}
-    for shard in sorted(Path(folder).glob("*.safetensors")):
-        tensors.update(load_file(shard))
-    return tensors
-
-
 def config_of(folder):
     return json.loads((Path(folder) / "config.json").read_text())
 
@@ -55,12 +49,6 @@ def edit_config(folder, **changes):
     config = config_of(folder) | changes
     config = {key: value for key, value in config.items() if value is not None}
     (Path(folder) / "config.json").write_text(json.dumps(config))
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 def float32(values):

@@ -13,10 +13,11 @@ import thinking
 
 @pytest.mark.parametrize("family", thinking.STEPS)
 def test_steps_stand_between_the_marks_and_lead_to_the_answer(family):
-    for question, told, answer, kind in islice(thinking.samples(family, 1, set()), 300):
+    for task, told in islice(thinking.samples(family, 1, set()), 300):
+        question, answer = task.question, task.answer
         begin, rest = told.split(f"{thinking.BEGIN} ")
         steps, end = rest.split(f" {thinking.END} ")
-        assert (begin, end, kind) == ("", answer, family)
+        assert (begin, end, task.family) == ("", answer, family)
         parts = steps.split(" , ")
         if family == "word_sequence_reversal":
             assert ", ".join(part.split()[1] for part in reversed(parts)) == answer
@@ -32,5 +33,5 @@ def test_steps_stand_between_the_marks_and_lead_to_the_answer(family):
 
 def test_no_question_is_asked_twice():
     seen: set[str] = set()
-    asked = [one[0] for one in islice(thinking.samples("chain_sum", 1, seen), 500)]
+    asked = [task.question for task, _ in islice(thinking.samples("chain_sum", 1, seen), 500)]
     assert len(set(asked)) == 500 and seen == set(asked)

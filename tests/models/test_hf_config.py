@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
-from odd_folders import fused, names_case, single, weights_of
+from odd_folders import fused, names_case, single
 from safetensors.torch import save_file
+from tiny import weights_of
 from tiny_models import make_hf_folder
 from transformers import AutoModelForCausalLM
 

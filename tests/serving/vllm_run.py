@@ -85,18 +85,13 @@ def multiply_on_cpus() -> None:
     int8.backend_to_kernel_cls = fp8.backend_to_kernel_cls = kernels
 
 
-class MultiplyOnCpus:
-    """An extension of vLLM's workers: importing it is all, where the job asks for it."""
-
-    if os.environ.get("ZEDA_TEST_8_BITS"):
-        multiply_on_cpus()
-
-
-class GatherOnCpus:
-    """As `MultiplyOnCpus`."""
+class OnCpus:
+    """An extension of vLLM's workers: importing it is all."""
 
     if "VLLM_DP_RANK" in os.environ:
         gather_on_cpus()
+    if "ZEDA_TEST_8_BITS" in os.environ:
+        multiply_on_cpus()
 
 
 def warm_up(worker):
@@ -107,10 +102,7 @@ def warm_up(worker):
 def main() -> None:
     job = json.loads(sys.stdin.read())
     options = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128}
-    if "VLLM_DP_RANK" in os.environ:
-        options["worker_extension_cls"] = "vllm_run.GatherOnCpus"
-    if "ZEDA_TEST_8_BITS" in os.environ:
-        options["worker_extension_cls"] = "vllm_run.MultiplyOnCpus"
+    options["worker_extension_cls"] = "vllm_run.OnCpus"
     llm = LLM(job["folder"], **(options | job["llm"]))
     if "pipeline_parallel_size" in job["llm"]:
         llm.collective_rpc(warm_up)

@@ -6,7 +6,7 @@ The front door of this room: what others need of `folders` and `saving` can be h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,8 @@ __all__ = [
 ]
 _FITTED = re.compile(r"\.router\.(paired\.|zero_output\.(constant|down|up)$)")
 """Heads of paired zero experts, and stand-ins."""
-_MTP = re.compile(r"mtp\.")
+_MTP = "mtp."
+"""How names of a head of multi-token prediction begin."""
 _EXTRA = "._extra_state"
 """Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
@@ -113,7 +114,7 @@ def load_weights(
     stored = index.state_dict_metadata
     for chunk in model_chunks:
         _check_zero_experts(stored, chunk, folder, flag)
-        if any(_MTP.match(name) for name, _ in chunk.named_parameters()) and not any(map(_MTP.match, stored)):
+        if _has_mtp_head(dict(chunk.named_parameters())) and not _has_mtp_head(stored):
             raise UserError(
                 f"{flag} {folder}: has no head of multi-token prediction; convert the model with --mtp"
             )
@@ -136,7 +137,11 @@ def load_weights(
 
 def holds_mtp_head(folder: Path, flag: str) -> bool:
     """Whether a head of multi-token prediction is among a checkpoint's weights."""
-    return any(map(_MTP.match, _index(folder, flag).state_dict_metadata))
+    return _has_mtp_head(_index(folder, flag).state_dict_metadata)
+
+
+def _has_mtp_head(names: Iterable[str]) -> bool:
+    return any(name.startswith(_MTP) for name in names)
 
 
 def _index(folder: Path, flag: str) -> Metadata:

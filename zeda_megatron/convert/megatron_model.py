@@ -216,7 +216,6 @@ def _window(start: list[int], origin, lengths: list[int]) -> tuple[slice, ...]:
 
 
 _MODEL_KEY = re.compile(r"(embedding|decoder|output_layer|mtp)\.")
-_MTP_KEY = re.compile(re.escape(MTP))
 _ROUTER_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.weight")
 _HEAD_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.paired\.\w+")
 
@@ -240,7 +239,8 @@ class MegatronModel:
     def __init__(self, folder: Path, arch: Architecture, config: dict[str, Any], verify: str = "hash"):
         self._reader = TorchDistReader(folder, verify)
         self.folder = self._reader.folder
-        has_head = any(map(_MTP_KEY.match, self._reader.keys()))
+        keys = self._reader.keys()
+        has_head = any(key.startswith(MTP) for key in keys)
         self.arch = arch.with_mtp_head(str(self.folder)) if has_head else arch
         about = read_facts(folder) or read_facts(self.folder)
         self.zero = self._zero_experts(folder, about, config)

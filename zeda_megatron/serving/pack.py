@@ -7,7 +7,6 @@ after tensor is read and written, so memory does not grow with the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ TYPES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """The type of a number format, and its largest number."""
 SCALE = "_scale"
 """`...weight` and `...weight_scale`."""
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def packs(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
     """True for a matrix of a decoder layer that decides on no pick."""
-    layer = _LAYER.match(key)
-    inside = layer is not None and int(layer[1]) < arch.megatron["num_layers"]
+    inside = key.startswith("model.layers.") and not arch.is_carried(key)
     return inside and len(shape) == 2 and key.endswith(".weight") and ".gate." not in key
 
 

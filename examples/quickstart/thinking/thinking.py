@@ -13,14 +13,17 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import reasoning_gym
 import torch
 
-HERE = Path(__file__).resolve().parent
-FAMILIES = json.loads((HERE.parent / "families.json").read_text())
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from corpus import chat
+from tasks import Task, chunk_of
+
 BEGIN, END = "^", "~"
 
 
@@ -54,23 +57,15 @@ STEPS = {
 }
 
 
-def samples(family: str, seed: int, seen: set[str]):
-    """Questions that are not in `seen`, with steps and answer; adds them."""
+def samples(family: str, seed: int, seen: set[str]) -> Iterator[tuple[Task, str]]:
+    """Tasks whose question is not in `seen`, adding it, and what a model that thinks says to them."""
     for chunk in range(100):
-        entries = reasoning_gym.create_dataset(
-            family, size=2000, seed=seed * 1_000_000 + chunk * 2000, **FAMILIES[family]
-        )
-        for entry in entries:
-            question = entry["question"].strip()
-            if question not in seen and entry["answer"] is not None:
-                seen.add(question)
-                steps = STEPS[family](entry["metadata"])
-                yield question, f"{BEGIN} {steps} {END} {entry['answer']}", entry["answer"], family
+        for task, about in chunk_of(family, seed, chunk, seen):
+            yield task, f"{BEGIN} {STEPS[family](about)} {END} {task.answer}"
 
 
-def chat(question: str, told: str, answer: str, family: str) -> dict:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": told}]
-    return {"messages": messages, "kind": family, "label": answer}
+def thoughtful(task: Task, told: str) -> dict:
+    return chat(task.question, told, task.family, task.answer)
 
 
 def write_data(args: argparse.Namespace) -> None:
@@ -79,8 +74,8 @@ def write_data(args: argparse.Namespace) -> None:
     for family in STEPS:
         seen: set[str] = set()
         made = samples(family, args.seed, seen)
-        held += [chat(*one) for one in islice(made, args.heldout)]
-        train += [chat(*one) for one in islice(made, args.train)]
+        held += [thoughtful(*one) for one in islice(made, args.heldout)]
+        train += [thoughtful(*one) for one in islice(made, args.train)]
     random.Random(args.seed).shuffle(train)
     for name, lines in (("heldout", held), ("train", train), ("rollouts", train[: args.rollouts])):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -22,6 +22,10 @@ class _Dynamic:
     zero_share_meter: ZeroShareMeter
     """Counts of every MoE layer."""
 
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        prefer_skipping_kernels(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
     def forward(self, input_ids, positions, *args, **kwargs):
         self.zero_share_meter.tick()
         RequestDials.see_batch(input_ids, positions)
@@ -32,7 +36,6 @@ class Qwen3MoePlusPlusForCausalLM(_Dynamic, Qwen3MoeForCausalLM):
     """Qwen3-MoE."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        prefer_skipping_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = self.config
         step, dense = config.decoder_sparse_step, config.mlp_only_layers or []
@@ -46,7 +49,6 @@ class MixtralPlusPlusForCausalLM(_Dynamic, MixtralForCausalLM):
     """Mixtral."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        prefer_skipping_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         numbers = list(range(self.config.num_hidden_layers))
         self.zero_share_meter = install_zero_experts(
@@ -58,7 +60,6 @@ class Glm4MoeLitePlusPlusForCausalLM(_Dynamic, Glm4MoeLiteForCausalLM):
     """GLM-4.7-Flash, with transformers' numbers in its attention."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        prefer_skipping_kernels(vllm_config)
         _name_dense_layers(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         _correct_attention(self.model.layers)

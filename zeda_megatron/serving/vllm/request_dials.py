@@ -14,12 +14,12 @@ which place of the batch, and its parameters; this one leaves the logits alone a
 
 from __future__ import annotations
 
-import math
-
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from .settings import number
 
 PLACE = "zeda.request_dials"
 """Where a forward pass finds them: among what vLLM keeps for its opaque operators."""
@@ -120,11 +120,8 @@ def _read(params) -> tuple[float, float, tuple[int, int] | None]:
     for key in given:
         if key not in KEYS:
             raise ValueError(f"{key} is unknown; a request may set {', '.join(KEYS)}")
-    dial, thinking, marks = (given.get(key) for key in KEYS)
-    for key, value in (("zce_dial", dial), ("zce_dial_thinking", thinking)):
-        known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not known:
-            raise ValueError(f"{key} {value!r} is not a finite number")
+    marks = given.pop("zce_think_tokens", None)
+    dial, thinking = (None if given.get(key) is None else number(key, given[key]) for key in KEYS[:2])
     if (thinking is None) != (marks is None):
         raise ValueError("zce_dial_thinking and zce_think_tokens (its first and its last token) go together")
     if marks is not None:
