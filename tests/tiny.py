@@ -99,7 +99,7 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
         assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
-def _drawn(model_class, config, seed: int, std: float):
+def drawn(model_class, config, seed: int, std: float):
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def _drawn(model_class, config, seed: int, std: float):
 
 def glm_model(seed: int = 0, std: float = 0.3, **changes) -> Glm4MoeLiteForCausalLM:
     """A random GLM-4.7-Flash in which every weight is drawn, norms and score biases too."""
-    return _drawn(Glm4MoeLiteForCausalLM, Glm4MoeLiteConfig(**(GLM | changes)), seed, std)
+    return drawn(Glm4MoeLiteForCausalLM, Glm4MoeLiteConfig(**(GLM | changes)), seed, std)
 
 
 MIXTRAL = dict(
@@ -138,12 +138,12 @@ MIXTRAL = dict(
 
 def mixtral_model(seed: int = 0, std: float = 0.3, **changes) -> MixtralForCausalLM:
     """A random Mixtral in which every weight is drawn, the norms too."""
-    return _drawn(MixtralForCausalLM, MixtralConfig(**(MIXTRAL | changes)), seed, std)
+    return drawn(MixtralForCausalLM, MixtralConfig(**(MIXTRAL | changes)), seed, std)
 
 
 def hf_model(seed: int = 0, std: float = 0.3, **changes) -> Qwen3MoeForCausalLM:
     """A random Qwen3-MoE in which every weight is drawn, the norms too."""
-    return _drawn(Qwen3MoeForCausalLM, Qwen3MoeConfig(**(TINY | changes)), seed, std)
+    return drawn(Qwen3MoeForCausalLM, Qwen3MoeConfig(**(TINY | changes)), seed, std)
 
 
 def architecture(**changes):
@@ -212,20 +212,34 @@ def hidden_states(tokens: int = 13, seed: int = 1, size: int = TINY["hidden_size
 
 
 def dense_routing(
-    logits_TE: torch.Tensor, topk: int, num_real: int, kind: str = "softmax", bias=None, scale=1.0
+    logits_TE: torch.Tensor,
+    topk: int,
+    num_real: int,
+    kind: str = "softmax",
+    bias=None,
+    scale=1.0,
+    groups=None,
 ):
     """The definition, token by token: weights [T, E] of the picks, zero experts included, not renormalised.
 
     kind: softmax (over the K picks), pre_softmax (over all, then top-k), sigmoid (picked by score + bias,
-    weighted by score / sum of the picked scores).
+    weighted by score / sum of the picked scores). groups: (number, kept, best): real experts come from the kept groups
+    with the largest sums of their best scores.
     """
     rows = []
     for logits_E in logits_TE:
         scores_E = {"softmax": logits_E, "pre_softmax": logits_E.softmax(0), "sigmoid": logits_E.sigmoid()}[
             kind
         ]
-        ranking_E = (scores_E if bias is None else scores_E + bias).detach()
-        picks = sorted(range(len(ranking_E)), key=lambda e: -float(ranking_E[e]))[:topk]
+        ranking_E = (scores_E if bias is None else scores_E + bias).detach().tolist()
+        allowed = set(range(len(ranking_E)))
+        if groups is not None:
+            number, kept, best = groups
+            size = num_real // number
+            sums = [sum(sorted(ranking_E[g * size : (g + 1) * size])[-best:]) for g in range(number)]
+            for g in sorted(range(number), key=lambda g: -sums[g])[kept:]:
+                allowed -= set(range(g * size, (g + 1) * size))
+        picks = sorted(allowed, key=lambda e: -ranking_E[e])[:topk]
         picked_K = torch.stack([scores_E[e] for e in picks])
         if kind == "softmax":
             picked_K = picked_K.softmax(0)
@@ -262,11 +276,17 @@ def hf_reader(model):
     state = model.state_dict()
 
     def read(key: str) -> torch.Tensor:
-        key = key.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's name on disk
+        key = key.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's and MiniMax' name on disk
         if ".experts." not in key:
             return state[key]
         layer, _, rest = key.partition(".experts.")
-        expert, name, _ = rest.split(".")
+        expert, name, kind = rest.split(".")
+        if f"{layer}.experts.gate_up_proj_bias" in state:  # gpt-oss: transposed, gate and up in turn
+            tail = "_bias" if kind == "bias" else ""
+            fused = "down_proj" if name == "down_proj" else "gate_up_proj"
+            mine = state[f"{layer}.experts.{fused}{tail}"][int(expert)]
+            mine = mine if tail else mine.t()
+            return mine if fused == name else mine[("gate_proj", "up_proj").index(name) :: 2]
         if name in ("down_proj", "w2"):
             return state[f"{layer}.experts.down_proj"][int(expert)]
         gate, up = state[f"{layer}.experts.gate_up_proj"][int(expert)].chunk(2)

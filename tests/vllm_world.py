@@ -19,6 +19,7 @@ from pathlib import Path
 import tiny
 import tiny_world
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
@@ -40,6 +41,7 @@ MODELS = {
         tiny.mixtral_model,
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32},
     ),
+    "glm45": (FAMILIES["glm4_moe"].make, SIZES | {"head_dim": 32}),
 }
 """Families, and the sizes that change."""
 ENVIRONMENT = {

@@ -17,6 +17,8 @@ ALIGNED = {"pad_seq_to_mult": 4}
 MATCHED = {"hidden_loss_coeff": 5.0, "adam_eps": 1e-6}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
 """Three rows: two data-parallel ranks have one silent row between them."""
+FAMILIES = ("glm4_moe",)
+"""Families (`families.FAMILIES`) that have rows of one kind: what is theirs alone lies in attention and router."""
 WORLD_FLAGS = {
     "plain": {},
     "odd": {},
@@ -66,6 +68,10 @@ WORLD_FLAGS = {
     "evaluated deep": EVALUATED,
     "evaluated aligned": ALIGNED | EVALUATED,
     "evaluated paired": EVALUATED,
+    **{name: GLM for name in FAMILIES},
+    **{f"{name} aligned": GLM | ALIGNED for name in FAMILIES},
+    **{f"stage 2 {name}": STAGE2 for name in FAMILIES},
+    **{f"stage 2 {name} aligned": STAGE2 | ALIGNED for name in FAMILIES},
 }
 """World -> flags of every run in it. In `paired head` the head of paired zero experts trains too."""
 
@@ -185,6 +191,17 @@ TRAIN = [
     case("glm cp2", world="glm aligned", cp=2, slow=True),
     case("glm tp2 ep2", world="glm", tp=2, ep=2, slow=True),
     case("glm dp2", world="glm", slow=True),
+    *(case(f"{name} tp2 ep2", world=name, tp=2, ep=2) for name in FAMILIES),
+    *(
+        case(f"{name} {layout}2", world=name, slow=True, **{layout: 2})
+        for name in FAMILIES
+        for layout in ("tp", "ep", "pp")
+    ),
+    *(case(f"{name} cp2", world=f"{name} aligned", cp=2, slow=True) for name in FAMILIES),
+    *(
+        case(f"{name} tp2 full", world=name, tp=2, flags={"recompute_granularity": "full"}, slow=True)
+        for name in FAMILIES
+    ),
     case("tp2 ep2", tp=2, ep=2, slow=True),
     case("ep2 recompute", ep=2, flags={"recompute_granularity": "full"}, slow=True),
     case("ep2 selective", ep=2, flags={"recompute_granularity": "selective"}, slow=True),
@@ -246,6 +263,12 @@ STAGE_2 = [
     case("stage 2 glm pp2", world="stage 2 glm", pp=2, slow=True),
     case("stage 2 glm cp2", world="stage 2 glm aligned", cp=2, slow=True),
     case("stage 2 replay glm ep2", world="stage 2 replay glm", ep=2, slow=True),
+    *(
+        case(f"stage 2 {name} {layout}2", world=f"stage 2 {name}", slow=True, **{layout: 2})
+        for name in FAMILIES
+        for layout in ("tp", "ep", "pp")
+    ),
+    *(case(f"stage 2 {name} cp2", world=f"stage 2 {name} aligned", cp=2, slow=True) for name in FAMILIES),
     case("stage 2 alongside", world="stage 2", flags={"teacher_schedule": "alongside"}, slow=True),
     *(
         case(f"stage 2 {kind} {name}", world=f"stage 2 {kind}", slow=True, **layout)

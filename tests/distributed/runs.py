@@ -14,7 +14,9 @@ from pathlib import Path
 import tiny
 import tiny_mtp
 import tiny_world
+from cases import FAMILIES as OTHER_FAMILIES
 from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES, WORLD_FLAGS
+from families import FAMILIES
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -90,6 +92,11 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
         "paired": with_heads,
         "awake": awake,
         "glm": glm,
+        # Two layers with experts, so that every pipeline stage has one.
+        **{
+            name: tiny_world.make_world(folder / name, FAMILIES[name].make, num_hidden_layers=4)
+            for name in OTHER_FAMILIES
+        },
     }
 
     def of(name: str) -> tiny_world.World:

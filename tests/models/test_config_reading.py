@@ -4,9 +4,12 @@ import copy
 import inspect
 import json
 import os
+from importlib import import_module
 
 import pytest
 import tiny
+import torch
+from families import FAMILIES
 from transformers import CONFIG_MAPPING
 
 from zeda_megatron.errors import UserError
@@ -58,8 +61,21 @@ FULL = {
         bos_token_id=1,
         eos_token_id=2,
     ),
+    "glm4_moe": FAMILIES["glm4_moe"].fields
+    | dict(
+        rope_theta=5000.0,
+        partial_rotary_factor=0.5,
+        hidden_act="silu",
+        attention_dropout=0.0,
+        initializer_range=0.05,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        eos_token_id=1,
+    ),
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 7000.0}
 CHANGES = [
     {"rope_parameters": PLAIN},
@@ -171,36 +187,39 @@ def check_equal(config: dict) -> bool:
     for name in READ:
         if name in inspect.signature(type(read).__init__).parameters:
             assert ours[MEGATRON.get(name, name)] == getattr(read, name), name
-    assert arch.rotary_base == read.rope_parameters["rope_theta"]
-    assert read.rope_parameters["rope_type"] == "default"
+    modeling = import_module(f"transformers.models.{kind}.modeling_{kind}")
+    rotary = next(value for name, value in vars(modeling).items() if name.endswith("RotaryEmbedding"))(read)
+    assert torch.equal(torch.tensor(arch.rotary.frequencies), rotary.inv_freq)
+    assert arch.rotary.factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
     assert arch.max_position_embeddings == read.max_position_embeddings
     assert arch.tie_word_embeddings is read.tie_word_embeddings
     assert arch.vocab_size == read.vocab_size
-    experts = {
-        "qwen3_moe": "num_experts",
-        "glm4_moe_lite": "n_routed_experts",
-        "mixtral": "num_local_experts",
-    }
-    assert ours["num_moe_experts"] == getattr(read, experts[kind])
-    assert read.hidden_act == "silu" and (kind == "mixtral" or not read.attention_bias)
-    assert kind == "glm4_moe_lite" or read.sliding_window is None
-    layers = range(read.num_hidden_layers)
-    if kind == "qwen3_moe":
-        assert ours["moe_router_pre_softmax"] is not read.norm_topk_prob
-        assert ours["num_query_groups"] == read.num_key_value_heads
-        assert ours["kv_channels"] == getattr(read, "head_dim", read.hidden_size // read.num_attention_heads)
-        sparse = [i not in read.mlp_only_layers and (i + 1) % read.decoder_sparse_step == 0 for i in layers]
-    elif kind == "glm4_moe_lite":
-        assert (read.n_group, read.topk_group, read.norm_topk_prob) == (1, 1, True)
+    experts = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}
+    assert ours["num_moe_experts"] == getattr(read, experts.get(kind, "n_routed_experts"))
+    assert read.hidden_act == "silu"
+    assert kind == "mixtral" or ours.get("add_qkv_bias", False) is read.attention_bias
+    assert ours.get("window_size") is None
+    assert kind == "glm4_moe_lite" or kind == "glm4_moe" or read.sliding_window is None
+    if not ours.get("multi_latent_attention"):
+        channels = getattr(read, "head_dim", None) or read.hidden_size // read.num_attention_heads
+        assert (ours["kv_channels"], ours["num_query_groups"]) == (channels, read.num_key_value_heads)
+    if ours["moe_router_score_function"] == "sigmoid":
+        assert read.norm_topk_prob is True
+        assert ours.get("moe_router_num_groups", read.topk_group) == read.n_group
         shared = read.moe_intermediate_size * read.n_shared_experts
         assert ours["moe_shared_expert_intermediate_size"] == shared
-        assert read.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0 and read.rope_interleave
+    layers = range(read.num_hidden_layers)
+    sparse = [True for _ in layers]
+    if kind == "qwen3_moe":
+        assert ours["moe_router_pre_softmax"] is not read.norm_topk_prob
+        sparse = [i not in read.mlp_only_layers and (i + 1) % read.decoder_sparse_step == 0 for i in layers]
+    elif kind == "glm4_moe_lite":
+        assert read.rope_interleave
         sparse = [kind == "sparse" for kind in read.mlp_layer_types]
-    else:
-        assert ours["num_query_groups"] == read.num_key_value_heads
-        assert ours["kv_channels"] == read.head_dim or read.hidden_size // read.num_attention_heads
+    elif kind == "mixtral":
         assert read.router_jitter_noise == 0
-        sparse = [True for _ in layers]
+    else:
+        sparse = [i >= read.first_k_dense_replace for i in layers]
     assert ours["moe_layer_freq"] == list(map(int, sparse))
     return True
 
@@ -230,9 +249,23 @@ def test_changed_values_are_read_as_transformers_reads_them_or_refused(family):
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("qwen", {"rope_parameters": PLAIN, "rope_scaling": YARN}, "rope_scaling: rope_type 'yarn'"),
-        ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type 'linear'"),
-        ("glm", {"rope_parameters": YARN}, "rope_parameters: rope_type 'yarn'"),
+        ("qwen", {"rope_parameters": PLAIN, "rope_scaling": DYNAMIC}, "rope_scaling: rope_type 'dynamic'"),
+        (
+            "mixtral",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling: rope_type 'dynamic'",
+        ),
+        ("glm", {"rope_parameters": DYNAMIC}, "rope_parameters: rope_type 'dynamic'"),
+        (
+            "qwen",
+            {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5 is not",
+        ),
+        (
+            "glm4_moe",
+            {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.01}},
+            "partial_rotary_factor 0.01",
+        ),
         ("qwen", {"model_type": "mixtral"}, "model_type 'mixtral' does not belong to architecture Qwen3Moe"),
         ("qwen", {"model_type": "x"}, "model_type 'x' does not belong"),
         ("qwen", {"model_type": None}, "model_type is missing"),

@@ -14,7 +14,7 @@ from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import check_layout
-from zeda_megatron.models.local_layers import DriftingRotary
+from zeda_megatron.models.latent_attention import DriftingRotary
 from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.moe.stats import routers
 from zeda_megatron.runtime.megatron_api import queries_need_latents

@@ -94,7 +94,7 @@ def test_logits_equal_transformers(variant, backend):
         {"attention_bias": True},
         {"hidden_act": "gelu"},
         {"use_sliding_window": True, "sliding_window": 4},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         {"num_experts_per_tok": 9},
         {"num_experts_per_tok": 1},
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.qwen3_moe import WEIGHTS as QWEN3_MOE_WEIGHTS
+from zeda_megatron.models.families.qwen3_moe import WEIGHTS as QWEN3_MOE_WEIGHTS
 from zeda_megatron.models.weight_kinds import (
     QKV,
     Added,

@@ -8,7 +8,10 @@ import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
-NAMES = ("qwen_shared", "qwen_paired", "glm_shared", "glm_paired", "mixtral_shared", "mixtral_paired")
+NAMES = (
+    *("qwen_shared", "qwen_paired", "glm_shared", "glm_paired", "mixtral_shared", "mixtral_paired"),
+    *("glm45_shared", "glm45_paired"),
+)
 KINDS = ("qwen_learned", "glm_copy", "qwen_awake", "glm_awake")
 """Zero experts that give something."""
 
@@ -37,7 +40,14 @@ STAGES = {"pipeline_parallel_size": 2}
     [
         *(
             (name, TENSORS)
-            for name in ("qwen_learned", "qwen_paired", "glm_copy", "glm_paired", "qwen_awake")
+            for name in (
+                "qwen_learned",
+                "qwen_paired",
+                "glm_copy",
+                "glm_paired",
+                "qwen_awake",
+                "glm45_paired",
+            )
         ),
         *((name, EXPERTS) for name in ("qwen_shared", "qwen_awake", "glm_paired", "mixtral_paired")),
         *((name, STAGES) for name in ("qwen_paired", "glm_shared")),

@@ -13,7 +13,12 @@ import sys
 import unittest
 from pathlib import Path
 
-FAMILIES = {"qwen3_moe": "Qwen3Moe", "glm4_moe_lite": "Glm4MoeLite", "mixtral": "Mixtral"}
+FAMILIES = {
+    "qwen3_moe": "Qwen3Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "mixtral": "Mixtral",
+    "glm4_moe": "Glm4Moe",
+}
 ARMS = {
     "stock": {},
     "zero": {"zce_nums": [4], "zce_types": ["zero"]},

@@ -13,9 +13,21 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..errors import UserError
 from ..regular_file import refuse_odd_files
-from ..strict_json import is_number, read_json
-from . import glm4_moe_lite, mixtral, qwen3_moe
-from .config_values import ROPE_THETAS, check_config_values
+from ..strict_json import read_json
+from .config_values import check_config_values
+from .families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
+from .rotary import Rotary, read_rotary
 from .weight_kinds import ModelDims
 from .weight_map import WeightMap
 
@@ -43,7 +55,20 @@ class ModelFile(Protocol):
         """Keyword arguments of Megatron's `TransformerConfig` (`MLATransformerConfig` for latent attention)."""
 
 
-MODELS: tuple[ModelFile, ...] = (qwen3_moe, glm4_moe_lite, mixtral)
+MODELS: tuple[ModelFile, ...] = (
+    *(
+        qwen3_moe,
+        glm4_moe_lite,
+        mixtral,
+        glm4_moe,
+        deepseek_v3,
+        deepseek_v2,
+        gpt_oss,
+        minimax_m2,
+        olmoe,
+        qwen2_moe,
+    ),
+)
 REGISTRY = {name: model for model in MODELS for name in model.ARCHITECTURES}
 MODEL_TYPES = {name: model for model in MODELS for name in model.MODEL_TYPES}
 
@@ -60,8 +85,8 @@ class Architecture:
     """Keyword arguments of Megatron's `TransformerConfig`."""
     vocab_size: int
     """Rows of the embedding."""
-    rotary_base: float
-    """Base of the rotary embedding."""
+    rotary: Rotary
+    """The rotary embedding."""
     max_position_embeddings: int
     """Longest sequence the model was made for."""
     tie_word_embeddings: bool
@@ -130,21 +155,15 @@ def read_architecture(source: str | Path | dict[str, Any], where: str = "config"
     for key, value in model.REQUIRED.items():
         if getattr(theirs, key, value) != value:
             raise UserError(f"{where}: {key} {getattr(theirs, key)!r} is not supported, only {value!r}")
-    rope = theirs.rope_parameters
-    key = next((key for key in ("rope_scaling", "rope_parameters") if hf.get(key)), "config")
-    if rope["rope_type"] != "default":
-        raise UserError(
-            f"{where}: {key}: rope_type {str(rope['rope_type'])[:40]!r} is not supported, only 'default'"
-        )
-    low, high = ROPE_THETAS
-    if not is_number(rope["rope_theta"]) or not low <= rope["rope_theta"] <= high:
-        raise UserError(
-            f"{where}: {key}: rope_theta {str(rope['rope_theta'])[:40]} must be a number from {low:g} to {high:g}"
-        )
     refusal = model.refusal(theirs)
     if refusal:
         raise UserError(f"{where}: {refusal}")
     megatron = model.transformer_config_kwargs(theirs)
+    channels = megatron.get("qk_pos_emb_head_dim") or megatron["kv_channels"]
+    rotary = read_rotary(theirs, channels, megatron.get("partial_rotary", False))
+    if isinstance(rotary, str):
+        key = next((key for key in ("rope_scaling", "rope_parameters") if hf.get(key)), "config")
+        raise UserError(f"{where}: {key}: {rotary}")
     if megatron["moe_router_topk"] > megatron["num_moe_experts"]:
         raise UserError(
             f"{where}: num_experts_per_tok {megatron['moe_router_topk']} is larger than num_experts "
@@ -157,7 +176,7 @@ def read_architecture(source: str | Path | dict[str, Any], where: str = "config"
         hf=hf,
         megatron=megatron,
         vocab_size=theirs.vocab_size,
-        rotary_base=float(rope["rope_theta"]),
+        rotary=rotary,
         max_position_embeddings=theirs.max_position_embeddings,
         tie_word_embeddings=theirs.tie_word_embeddings,
         num_zero_experts=sum(hf.get("zce_nums") or [0]),

@@ -28,8 +28,16 @@ from ..moe.paired import install_residual_norms
 from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
 from ..runtime.megatron_api import mend_latent_attention, moe_submodules, queries_need_latents
 from .architecture import Architecture
-from .local_layers import LatentAttention, SDPAttention, SPRMSNorm, with_explicit_masks
+from .latent_attention import LatentAttention, install_rotary
+from .local_layers import (
+    KeyHeadsNorm,
+    QueryHeadsNorm,
+    SDPAttention,
+    SPRMSNorm,
+    with_explicit_masks,
+)
 from .mtp_head import build_mtp_head, first_positions
+from .rotary import factor_fields
 
 
 class ZedaGPTModel(GPTModel):
@@ -119,7 +127,7 @@ def transformer_config(
     check_layout(arch, parallel)
     te = has_transformer_engine()
     fields = {
-        **arch.megatron,
+        **{name: value for name, value in arch.megatron.items() if name not in OWN_FIELDS},
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_stages,
@@ -152,8 +160,20 @@ def transformer_config(
         **(overrides or {}),
     }
     if fields.get("multi_latent_attention"):
-        return MLATransformerConfig(**{"rotary_base": arch.rotary_base, **fields})
-    return TransformerConfig(**fields)
+        kind = "rope" if arch.rotary.factor == 1.0 else "yarn"
+        config = MLATransformerConfig(**{"rotary_base": arch.rotary.base, "rope_type": kind, **fields})
+    else:
+        config = TransformerConfig(**fields)
+    own = {name: arch.megatron[name] for name in OWN_FIELDS if name in arch.megatron}
+    for name, value in (own | factor_fields(arch.rotary)).items():
+        setattr(config, name, value)
+    return config
+
+
+OWN_FIELDS = ("partial_rotary", "qk_norm_over_heads", "moe_router_group_scores")
+"""What a model file may say beside Megatron's fields, attributes of the config: that not all channels of a head are
+turned, that norms of queries and keys are over all heads together, and how many of a group's best scores make its score
+(`moe.group_limit`)."""
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
@@ -176,6 +196,11 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
     ):
         if whole and whole % size:
             raise UserError(f"{flag} {size} does not divide the model's {whole} {what}")
+    if etp > 1 and fields["add_bias_linear"]:
+        raise UserError(
+            f"--expert-tensor-parallel-size {etp}: this model's experts have biases, which Megatron would add on every "
+            "rank; use --expert-model-parallel-size"
+        )
     stage_sizes(fields["num_layers"], parallel)
 
 
@@ -202,6 +227,8 @@ def build_gpt_model(
             "needs the embedding of the first stage"
         )
     block = decoder_block_spec(config, vp_stage=vp_stage, use_te=use_te)
+    if zero is None and config.moe_router_group_topk:
+        zero = ZeroExpertConfig()  # Megatron's own group limit sums another number of scores
     if zero is None:
         block = apply_grouped_experts(block, expert_backend)
         if config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate:
@@ -221,11 +248,12 @@ def build_gpt_model(
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_percent=1.0,
-        rotary_base=arch.rotary_base,
+        rotary_base=arch.rotary.base,
         vp_stage=vp_stage,
     )
     if arch.mtp_layers:
         model.mtp = build_mtp_head(config, block, has_transformer_engine() if use_te is None else use_te)
+    install_rotary(model, arch.rotary, with_factor=getattr(config, "rope_type", None) == "yarn")
     install_dispatchers(model)
     install_residual_norms(model)
     mark_expert_parameters(model)
@@ -298,10 +326,13 @@ def decoder_block_spec(
             attention = layer.submodules.self_attention
             attention.module = LatentAttention
             attention.params = {**attention.params, "whole_down_projections": not use_te}
+    over_heads = getattr(config, "qk_norm_over_heads", False)
     if use_te:
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention.submodules
             attention.core_attention = with_explicit_masks(attention.core_attention)
+            if over_heads:
+                attention.q_layernorm, attention.k_layernorm = QueryHeadsNorm, KeyHeadsNorm
         return block
     for layer in block.layer_specs:
         parts = layer.submodules
@@ -311,6 +342,8 @@ def decoder_block_spec(
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, SPRMSNorm)
+        if over_heads:
+            attention.q_layernorm, attention.k_layernorm = QueryHeadsNorm, KeyHeadsNorm
         parts.sharded_state_dict_keys_map = _fused_keys(config, moe_submodules(layer) is None)
     block.layer_norm = SPRMSNorm
     return block

@@ -1,22 +1,24 @@
-"""Norm and core attention of the local layer spec, used where Transformer Engine is absent.
-
-Multi-latent attention is Megatron's in both, with the norms of the published models and keys that may move in the
-cache.
-"""
+"""Norms and core attention of the local layer spec, used where Transformer Engine is absent; norms over all heads are
+used beside it too."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch.nn import functional as F
 
 from ..errors import UserError
@@ -30,10 +32,67 @@ class SPRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class QueryHeadsNorm(torch.nn.Module):
+    """RMSNorm over all heads together, where Megatron's norms of queries and keys are over one head.
+
+    Every tensor-parallel rank has its heads' weights; the mean square is that of all ranks.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float):
+        """`hidden_size`: of a head."""
+        super().__init__()
+        self.eps, self.channels = eps, self.heads(config) * hidden_size
+        self.ranks = config.tensor_model_parallel_size
+        self.tp_group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+        self.weight = torch.nn.Parameter(torch.ones(self.channels // self.ranks, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    @staticmethod
+    def heads(config) -> int:
+        """Of the whole model."""
+        return config.num_attention_heads
+
+    def forward(self, x_SBND: torch.Tensor) -> torch.Tensor:
+        """[S, B, heads of this rank, D] -> the same shape and type."""
+        x_SBND = x_SBND.contiguous()
+        rows = x_SBND.flatten(-2).float()
+        square = rows.square().sum(-1, keepdim=True)
+        if self.ranks > 1:
+            # Summed forward and, as every rank goes on with it in its own way, backward.
+            square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
+            square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
+        normed = rows * torch.rsqrt(square / self.channels + self.eps)
+        return (self.weight * normed.to(x_SBND.dtype)).view_as(x_SBND)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """Megatron's description for checkpoints: the weight is cut along its heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+
+class KeyHeadsNorm(QueryHeadsNorm):
+    """The same of keys."""
+
+    @staticmethod
+    def heads(config) -> int:
+        return config.num_query_groups
+
+
 class SDPAttention(MegatronModule):
-    """Core attention through `F.scaled_dot_product_attention`: grouped queries, packed sequences, KV cache.
+    """Core attention through `F.scaled_dot_product_attention`: grouped queries, packed sequences, KV cache, windows,
+    sinks.
 
     Query, key and value may have different head sizes (multi-latent attention).
+
+    Attributes:
+        window: keys before a token's own that it sees; None: all.
+        softmax_offset: [heads of this rank], the logits of the sinks, or None.
     """
 
     def __init__(
@@ -57,6 +116,27 @@ class SDPAttention(MegatronModule):
         self.cp_group = getattr(pg_collection, "cp", None) if config.context_parallel_size > 1 else None
         if config.context_parallel_size > 1 and self.cp_group is None:
             self.cp_group = parallel_state.get_context_parallel_group()
+        self.window = window_of(config, layer_number)
+        self.softmax_offset = None
+        if config.softmax_type != "vanilla":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            # A buffer first: on the device that modules are built on, and drawn as Megatron's weights are.
+            sinks = torch.empty(heads, dtype=config.params_dtype)
+            if config.perform_initialization:
+                config.init_method(sinks)
+            self.softmax_offset = torch.nn.Parameter(sinks)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """Megatron's description for checkpoints, as its own core attention has it."""
+        own = {} if self.softmax_offset is None else self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(check_initialized=False),
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
 
     def forward(
         self,
@@ -129,23 +209,80 @@ class SDPAttention(MegatronModule):
 
     def _attend(self, query, key, value, mask, causal: bool) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
-        return attend(query, key, value, mask, causal, self.softmax_scale, dropout)
+        return attend(
+            query,
+            key,
+            value,
+            mask,
+            causal,
+            self.softmax_scale,
+            dropout,
+            window=self.window,
+            sinks=self.softmax_offset,
+        )
 
 
-def attend(query, key, value, mask, causal: bool, scale: float, dropout: float = 0.0) -> torch.Tensor:
-    """Attention of [S, B, heads, D] tensors with grouped queries -> [S, B, heads*D]. `mask` (True = hidden,
-    [B, 1, Sq, Sk]) is joined with the causal one."""
+def window_of(config, layer_number: int) -> int | None:
+    """Keys before a token's own that it sees in a layer (counted from 1); None: all."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    return config.window_size[0]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of [S, B, heads, D] tensors with grouped queries -> [S, B, heads*D].
+
+    Args:
+        mask: True = hidden, [B, 1, Sq, Sk]; joined with the causal one where there are as many queries as keys.
+        window: keys before a token's own that it sees; the last query is the last key's. None: all.
+        sinks: [heads], a logit that joins each softmax and answers nothing.
+    """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if mask is not None:
-        mask = ~mask
-        if causal and mask.shape[-1] == q.shape[2]:
-            mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    queries, keys = q.shape[2], k.shape[2]
+    seen = None if mask is None else ~mask
+    narrow = window is not None and window < keys - 1
+    if narrow or (causal and (mask is not None or sinks is not None)):
+        age_QK = (torch.arange(queries, device=q.device) + keys - queries)[:, None] - torch.arange(
+            keys, device=q.device
+        )
+        near_QK = torch.ones_like(age_QK, dtype=torch.bool)
+        if causal and keys == queries:
+            near_QK = age_QK >= 0
+        if narrow:
+            near_QK = near_QK & (age_QK <= window)
+        seen = near_QK if seen is None else seen & near_QK
+    if sinks is not None:
+        q, k, v, seen = _with_sinks(q, k, v, seen, sinks, scale)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal and seen is None, scale=scale
     )
     return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _with_sinks(q, k, v, seen, sinks, scale: float):
+    """One key more, whose product with every query of a head is the head's sink, and whose value is 0: queries get a
+    channel of ones for it, keys one of zeros."""
+    heads, queries = q.shape[1:3]
+    q, k = F.pad(q, (0, 1), value=1.0), F.pad(k, (0, 1, 0, 1))
+    place = torch.zeros(k.shape[2:], dtype=torch.bool, device=k.device)
+    place[-1, -1] = True
+    k = torch.where(place, (sinks.to(k.dtype) / scale).view(1, heads, 1, 1), k)
+    v = F.pad(v, (0, 0, 0, 1))
+    if seen is not None:
+        seen = F.pad(seen.expand(*seen.shape[:-2], queries, seen.shape[-1]), (0, 1), value=True)
+    return q, k, v, seen
 
 
 def with_explicit_masks(base: type) -> type:
@@ -161,103 +298,22 @@ def with_explicit_masks(base: type) -> type:
             config = kwargs.get("config", args[0] if args else None)
             channels = kwargs.get("k_channels") or config.kv_channels
             self.explicit_scale = kwargs.get("softmax_scale") or 1.0 / math.sqrt(channels)
+            self.explicit_window = window_of(config, kwargs.get("layer_number", 1))
 
         def forward(self, query, key, value, attention_mask=None, *args, **kwargs):
             packed = kwargs.get("packed_seq_params")
             if attention_mask is None or packed is not None:
                 return super().forward(query, key, value, attention_mask, *args, **kwargs)
-            return attend(query, key, value, attention_mask, False, self.explicit_scale)
+            sinks = getattr(self, "softmax_offset", None)
+            return attend(
+                query,
+                key,
+                value,
+                attention_mask,
+                False,
+                self.explicit_scale,
+                window=self.explicit_window,
+                sinks=None if sinks is None else sinks.view(-1),
+            )
 
     return ExplicitMaskAttention
-
-
-LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms on the latents: transformers takes its class default there, not `rms_norm_eps`
-(`Glm4MoeLiteAttention`, transformers 5.23)."""
-
-
-class LatentAttention(MLASelfAttention):
-    """`MLASelfAttention` with three differences.
-
-    - The norms on the latents have their own epsilon.
-    - Without Transformer Engine the down projections are whole on every tensor-parallel rank, as Transformer Engine's
-      are. Megatron's local spec splits them, and the gradient of the shared rotary key then lacks the other ranks'
-      heads (0.16.1).
-    - Rotary positions are columns of the cache plus the `drift` of an inference context, see `distill.kv_slots`.
-    """
-
-    def __init__(self, config, *args: Any, whole_down_projections: bool = False, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
-        if whole_down_projections:
-            self.linear_kv_down_proj = WholeLinear(config, self.linear_kv_down_proj)
-            if config.q_lora_rank is not None:
-                self.linear_q_down_proj = WholeLinear(config, self.linear_q_down_proj)
-        _set_eps(self.kv_layernorm, self.linear_kv_up_proj)
-        if config.q_lora_rank is not None:
-            _set_eps(self.q_layernorm, self.linear_q_up_proj)
-        self.rotary_pos_emb = DriftingRotary(self.rotary_pos_emb)
-
-
-def _set_eps(norm: torch.nn.Module, projection: torch.nn.Module) -> None:
-    """Transformer Engine fuses the norm into the projection behind it."""
-    holder = projection if isinstance(norm, IdentityOp) else norm
-    if not hasattr(holder, "eps"):
-        raise RuntimeError(f"{type(holder).__name__} has no eps to set: its version is unknown here")
-    holder.eps = LATENT_NORM_EPS
-
-
-class WholeLinear(torch.nn.Module):
-    """[S/tp, B, in] -> ([S/tp, B, out], None): the whole weight on every tensor-parallel rank.
-
-    Under sequence parallelism a rank sees its part of the sequence: Megatron then sums the weight's gradient.
-    """
-
-    def __init__(self, config, split: torch.nn.Module):
-        """`split` is the layer whose place it takes."""
-        super().__init__()
-        like = split.weight
-        self.weight = torch.nn.Parameter(like.new_empty(split.output_size, split.input_size))
-        self.weight.sequence_parallel = config.sequence_parallel
-        if config.perform_initialization:
-            config.init_method(self.weight)
-
-    def forward(self, hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.nn.functional.linear(hidden_SBH, self.weight), None
-
-
-class DriftingRotary(RotaryEmbedding):
-    """Rotary embedding whose position 0 an inference context may move.
-
-    A cache that moves its columns leaves the keys' rotation as it is: `drift` says how far column and position are
-    apart. Without a drift it is Megatron's.
-    """
-
-    def __init__(self, stock: RotaryEmbedding):
-        """Takes over the frequencies of `stock`."""
-        torch.nn.Module.__init__(self)
-        self.rotary_interleaved = stock.rotary_interleaved
-        self.seq_len_interpolation_factor = stock.seq_len_interpolation_factor
-        self.inv_freq, self.cp_group = stock.inv_freq, stock.cp_group
-        self._drift = 0
-        self._made: tuple[tuple[int, int], torch.Tensor] | None = None
-
-    def get_rotary_seq_len(self, inference_context, *args: Any, **kwargs: Any) -> int:
-        """Megatron asks for the length, then for the table."""
-        self._drift = getattr(inference_context, "drift", 0)
-        return super().get_rotary_seq_len(inference_context, *args, **kwargs)
-
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None):
-        """Angles [S, 1, 1, D] of positions offset + drift, ..., offset + drift + S - 1."""
-        drift, self._drift = self._drift, 0
-        if not drift:
-            return super().forward(max_seq_len, offset, packed_seq, cp_group)
-        wanted = (max_seq_len, offset + drift)
-        if self._made is None or self._made[0] != wanted:
-            self._made = (wanted, self._far_angles(*wanted))
-        return self._made[1]
-
-    def _far_angles(self, length: int, first: int) -> torch.Tensor:
-        """Positions grow while answers come and go: in float32 their angles would lose digits."""
-        place = torch.arange(first, first + length, device=self.inv_freq.device, dtype=torch.float64)
-        angles = torch.outer(place, self.inv_freq.double()).remainder(2 * math.pi).float()
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

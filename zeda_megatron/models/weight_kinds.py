@@ -164,11 +164,16 @@ class Router:
 
 
 @dataclass(frozen=True)
-class ScoreBias(Router):
-    """Score bias [N+Nz] that chooses experts: a `Router` of one number each, which no `--dtype` rounds."""
+class RowBias(Router):
+    """One number for each row of a router [N+Nz], such as its bias."""
 
     def _unread_rows(self, dims: ModelDims) -> int:
         return 0
+
+
+@dataclass(frozen=True)
+class ScoreBias(RowBias):
+    """The bias that chooses among scores, which no `--dtype` rounds."""
 
 
 @dataclass(frozen=True)

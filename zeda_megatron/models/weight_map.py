@@ -22,6 +22,7 @@ from .weight_kinds import (
     ModelDims,
     Repeated,
     Router,
+    ScoreBias,
     Setting,
     Shape,
     WeightMapping,
@@ -219,10 +220,14 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def decoder(
-    moe: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    moe: str = "mlp",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    router: str = "gate",
 ) -> tuple[WeightMapping, ...]:
-    """Everything but attention's projections. The arguments are Hugging Face's words for a layer's MoE block and for
-    the three matrices of a gated MLP."""
+    """Everything but attention's projections. The arguments are Hugging Face's words for a layer's MoE block, for the
+    three matrices of a gated MLP and for the router."""
     expert = f"{HF}{moe}.experts.{{expert}}."
     local = MC + "mlp.experts.local_experts.{expert}."
     return (
@@ -233,17 +238,17 @@ def decoder(
         Direct(HF + "self_attn.o_proj.weight", MC + "self_attention.linear_proj.weight"),
         Direct(HF + "post_attention_layernorm.weight", MC + "pre_mlp_layernorm.weight"),
         # MoE layers
-        Router(f"{HF}{moe}.gate.weight", MC + "mlp.router.weight"),
-        Added(f"{HF}{moe}.gate.zero_bias", MC + "mlp.router.zero_output.bias"),
+        Router(f"{HF}{moe}.{router}.weight", MC + "mlp.router.weight"),
+        Added(f"{HF}{moe}.{router}.zero_bias", MC + "mlp.router.zero_output.bias"),
         # paired zero experts
-        Added(f"{HF}{moe}.gate.zero_weight", MC + "mlp.router.paired.weight"),
-        Added(f"{HF}{moe}.gate.zero_bias", MC + "mlp.router.paired.bias"),
-        Added(f"{HF}{moe}.gate.zero_hidden_weight", MC + "mlp.router.paired.hidden_weight"),
-        Added(f"{HF}{moe}.gate.zero_hidden_bias", MC + "mlp.router.paired.hidden_bias"),
-        Added(f"{HF}{moe}.gate.zero_hidden_output", MC + "mlp.router.paired.hidden_output"),
-        Added(f"{HF}{moe}.gate.zero_constant", MC + "mlp.router.zero_output.constant"),
-        Added(f"{HF}{moe}.gate.zero_down", MC + "mlp.router.zero_output.down"),
-        Added(f"{HF}{moe}.gate.zero_up", MC + "mlp.router.zero_output.up"),
+        Added(f"{HF}{moe}.{router}.zero_weight", MC + "mlp.router.paired.weight"),
+        Added(f"{HF}{moe}.{router}.zero_bias", MC + "mlp.router.paired.bias"),
+        Added(f"{HF}{moe}.{router}.zero_hidden_weight", MC + "mlp.router.paired.hidden_weight"),
+        Added(f"{HF}{moe}.{router}.zero_hidden_bias", MC + "mlp.router.paired.hidden_bias"),
+        Added(f"{HF}{moe}.{router}.zero_hidden_output", MC + "mlp.router.paired.hidden_output"),
+        Added(f"{HF}{moe}.{router}.zero_constant", MC + "mlp.router.zero_output.constant"),
+        Added(f"{HF}{moe}.{router}.zero_down", MC + "mlp.router.zero_output.down"),
+        Added(f"{HF}{moe}.{router}.zero_up", MC + "mlp.router.zero_output.up"),
         Setting("zce_threshold", "zce_threshold/{layer}", MC + "mlp.router.paired.threshold"),
         GateUp(f"{expert}{gate}.weight", f"{expert}{up}.weight", local + "linear_fc1.weight"),
         Direct(f"{expert}{down}.weight", local + "linear_fc2.weight"),
@@ -263,3 +268,37 @@ QKV_PROJECTIONS = tuple(
     for kind in ("weight", "bias")
 )
 """Grouped-query attention."""
+
+QK_NORMS = tuple(
+    Direct(HF + f"self_attn.{x}_norm.weight", MC + f"self_attention.{x}_layernorm.weight") for x in "qk"
+)
+"""Norms of queries and keys."""
+LATENT_PROJECTIONS = tuple(
+    Direct(f"{HF}self_attn.{hf}.weight", f"{MC}self_attention.{ours}.weight")
+    for hf, ours in {
+        # The last rows of kv_a_proj_with_mqa are the rotary part of the keys, on both sides.
+        "q_proj": "linear_q_proj",
+        "q_a_proj": "linear_q_down_proj",
+        "q_a_layernorm": "q_layernorm",
+        "q_b_proj": "linear_q_up_proj",
+        "kv_a_proj_with_mqa": "linear_kv_down_proj",
+        "kv_a_layernorm": "kv_layernorm",
+        "kv_b_proj": "linear_kv_up_proj",
+    }.items()
+)
+"""Multi-latent attention."""
+SCORE_BIAS = ScoreBias(HF + "mlp.gate.e_score_correction_bias", MC + "mlp.router.expert_bias")
+"""The bias that chooses among sigmoid scores."""
+
+
+def shared_expert(name: str = "shared_experts") -> tuple[WeightMapping, ...]:
+    """An expert that every token uses, under Hugging Face's name for it."""
+    shared = f"{HF}mlp.{name}."
+    return (
+        GateUp(
+            f"{shared}gate_proj.weight",
+            f"{shared}up_proj.weight",
+            MC + "mlp.shared_experts.linear_fc1.weight",
+        ),
+        Direct(f"{shared}down_proj.weight", MC + "mlp.shared_experts.linear_fc2.weight"),
+    )

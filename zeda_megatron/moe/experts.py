@@ -7,15 +7,15 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from ..errors import UserError
 from ..ops import expert_kernels
-from ..ops.grouped_mlp import BACKENDS, grouped_mlp
+from ..ops.grouped_mlp import BACKENDS, SWIGLU, GatedUnit, grouped_mlp
 
 
 class GroupedExperts(SequentialMLP):
     """`SequentialMLP` whose forward hands all local experts to one operator.
 
     Parameters, names and checkpoints are those of `SequentialMLP` (`local_experts.<e>.linear_fc1.weight`, ...).
-    Falls back to the stock loop where the operator does not apply (biases, other activations, expert tensor
-    parallelism, quantised training).
+    Falls back to the stock loop where the operator does not apply (expert tensor parallelism, quantised training), and
+    from kernels to `grouped_mm` where an expert is more than a SwiGLU (biases, other units).
     """
 
     def __init__(
@@ -23,12 +23,14 @@ class GroupedExperts(SequentialMLP):
     ):
         super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection, **kwargs)
         self.backend = backend_for(backend, next(self.parameters()).device, config.params_dtype)
+        self.unit = GatedUnit(
+            config.activation_func, config.activation_func_clamp_value, config.glu_linear_offset
+        )
+        self.biased = config.add_bias_linear
+        if self.backend == "kernels" and (self.biased or self.unit != SWIGLU):
+            self.backend = "grouped_mm"
         self.plain = (
             config.gated_linear_unit
-            and config.activation_func is torch.nn.functional.silu
-            and not config.add_bias_linear
-            and config.activation_func_clamp_value is None
-            and not config.glu_linear_offset
             and not config.fp8
             and not config.fp4
             and not config.moe_apply_probs_on_input
@@ -42,13 +44,18 @@ class GroupedExperts(SequentialMLP):
         """rows [R, H] sorted by expert, counts [E_local], probs [R] -> ([R, H], None)."""
         if not self.plain or self.backend == "loop":
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        first, second = (
+            [getattr(expert, name) for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2")
+        )
         output = grouped_mlp(
             permuted_local_hidden_states,
             permuted_probs,
             tokens_per_expert,
-            [expert.linear_fc1.weight for expert in self.local_experts],
-            [expert.linear_fc2.weight for expert in self.local_experts],
+            [layer.weight for layer in first],
+            [layer.weight for layer in second],
             self.backend,
+            self.unit,
+            ([layer.bias for layer in first], [layer.bias for layer in second]) if self.biased else None,
         )
         return output, None
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from .balancing import RoutedSlots, group_loss, null_expert_loss
+from .group_limit import LimitedPicks, limit_of
 from .paired import PairedZeroExperts
 from .pick_rules import apply_pick_rule
 from .replay import RoutingReplay
@@ -32,6 +33,7 @@ class ZeroExpertRouter(TopKRouter):
 
     Attributes:
         dials: mask, pick rule, w and the like; only `router_dials` sets them.
+        limit: groups of experts that a token may choose from, or None.
         paired: scores of paired zero experts, or None (shared routing).
         in_mtp_head: its layer is that of a multi-token-prediction head, behind the decoder's.
         routing_stats: counts since the last reset.
@@ -51,6 +53,7 @@ class ZeroExpertRouter(TopKRouter):
         super().__init__(config=wide, pg_collection=pg_collection, **kwargs)
         self.zero = zero
         self.num_real, self.num_zero = config.num_moe_experts, zero.num_zero_rows
+        self.limit = limit_of(config, self.num_real)
         self.dials = RouterDials(zero_weight=zero.moe_zero_expert_weight)
         self.routing_stats = RoutingStats()
         self.in_mtp_head = False
@@ -134,13 +137,11 @@ class ZeroExpertRouter(TopKRouter):
             logits_TE,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
-            num_groups=self.config.moe_router_num_groups,
-            group_topk=self.config.moe_router_group_topk,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=None if bias is None else bias[: logits_TE.shape[1]],
-            fused=self.config.moe_router_fusion,
-            router_replay=replay,
+            fused=self.config.moe_router_fusion and self.limit is None,
+            router_replay=replay if self.limit is None else LimitedPicks(self.limit, replay),
         )
 
     def _hand_to_pairs(self, probs_TN, map_TN, valid_T, counting: bool):

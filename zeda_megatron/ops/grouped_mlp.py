@@ -1,10 +1,14 @@
-"""The expert MLP over rows sorted by expert: SwiGLU, weighted by the routing probability.
+"""The expert MLP over rows sorted by expert: a gated unit, weighted by the routing probability.
 
 `grouped_mlp` has three implementations with the same meaning: a plain loop (the reference),
-`torch.nn.functional.grouped_mm`, which is faster on the CPU too, and kernels that another distribution brings.
+`torch.nn.functional.grouped_mm`, which is faster on the CPU too, and kernels that another distribution brings: those
+know the plain SwiGLU without biases.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +18,28 @@ from .expert_kernels import installed
 BACKENDS = ("loop", "grouped_mm", "kernels")
 
 
+@dataclass(frozen=True)
+class GatedUnit:
+    """act(gate) * (up + offset)."""
+
+    act: Callable[[torch.Tensor], torch.Tensor] = F.silu
+    """Activation of the gate."""
+    clamp: float | None = None
+    """Largest gate, and largest |up|, before the activation; None: any."""
+    offset: float = 0.0
+    """Added to up."""
+
+    def __call__(self, hidden_RF: torch.Tensor) -> torch.Tensor:
+        """[R, 2F], gate first -> [R, F]."""
+        gate, up = hidden_RF.chunk(2, dim=-1)
+        if self.clamp is not None:
+            gate, up = gate.clamp(max=self.clamp), up.clamp(-self.clamp, self.clamp)
+        return self.act(gate) * (up + self.offset if self.offset else up)
+
+
+SWIGLU = GatedUnit()
+
+
 def grouped_mlp(
     rows_RH: torch.Tensor,
     probs_R: torch.Tensor,
@@ -21,37 +47,55 @@ def grouped_mlp(
     fc1_weights: list[torch.Tensor],
     fc2_weights: list[torch.Tensor],
     backend: str,
+    unit: GatedUnit = SWIGLU,
+    biases: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """Apply expert e to its `counts[e]` rows: fc2_e( silu(gate) * up * prob ).
+    """Apply expert e to its `counts[e]` rows: fc2_e( unit(fc1_e x + b1_e) * prob ) + b2_e * prob.
 
     Args:
         rows_RH: [R, H] rows sorted by expert, R = sum(counts); counts may be 0, and on any device.
         probs_R: [R] routing weights.
         fc1_weights: per expert [2F, H], gate rows first. fc2_weights: per expert [H, F].
-        backend: one of `BACKENDS`.
+        backend: one of `BACKENDS`; `kernels` are for `SWIGLU` without biases.
+        biases: b1 [2F] and b2 [H] per expert, or none.
 
     Returns:
         [R, H] in the dtype of the rows.
     """
     counts = torch.as_tensor(counts)
     if backend == "loop":
-        return reference_grouped_mlp(rows_RH, probs_R, counts.tolist(), fc1_weights, fc2_weights)
-    ends = counts.to(rows_RH.device, non_blocking=True).cumsum(0).to(torch.int32)
+        return reference_grouped_mlp(
+            rows_RH, probs_R, counts.tolist(), fc1_weights, fc2_weights, unit, biases
+        )
+    counts = counts.to(rows_RH.device, non_blocking=True)
+    ends = counts.cumsum(0).to(torch.int32)
     if backend == "kernels":
         return installed().mlp(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
     hidden = F.grouped_mm(rows_RH, torch.stack(fc1_weights).transpose(1, 2), offs=ends)
-    gate, up = hidden.chunk(2, dim=-1)
-    acted = (F.silu(gate) * up * probs_R[:, None]).to(rows_RH.dtype)
+    if biases is not None:
+        first, second = (
+            torch.stack(one).repeat_interleave(counts, 0, output_size=len(rows_RH)) for one in biases
+        )
+        hidden = hidden + first
+    acted = (unit(hidden) * probs_R[:, None]).to(rows_RH.dtype)
     output_RH = F.grouped_mm(acted, torch.stack(fc2_weights).transpose(1, 2), offs=ends)
     if output_RH.requires_grad:
         output_RH.register_hook(torch.Tensor.contiguous)  # its backward refuses an expanded gradient
+    if biases is not None:
+        output_RH = output_RH + (second * probs_R[:, None]).to(rows_RH.dtype)
     return output_RH
 
 
-def reference_grouped_mlp(rows_RH, probs_R, counts, fc1_weights, fc2_weights) -> torch.Tensor:
+def reference_grouped_mlp(
+    rows_RH, probs_R, counts, fc1_weights, fc2_weights, unit: GatedUnit = SWIGLU, biases=None
+) -> torch.Tensor:
     """The definition, one expert after the other, gradients by autograd."""
     parts = []
-    for rows, probs, fc1, fc2 in zip(rows_RH.split(counts), probs_R.split(counts), fc1_weights, fc2_weights):
-        gate, up = F.linear(rows, fc1).chunk(2, dim=-1)
-        parts.append(F.linear((F.silu(gate) * up * probs[:, None]).to(rows.dtype), fc2))
+    none = [None] * len(fc1_weights)
+    for rows, probs, fc1, fc2, b1, b2 in zip(
+        rows_RH.split(counts), probs_R.split(counts), fc1_weights, fc2_weights, *(biases or (none, none))
+    ):
+        hidden = (unit(F.linear(rows, fc1, b1)) * probs[:, None]).to(rows.dtype)
+        output = F.linear(hidden, fc2)
+        parts.append(output if b2 is None else output + (b2 * probs[:, None]).to(rows.dtype))
     return torch.cat(parts)

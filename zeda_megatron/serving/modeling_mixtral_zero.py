@@ -10,8 +10,6 @@ transformers looks for the text `@use_experts_implementation` in this file befor
 `experts_implementation`: here "eager" means a loop over experts, everything else one grouped product.
 """
 
-import torch
-from torch.nn import functional as F
 from transformers.generation import GenerationMixin
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralForCausalLM,
@@ -20,19 +18,15 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from .zero_expert_model import ZeroExpertModel
-from .zero_expert_routing import ZeroExpertRouting
+from .zero_expert_routing import SoftmaxPicks
 
 
-class ZeroExpertRouter(ZeroExpertRouting, MixtralTopKRouter):
+class ZeroExpertRouter(SoftmaxPicks, MixtralTopKRouter):
     """Mixtral's router over real and zero experts."""
 
     def __init__(self, config):
         super().__init__(config)
         self.add_zero_experts(config, config.num_local_experts)
-
-    def _pick(self, logits_TE):
-        weights, ids = torch.topk(F.softmax(logits_TE.float(), dim=-1), self.top_k, dim=-1)
-        return weights / weights.sum(dim=-1, keepdim=True), ids
 
 
 class MixtralPlusPlusForCausalLM(ZeroExpertModel, MixtralForCausalLM, GenerationMixin):

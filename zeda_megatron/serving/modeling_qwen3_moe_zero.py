@@ -9,8 +9,6 @@ transformers looks for the text `@use_experts_implementation` in this file befor
 `experts_implementation`: here "eager" means a loop over experts, everything else one grouped product.
 """
 
-import torch
-from torch.nn import functional as F
 from transformers.generation import GenerationMixin
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
@@ -19,21 +17,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 from .zero_expert_model import ZeroExpertModel
-from .zero_expert_routing import ZeroExpertRouting
+from .zero_expert_routing import SoftmaxPicks
 
 
-class ZeroExpertRouter(ZeroExpertRouting, Qwen3MoeTopKRouter):
+class ZeroExpertRouter(SoftmaxPicks, Qwen3MoeTopKRouter):
     """Qwen3-MoE's router over real and zero experts."""
 
     def __init__(self, config):
         super().__init__(config)
         self.add_zero_experts(config, config.num_experts)
-
-    def _pick(self, logits_TE):
-        weights, ids = torch.topk(F.softmax(logits_TE, dtype=torch.float, dim=-1), self.top_k, dim=-1)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, ids
 
 
 class Qwen3MoePlusPlusForCausalLM(ZeroExpertModel, Qwen3MoeForCausalLM, GenerationMixin):

@@ -23,6 +23,8 @@ from ..strict_json import read_json
 
 TYPES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """The type of a number format, and its largest number."""
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Names of modules that decide, and that no scale is for."""
 SCALE = "_scale"
 """`...weight` and `...weight_scale`."""
 
@@ -30,7 +32,8 @@ SCALE = "_scale"
 def packs(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
     """True for a matrix of a decoder layer that decides on no pick."""
     inside = key.startswith("model.layers.") and not arch.is_carried(key)
-    return inside and len(shape) == 2 and key.endswith(".weight") and ".gate." not in key
+    router = any(f".{name}." in key for name in ROUTERS)
+    return inside and len(shape) == 2 and key.endswith(".weight") and not router
 
 
 def scale_of(weight_OI: torch.Tensor, number_format: str) -> torch.Tensor:
@@ -119,7 +122,7 @@ def _quantization(arch: Architecture, number_format: str) -> dict[str, Any]:
         },
         "ignore": [
             "lm_head",
-            r"re:.*\.gate$",
+            *(rf"re:.*\.{name}$" for name in ROUTERS),
             *([rf"re:model\.layers\.({behind})\..*"] if behind else []),
         ],
     }

@@ -167,7 +167,7 @@ def _round_routers(model: nn.Module, state: dict[str, torch.Tensor], number_form
 
     for name in list(state):
         owner, _, last = name.rpartition(".")
-        if owner.endswith(".gate") and last in ROUTER:
+        if owner.endswith((".gate", ".router")) and last in ROUTER:
             rows = state[name].reshape(state[name].shape[0], -1)
             quantizer = TensorQuantizer(QuantizerAttributeConfig(**number_format))
             quantizer.enable_calib()

@@ -17,13 +17,34 @@ class ZeroExpertMoeBlock(nn.Module):
             moved, and left out of the products where transformers can (`_may_leave_out`).
     """
 
+    ROUTER_NAME = "gate"
+    """The stock block's name of its router."""
+
     def __init__(self, stock, router):
         super().__init__()
-        self.gate, self.experts = router, stock.experts
-        self.shared_experts = getattr(stock, "shared_experts", None)
+        self.add_module(self.ROUTER_NAME, router)
+        self.experts = stock.experts
+        self.take_over(stock)
         self.num_real, self.dials = router.num_real, router.dials
         self.static_shapes, self.token_mask_BS = False, None
         self.reset_counts()
+
+    def take_over(self, stock) -> None:
+        """Keep what else the stock block has."""
+        self.shared_experts = getattr(stock, "shared_experts", None)
+
+    @property
+    def routing(self):
+        """The router, whatever the stock block calls it."""
+        return self._modules[self.ROUTER_NAME]
+
+    def route(self, hidden_TH):
+        """What the router gives."""
+        return self.routing(hidden_TH)
+
+    def shared(self, hidden_BSH):
+        """What an expert that every token uses adds, or None."""
+        return None if self.shared_experts is None else self.shared_experts(hidden_BSH)
 
     def reset_counts(self):
         self.zero_slots, self.all_slots = 0, 0
@@ -31,7 +52,7 @@ class ZeroExpertMoeBlock(nn.Module):
     def forward(self, hidden_BSH):
         """[B, S, H] -> [B, S, H]."""
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-        _, weights_TK, ids_TK, answer_TH = self.gate(hidden_TH)
+        _, weights_TK, ids_TK, answer_TH = self.route(hidden_TH)
         if self.dials.masked:
             output_TH = self.experts(hidden_TH, ids_TK, weights_TK)
         elif self.static_shapes or _shapes_must_be_static():
@@ -41,8 +62,8 @@ class ZeroExpertMoeBlock(nn.Module):
             output_TH = self._real_slots(hidden_TH, weights_TK, ids_TK)
         if answer_TH is not None:
             output_TH = (output_TH + answer_TH).to(hidden_TH.dtype)
-        output_BSH = output_TH.view_as(hidden_BSH)
-        return output_BSH if self.shared_experts is None else output_BSH + self.shared_experts(hidden_BSH)
+        output_BSH, shared_BSH = output_TH.view_as(hidden_BSH), self.shared(hidden_BSH)
+        return output_BSH if shared_BSH is None else output_BSH + shared_BSH
 
     def _real_slots(self, hidden_TH, weights_TK, ids_TK):
         """Real slots become rows of one pick each; a token's rows are added up as the stock experts do."""
@@ -129,11 +150,23 @@ def _packed_by(config):
     return name if name in ("compressed-tensors", "modelopt") else None
 
 
+class CarriesHeads:
+    """Goes before `ZeroExpertModel`: tensors of multi-token-prediction layers in a folder are no surprise."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        layers, more = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 0
+        ignored = {rf"model\.layers\.{layers + i}\..*" for i in range(more)}
+        self._keys_to_ignore_on_load_unexpected = ignored | set(self._keys_to_ignore_on_load_unexpected or ())
+
+
 class ZeroExpertModel:
     """Goes before a stock `...ForCausalLM` among the bases of a class, which names the three below."""
 
     MOE_BLOCK: type
     """The stock MoE block that is replaced."""
+    BLOCK: type = ZeroExpertMoeBlock
+    """What replaces it."""
     ROUTER: type
     """Router with zero experts, built from the config."""
     NUM_EXPERTS: str
@@ -152,9 +185,9 @@ class ZeroExpertModel:
         self._columns(getattr(config, "use_zce_mask", False))
         for layer in self.model.layers:
             if isinstance(layer.mlp, self.MOE_BLOCK):
-                layer.mlp = ZeroExpertMoeBlock(layer.mlp, self.ROUTER(config))
+                layer.mlp = self.BLOCK(layer.mlp, self.ROUTER(config))
                 if zero.terms is not None:
-                    layer.post_attention_layernorm.register_forward_pre_hook(layer.mlp.gate.see_residual)
+                    layer.post_attention_layernorm.register_forward_pre_hook(layer.mlp.routing.see_residual)
         self.init_weights()  # of the new routers; the rest has been drawn
         if "ep_router" in (getattr(self, "_ep_plan", None) or {}).values():
             # Expert parallelism before it dispatched tokens takes ids from N on for another rank's experts: without a
@@ -173,8 +206,8 @@ class ZeroExpertModel:
         """Called by `from_pretrained`: what the checkpoint lacks is unset memory, of which stock code knows nothing."""
         super().initialize_weights()
         for block in self.moe_blocks():
-            for name in ("zero_weight", "zero_bias", *paired_shapes(block.gate.zero, 0)):
-                parameter = getattr(block.gate, name, None)
+            for name in ("zero_weight", "zero_bias", *paired_shapes(block.routing.zero, 0)):
+                parameter = getattr(block.routing, name, None)
                 if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
                     parameter.zero_()
 

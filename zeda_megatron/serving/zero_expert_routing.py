@@ -128,7 +128,7 @@ class ZeroDials:
 
 class ZeroExpertRouting:
     """Goes before a stock router among the bases of a class, which adds `_pick` (and `_project` where it is no plain
-    product) and calls `add_zero_experts` at the end of its constructor.
+    product) and calls `add_zero_experts` at the end of its constructor. `SoftmaxPicks` and `SigmoidPicks` are two such.
 
     Attributes:
         num_real: N.
@@ -150,11 +150,12 @@ class ZeroExpertRouting:
             for name, shape in paired_shapes(self.zero, old.shape[1]).items():
                 setattr(self, name, nn.Parameter(torch.zeros(*shape)))
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states, *more):
         """[..., H] -> logits [T, N+Nz] (masked or paired: [T, N]), weights [T, K], ids [T, K], answer [T, H] or None.
 
         Ids from N on are zero experts: which one it is under shared routing, always N under paired routing. The answer
-        is what zero experts add to the layer's output, where they are not the plain ones that add nothing.
+        is what zero experts add to the layer's output, where they are not the plain ones that add nothing. `more` is
+        for `_pick`.
         """
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = self.num_real + (0 if self.dials.masked else self.zero.rows)
@@ -165,7 +166,7 @@ class ZeroExpertRouting:
             real, zero = logits_TE.float().split([self.num_real, self.zero.rows], dim=-1)
             bias = self.dials.of_tokens(self.dials.logit_bias, hidden_TH)
             logits_TE = torch.cat([real, zero + bias], dim=-1)
-        weights_TK, ids_TK = self._pick(logits_TE)
+        weights_TK, ids_TK = self._pick(logits_TE, *more)
         if self.zero.terms is not None and not self.dials.masked:
             threshold = self.dials.of_tokens(self.dials.threshold, hidden_TH)
             score_TK = self._scores(hidden_TH, weights_TK, ids_TK)
@@ -217,6 +218,55 @@ class ZeroExpertRouting:
                 raise RuntimeError("the paired router saw no residual: run the whole decoder layer")
             score_TK = score_TK - norm_T.clamp(min=1e-20).log().unsqueeze(-1)
         return score_TK
+
+
+class SoftmaxPicks(ZeroExpertRouting):
+    """Softmax over all experts, the K best; they share 1 where `norm_topk_prob` says so."""
+
+    def _pick(self, logits_TE):
+        weights, ids = torch.topk(F.softmax(logits_TE, dtype=torch.float, dim=-1), self.top_k, dim=-1)
+        if getattr(self, "norm_topk_prob", True):
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, ids
+
+
+class SigmoidPicks(ZeroExpertRouting):
+    """Sigmoid scores in float32, the K best by score + bias, weights = score / sum of the K, times
+    `routed_scaling_factor`; real experts from the best groups alone where there are several. Zero experts have biases.
+    """
+
+    def add_zero_experts(self, config, num_real: int) -> None:
+        super().add_zero_experts(config, num_real)
+        self.add_score_bias()
+        self.groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
+
+    def add_score_bias(self) -> None:
+        """A float32 buffer for all rows."""
+        rows = self.num_real + self.zero.rows
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(rows, dtype=torch.float32))
+
+    def _project(self, hidden_TH, weight_EH):
+        return F.linear(hidden_TH.float(), weight_EH.float())
+
+    def _pick(self, logits_TE):
+        scores = logits_TE.sigmoid()
+        choice = scores + self.e_score_correction_bias[: scores.shape[1]]
+        choice = limit_to_groups(choice, self.num_real, *self.groups, best=2)
+        ids = torch.topk(choice, self.top_k, dim=-1, sorted=False)[1]
+        weights = scores.gather(1, ids)
+        return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.routed_scaling_factor, ids
+
+
+def limit_to_groups(scores_TE, num_real, groups, kept, best):
+    """Scores that choose, -inf for real experts outside the `kept` groups whose `best` best scores sum to most; columns
+    from `num_real` on, zero experts, belong to no group."""
+    if groups == kept:
+        return scores_TE
+    real_TGM = scores_TE[:, :num_real].unflatten(1, (groups, -1))
+    chosen = real_TGM.topk(best, dim=-1)[0].sum(dim=-1).topk(kept, dim=-1, sorted=False)[1]
+    outside_TG = torch.ones_like(real_TGM[..., 0], dtype=torch.bool).scatter(1, chosen, False)
+    real_TN = real_TGM.masked_fill(outside_TG.unsqueeze(-1), float("-inf")).flatten(1)
+    return torch.cat([real_TN, scores_TE[:, num_real:]], dim=1)
 
 
 MEMORY_BOUND_ROWS = 256

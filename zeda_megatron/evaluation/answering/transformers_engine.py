@@ -196,7 +196,7 @@ class RowShares:
 
     def __init__(self, model, batch: int):
         self.batch = batch
-        self.gates = [block.gate for block in model.moe_blocks()] if hasattr(model, "moe_blocks") else []
+        self.gates = [block.routing for block in model.moe_blocks()] if hasattr(model, "moe_blocks") else []
         self.counts_LBS: list[list[torch.Tensor]] = [[] for _ in self.gates]
         self.picks = 1
 

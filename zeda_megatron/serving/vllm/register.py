@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-ARCHITECTURES = (
-    "Qwen3MoePlusPlusForCausalLM",
-    "Glm4MoeLitePlusPlusForCausalLM",
-    "MixtralPlusPlusForCausalLM",
-)
-"""Architectures in config.json: the classes of `models`, which a process imports when it meets one."""
-
+FAMILIES = {
+    "qwen3_moe": "Qwen3Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "mixtral": "Mixtral",
+    "glm4_moe": "Glm4Moe",
+}
+"""`model_type`, which a file in `families` is named after, and what the names of its classes begin with. A process
+imports the file of an architecture that it meets."""
 
 WEIGHTS = "zeda_folder"
 """Backend of --weight-transfer-config: `weight_folder`."""
@@ -23,8 +24,9 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(name, f"{__package__}.models:{name}")
+    for family, stem in FAMILIES.items():
+        name = f"{stem}PlusPlusForCausalLM"
+        ModelRegistry.register_model(name, f"{__package__}.families.{family}:{name}")
     _register_weights()
     _register_model_types()
 
@@ -40,10 +42,11 @@ def _register_weights() -> None:
 
 def _register_model_types() -> None:
     """The authors' folders say `qwen3_moe_plus_plus`; vLLM keys on the native types, so they are read as those."""
-    from transformers import AutoConfig, Glm4MoeLiteConfig, MixtralConfig, Qwen3MoeConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    for native in (Qwen3MoeConfig, Glm4MoeLiteConfig, MixtralConfig):
-        AutoConfig.register(f"{native.model_type}_plus_plus", _read_as(native), exist_ok=True)
+    for family in FAMILIES:
+        if family in CONFIG_MAPPING:  # an older transformers may lack it
+            AutoConfig.register(f"{family}_plus_plus", _read_as(CONFIG_MAPPING[family]), exist_ok=True)
 
 
 def _read_as(native: type) -> type:

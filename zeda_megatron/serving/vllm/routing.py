@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..zero_expert_routing import kept_picks, paired_shapes, predict, stand_ins
+from ..zero_expert_routing import kept_picks, limit_to_groups, paired_shapes, predict, stand_ins
 from .settings import ZeroRouting
 
 TINY = 1e-20
@@ -103,7 +103,9 @@ def pick(
     logits_TE = columns_TC[:, : routing.num_real].contiguous() if paired else columns_TC
     if routing.score == "sigmoid":
         scores_TE = logits_TE.sigmoid()
-        ids_TK = torch.topk(scores_TE + score_bias[: scores_TE.shape[1]], routing.top_k, sorted=False)[1]
+        choice_TE = scores_TE + score_bias[: scores_TE.shape[1]]
+        choice_TE = limit_to_groups(choice_TE, routing.num_real, *routing.groups, routing.group_best)
+        ids_TK = torch.topk(choice_TE, routing.top_k, sorted=False)[1]
         weights_TK = scores_TE.gather(1, ids_TK)
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
     else:

@@ -29,6 +29,10 @@ class ZeroRouting:
     """Weights of the K picks sum to 1."""
     scale: float = 1.0
     """Factor of all weights."""
+    groups: tuple[int, int] = (1, 1)
+    """Groups of real experts, and from how many of them a token may choose."""
+    group_best: int = 2
+    """A group's score is the sum of so many of its best experts' scores."""
     masked: bool = False
     """Route over the real experts only: the static model."""
     logit_bias: float = 0.0
@@ -103,9 +107,9 @@ def number(key: str, value: Any) -> float:
 
 def _shape(config: Any) -> ZeroRouting:
     """Everything but the dials."""
+    groups = (1, 1)
     if hasattr(config, "n_routed_experts"):
-        if (getattr(config, "n_group", None) or 1) > 1:
-            raise ValueError(f"n_group {config.n_group} is not supported with zero experts: 1 only")
+        groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
         num_real, score = config.n_routed_experts, "sigmoid"
         renormalize, scale = True, float(config.routed_scaling_factor)
     elif hasattr(config, "norm_topk_prob"):
@@ -122,5 +126,6 @@ def _shape(config: Any) -> ZeroRouting:
         score=score,
         renormalize=renormalize,
         scale=scale,
+        groups=groups,
         masked=bool(getattr(config, "use_zce_mask", False)),
     )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
-from .weight_map import IGNORED, QKV_PROJECTIONS, TIED, WeightMap, decoder
+from ..weight_map import IGNORED, QKV_PROJECTIONS, TIED, WeightMap, decoder
+from .config_fields import decoder_fields, grouped_query_fields, softmax_router_fields
 
 ARCHITECTURES = ("MixtralForCausalLM", "MixtralPlusPlusForCausalLM")
 MODEL_TYPES = ("mixtral", "mixtral_plus_plus")
@@ -35,28 +35,13 @@ def refusal(hf: PreTrainedConfig) -> str | None:
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
     """Keyword arguments of Megatron's `TransformerConfig` for the config as transformers reads it."""
     return {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": hf.head_dim or hf.hidden_size // hf.num_attention_heads,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.rms_norm_eps,
-        "qk_layernorm": False,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": hf.attention_dropout,
+        **decoder_fields(hf),
+        **grouped_query_fields(hf),
+        # Softmax over all, renormalised over the K picks = softmax over the picks.
+        **softmax_router_fields(hf.num_experts_per_tok, over_picks=True),
         "num_moe_experts": hf.num_local_experts,
         "moe_ffn_hidden_size": hf.intermediate_size,
-        "moe_router_topk": hf.num_experts_per_tok,
-        # Softmax over all, renormalised over the K picks = softmax over the picks.
-        "moe_router_pre_softmax": False,
-        "moe_router_score_function": "softmax",
         "moe_layer_freq": [1] * hf.num_hidden_layers,
-        "init_method_std": hf.initializer_range,
     }
 
 

@@ -1,0 +1,338 @@
+"""Every family of the package as a tiny model whose weights are all drawn: the one table that tests go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import tiny
+import transformers
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family."""
+
+    fields: dict
+    """Keys of the tiny config: 8 experts, top-3."""
+    score: str = "softmax"
+    """Kind of routing, as `tiny.dense_routing` calls it."""
+    variants: dict[str, dict] = field(default_factory=lambda: {"plain": {}})
+    """Name -> changed keys of configs that are followed."""
+    refused: tuple[dict, ...] = ()
+    """Changed keys of configs that are refused; the message names the first."""
+
+    @property
+    def groups(self) -> tuple[int, int, int] | None:
+        """Groups of experts, how many are kept, and how many best scores make a group's; None: no limit."""
+        groups = self.fields.get("n_group", 1)
+        return (groups, self.fields["topk_group"], 2) if groups > 1 else None
+
+    @property
+    def architecture(self) -> str:
+        """transformers' class."""
+        return self.fields["architectures"][0]
+
+    @property
+    def stem(self) -> str:
+        """What the names of transformers' classes begin with."""
+        return self.architecture.removesuffix("ForCausalLM")
+
+    @property
+    def scale(self) -> float:
+        """Of all weights of picks."""
+        return self.fields.get("routed_scaling_factor", 1.0)
+
+    def make(self, seed: int = 0, std: float = 0.3, **changes):
+        """A random model; `changes` are keys of its config."""
+        config = getattr(transformers, f"{self.stem}Config")(**(self.fields | changes))
+        return tiny.drawn(getattr(transformers, self.architecture), config, seed, std)
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+"""Frequencies of three kinds and a factor of cosine and sine within tiny heads and short texts."""
+GLM4_MOE = dict(
+    architectures=["Glm4MoeForCausalLM"],
+    model_type="glm4_moe",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    moe_intermediate_size=16,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=1,
+    attention_bias=True,
+    use_qk_norm=True,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    num_nextn_predict_layers=0,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+)
+
+LATENT = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=12,
+    kv_lora_rank=16,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=6,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=2,
+    moe_intermediate_size=16,
+    routed_scaling_factor=1.6,
+    first_k_dense_replace=1,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+)
+"""Of DeepSeek's models: latent attention, first layer dense; no two sizes are equal by chance."""
+DEEPSEEK_V3 = LATENT | dict(
+    architectures=["DeepseekV3ForCausalLM"],
+    model_type="deepseek_v3",
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=0,
+)
+DEEPSEEK_V2 = LATENT | dict(
+    architectures=["DeepseekV2ForCausalLM"],
+    model_type="deepseek_v2",
+    q_lora_rank=None,
+    topk_method="greedy",
+    n_group=1,
+    topk_group=1,
+)
+GPT_OSS = dict(
+    architectures=["GptOssForCausalLM"],
+    model_type="gpt_oss",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    sliding_window=5,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    swiglu_limit=1.5,
+    rope_parameters=YARN | {"truncate": False},
+)
+"""Windows of 5 in two of three layers; a limit that is reached."""
+MINIMAX_M2 = dict(
+    architectures=["MiniMaxM2ForCausalLM"],
+    model_type="minimax_m2",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+)
+OLMOE = dict(
+    architectures=["OlmoeForCausalLM"],
+    model_type="olmoe",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    num_experts=8,
+    num_experts_per_tok=3,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    pad_token_id=1,
+    eos_token_id=2,
+)
+QWEN2_MOE = dict(
+    architectures=["Qwen2MoeForCausalLM"],
+    model_type="qwen2_moe",
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=40,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+)
+
+FAMILIES = {
+    "qwen3_moe": Family(
+        tiny.TINY,
+        variants={
+            "plain": {},
+            "yarn": {"rope_parameters": YARN},
+            "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+        },
+    ),
+    "glm4_moe_lite": Family(
+        tiny.GLM,
+        "sigmoid",
+        {
+            "plain": {},
+            "yarn with its factor": {"rope_parameters": YARN},
+            "yarn with mscale": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+        },
+    ),
+    "mixtral": Family(
+        tiny.MIXTRAL,
+        variants={"plain": {}, "tied": {"tie_word_embeddings": True}, "wide heads": {"head_dim": 12}},
+        refused=({"sliding_window": 4096}, {"router_jitter_noise": 0.1}, {"num_experts_per_tok": 1}),
+    ),
+    "glm4_moe": Family(
+        GLM4_MOE,
+        "sigmoid",
+        {
+            "plain": {},
+            "as Air: no norms of queries and keys, scale 1": {
+                "use_qk_norm": False,
+                "routed_scaling_factor": 1.0,
+            },
+            "no biases, two dense layers": {"attention_bias": False, "first_k_dense_replace": 2},
+            "two shared experts, tied": {"n_shared_experts": 2, "tie_word_embeddings": True},
+            "groups": {"n_group": 4, "topk_group": 2},
+            "yarn": {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+        },
+        (
+            {"hidden_act": "gelu"},
+            {"norm_topk_prob": False},
+            {"num_experts_per_tok": 1},
+            {"n_group": 3},
+            {"n_group": 8, "topk_group": 3},
+            {"first_k_dense_replace": 3},
+        ),
+    ),
+    "deepseek_v3": Family(
+        DEEPSEEK_V3,
+        "sigmoid",
+        {
+            "plain": {},
+            "as Moonlight: one group, queries without latents": {
+                "n_group": 1,
+                "topk_group": 1,
+                "q_lora_rank": None,
+            },
+            "as R1: mscale of all": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "no yarn, one of two groups": {"rope_parameters": None, "n_group": 2, "topk_group": 1},
+        },
+        (
+            {"attention_bias": True},
+            {"norm_topk_prob": False},
+            {"n_group": 3},
+            {"topk_group": 1},
+            {"num_key_value_heads": 2},
+            {"scoring_func": "softmax"},
+        ),
+    ),
+    "deepseek_v2": Family(
+        DEEPSEEK_V2,
+        "pre_softmax",
+        {
+            "plain": {},
+            "as V2: groups, latents of queries": {
+                "topk_method": "group_limited_greedy",
+                "n_group": 4,
+                "topk_group": 2,
+                "q_lora_rank": 12,
+            },
+            "three groups of four": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3},
+        },
+        (
+            {"norm_topk_prob": True},
+            {"mlp_bias": True},
+            {"topk_method": "noaux_tc"},
+            {"num_key_value_heads": 2},
+        ),
+    ),
+    "gpt_oss": Family(
+        GPT_OSS,
+        "softmax",
+        {
+            "plain": {},
+            "other order of windows": {
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+                "sliding_window": 3,
+            },
+            "no windows, no yarn": {
+                "layer_types": ["full_attention"] * 3,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "other gate": {"swiglu_alpha": 0.9, "swiglu_limit": 0.6},
+        },
+        (
+            {"attention_bias": False},
+            {"num_experts_per_tok": 1},
+            {"sliding_window": None},
+            {"experts_per_token": 2},
+        ),
+    ),
+    "minimax_m2": Family(
+        MINIMAX_M2,
+        "sigmoid",
+        {
+            "plain": {},
+            "all channels turned": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        },
+        ({"use_routing_bias": False}, {"scoring_func": "softmax"}, {"attn_type_list": [1, 0]}),
+    ),
+    "olmoe": Family(
+        OLMOE,
+        "pre_softmax",
+        {
+            "plain": {},
+            "grouped queries, renormalised": {"num_key_value_heads": 2, "norm_topk_prob": True},
+        },
+        ({"clip_qkv": 8.0}, {"attention_bias": True}),
+    ),
+    "qwen2_moe": Family(
+        QWEN2_MOE,
+        "pre_softmax",
+        {
+            "plain": {},
+            "no biases, dense first layer": {
+                "qkv_bias": False,
+                "mlp_only_layers": [0],
+                "norm_topk_prob": True,
+            },
+        },
+        ({"use_sliding_window": True}, {"hidden_act": "gelu"}),
+    ),
+}

@@ -1,0 +1,1 @@
+"""One file for each architecture: its config and its weights, Hugging Face's and Megatron's."""

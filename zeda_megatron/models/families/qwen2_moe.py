@@ -1,0 +1,65 @@
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): config and weights, Hugging Face's and Megatron's.
+
+Grouped-query attention with biases; softmax over all experts; a shared expert behind a gate of one number; dense layers
+where the config has them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..weight_kinds import Direct
+from ..weight_map import HF, IGNORED, MC, QKV_PROJECTIONS, TIED, WeightMap, decoder, shared_expert
+from .config_fields import (
+    decoder_fields,
+    every_few_sparse,
+    grouped_query_fields,
+    softmax_router_fields,
+)
+
+ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen2MoePlusPlusForCausalLM")
+MODEL_TYPES = ("qwen2_moe", "qwen2_moe_plus_plus")
+MODELING_FILE = "modeling_qwen2_moe_zero.py"
+REQUIRED = {"use_sliding_window": False, "hidden_act": "silu"}
+"""What the config must say, or have as its class's default; no published model has another."""
+SIZES = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size shared_expert_intermediate_size num_hidden_layers "
+    "num_attention_heads num_key_value_heads num_experts num_experts_per_tok"
+).split()
+"""Keys that a config must give: a default would be the size of another model."""
+
+
+def refusal(hf: PreTrainedConfig) -> str | None:
+    """What Megatron's router would not follow, in words; None if nothing."""
+    if hf.norm_topk_prob and hf.num_experts_per_tok < 2:
+        return "num_experts_per_tok 1 with norm_topk_prob is not supported: every pick would weigh 1"
+    return None
+
+
+def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Keyword arguments of Megatron's `TransformerConfig` for the config as transformers reads it."""
+    return {
+        **decoder_fields(hf),
+        **grouped_query_fields(hf),
+        **softmax_router_fields(hf.num_experts_per_tok, over_picks=hf.norm_topk_prob),
+        "add_qkv_bias": hf.qkv_bias,
+        "num_moe_experts": hf.num_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+        "moe_layer_freq": every_few_sparse(hf),
+    }
+
+
+WEIGHTS = WeightMap(
+    mappings=(
+        *decoder(),
+        *QKV_PROJECTIONS,
+        *shared_expert("shared_expert"),
+        Direct(HF + "mlp.shared_expert_gate.weight", MC + "mlp.shared_experts.gate_weight"),
+    ),
+    tied=TIED,
+    ignored=IGNORED,
+)

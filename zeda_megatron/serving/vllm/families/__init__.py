@@ -1,0 +1,1 @@
+"""One file for each architecture, imported by a process that meets it."""
