@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,26 +21,41 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+"""The latent sizes are the real models': vLLM's CPU kernel knows no others."""
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 MODELS = {
     "qwen": (tiny.hf_model, SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
-    # the latent sizes are the real model's: the CPU kernel knows no others
-    "glm": (
-        tiny.glm_model,
-        SIZES
-        | {
-            "q_lora_rank": 32,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
-        },
-    ),
+    "glm": (tiny.glm_model, SIZES | LATENT),
     "mixtral": (
         tiny.mixtral_model,
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32},
     ),
     "glm45": (FAMILIES["glm4_moe"].make, SIZES | {"head_dim": 32}),
+    "v3": (FAMILIES["deepseek_v3"].make, SIZES | LATENT),
+    "v2": (FAMILIES["deepseek_v2"].make, SIZES | LATENT | {"q_lora_rank": None}),
+    "oss": (
+        FAMILIES["gpt_oss"].make,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "head_dim": 32,
+            "sliding_window": 20,
+        },
+    ),
+    "minimax": (FAMILIES["minimax_m2"].make, {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32}),
+    "olmoe": (
+        FAMILIES["olmoe"].make,
+        {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2},
+    ),
+    "qwen2": (FAMILIES["qwen2_moe"].make, SIZES | {"num_attention_heads": 2, "mlp_only_layers": [0]}),
 }
 """Families, and the sizes that change."""
 ENVIRONMENT = {
@@ -69,25 +83,31 @@ ZERO = {
 """How a conversion adds zero experts."""
 
 
-def make_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Exported folders, named after a family and its zero experts: `qwen_shared`, `glm_paired`, ..."""
-    from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
-    from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+class Folders(dict):
+    """Exported folders, made when they are asked for; named after a family and its zero experts: `qwen_shared`,
+    `glm_paired`, ..."""
 
-    folders, worlds = {}, {}
-    for name in names:
+    def __init__(self, root: Path):
+        super().__init__()
+        self._root, self._worlds = root, {}
+
+    def __missing__(self, name: str) -> Path:
+        from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+        from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+
         family, kind = name.split("_")
-        if family not in worlds:
+        if family not in self._worlds:
             model, sizes = MODELS[family]
-            worlds[family] = tiny_world.make_world(root / family, model, **sizes)
-        folders[name] = root / name
-        hf_to_megatron(worlds[family].hf, root / f"{name}_megatron", **ZERO[kind])
-        megatron_to_hf(root / f"{name}_megatron", worlds[family].hf, folders[name])
+            self._worlds[family] = tiny_world.make_world(self._root / family, model, **sizes)
+        hf, folder = self._worlds[family].hf, self._root / name
+        hf_to_megatron(hf, self._root / f"{name}_megatron", **ZERO[kind])
+        megatron_to_hf(self._root / f"{name}_megatron", hf, folder)
         if kind == "awake":
-            wake_up(folders[name])
+            wake_up(folder)
         if kind in ("learned", "paired", "awake"):
-            draw_added(folders[name], {"paired": -3.0, "awake": -1.0}.get(kind))
-    return folders
+            draw_added(folder, {"paired": -3.0, "awake": -1.0}.get(kind))
+        self[name] = folder
+        return folder
 
 
 def wake_up(folder: Path) -> None:
@@ -109,7 +129,7 @@ def draw_added(folder: Path, threshold: float | None) -> None:
     file, draw = folder / "model.safetensors", torch.Generator().manual_seed(0)
     tensors = load_file(file)
     for name in sorted(tensors):
-        if ".gate.zero_" in name:
+        if ".zero_" in name:
             tensors[name] = torch.randn(tensors[name].shape, generator=draw) * 0.1
     save_file(tensors, file, metadata={"format": "pt"})
     if threshold is not None:

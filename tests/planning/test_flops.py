@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,6 +84,11 @@ VARIANTS = {
     "glm": TINY_GLM,
     "glm, no query latent": {**TINY_GLM, "q_lora_rank": None},
     "glm, two dense layers": {**TINY_GLM, "mlp_layer_types": ["dense", "dense", "sparse"]},
+    **{
+        f"{name}, {variant}": family.fields | changes
+        for name, family in FAMILIES.items()
+        for variant, changes in family.variants.items()
+    },
 }
 
 
@@ -250,7 +256,7 @@ def test_one_decoded_token_reads_the_active_weights_once():
     device = Gpu("slow memory", flops=1e30, bandwidth=1e12, source="invented")
     parts = decode_seconds(QWEN, device, batch=1, context=1)
     # All matrices but the embedding (one row of it is read); norms and biases are not counted.
-    norms = QWEN.hidden * (2 * QWEN.layers + 1) + QWEN.layers * QWEN.attention.norm
+    norms = QWEN.hidden * (2 * QWEN.layers + 1) + QWEN.layers * QWEN.attention.others
     weights = 2 * (QWEN.active_parameters() - norms - QWEN.hidden * QWEN.vocabulary)
     assert sum(parts.values()) * 1e12 == pytest.approx(weights, rel=2e-3)
 

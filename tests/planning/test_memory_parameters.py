@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.multiprocessing as mp
+from families import FAMILIES
 
 MODELS = {
     "qwen": tiny.TINY | {"num_hidden_layers": 4},
@@ -18,6 +19,11 @@ MODELS = {
     "glm": tiny.GLM | {"num_hidden_layers": 4},
     "glm mtp": tiny.GLM | {"num_hidden_layers": 4, "num_nextn_predict_layers": 1},
     "mixtral": tiny.MIXTRAL | {"num_hidden_layers": 4},
+    **{
+        name: family.fields | {"num_hidden_layers": 4}
+        for name, family in FAMILIES.items()
+        if name not in ("qwen3_moe", "glm4_moe_lite", "mixtral")
+    },
 }
 SHARDED = ["--use-distributed-optimizer"]
 FEW = {
@@ -61,7 +67,10 @@ def cases(layouts: dict):
     """Models and their layouts: a head of multi-token prediction needs one pipeline stage and whole sequences."""
     for model in MODELS:
         for layout, flags in layouts.items():
-            if model != "glm mtp" or not any(word.startswith(("pp", "cp")) for word in layout.split()):
+            words = layout.split()
+            if model == "gpt_oss" and "etp2" in words:
+                continue  # its experts have biases
+            if model != "glm mtp" or not any(word.startswith(("pp", "cp")) for word in words):
                 yield model, layout, [*flags, *(["--mtp-loss-scale", "0.3"] if model == "glm mtp" else [])]
     if "routers" in layouts:
         yield "glm mtp", "head alone", ["--mtp-loss-scale", "1", "--trainable", "mtp"]

@@ -8,9 +8,10 @@ import vllm_world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/serving/vllm_env.sh")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), pytest.mark.usefixtures("one_process")]
+OTHERS = ("glm45", "v3", "v2", "oss", "minimax", "olmoe", "qwen2")
 NAMES = (
     *("qwen_shared", "qwen_paired", "glm_shared", "glm_paired", "mixtral_shared", "mixtral_paired"),
-    *("glm45_shared", "glm45_paired"),
+    *(f"{family}_{kind}" for family in OTHERS for kind in ("shared", "paired")),
 )
 KINDS = ("qwen_learned", "glm_copy", "qwen_awake", "glm_awake")
 """Zero experts that give something."""
@@ -18,7 +19,7 @@ KINDS = ("qwen_learned", "glm_copy", "qwen_awake", "glm_awake")
 
 @pytest.fixture(scope="module")
 def folders(one_process, tmp_path_factory):
-    return vllm_world.make_folders(tmp_path_factory.mktemp("vllm"), (*NAMES, *KINDS))
+    return vllm_world.Folders(tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.mark.parametrize("name", (*NAMES, *KINDS))
@@ -41,12 +42,8 @@ STAGES = {"pipeline_parallel_size": 2}
         *(
             (name, TENSORS)
             for name in (
-                "qwen_learned",
-                "qwen_paired",
-                "glm_copy",
-                "glm_paired",
-                "qwen_awake",
-                "glm45_paired",
+                *("qwen_learned", "qwen_paired", "glm_copy", "glm_paired", "qwen_awake"),
+                *(f"{family}_shared" for family in OTHERS),
             )
         ),
         *((name, EXPERTS) for name in ("qwen_shared", "qwen_awake", "glm_paired", "mixtral_paired")),

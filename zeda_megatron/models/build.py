@@ -326,6 +326,8 @@ def decoder_block_spec(
             attention = layer.submodules.self_attention
             attention.module = LatentAttention
             attention.params = {**attention.params, "whole_down_projections": not use_te}
+    # Beside `qk_layernorm`, under which Megatron sums the gradients of norms with these names over tensor-parallel
+    # ranks: here every rank has its own.
     over_heads = getattr(config, "qk_norm_over_heads", False)
     if use_te:
         for layer in block.layer_specs:

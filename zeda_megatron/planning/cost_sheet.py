@@ -86,7 +86,7 @@ def decode_seconds(
 ) -> dict[str, float]:
     """Seconds of one decoding step by part: a new token for each of `batch` sequences, `context` cached."""
     flops = flops_per_token(geometry, context, zero_share, zero, cached=True)
-    cache = BYTES * batch * context * geometry.layers * geometry.attention.cache
+    cache = BYTES * batch * geometry.attended(context) * geometry.attention.cache
     return _seconds(geometry, device, flops, batch, batch, cache, zero_share, zero)
 
 

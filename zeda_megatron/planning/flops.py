@@ -32,8 +32,8 @@ class Attention:
 
     projection: int
     """Weights of all projections; also multiply-adds per token (every weight is used once)."""
-    norm: int
-    """Weights of the norms inside attention (parameters only)."""
+    others: int
+    """Weights of norms, biases and sinks inside attention (parameters only)."""
     per_key: int
     """Multiply-adds per token and attended key, scores and values together, keys and values expanded."""
     per_cached_key: int
@@ -65,6 +65,14 @@ class Geometry:
     """Width of one routed expert, F."""
     shared_width: int
     """Width of the shared expert(s); 0 if there is none."""
+    biases: int
+    """Numbers of the biases of one MoE layer: router's and experts'."""
+    shared_gate: int
+    """Weights of the shared expert's gate."""
+    windowed: int
+    """Layers whose tokens see a window alone."""
+    window: int
+    """Keys in that window."""
     zero_experts: int
     """Zero experts the checkpoint already has, Nz (key `zce_nums`); 0 for a static model."""
     vocabulary: int
@@ -83,9 +91,10 @@ class Geometry:
     @property
     def parameters(self) -> int:
         """All parameters."""
-        norms = self.hidden * (2 * self.layers + 1) + self.layers * self.attention.norm
+        norms = self.hidden * (2 * self.layers + 1) + self.layers * self.attention.others
         attention = self.layers * self.attention.projection
         router = self.moe_layers * self.hidden * (self.experts + self.zero_experts)
+        router += self.moe_layers * (self.biases + self.shared_gate)
         shared = self.moe_layers * 3 * self.hidden * self.shared_width
         dense = (self.layers - self.moe_layers) * 3 * self.hidden * self.dense_width
         vocabulary = self.hidden * self.vocabulary * (1 if self.tied else 2)
@@ -100,6 +109,10 @@ class Geometry:
         """Parameters one token uses when the share `zero_share` of its picks chose a zero expert."""
         idle = self.experts - self.topk * (1.0 - zero_share)
         return self.parameters - self.moe_layers * idle * self.expert
+
+    def attended(self, keys: float) -> float:
+        """Keys that all layers together attend to, where a token has `keys` before it."""
+        return (self.layers - self.windowed) * keys + self.windowed * min(keys, self.window)
 
     def costs(self, zero: ZeroExpertConfig) -> tuple[float, float]:
         """See `ZeroExpertConfig.costs`."""
@@ -133,6 +146,10 @@ def _geometry(arch: Architecture) -> Geometry:
         topk=sizes["moe_router_topk"],
         expert_width=sizes["moe_ffn_hidden_size"],
         shared_width=sizes.get("moe_shared_expert_intermediate_size") or 0,
+        biases=_moe_biases(sizes),
+        shared_gate=sizes["hidden_size"] if sizes.get("moe_shared_expert_gate") else 0,
+        windowed=sum(sizes.get("window_attn_skip_freq") or []) if sizes.get("window_size") else 0,
+        window=sizes["window_size"][0] + 1 if sizes.get("window_size") else 0,
         zero_experts=arch.num_zero_experts,
         vocabulary=arch.vocab_size,
         tied=arch.tie_word_embeddings,
@@ -141,12 +158,31 @@ def _geometry(arch: Architecture) -> Geometry:
     )
 
 
+def _moe_biases(sizes: dict) -> int:
+    if not sizes["add_bias_linear"]:
+        return 0
+    return sizes["num_moe_experts"] * (1 + 2 * sizes["moe_ffn_hidden_size"] + sizes["hidden_size"])
+
+
+def attention_others(sizes: dict) -> tuple[int, int]:
+    """Weights of norms, biases and sinks of one layer of grouped-query attention: those that tensor-parallel ranks
+    share out, and those that all of them have."""
+    head, heads, groups = sizes["kv_channels"], sizes["num_attention_heads"], sizes["num_query_groups"]
+    split = heads if sizes.get("softmax_type") == "learnable" else 0
+    if sizes["add_bias_linear"] or sizes.get("add_qkv_bias"):
+        split += (heads + 2 * groups) * head
+    if sizes.get("qk_norm_over_heads"):
+        split += (heads + groups) * head
+    whole = 2 * head if sizes["qk_layernorm"] else 0
+    return split, whole + (sizes["hidden_size"] if sizes["add_bias_linear"] else 0)
+
+
 def _grouped_query(sizes: dict) -> Attention:
     hidden, head = sizes["hidden_size"], sizes["kv_channels"]
     heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
     return Attention(
         projection=2 * hidden * heads * head + 2 * hidden * groups * head,
-        norm=2 * head if sizes["qk_layernorm"] else 0,
+        others=sum(attention_others(sizes)),
         per_key=2 * heads * head,
         per_cached_key=2 * heads * head,
         cache=2 * groups * head,
@@ -164,7 +200,7 @@ def _latent(sizes: dict) -> Attention:
         + hidden * (latent + rope)
         + latent * heads * (nope + value)
         + heads * value * hidden,
-        norm=latent + (query_latent or 0),
+        others=latent + (query_latent or 0),
         per_key=heads * (nope + rope + value),
         per_cached_key=heads * (2 * latent + rope),
         cache=latent + rope,
@@ -227,7 +263,7 @@ def flops_per_token(
     head, stand_in = geometry.costs(zero)
     return Flops(
         attention_projections=2.0 * geometry.layers * geometry.attention.projection,
-        attention_scores=2.0 * geometry.layers * per_key * keys,
+        attention_scores=2.0 * per_key * geometry.attended(keys),
         router=2.0 * moe * hidden * (geometry.experts + zero.num_zero_rows),
         heads=head * experts,
         stand_ins=stand_in * zero_share * experts,

@@ -13,6 +13,7 @@ from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
 from ..models.build import stage_layers
+from .flops import attention_others
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def stage_parameters(
         norms = attention(fields, tp) + 2 * fields["hidden_size"]
         dense_mlp = mlp(fields, fields["ffn_hidden_size"], tp)
         beside = mlp(fields, fields.get("moe_shared_expert_intermediate_size") or 0, tp)
+        beside += fields["hidden_size"] if fields.get("moe_shared_expert_gate") else 0
         dense = len(layers) * norms + (len(layers) - sparse) * dense_mlp + sparse * beside + router
         # A tied head is the embedding itself on one stage, a copy of it on the last of several.
         copies = first + (last and not (first and arch.tie_word_embeddings))
@@ -121,7 +123,8 @@ def attention(fields: dict, tp: int) -> int:
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if not fields.get("multi_latent_attention"):
         groups, head = fields["num_query_groups"], fields["kv_channels"]
-        return hidden * (2 * heads + 2 * groups) * head // tp + (2 * head if fields["qk_layernorm"] else 0)
+        split, whole = attention_others(fields)
+        return (hidden * (2 * heads + 2 * groups) * head + split) // tp + whole
     nope, rope, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
     latent, query_latent = fields["kv_lora_rank"], fields["q_lora_rank"]
     query = heads * (nope + rope) // tp
@@ -143,14 +146,18 @@ def mlp(fields: dict, width: int, tp: int) -> int:
 def experts_of_layer(fields: dict, parallel: ParallelConfig) -> int:
     """Parameters of one layer's real experts on one rank."""
     experts = fields["num_moe_experts"] // parallel.expert_model_parallel_size
-    return experts * mlp(fields, fields["moe_ffn_hidden_size"], parallel.expert_tensor_parallel_size)
+    biases = 2 * fields["moe_ffn_hidden_size"] + fields["hidden_size"] if fields["add_bias_linear"] else 0
+    return experts * (
+        mlp(fields, fields["moe_ffn_hidden_size"], parallel.expert_tensor_parallel_size) + biases
+    )
 
 
 def _router(fields: dict, zero: ZeroExpertConfig) -> int:
     rows = fields["num_moe_experts"] + zero.num_zero_rows
     if zero.zero_experts_type == "learned":
         rows += zero.num_zero_experts
-    return rows * fields["hidden_size"] + _paired(fields, zero) + _stand_ins(fields, zero)
+    biases = fields["num_moe_experts"] + zero.num_zero_rows if fields["add_bias_linear"] else 0
+    return rows * fields["hidden_size"] + biases + _paired(fields, zero) + _stand_ins(fields, zero)
 
 
 def _paired(fields: dict, zero: ZeroExpertConfig) -> int:

@@ -28,6 +28,8 @@ from .zero_expert_routing import ZeroExpertRouting
 class ZeroExpertRouter(ZeroExpertRouting, MiniMaxM2TopKRouter):
     """MiniMax-M2's router over real and zero experts."""
 
+    ROUNDED = False
+
     def __init__(self, config):
         super().__init__(config)
         self.add_zero_experts(config, config.num_local_experts)

@@ -135,6 +135,9 @@ class ZeroExpertRouting:
         dials: see `ZeroDials`.
     """
 
+    ROUNDED = True
+    """Weights of picks have the logits' type, as in most stock routers; else they are float32."""
+
     def add_zero_experts(self, config, num_real: int) -> None:
         self.num_real, self.zero = num_real, zero_experts(config, num_real)
         self.dials = ZeroDials(masked=bool(getattr(config, "use_zce_mask", False)))
@@ -171,13 +174,16 @@ class ZeroExpertRouting:
             threshold = self.dials.of_tokens(self.dials.threshold, hidden_TH)
             score_TK = self._scores(hidden_TH, weights_TK, ids_TK)
             kept_TK = kept_picks(score_TK, ids_TK, threshold, self.dials.batch_margin, self.num_real)
-            weights_TK, answer_TH = weights_TK.to(dtype), None
+            weights_TK, answer_TH = self._rounded(weights_TK, dtype), None
             if self.zero.kind != "zero":
                 parts = (getattr(self, name, None) for name in ("zero_down", "zero_up", "zero_constant"))
                 answer_TH = stand_ins(hidden_TH, weights_TK, ids_TK, ~kept_TK, *parts)
             return logits_TE, weights_TK, torch.where(kept_TK, ids_TK, self.num_real), answer_TH
-        weights_TK = weights_TK.to(dtype)
+        weights_TK = self._rounded(weights_TK, dtype)
         return logits_TE, weights_TK, ids_TK, self._answer(hidden_TH, weights_TK, ids_TK)
+
+    def _rounded(self, weights_TK, dtype):
+        return weights_TK.to(dtype) if self.ROUNDED else weights_TK
 
     def _answer(self, hidden_TH, weights_TK, ids_TK):
         if self.zero.kind == "zero" or self.dials.masked:

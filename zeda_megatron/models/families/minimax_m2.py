@@ -50,7 +50,6 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **decoder_fields(hf),
         **grouped_query_fields(hf),
         **sigmoid_router_fields(hf.num_experts_per_tok, scale=1.0),
-        "qk_layernorm": True,
         "qk_norm_over_heads": True,
         "partial_rotary": True,
         "num_moe_experts": hf.num_local_experts,

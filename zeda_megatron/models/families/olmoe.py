@@ -36,7 +36,6 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **decoder_fields(hf),
         **grouped_query_fields(hf),
         **softmax_router_fields(hf.num_experts_per_tok, over_picks=hf.norm_topk_prob),
-        "qk_layernorm": True,
         "qk_norm_over_heads": True,
         "num_moe_experts": hf.num_experts,
         "moe_ffn_hidden_size": hf.intermediate_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from .install import install_zero_experts, prefer_skipping_kernels
+from .install import Names, install_zero_experts, prefer_skipping_kernels
 from .meter import ZeroShareMeter
 from .request_dials import RequestDials
 
@@ -15,8 +15,8 @@ class DynamicModel:
 
     MOE_BLOCK: type
     """The stock MoE block that is replaced."""
-    MOE_NAME = "mlp"
-    """A layer's name of it."""
+    NAMES = Names()
+    """What its layers call things."""
     zero_share_meter: ZeroShareMeter
     """Counts of every MoE layer."""
 
@@ -25,7 +25,7 @@ class DynamicModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         numbers = self.sparse_layers(self.config)
         self.zero_share_meter = install_zero_experts(
-            self.model.layers, self.MOE_BLOCK, self.config, vllm_config, numbers, self.MOE_NAME
+            self.model.layers, self.MOE_BLOCK, self.config, vllm_config, numbers, self.NAMES
         )
 
     @staticmethod
@@ -37,6 +37,12 @@ class DynamicModel:
         self.zero_share_meter.tick()
         RequestDials.see_batch(input_ids, positions)
         return super().forward(input_ids, positions, *args, **kwargs)
+
+
+def every_few_sparse(config) -> list[int]:
+    """Numbers of the layers with experts, for configs that say `decoder_sparse_step` and `mlp_only_layers`."""
+    step, dense = config.decoder_sparse_step, config.mlp_only_layers or []
+    return [n for n in range(config.num_hidden_layers) if n not in dense and (n + 1) % step == 0]
 
 
 class FirstLayersDense(DynamicModel):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -50,19 +52,41 @@ class ZeroExpertRouter(BaseRouter):
         return weights_TK, ids_TK.to(torch.int32 if indices_type is None else indices_type)
 
 
-class ZeroExpertMoeBlock(nn.Module):
-    """A stock MoE block whose gate knows zero experts. The gate's columns travel with the hidden states."""
+@dataclass(frozen=True)
+class Names:
+    """What a family calls things in its layers."""
 
-    def __init__(self, gate: ZeroExpertGate, stock: nn.Module):
+    block: str = "mlp"
+    """A layer's MoE block."""
+    router: str = "gate"
+    """The block's router."""
+    block_has_score_bias: bool = False
+    """The bias that chooses is a parameter of the block, not of its router."""
+
+
+class ZeroExpertMoeBlock(nn.Module):
+    """A stock MoE block whose gate knows zero experts. The gate's columns travel with the hidden states.
+
+    Args:
+        names: see `Names`.
+    """
+
+    def __init__(self, gate: ZeroExpertGate, stock: nn.Module, names: Names):
         super().__init__()
-        self.gate = gate
-        if getattr(stock, "shared_experts", None) is not None:
-            self.shared_experts = stock.shared_experts
+        self.add_module(names.router, gate)
+        self._router = names.router
+        for name in ("shared_experts", "shared_expert", "shared_expert_gate"):
+            if getattr(stock, name, None) is not None:
+                setattr(self, name, getattr(stock, name))
+        if names.block_has_score_bias:
+            bias = gate._parameters.pop("e_score_correction_bias")
+            self.e_score_correction_bias = bias
+            object.__setattr__(gate, "e_score_correction_bias", bias)  # to be read; its name is the block's
         self.experts = stock.experts
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        columns_TC = self.gate(hidden_states)
+        columns_TC = self._modules[self._router](hidden_states)
         if not self.experts.moe_config.is_sequence_parallel:
             return self.experts(hidden_states=hidden_states, router_logits=columns_TC)
         # Ranks of a tensor-parallel group have the same tokens: each takes a part of them to the experts.
@@ -85,14 +109,14 @@ def install_zero_experts(
     config,
     vllm_config: VllmConfig,
     numbers: list[int],
-    name: str = "mlp",
+    names: Names,
 ) -> ZeroShareMeter:
     """Replace the MoE blocks of these decoder layers; returns the meter of their zero share.
 
     Args:
         layers: decoder layers of this pipeline rank (others are placeholders).
         block_class: the stock MoE block. config: the Hugging Face config. numbers: of all MoE layers of the model.
-        name: a layer's name of its MoE block.
+        names: what the family calls things.
 
     Raises:
         ValueError: the config makes no sense, or vLLM's settings would not skip zero experts.
@@ -101,14 +125,14 @@ def install_zero_experts(
     routings = dict(zip(numbers, read_routing(config, len(numbers), extra)))
     counters = {}
     for layer in layers:
-        stock = getattr(layer, name, None)
+        stock = getattr(layer, names.block, None)
         if not isinstance(stock, block_class):
             continue
         number = extract_layer_index(stock.experts.layer_name)
         gate = ZeroExpertGate(routings[number], config.hidden_size, vllm_config.model_config.dtype)
         counters[number] = SlotCounter()
         _rewire(stock.experts, gate, counters[number], bool(extra.get(ANYWAY)))
-        setattr(layer, name, ZeroExpertMoeBlock(gate, stock))
+        setattr(layer, names.block, ZeroExpertMoeBlock(gate, stock, names))
         if gate.routing.needs_residual:
             layer.post_attention_layernorm.register_forward_hook(_show_residual(gate))
     return ZeroShareMeter(counters, float(extra.get("zeda_metric_seconds", 10.0)))

@@ -9,6 +9,12 @@ FAMILIES = {
     "glm4_moe_lite": "Glm4MoeLite",
     "mixtral": "Mixtral",
     "glm4_moe": "Glm4Moe",
+    "deepseek_v3": "DeepseekV3",
+    "deepseek_v2": "DeepseekV2",
+    "gpt_oss": "GptOss",
+    "minimax_m2": "MiniMaxM2",
+    "olmoe": "Olmoe",
+    "qwen2_moe": "Qwen2Moe",
 }
 """`model_type`, which a file in `families` is named after, and what the names of its classes begin with. A process
 imports the file of an architecture that it meets."""

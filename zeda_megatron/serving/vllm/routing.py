@@ -25,6 +25,7 @@ class ZeroExpertGate(nn.Module):
 
     Attributes:
         weight: [N+Nz, H] (paired: [N+1, H], the last row unread).
+        bias: [N+Nz] (paired: [N]), where the family's logits have one.
         e_score_correction_bias: float32 [N+Nz] (paired: [N]), with sigmoid scores only.
         zero_weight, zero_bias: heads of paired zero experts, [N, H] and [N], and what `paired_shapes` names.
             zero_bias: [Nz, H], of learned shared ones.
@@ -35,9 +36,9 @@ class ZeroExpertGate(nn.Module):
     def __init__(self, routing: ZeroRouting, hidden_size: int, dtype: torch.dtype):
         super().__init__()
         self.routing = routing
-        # Sigmoid routers are float32 in every checkpoint's model.
-        kind = torch.float32 if routing.score == "sigmoid" else dtype
+        kind = torch.float32 if routing.precise else dtype
         self.weight = _frozen(routing.rows + routing.zero.unread_rows, hidden_size, dtype=kind)
+        self.bias = _frozen(routing.rows, dtype=dtype) if routing.biased else None
         if routing.score == "sigmoid":
             self.e_score_correction_bias = _frozen(routing.rows, dtype=torch.float32)
         if routing.paired:
@@ -61,7 +62,7 @@ class ZeroExpertGate(nn.Module):
         routing = self.routing
         rows = routing.num_real if routing.masked else routing.rows
         hidden_TH, weight = hidden_TH.to(self.weight.dtype), self.weight[:rows]
-        logits_TE = F.linear(hidden_TH, weight).float()
+        logits_TE = F.linear(hidden_TH, weight, None if self.bias is None else self.bias[:rows]).float()
         if routing.masked:
             return logits_TE
         if not routing.paired:
@@ -109,7 +110,10 @@ def pick(
         weights_TK = scores_TE.gather(1, ids_TK)
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
     else:
-        weights_TK, ids_TK = torch.topk(logits_TE.softmax(dim=-1), routing.top_k, dim=-1)
+        scores_TE = logits_TE.softmax(dim=-1)
+        choice_TE = limit_to_groups(scores_TE, routing.num_real, *routing.groups, routing.group_best)
+        ids_TK = torch.topk(choice_TE, routing.top_k, dim=-1)[1]
+        weights_TK = scores_TE.gather(1, ids_TK)
         if routing.renormalize:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
     whole_TK = weights_TK * routing.scale
@@ -120,7 +124,8 @@ def pick(
         kept_TK = kept_picks(score_TK, ids_TK, dial, routing.batch_margin, routing.num_real, no_token_T)
         ids_TK = torch.where(kept_TK, ids_TK, ids_TK + routing.num_real)
     weights_TK = whole_TK if scaled else weights_TK
-    return (weights_TK if routing.score == "sigmoid" else weights_TK.to(dtype).float()), ids_TK
+    precise = routing.precise or routing.score == "sigmoid"
+    return (weights_TK if precise else weights_TK.to(dtype).float()), ids_TK
 
 
 def zero_output(

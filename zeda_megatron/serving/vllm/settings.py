@@ -25,6 +25,10 @@ class ZeroRouting:
     """Picks per token."""
     score: str
     """`softmax`, or `sigmoid` with a bias per expert for the choice."""
+    precise: bool = False
+    """The router computes in float32 and its weights stay so, whatever the model's type."""
+    biased: bool = False
+    """Logits have a bias."""
     renormalize: bool = True
     """Weights of the K picks sum to 1."""
     scale: float = 1.0
@@ -107,25 +111,30 @@ def number(key: str, value: Any) -> float:
 
 def _shape(config: Any) -> ZeroRouting:
     """Everything but the dials."""
-    groups = (1, 1)
-    if hasattr(config, "n_routed_experts"):
-        groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
+    kind, words = config.model_type, {}
+    groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
+    if kind == "minimax_m2":
+        num_real, score = config.num_local_experts, "sigmoid"
+    elif hasattr(config, "n_routed_experts"):
         num_real, score = config.n_routed_experts, "sigmoid"
-        renormalize, scale = True, float(config.routed_scaling_factor)
+        words = {"precise": True, "scale": float(config.routed_scaling_factor), "groups": groups}
+        if kind == "deepseek_v2":
+            score = "softmax"
+            words |= {"renormalize": False, "group_best": 1}
+            if config.topk_method == "greedy":
+                words["groups"] = (1, 1)
     elif hasattr(config, "norm_topk_prob"):
         num_real, score = config.num_experts, "softmax"
-        renormalize, scale = bool(config.norm_topk_prob), 1.0
+        words = {"renormalize": bool(config.norm_topk_prob)}
     else:
         num_real, score = config.num_local_experts, "softmax"
-        renormalize, scale = True, 1.0
+        words = {"biased": kind == "gpt_oss"}
     zero = zero_experts(config, num_real)
     return ZeroRouting(
         zero=zero,
         num_real=num_real,
         top_k=config.num_experts_per_tok,
         score=score,
-        renormalize=renormalize,
-        scale=scale,
-        groups=groups,
         masked=bool(getattr(config, "use_zce_mask", False)),
+        **words,
     )
