@@ -157,7 +157,8 @@ MINIMAX_M2 = dict(
     tie_word_embeddings=False,
     bos_token_id=1,
     eos_token_id=2,
-    rope_parameters={"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    rotary_dim=6,
+    rope_theta=5e6,
 )
 OLMOE = dict(
     architectures=["OlmoeForCausalLM"],
@@ -309,7 +310,7 @@ FAMILIES = {
         "sigmoid",
         {
             "plain": {},
-            "all channels turned": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "all channels turned": {"rotary_dim": 12},
         },
         ({"use_routing_bias": False}, {"scoring_func": "softmax"}, {"attn_type_list": [1, 0]}),
     ),

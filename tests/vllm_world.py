@@ -50,7 +50,10 @@ MODELS = {
             "sliding_window": 20,
         },
     ),
-    "minimax": (FAMILIES["minimax_m2"].make, {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32}),
+    "minimax": (
+        FAMILIES["minimax_m2"].make,
+        {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32, "rotary_dim": 16},
+    ),
     "olmoe": (
         FAMILIES["olmoe"].make,
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2},
@@ -191,7 +194,8 @@ def change_config(folder: Path, **changes) -> None:
     """Change keys of config.json; None takes one away."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    gone = {key for key, value in changes.items() if value is None}
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in gone}))
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,14 @@ def offline_of_two(folder: Path, **llm) -> dict:
     return {"rounds": [tokens], "counts": counts}
 
 
+def attention_of(folder: Path) -> str | None:
+    """The backend that latent attention has to name: where a processor has AMX vLLM takes one that knows no float32."""
+    config = json.loads((folder / "config.json").read_text())
+    return "CPU_MLA" if "kv_lora_rank" in config else None
+
+
 def _job(folder: Path, prompts: list[list[int]], rounds: int, extra_args, llm: dict) -> str:
+    llm = {"attention_backend": attention_of(folder)} | llm
     job = {"folder": str(folder), "llm": llm, "prompts": prompts, "rounds": rounds, "extra_args": extra_args}
     return json.dumps(job | {"new_tokens": NEW_TOKENS})
 
@@ -302,6 +313,7 @@ class Server:
                 "--no-enable-prefix-caching",
             ),
             *("--additional-config", json.dumps({"zeda_metric_seconds": 0, **extra})),
+            *(["--attention-backend", backend] if (backend := attention_of(folder)) else []),
             *flags,
         ]
         self.env = os.environ | ENVIRONMENT | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
