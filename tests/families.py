@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import tiny
 import transformers
+from packaging.version import Version
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Family:
     """Name -> changed keys of configs that are followed."""
     refused: tuple[dict, ...] = ()
     """Changed keys of configs that are refused; the message names the first."""
+    since: str = "5.0"
+    """Version of transformers whose classes the modeling file extends."""
 
     @property
     def groups(self) -> tuple[int, int, int] | None:
@@ -159,6 +162,11 @@ MINIMAX_M2 = dict(
     eos_token_id=2,
     rotary_dim=6,
     rope_theta=5e6,
+    # Keys of published folders that vLLM reads and transformers does not have.
+    scoring_func="sigmoid",
+    use_routing_bias=True,
+    use_qk_norm=True,
+    qk_norm_type="per_layer",
 )
 OLMOE = dict(
     architectures=["OlmoeForCausalLM"],
@@ -195,7 +203,7 @@ QWEN2_MOE = dict(
     tie_word_embeddings=False,
 )
 
-FAMILIES = {
+EVERY = {
     "qwen3_moe": Family(
         tiny.TINY,
         variants={
@@ -282,6 +290,7 @@ FAMILIES = {
             {"topk_method": "noaux_tc"},
             {"num_key_value_heads": 2},
         ),
+        since="5.14",
     ),
     "gpt_oss": Family(
         GPT_OSS,
@@ -337,3 +346,9 @@ FAMILIES = {
         ({"use_sliding_window": True}, {"hidden_act": "gelu"}),
     ),
 }
+FAMILIES = {
+    name: family
+    for name, family in EVERY.items()
+    if Version(transformers.__version__) >= Version(family.since)
+}
+"""Those that this version of transformers has."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import tiny
 import tiny_world
 import torch
-from families import FAMILIES
+from families import FAMILIES, YARN
 from safetensors.torch import load_file, save_file
 
 LATENT = {
@@ -29,6 +29,10 @@ LATENT = {
     "v_head_dim": 32,
 }
 """The latent sizes are the real models': vLLM's CPU kernel knows no others."""
+LONG = {
+    "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7, "original_max_position_embeddings": 64}
+}
+"""vLLM makes a table of so many positions, times the factor."""
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 MODELS = {
     "qwen": (tiny.hf_model, SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
@@ -38,8 +42,8 @@ MODELS = {
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32},
     ),
     "glm45": (FAMILIES["glm4_moe"].make, SIZES | {"head_dim": 32}),
-    "v3": (FAMILIES["deepseek_v3"].make, SIZES | LATENT),
-    "v2": (FAMILIES["deepseek_v2"].make, SIZES | LATENT | {"q_lora_rank": None}),
+    "v3": (FAMILIES["deepseek_v3"].make, SIZES | LATENT | LONG),
+    "v2": (FAMILIES["deepseek_v2"].make, SIZES | LATENT | LONG | {"q_lora_rank": None}),
     "oss": (
         FAMILIES["gpt_oss"].make,
         {
@@ -48,6 +52,9 @@ MODELS = {
             "num_hidden_layers": 2,
             "head_dim": 32,
             "sliding_window": 20,
+            "swiglu_limit": 7.0,
+            "rope_parameters": YARN
+            | {"truncate": False, "beta_slow": 1.0, "original_max_position_embeddings": 64},
         },
     ),
     "minimax": (

@@ -18,6 +18,12 @@ FAMILIES = {
     "glm4_moe_lite": "Glm4MoeLite",
     "mixtral": "Mixtral",
     "glm4_moe": "Glm4Moe",
+    "deepseek_v3": "DeepseekV3",
+    "deepseek_v2": "DeepseekV2",
+    "gpt_oss": "GptOss",
+    "minimax_m2": "MiniMaxM2",
+    "olmoe": "Olmoe",
+    "qwen2_moe": "Qwen2Moe",
 }
 ARMS = {
     "stock": {},

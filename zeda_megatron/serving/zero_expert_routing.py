@@ -243,13 +243,11 @@ class SigmoidPicks(ZeroExpertRouting):
 
     def add_zero_experts(self, config, num_real: int) -> None:
         super().add_zero_experts(config, num_real)
-        self.add_score_bias()
-        self.groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
-
-    def add_score_bias(self) -> None:
-        """A float32 buffer for all rows."""
-        rows = self.num_real + self.zero.rows
+        rows = num_real + self.zero.rows
         self.e_score_correction_bias = nn.Buffer(torch.zeros(rows, dtype=torch.float32))
+        # Not all versions' stock routers have them.
+        self.top_k, self.routed_scaling_factor = config.num_experts_per_tok, config.routed_scaling_factor
+        self.groups = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
 
     def _project(self, hidden_TH, weight_EH):
         return F.linear(hidden_TH.float(), weight_EH.float())
