@@ -50,17 +50,16 @@ class Part:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the plain tensor."""
-        return (self._whole[0] if self.rows is None else self.rows, *self._whole[1:])
+        return self._whole if self.rows is None else (self.rows, *self._whole[1:])
 
     def read(self) -> torch.Tensor:
         """The plain tensor, in its own memory."""
-        if self.turned or self.step > 1:
-            stored = self.source.shape if self.expert is None else self.source.shape[1:]
-            whole = self.source.read(self.expert, 0, stored[0])
-            return (whole.t() if self.turned else whole)[self.first :: self.step][: self.shape[0]].clone(
-                memory_format=torch.contiguous_format
-            )
-        return self.source.read(self.expert, self.first, self.first + self.shape[0])
+        height = self._whole[0]
+        rows = slice(self.first, min(self.first + self.shape[0] * self.step, height), self.step)
+        if not self.turned:
+            return self.source.read(self.expert, rows)
+        columns = self.source.read(self.expert, slice(0, self._whole[1], 1))
+        return columns.t()[rows].clone(memory_format=torch.contiguous_format)
 
 
 def parts_of(key: str, source: NumberFormat, layout: FusedExperts) -> dict[str, Part]:
@@ -74,16 +73,17 @@ def parts_of(key: str, source: NumberFormat, layout: FusedExperts) -> dict[str, 
         UserError: a shape that does not fit, naming file and tensor.
     """
     match, shape = FUSED.fullmatch(key), source.shape
+    has = f"has shape {list(source.values.entry.shape)}"
     axes = 2 if match["bias"] else 3
     if len(shape) != axes or shape[0] > MAX_COUNT:
         raise source.values.wrong(
-            f"has shape {list(shape)}; merged experts have {axes} axes, the first for at most {MAX_COUNT} experts"
+            f"{has}; merged experts have {axes} axes, the first for at most {MAX_COUNT} experts"
         )
     turned = layout.turned and not match["bias"]
     kind = "bias" if match["bias"] else "weight"
     both = shape[-1] if turned else shape[1]
     if match["name"] == "gate_up_proj" and both % 2:
-        raise source.values.wrong(f"has shape {list(shape)}; gate and up are not equally large")
+        raise source.values.wrong(f"{has}; gate and up are not equally large")
     parts = {}
     for expert in range(shape[0]):
         name = f"{match['experts']}.{expert}."

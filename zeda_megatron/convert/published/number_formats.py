@@ -58,8 +58,8 @@ class NumberFormat(Protocol):
     shape: tuple[int, ...]
     """Of the plain numbers: [out, in], or experts in front of it."""
 
-    def read(self, expert: int | None, first: int, stop: int) -> torch.Tensor:
-        """Rows [first, stop) of the whole, or of one expert's part.
+    def read(self, expert: int | None, rows: slice) -> torch.Tensor:
+        """Some rows (first, stop and step are given) of the whole, or of one expert's part; in their own memory.
 
         Raises:
             UserError: a scale that makes no sense, a file that ends before.
@@ -72,8 +72,8 @@ class Plain:
     def __init__(self, values: Stored):
         self.values, self.dtype, self.shape = values, values.entry.dtype, values.entry.shape
 
-    def read(self, expert: int | None, first: int, stop: int) -> torch.Tensor:
-        return self.values.rows(expert, first, stop)
+    def read(self, expert: int | None, rows: slice) -> torch.Tensor:
+        return self.values.rows(expert, rows.start, rows.stop)[:: rows.step].contiguous()
 
 
 class Fp8Blocks:
@@ -111,9 +111,9 @@ class Fp8Blocks:
                 f"blocks of {list(block)} (weight_block_size)"
             )
 
-    def read(self, expert: int | None, first: int, stop: int) -> torch.Tensor:
-        values, (height, width) = self.values.rows(expert, first, stop), self._block
-        start = first // height
+    def read(self, expert: int | None, rows: slice) -> torch.Tensor:
+        first, stop, (height, width) = rows.start, rows.stop, self._block
+        values, start = self.values.rows(expert, first, stop), first // height
         scales = self._scales.rows(expert, start, -(-stop // height)).float()
         if not (scales.isfinite().all() and (scales >= 0).all()):
             raise self._scales.wrong("has scales that are no finite positive numbers; download it again")
@@ -123,7 +123,7 @@ class Fp8Blocks:
         ):  # a row of blocks at a time: float32 needs room
             part = slice(max(number * height, first) - first, min((number + 1) * height, stop) - first)
             plain[part] = values[part].float() * scales_of_row.repeat_interleave(width)[: values.shape[1]]
-        return plain
+        return plain[:: rows.step].contiguous()
 
 
 class Mxfp4Blocks:
@@ -152,15 +152,16 @@ class Mxfp4Blocks:
             raise scales.wrong(f"has shape {list(scales.entry.shape)}, expected {list(shape[:-1])}")
         self.shape = (*shape[:2], shape[2] * _GROUP)
 
-    def read(self, expert: int | None, first: int, stop: int) -> torch.Tensor:
-        plain = torch.empty((stop - first, self.shape[2]), dtype=self.dtype)
+    def read(self, expert: int | None, rows: slice) -> torch.Tensor:
+        plain = torch.empty((len(range(rows.start, rows.stop, rows.step)), self.shape[2]), dtype=self.dtype)
         table = torch.tensor(_FP4)
-        for begin in range(first, stop, _ROWS):
-            end = min(begin + _ROWS, stop)
-            bytes_, scales = (part.rows(expert, begin, end) for part in (self.values, self._scales))
+        for number, begin in enumerate(range(rows.start, rows.stop, _ROWS * rows.step)):
+            end = min(begin + _ROWS * rows.step, rows.stop)
+            stored = (part.rows(expert, begin, end) for part in (self.values, self._scales))
+            bytes_, scales = (part[:: rows.step] for part in stored)
             if (scales == 255).any():
                 raise self._scales.wrong("has scales that are NaN (255); download it again")
             values = table[torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).int()].flatten(-2)
             torch.ldexp(values, scales[..., None].int() - 127, out=values)
-            plain[begin - first : end - first] = values.flatten(1)
+            plain[number * _ROWS : (number + 1) * _ROWS] = values.flatten(1)
         return plain

@@ -1,0 +1,461 @@
+"""Published formats: their numbers are those that transformers makes of them, their names and layouts only names."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from corruptions import edit_json, snapshot
+from odd_folders import fused, single
+from tiny import assert_same_bits, weights_of
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.convert.published import PublishedReader
+from zeda_megatron.convert.verify import verify
+from zeda_megatron.errors import UserError
+from zeda_megatron.models import architecture, qwen3_moe
+from zeda_megatron.models.weight_map import HALVES, TURNS, FusedExperts, PublishedNames, WeightMap
+
+SMALL = dict(num_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
+SCALE = EXPERT + "_scale_inv"
+MERGED = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def plain(folder, **changes):
+    """A Qwen3-MoE of bf16 weights, saved by transformers in one file."""
+    tiny.hf_model(**(SMALL | changes)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def told(folder, **quantization):
+    edit_json("config.json", lambda config: config | {"quantization_config": quantization})(folder)
+
+
+def expanded(scales, block, shape):
+    """Each weight's scale, one by one."""
+    return torch.tensor(
+        [[float(scales[r // block[0], c // block[1]]) for c in range(shape[1])] for r in range(shape[0])]
+    )
+
+
+def fp8(folder, block=(16, 16), scale_type=torch.float32):
+    """Quantise a plain folder as DeepSeek does; returns what its matrices are worth, by the definition."""
+    weights, values = weights_of(folder), {}
+    for key in [key for key in weights if "_proj." in key]:
+        weight = weights[key].float()
+        rows, columns = (range(0, size, step) for size, step in zip(weight.shape, block))
+        blocks = [[weight[r : r + block[0], c : c + block[1]] for c in columns] for r in rows]
+        scales = torch.tensor([[float(one.abs().max()) / 448 for one in row] for row in blocks]).to(
+            scale_type
+        )
+        factors = expanded(scales.float(), block, weight.shape)
+        weights[key] = (weight / factors).clamp(-448, 448).to(torch.float8_e4m3fn)
+        weights[f"{key}_scale_inv"] = scales
+        values[key] = (weights[key].float() * factors).to(torch.bfloat16)
+    single(folder, weights)
+    told(folder, quant_method="fp8", weight_block_size=list(block), fmt="e4m3", activation_scheme="dynamic")
+    return weights, values
+
+
+def imported(folder):
+    """The bytes of all weights of an import."""
+    out = folder.with_name(f"{folder.name}_m")
+    hf_to_megatron(folder, out, num_zero_experts=2, workers=2, max_shard_bytes=20_000)
+    assert verify(folder, out) == []
+    assert json.loads((out / "hf_config/config.json").read_text()).keys().isdisjoint({"quantization_config"})
+    return snapshot(out / "release"), json.loads((out / "zeda.json").read_text())["source_sha256"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fp8_becomes_what_transformers_makes_of_it(tmp_path, dtype):
+    hf = plain(tmp_path / "hf")
+    fp8(hf)
+    edit_json("config.json", lambda config: config | {"dtype": dtype})(hf)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        hf, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    if dtype == "bfloat16":  # the other one widens its plain weights, too
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert imported(hf) == imported(tmp_path / "theirs")
+    reader, read = PublishedReader(hf), tiny.hf_reader(theirs)
+    for key in list(reader.keys()):
+        assert torch.equal(reader.read(key).to(theirs.dtype), read(key)), key
+    assert reader.dtype(EXPERT) == reader.read(EXPERT).dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("scale_type", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("block", [(16, 16), (8, 32), (24, 20), (7, 3), (128, 128)])
+def test_fp8_blocks_of_any_size_have_their_own_scales(tmp_path, block, scale_type):
+    hf = plain(tmp_path / "hf", num_hidden_layers=1, moe_intermediate_size=24)
+    stored, values = fp8(hf, block, scale_type)
+    reader = PublishedReader(hf)
+    assert sorted(reader.keys()) == sorted(key for key in stored if not key.endswith("scale_inv"))
+    theirs, compared = Fp8Dequantize(None), 0
+    for key, value in values.items():
+        ours = reader.read(key)
+        assert ours.dtype == torch.bfloat16 and ours.shape == reader.shape(key)
+        assert torch.equal(ours, value), key
+        if all(size % side == 0 for size, side in zip(value.shape, block)):
+            scales = stored[f"{key}_scale_inv"]
+            assert torch.equal(ours, theirs._dequantize_one(stored[key], scales, torch.bfloat16))
+            compared += 1
+    assert compared or block not in [(16, 16), (8, 32)]
+
+
+def test_rows_of_a_merged_fp8_tensor_keep_the_blocks_of_the_whole(tmp_path):
+    """The up half begins within a block."""
+    hf = plain(tmp_path / "hf", num_hidden_layers=1)
+    whole = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    scales = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(2))
+    fused(hf)
+    single(hf, weights_of(hf) | {MERGED: whole, f"{MERGED}_scale_inv": scales})
+    told(hf, quant_method="fp8", weight_block_size=[20, 24])
+    reader = PublishedReader(hf)
+    for e in range(4):
+        value = (whole[e].float() * expanded(scales[e], (20, 24), (32, 32))).to(torch.bfloat16)
+        gate, up = (
+            reader.read(f"model.layers.0.mlp.experts.{e}.{one}_proj.weight") for one in ("gate", "up")
+        )
+        assert torch.equal(torch.cat([gate, up]), value)
+
+
+def mxfp4(folder, experts=4, hidden=32, width=32, layers=2):
+    """Experts of random bits; returns {fused name: what transformers makes of it, [E, in, out]}."""
+    draw, weights, theirs = torch.Generator().manual_seed(3), weights_of(folder), {}
+    weights = {key: value for key, value in weights.items() if ".experts." not in key}
+    for layer in range(layers):
+        for name, rows, columns in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
+            key = f"model.layers.{layer}.mlp.experts.{name}"
+            blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=draw, dtype=torch.uint8)
+            scales = torch.randint(255, blocks.shape[:-1], generator=draw, dtype=torch.uint8)
+            weights |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+            theirs[key] = convert_moe_packed_tensors(blocks, scales)
+    single(folder, weights)
+    told(folder, quant_method="mxfp4", modules_to_not_convert=["lm_head"])
+    return theirs
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def assert_experts(reader, merged, experts=4):
+    """Plain tensors of experts are those in merged ones of gpt-oss's layout."""
+    for key, value in merged.items():
+        for e in range(experts):
+            names = (
+                {"gate": value[e][..., ::2], "up": value[e][..., 1::2]}
+                if "gate_up" in key
+                else {"down": value[e]}
+            )
+            head, kind = key.rpartition(".")[0], "bias" if key.endswith("_bias") else "weight"
+            for name, part in names.items():
+                ours = reader.read(f"{head}.{e}.{name}_proj.{kind}")
+                assert ours.shape == reader.shape(f"{head}.{e}.{name}_proj.{kind}")
+                assert same(ours, part.t() if kind == "weight" else part), (key, e, name)
+
+
+def test_mxfp4_becomes_what_transformers_makes_of_it(tmp_path):
+    """All exponents and all four-bit numbers, down to where bf16 runs out."""
+    hf = plain(tmp_path / "hf", num_hidden_layers=1, moe_intermediate_size=64)
+    theirs = mxfp4(hf, width=64, layers=1)
+    weights = weights_of(hf)
+    scales, blocks = weights[f"{MERGED}_scales"], weights[f"{MERGED}_blocks"]
+    assert len(scales.unique()) > 200 and len(blocks.unique()) == 256
+    assert_experts(PublishedReader(hf), theirs)
+
+
+def test_mxfp4_is_imported_as_the_plain_folder(tmp_path):
+    hf = plain(tmp_path / "hf", moe_intermediate_size=32)
+    theirs, other = mxfp4(hf), plain(tmp_path / "plain", moe_intermediate_size=32)
+    weights = weights_of(other)
+    for key in [key for key in weights if ".experts." in key]:
+        head, _, rest = key.partition(".experts.")
+        e, name, _ = rest.split(".")
+        both = theirs[f"{head}.experts.{'down_proj' if name == 'down_proj' else 'gate_up_proj'}"][int(e)]
+        part = {"gate_proj": both[:, ::2], "up_proj": both[:, 1::2], "down_proj": both}[name]
+        weights[key] = part.t().contiguous()
+    single(other, weights)
+    assert imported(hf) == imported(other)
+
+
+@pytest.fixture
+def gpt_oss(monkeypatch):
+    """A family whose folders have gpt-oss's layout."""
+    family = SimpleNamespace(
+        WEIGHTS=WeightMap((), published=PublishedNames(experts=TURNS, writes_fused=True))
+    )
+    monkeypatch.setitem(architecture.MODEL_TYPES, "gpt_oss", family)
+    monkeypatch.setitem(architecture.REGISTRY, "GptOssForCausalLM", family)
+
+
+def test_merged_experts_of_gpt_oss_are_taken_apart(tmp_path, gpt_oss):
+    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=1, vocab_size=32, head_dim=8)
+    config = GptOssConfig(num_local_experts=4, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = tiny._drawn(GptOssForCausalLM, config, 0, 0.3).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    stored = weights_of(tmp_path / "hf")
+    merged = {key: value for key, value in model.state_dict().items() if ".experts." in key}
+    assert len(merged) == 4 and merged.keys() <= stored.keys()
+    reader = PublishedReader(tmp_path / "hf")
+    assert_experts(reader, merged)
+    assert len(reader.keys()) == len(stored) - 4 + 4 * 6
+
+
+def family(monkeypatch, **published):
+    """Qwen3-MoE, published otherwise."""
+    monkeypatch.setattr(
+        qwen3_moe, "WEIGHTS", replace(qwen3_moe.WEIGHTS, published=PublishedNames(**published))
+    )
+
+
+@pytest.mark.parametrize("make", [tiny.hf_model, tiny.glm_model])
+def test_merged_experts_are_imported_as_single_ones(tmp_path, make):
+    model = make().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "merged", save_original_format=False)
+    assert any(key.endswith("experts.gate_up_proj") for key in weights_of(tmp_path / "merged"))
+    assert imported(tmp_path / "merged") == imported(tmp_path / "single")
+
+
+def test_an_export_with_merged_experts_is_what_transformers_saves(tmp_path, monkeypatch):
+    model = tiny.hf_model(**SMALL).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "merged", save_original_format=False)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "m")
+    family(monkeypatch, experts=HALVES, writes_fused=True)
+    for shard in (10_000, 2_000_000):
+        out = tmp_path / str(shard)
+        megatron_to_hf(tmp_path / "m", tmp_path / "m/hf_config", out, max_shard_bytes=shard)
+        assert_same_bits(weights_of(out), weights_of(tmp_path / "merged"))
+        assert verify(out, tmp_path / "m") == []
+
+
+@pytest.mark.parametrize("layout", [TURNS, FusedExperts(turned=True), FusedExperts(interleaved=True)])
+def test_every_layout_of_merged_experts_goes_round(tmp_path, monkeypatch, layout):
+    hf = plain(tmp_path / "hf")
+    hf_to_megatron(hf, tmp_path / "m")
+    family(monkeypatch, experts=layout, writes_fused=True)
+    megatron_to_hf(tmp_path / "m", hf, tmp_path / "back", workers=2)
+    weights, merged = weights_of(hf), weights_of(tmp_path / "back")
+    one = merged[MERGED][1].t() if layout.turned else merged[MERGED][1]
+    up = one[1::2] if layout.interleaved else one[16:]
+    assert torch.equal(up, weights[EXPERT])
+    hf_to_megatron(tmp_path / "back", tmp_path / "again")
+    assert snapshot(tmp_path / "again/release") == snapshot(tmp_path / "m/release")
+    assert verify(tmp_path / "back", tmp_path / "m") == verify(hf, tmp_path / "m") == []
+
+
+def test_a_text_model_within_another_is_imported_and_the_rest_carried(tmp_path, monkeypatch):
+    hf = plain(tmp_path / "hf")
+    inner = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+    tower = {
+        "vision_tower.patch.proj.weight": torch.randn(3, 2, 4, 4).to(torch.bfloat16),
+        "vision_tower.logit_scale": torch.randn(()),
+        "mm_projector.0.bias": torch.randn(5),
+    }
+    text = {
+        inner[head := key[: key.index(".") + 1]] + key.removeprefix(head): v
+        for key, v in weights_of(hf).items()
+    }
+    wrapped = shutil.copytree(hf, tmp_path / "wrapped")
+    single(wrapped, text | tower)
+    with pytest.raises(UserError, match=r"vision_tower\.logit_scale"):
+        hf_to_megatron(wrapped, tmp_path / "x")
+    was = imported(hf)
+    prefixes = tuple((theirs, ours) for ours, theirs in inner.items())
+    family(monkeypatch, prefixes=prefixes, aside=("vision_tower.", "mm_projector."))
+    assert imported(wrapped) == was
+    out = tmp_path / "wrapped_m"
+    assert_same_bits(weights_of(out / "hf_config/carried"), tower)
+    hf_to_megatron(wrapped, tmp_path / "static_m")
+    for template in (wrapped, out / "hf_config"):
+        back = tmp_path / f"back_{template.name}"
+        megatron_to_hf(tmp_path / "static_m", template, back, max_shard_bytes=20_000)
+        assert_same_bits(weights_of(back), text | tower)
+        assert verify(back, tmp_path / "static_m") == []
+    with pytest.raises(UserError, match="no tensor beside the text model"):
+        megatron_to_hf(tmp_path / "static_m", hf, tmp_path / "y")
+
+
+def test_an_interrupted_import_goes_on_and_has_the_same_bits(tmp_path, monkeypatch):
+    hf, flags = plain(tmp_path / "hf"), dict(num_zero_experts=2, max_shard_bytes=20_000)
+    fp8(hf)
+    hf_to_megatron(hf, tmp_path / "whole", **flags)
+    reads, read = [], PublishedReader.read
+
+    def breaks(self, key):
+        reads.append(key)
+        if len(reads) == 30:
+            raise OSError("broken disk")
+        return read(self, key)
+
+    monkeypatch.setattr(PublishedReader, "read", breaks)
+    with pytest.raises(UserError, match="broken disk; what is done stays"):
+        hf_to_megatron(hf, tmp_path / "m", **flags)
+    assert not (tmp_path / "m").exists() and (tmp_path / "m.partial").is_dir()
+    hf_to_megatron(hf, tmp_path / "m", **flags)
+    assert snapshot(tmp_path / "m") == snapshot(tmp_path / "whole")
+    assert len(reads) < 30 + len(PublishedReader(hf).keys()), "finished files are read again"
+
+
+def stored(change):
+    """Change the tensors of a folder."""
+    return lambda folder: single(folder, change(weights_of(folder)))
+
+
+def cast(key, dtype):
+    return stored(lambda weights: weights | {key: weights[key].to(dtype)})
+
+
+def without(key):
+    return stored(lambda weights: {name: value for name, value in weights.items() if name != key})
+
+
+def put(key, value):
+    def spoil(weights):
+        weights[key].view(-1)[-1] = value
+        return weights
+
+    return stored(spoil)
+
+
+def config(**changes):
+    def change(value):
+        value["quantization_config"] |= changes
+
+    return edit_json("config.json", change)
+
+
+def block_cases():
+    yield "scale is missing", without(SCALE), f"tensor {EXPERT} is fp8, but its scales"
+    yield "weight is missing", without(EXPERT), f"tensor {SCALE} is the scale of {EXPERT}"
+    yield "weight is plain", cast(EXPERT, torch.bfloat16), f"tensor {SCALE} is the scale of {EXPERT}"
+    yield "weight is E5M2", cast(EXPERT, torch.float8_e5m2), f"tensor {SCALE} is the scale of {EXPERT}"
+    for number in (float("nan"), float("inf"), -1.0):
+        yield f"scale {number}", put(SCALE, number), f"tensor {SCALE} has scales that are no finite positive"
+    for shape in ((1,), (2, 1), (1, 1, 2), ()):
+        change = stored(lambda weights, shape=shape: weights | {SCALE: torch.ones(shape)})
+        yield (
+            f"scales {shape}",
+            change,
+            (f"tensor {SCALE} has shape {list(shape)}", "[1, 2] fits weights of [16, 32]"),
+        )
+    for dtype in (torch.int32, torch.float64, torch.uint8):
+        yield f"scales {dtype}", cast(SCALE, dtype), f"tensor {SCALE} has type {dtype}"
+    yield "another block", config(weight_block_size=[8, 16]), ("weight_block_size", "_scale_inv has shape")
+    for block in (None, [128], [0, 128], ["1", 2], 128, [1.5, 2], [True, True], {}):
+        yield f"block {block}", config(weight_block_size=block), "config.json: weight_block_size"
+    yield "fp8 vector", cast("model.norm.weight", torch.float8_e4m3fn), "tensor model.norm.weight is fp8, but"
+    extra = stored(lambda weights: weights | {"model.norm.weight_scale_inv": torch.ones(1)})
+    yield "scale of a norm", extra, "tensor model.norm.weight_scale_inv is the scale of"
+    more = stored(lambda weights: weights | {EXPERT.replace("weight", "input_scale"): torch.ones(1)})
+    yield (
+        "scales of activations",
+        more,
+        ("up_proj.input_scale", "read are plain floats, fp8 with weight_block_size"),
+    )
+    for method in ("awq", "gptq", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4", ["fp8"]):
+        yield (
+            f"told {method}",
+            config(quant_method=method),
+            "MXFP4 of merged experts; give a folder in one of these",
+        )
+    yield (
+        "told nothing",
+        edit_json("config.json", lambda c: c.pop("quantization_config") and None),
+        "no quantization_c",
+    )
+
+
+def packed_cases():
+    for name in ("blocks", "scales"):
+        other = "scales" if name == "blocks" else "blocks"
+        yield f"no {name}", without(f"{MERGED}_{name}"), f"tensor {MERGED}_{other} is there, but"
+        cut = stored(lambda w, k=f"{MERGED}_{name}": w | {k: w[k][:, 1:]})
+        yield f"fewer {name}", cut, f"tensor {MERGED}_scales has shape"
+        yield (
+            f"signed {name}",
+            cast(f"{MERGED}_{name}", torch.int8),
+            f"tensor {MERGED}_{name} has type torch.int8",
+        )
+    odd = stored(lambda w: w | {f"{MERGED}_{n}": w[f"{MERGED}_{n}"][:, 1:] for n in ("blocks", "scales")})
+    yield "odd rows", odd, f"tensor {MERGED}_blocks has shape [4, 63, 1, 16]; gate and up"
+    flat = stored(lambda w: w | {f"{MERGED}_blocks": w[f"{MERGED}_blocks"].flatten(2)})
+    yield "flat blocks", flat, f"tensor {MERGED}_blocks has shape [4, 64, 16]"
+    yield "scale 255", put(f"{MERGED}_scales", 255), f"tensor {MERGED}_scales has scales that are NaN"
+    fewer = stored(lambda w: w | {f"{MERGED}_{n}": w[f"{MERGED}_{n}"][:3] for n in ("blocks", "scales")})
+    yield "fewer experts", fewer, "model.layers.0.mlp.experts.3.gate_proj.weight"
+    both = stored(lambda w: w | {MERGED: torch.ones(4, 64, 32)})
+    yield "plain, too", both, f"tensor {MERGED}_blocks is there twice"
+    yield "told fp8", config(quant_method="fp8"), "_blocks has type torch.uint8; read are plain"
+
+
+def merged_cases():
+    def shaped(*shape):
+        return stored(lambda w: w | {MERGED: torch.ones(shape, dtype=torch.bfloat16)})
+
+    for shape in ((4, 31, 32), (128, 32), (4, 32, 32, 1), (20_000, 2, 0)):
+        yield f"merged {shape}", shaped(*shape), f"tensor {MERGED} has shape {list(shape)}"
+    yield "fewer experts", shaped(3, 32, 32), "model.layers.0.mlp.experts.3.gate_proj.weight"
+    yield "more experts", shaped(5, 32, 32), "model.layers.0.mlp.experts.4.gate_proj.weight"
+    yield "other width", shaped(4, 30, 32), "experts.0.gate_proj.weight has shape [15, 32], expected [16, 32]"
+    single_one = stored(lambda w: w | {EXPERT: torch.ones(16, 32, dtype=torch.bfloat16)})
+    yield "one expert twice", single_one, f"are both {EXPERT}; remove one"
+    bytes_ = stored(lambda w: w | {MERGED: w[MERGED].to(torch.uint8)})
+    yield "bytes", bytes_, "experts.0.gate_proj.weight has type torch.uint8"
+
+
+KINDS = {
+    "fp8": (fp8, block_cases),
+    "mxfp4": (mxfp4, packed_cases),
+    "merged": (fused, merged_cases),
+}
+CASES = [(kind, *case) for kind, (_, cases) in KINDS.items() for case in cases()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A good folder of each kind."""
+    root = tmp_path_factory.mktemp("whole")
+    for kind, (make, _) in KINDS.items():
+        make(plain(root / kind, **({"moe_intermediate_size": 32} if kind == "mxfp4" else {})))
+        hf_to_megatron(root / kind, root / f"{kind}_m")
+    return root
+
+
+@pytest.mark.parametrize("kind, name, spoil, words", CASES, ids=[f"{case[0]}: {case[1]}" for case in CASES])
+def test_what_does_not_fit_is_refused_in_one_line(whole, tmp_path, kind, name, spoil, words):
+    hf = shutil.copytree(whole / kind, tmp_path / "hf")
+    spoil(hf)
+    before = snapshot(hf)
+    with pytest.raises(UserError) as error:
+        hf_to_megatron(hf, tmp_path / "m")
+    line = str(error.value)
+    assert all(word in line for word in ([words] if isinstance(words, str) else words)), line
+    assert "\n" not in line and len(line) < 600
+    assert "model.safetensors" in line or "config.json" in line or str(hf) in line
+    assert snapshot(hf) == before and [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_scales_of_zero_give_zeros_as_in_transformers(tmp_path):
+    hf = plain(tmp_path / "hf")
+    fp8(hf)
+    put(SCALE, 0.0)(hf)
+    assert torch.equal(PublishedReader(hf).read(EXPERT)[:, 16:], torch.zeros(16, 16, dtype=torch.bfloat16))
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path, monkeypatch):
+    hf = plain(tmp_path / "hf")
+    family(monkeypatch, prefixes=(("language_model.", "model."),))
+    single(hf, weights_of(hf) | {"language_model.norm.weight": torch.ones(32)})
+    with pytest.raises(UserError, match=r"are both model\.norm\.weight; remove one of the two"):
+        PublishedReader(hf)
