@@ -114,13 +114,13 @@ def test_rows_of_a_merged_fp8_tensor_keep_the_blocks_of_the_whole(tmp_path):
     """The up half begins within a block."""
     hf = plain(tmp_path / "hf", num_hidden_layers=1)
     whole = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
-    scales = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(2))
+    scales = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(2))
     fused(hf)
     single(hf, weights_of(hf) | {MERGED: whole, f"{MERGED}_scale_inv": scales})
-    told(hf, quant_method="fp8", weight_block_size=[20, 24])
+    told(hf, quant_method="fp8", weight_block_size=[12, 24])
     reader = PublishedReader(hf)
     for e in range(4):
-        value = (whole[e].float() * expanded(scales[e], (20, 24), (32, 32))).to(torch.bfloat16)
+        value = (whole[e].float() * expanded(scales[e], (12, 24), (32, 32))).to(torch.bfloat16)
         gate, up = (
             reader.read(f"model.layers.0.mlp.experts.{e}.{one}_proj.weight") for one in ("gate", "up")
         )
