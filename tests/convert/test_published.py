@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import tiny_mtp
 import torch
 from corruptions import edit_json, snapshot
 from odd_folders import fused, single
@@ -125,6 +126,21 @@ def test_rows_of_a_merged_fp8_tensor_keep_the_blocks_of_the_whole(tmp_path):
             reader.read(f"model.layers.0.mlp.experts.{e}.{one}_proj.weight") for one in ("gate", "up")
         )
         assert torch.equal(torch.cat([gate, up]), value)
+
+
+@pytest.mark.parametrize("mtp", [False, True], ids=["carried", "built"])
+def test_a_head_of_multi_token_prediction_in_fp8_is_exported_plain(tmp_path, mtp):
+    hf = tmp_path / "hf"
+    tiny_mtp.GlmWithHead().save(hf, torch.bfloat16)
+    stored, values = fp8(hf)
+    assert any(key.startswith("model.layers.3.") for key in values)
+    wanted = {key: value for key, value in stored.items() if not key.endswith("_scale_inv")} | values
+    hf_to_megatron(hf, tmp_path / "m", mtp=mtp)
+    assert verify(hf, tmp_path / "m") == []
+    for template in (hf, tmp_path / "m/hf_config"):
+        megatron_to_hf(tmp_path / "m", template, tmp_path / "back", overwrite=True)
+        assert_same_bits(weights_of(tmp_path / "back"), wanted)
+        assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
 def mxfp4(folder, experts=4, hidden=32, width=32, layers=2):
