@@ -11,10 +11,10 @@ import tiny_mtp
 import torch
 from corruptions import edit_json, snapshot
 from odd_folders import fused, single
+from published_folders import EXPERT, MERGED, SCALE, SMALL, expanded, fp8, mxfp4, plain, told
 from tiny import assert_same_bits, weights_of
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
@@ -23,47 +23,6 @@ from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models import architecture, qwen3_moe
 from zeda_megatron.models.weight_map import HALVES, TURNS, FusedExperts, PublishedNames, WeightMap
-
-SMALL = dict(num_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
-EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
-SCALE = EXPERT + "_scale_inv"
-MERGED = "model.layers.0.mlp.experts.gate_up_proj"
-
-
-def plain(folder, **changes):
-    """A Qwen3-MoE of bf16 weights, saved by transformers in one file."""
-    tiny.hf_model(**(SMALL | changes)).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def told(folder, **quantization):
-    edit_json("config.json", lambda config: config | {"quantization_config": quantization})(folder)
-
-
-def expanded(scales, block, shape):
-    """Each weight's scale, one by one."""
-    return torch.tensor(
-        [[float(scales[r // block[0], c // block[1]]) for c in range(shape[1])] for r in range(shape[0])]
-    )
-
-
-def fp8(folder, block=(16, 16), scale_type=torch.float32):
-    """Quantise a plain folder as DeepSeek does; returns what its matrices are worth, by the definition."""
-    weights, values = weights_of(folder), {}
-    for key in [key for key in weights if "_proj." in key]:
-        weight = weights[key].float()
-        rows, columns = (range(0, size, step) for size, step in zip(weight.shape, block))
-        blocks = [[weight[r : r + block[0], c : c + block[1]] for c in columns] for r in rows]
-        scales = torch.tensor([[float(one.abs().max()) / 448 for one in row] for row in blocks]).to(
-            scale_type
-        )
-        factors = expanded(scales.float(), block, weight.shape)
-        weights[key] = (weight / factors).clamp(-448, 448).to(torch.float8_e4m3fn)
-        weights[f"{key}_scale_inv"] = scales
-        values[key] = (weights[key].float() * factors).to(torch.bfloat16)
-    single(folder, weights)
-    told(folder, quant_method="fp8", weight_block_size=list(block), fmt="e4m3", activation_scheme="dynamic")
-    return weights, values
 
 
 def imported(folder):
@@ -141,22 +100,6 @@ def test_a_head_of_multi_token_prediction_in_fp8_is_exported_plain(tmp_path, mtp
         megatron_to_hf(tmp_path / "m", template, tmp_path / "back", overwrite=True)
         assert_same_bits(weights_of(tmp_path / "back"), wanted)
         assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
-
-
-def mxfp4(folder, experts=4, hidden=32, width=32, layers=2):
-    """Experts of random bits; returns {fused name: what transformers makes of it, [E, in, out]}."""
-    draw, weights, theirs = torch.Generator().manual_seed(3), weights_of(folder), {}
-    weights = {key: value for key, value in weights.items() if ".experts." not in key}
-    for layer in range(layers):
-        for name, rows, columns in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
-            key = f"model.layers.{layer}.mlp.experts.{name}"
-            blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=draw, dtype=torch.uint8)
-            scales = torch.randint(255, blocks.shape[:-1], generator=draw, dtype=torch.uint8)
-            weights |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-            theirs[key] = convert_moe_packed_tensors(blocks, scales)
-    single(folder, weights)
-    told(folder, quant_method="mxfp4", modules_to_not_convert=["lm_head"])
-    return theirs
 
 
 def same(a, b):
@@ -323,150 +266,11 @@ def test_an_interrupted_import_goes_on_and_has_the_same_bits(tmp_path, monkeypat
     assert len(reads) < 30 + len(PublishedReader(hf).keys()), "finished files are read again"
 
 
-def stored(change):
-    """Change the tensors of a folder."""
-    return lambda folder: single(folder, change(weights_of(folder)))
-
-
-def cast(key, dtype):
-    return stored(lambda weights: weights | {key: weights[key].to(dtype)})
-
-
-def without(key):
-    return stored(lambda weights: {name: value for name, value in weights.items() if name != key})
-
-
-def put(key, value):
-    def spoil(weights):
-        weights[key].view(-1)[-1] = value
-        return weights
-
-    return stored(spoil)
-
-
-def config(**changes):
-    def change(value):
-        value["quantization_config"] |= changes
-
-    return edit_json("config.json", change)
-
-
-def block_cases():
-    yield "scale is missing", without(SCALE), f"tensor {EXPERT} is fp8, but its scales"
-    yield "weight is missing", without(EXPERT), f"tensor {SCALE} is the scale of {EXPERT}"
-    yield "weight is plain", cast(EXPERT, torch.bfloat16), f"tensor {SCALE} is the scale of {EXPERT}"
-    yield "weight is E5M2", cast(EXPERT, torch.float8_e5m2), f"tensor {SCALE} is the scale of {EXPERT}"
-    for number in (float("nan"), float("inf"), -1.0):
-        yield f"scale {number}", put(SCALE, number), f"tensor {SCALE} has scales that are no finite positive"
-    for shape in ((1,), (2, 1), (1, 1, 2), ()):
-        change = stored(lambda weights, shape=shape: weights | {SCALE: torch.ones(shape)})
-        yield (
-            f"scales {shape}",
-            change,
-            (f"tensor {SCALE} has shape {list(shape)}", "[1, 2] fits weights of [16, 32]"),
-        )
-    for dtype in (torch.int32, torch.float64, torch.uint8):
-        yield f"scales {dtype}", cast(SCALE, dtype), f"tensor {SCALE} has type {dtype}"
-    yield "another block", config(weight_block_size=[8, 16]), ("weight_block_size", "_scale_inv has shape")
-    for block in (None, [128], [0, 128], ["1", 2], 128, [1.5, 2], [True, True], {}):
-        yield f"block {block}", config(weight_block_size=block), "config.json: weight_block_size"
-    yield "fp8 vector", cast("model.norm.weight", torch.float8_e4m3fn), "tensor model.norm.weight is fp8, but"
-    extra = stored(lambda weights: weights | {"model.norm.weight_scale_inv": torch.ones(1)})
-    yield "scale of a norm", extra, "tensor model.norm.weight_scale_inv is the scale of"
-    more = stored(lambda weights: weights | {EXPERT.replace("weight", "input_scale"): torch.ones(1)})
-    yield (
-        "scales of activations",
-        more,
-        ("up_proj.input_scale", "read are plain floats, fp8 with weight_block_size"),
-    )
-    for method in ("awq", "gptq", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4", ["fp8"]):
-        yield (
-            f"told {method}",
-            config(quant_method=method),
-            "MXFP4 of merged experts; give a folder in one of these",
-        )
-    yield (
-        "told nothing",
-        edit_json("config.json", lambda c: c.pop("quantization_config") and None),
-        "no quantization_c",
-    )
-
-
-def packed_cases():
-    for name in ("blocks", "scales"):
-        other = "scales" if name == "blocks" else "blocks"
-        yield f"no {name}", without(f"{MERGED}_{name}"), f"tensor {MERGED}_{other} is there, but"
-        cut = stored(lambda w, k=f"{MERGED}_{name}": w | {k: w[k][:, 1:]})
-        yield f"fewer {name}", cut, f"tensor {MERGED}_scales has shape"
-        yield (
-            f"signed {name}",
-            cast(f"{MERGED}_{name}", torch.int8),
-            f"tensor {MERGED}_{name} has type torch.int8",
-        )
-    odd = stored(lambda w: w | {f"{MERGED}_{n}": w[f"{MERGED}_{n}"][:, 1:] for n in ("blocks", "scales")})
-    yield "odd rows", odd, f"tensor {MERGED}_blocks has shape [4, 63, 1, 16]; gate and up"
-    flat = stored(lambda w: w | {f"{MERGED}_blocks": w[f"{MERGED}_blocks"].flatten(2)})
-    yield "flat blocks", flat, f"tensor {MERGED}_blocks has shape [4, 64, 16]"
-    yield "scale 255", put(f"{MERGED}_scales", 255), f"tensor {MERGED}_scales has scales that are NaN"
-    fewer = stored(lambda w: w | {f"{MERGED}_{n}": w[f"{MERGED}_{n}"][:3] for n in ("blocks", "scales")})
-    yield "fewer experts", fewer, "model.layers.0.mlp.experts.3.gate_proj.weight"
-    both = stored(lambda w: w | {MERGED: torch.ones(4, 64, 32)})
-    yield "plain, too", both, f"tensor {MERGED}_blocks is there twice"
-    yield "told fp8", config(quant_method="fp8"), "_blocks has type torch.uint8; read are plain"
-
-
-def merged_cases():
-    def shaped(*shape):
-        return stored(lambda w: w | {MERGED: torch.ones(shape, dtype=torch.bfloat16)})
-
-    for shape in ((4, 31, 32), (128, 32), (4, 32, 32, 1), (20_000, 2, 0)):
-        yield f"merged {shape}", shaped(*shape), f"tensor {MERGED} has shape {list(shape)}"
-    yield "fewer experts", shaped(3, 32, 32), "model.layers.0.mlp.experts.3.gate_proj.weight"
-    yield "more experts", shaped(5, 32, 32), "model.layers.0.mlp.experts.4.gate_proj.weight"
-    yield "other width", shaped(4, 30, 32), "experts.0.gate_proj.weight has shape [15, 32], expected [16, 32]"
-    single_one = stored(lambda w: w | {EXPERT: torch.ones(16, 32, dtype=torch.bfloat16)})
-    yield "one expert twice", single_one, f"are both {EXPERT}; remove one"
-    bytes_ = stored(lambda w: w | {MERGED: w[MERGED].to(torch.uint8)})
-    yield "bytes", bytes_, "experts.0.gate_proj.weight has type torch.uint8"
-
-
-KINDS = {
-    "fp8": (fp8, block_cases),
-    "mxfp4": (mxfp4, packed_cases),
-    "merged": (fused, merged_cases),
-}
-CASES = [(kind, *case) for kind, (_, cases) in KINDS.items() for case in cases()]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A good folder of each kind."""
-    root = tmp_path_factory.mktemp("whole")
-    for kind, (make, _) in KINDS.items():
-        make(plain(root / kind, **({"moe_intermediate_size": 32} if kind == "mxfp4" else {})))
-        hf_to_megatron(root / kind, root / f"{kind}_m")
-    return root
-
-
-@pytest.mark.parametrize("kind, name, spoil, words", CASES, ids=[f"{case[0]}: {case[1]}" for case in CASES])
-def test_what_does_not_fit_is_refused_in_one_line(whole, tmp_path, kind, name, spoil, words):
-    hf = shutil.copytree(whole / kind, tmp_path / "hf")
-    spoil(hf)
-    before = snapshot(hf)
-    with pytest.raises(UserError) as error:
-        hf_to_megatron(hf, tmp_path / "m")
-    line = str(error.value)
-    assert all(word in line for word in ([words] if isinstance(words, str) else words)), line
-    assert "\n" not in line and len(line) < 600
-    assert "model.safetensors" in line or "config.json" in line or str(hf) in line
-    assert snapshot(hf) == before and [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
 def test_scales_of_zero_give_zeros_as_in_transformers(tmp_path):
     hf = plain(tmp_path / "hf")
     fp8(hf)
-    put(SCALE, 0.0)(hf)
-    assert torch.equal(PublishedReader(hf).read(EXPERT)[:, 16:], torch.zeros(16, 16, dtype=torch.bfloat16))
+    single(hf, weights_of(hf) | {SCALE: torch.zeros(1, 2)})
+    assert torch.equal(PublishedReader(hf).read(EXPERT), torch.zeros(16, 32, dtype=torch.bfloat16))
 
 
 def test_two_names_of_one_tensor_are_refused(tmp_path, monkeypatch):
