@@ -49,7 +49,7 @@ def fp8(folder, block=(16, 16), scale_type=torch.float32):
     return weights, values
 
 
-def mxfp4(folder, experts=4, hidden=32, width=32, layers=2):
+def mxfp4(folder, experts=4, hidden=32, width=32, layers=2, more=None):
     """Experts of random bits; returns {fused name: what transformers makes of it, [E, in, out]}."""
     draw, weights, theirs = torch.Generator().manual_seed(3), weights_of(folder), {}
     weights = {key: value for key, value in weights.items() if ".experts." not in key}
@@ -60,6 +60,6 @@ def mxfp4(folder, experts=4, hidden=32, width=32, layers=2):
             scales = torch.randint(255, blocks.shape[:-1], generator=draw, dtype=torch.uint8)
             weights |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
             theirs[key] = convert_moe_packed_tensors(blocks, scales)
-    single(folder, weights)
+    single(folder, weights | (more or {}))
     told(folder, quant_method="mxfp4", modules_to_not_convert=["lm_head"])
     return theirs

@@ -1,6 +1,7 @@
 """Published formats: their numbers are those that transformers makes of them, their names and layouts only names."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,13 @@ from corruptions import edit_json, snapshot
 from odd_folders import fused, single
 from published_folders import EXPERT, MERGED, SCALE, SMALL, expanded, fp8, mxfp4, plain, told
 from tiny import assert_same_bits, weights_of
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, GptOssForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mxfp4Config,
+)
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
@@ -22,6 +29,7 @@ from zeda_megatron.convert.published import PublishedReader
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models import architecture, qwen3_moe
+from zeda_megatron.models.bits import same_bits
 from zeda_megatron.models.weight_map import HALVES, TURNS, FusedExperts, PublishedNames, WeightMap
 
 
@@ -102,10 +110,6 @@ def test_a_head_of_multi_token_prediction_in_fp8_is_exported_plain(tmp_path, mtp
         assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
-def same(a, b):
-    return a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
 def assert_experts(reader, merged, experts=4):
     """Plain tensors of experts are those in merged ones of gpt-oss's layout."""
     for key, value in merged.items():
@@ -119,7 +123,7 @@ def assert_experts(reader, merged, experts=4):
             for name, part in names.items():
                 ours = reader.read(f"{head}.{e}.{name}_proj.{kind}")
                 assert ours.shape == reader.shape(f"{head}.{e}.{name}_proj.{kind}")
-                assert same(ours, part.t() if kind == "weight" else part), (key, e, name)
+                assert same_bits(ours, part.t() if kind == "weight" else part), (key, e, name)
 
 
 def test_mxfp4_becomes_what_transformers_makes_of_it(tmp_path):
@@ -156,17 +160,34 @@ def gpt_oss(monkeypatch):
     monkeypatch.setitem(architecture.REGISTRY, "GptOssForCausalLM", family)
 
 
-def test_merged_experts_of_gpt_oss_are_taken_apart(tmp_path, gpt_oss):
-    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=1, vocab_size=32, head_dim=8)
+def save_gpt_oss(folder):
+    """A tiny gpt-oss of bf16 weights; its merged experts, biases too."""
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=32, head_dim=8)
     config = GptOssConfig(num_local_experts=4, num_attention_heads=4, num_key_value_heads=2, **sizes)
     model = tiny._drawn(GptOssForCausalLM, config, 0, 0.3).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "hf")
-    stored = weights_of(tmp_path / "hf")
-    merged = {key: value for key, value in model.state_dict().items() if ".experts." in key}
-    assert len(merged) == 4 and merged.keys() <= stored.keys()
+    model.save_pretrained(folder)
+    return {key: value for key, value in model.state_dict().items() if ".experts." in key}
+
+
+def test_merged_experts_of_gpt_oss_are_taken_apart(tmp_path, gpt_oss):
+    merged, stored = save_gpt_oss(tmp_path / "hf"), weights_of(tmp_path / "hf")
+    assert len(merged) == 8 and merged.keys() <= stored.keys()
     reader = PublishedReader(tmp_path / "hf")
     assert_experts(reader, merged)
-    assert len(reader.keys()) == len(stored) - 4 + 4 * 6
+    assert len(reader.keys()) == len(stored) - 8 + 2 * 4 * 6
+
+
+def test_a_published_gpt_oss_is_read_as_transformers_opens_it(tmp_path, gpt_oss):
+    """Packed matrices beside plain biases."""
+    biases = {key: value for key, value in save_gpt_oss(tmp_path / "hf").items() if key.endswith("_bias")}
+    mxfp4(tmp_path / "hf", more=biases)
+    theirs, found = GptOssForCausalLM.from_pretrained(
+        tmp_path / "hf", quantization_config=Mxfp4Config(dequantize=True), output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"] and theirs.dtype == torch.bfloat16
+    merged = {key: value for key, value in theirs.state_dict().items() if ".experts." in key}
+    assert len(merged) == 8
+    assert_experts(PublishedReader(tmp_path / "hf"), merged)
 
 
 def family(monkeypatch, **published):
@@ -243,6 +264,24 @@ def test_a_text_model_within_another_is_imported_and_the_rest_carried(tmp_path, 
         assert verify(back, tmp_path / "static_m") == []
     with pytest.raises(UserError, match="no tensor beside the text model"):
         megatron_to_hf(tmp_path / "static_m", hf, tmp_path / "y")
+
+
+def test_a_quantised_text_model_within_another_is_read_as_it_is_alone(tmp_path, monkeypatch):
+    hf = plain(tmp_path / "hf")
+    fp8(hf)
+    alone = PublishedReader(hf)
+    wrapped = shutil.copytree(hf, tmp_path / "wrapped")
+    single(wrapped, {f"outer.{key}": value for key, value in weights_of(hf).items()})
+    config = json.loads((hf / "config.json").read_text())
+    inner = {"text_config": {"dtype": config.pop("dtype")}}
+    (wrapped / "config.json").write_text(json.dumps(config | inner))
+    family(monkeypatch, prefixes=(("outer.", ""),))
+    reader = PublishedReader(wrapped)
+    assert reader.keys() == alone.keys() and reader.dequantised
+    assert all(same_bits(reader.read(key), alone.read(key)) for key in list(alone.keys()))
+    single(wrapped, {key: v for key, v in weights_of(wrapped).items() if key != f"outer.{SCALE}"})
+    with pytest.raises(UserError, match=re.escape(f"tensor outer.{EXPERT} is fp8, but its scales")):
+        PublishedReader(wrapped)
 
 
 def test_an_interrupted_import_goes_on_and_has_the_same_bits(tmp_path, monkeypatch):

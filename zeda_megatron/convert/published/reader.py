@@ -115,7 +115,9 @@ class PublishedReader(HFReader):
 
     def _dtype(self) -> torch.dtype:
         """What quantised weights become: the type of the model's parameters, as transformers makes them."""
-        told = self.config.get("dtype") or self.config.get("torch_dtype")
+        text = self.config.get("text_config")  # a model within another keeps its settings there
+        settings = [self.config, text if isinstance(text, dict) else {}]
+        told = next((one[key] for one in settings for key in ("dtype", "torch_dtype") if one.get(key)), None)
         found = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype is not None}
         return found.get(told if isinstance(told, str) else "", torch.bfloat16)
 
