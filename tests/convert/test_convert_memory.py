@@ -18,7 +18,7 @@ from tools.measure.random_model import write_random_model
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.verify import verify
-from zeda_megatron.models import qwen3_moe
+from zeda_megatron.models.families import qwen3_moe
 from zeda_megatron.models.weight_map import TURNS, PublishedNames
 
 CONFIG = TINY | dict(

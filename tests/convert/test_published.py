@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -28,9 +27,9 @@ from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.published import PublishedReader
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
-from zeda_megatron.models import architecture, qwen3_moe
 from zeda_megatron.models.bits import same_bits
-from zeda_megatron.models.weight_map import HALVES, TURNS, FusedExperts, PublishedNames, WeightMap
+from zeda_megatron.models.families import qwen3_moe
+from zeda_megatron.models.weight_map import HALVES, TURNS, FusedExperts, PublishedNames
 
 
 def imported(folder):
@@ -150,26 +149,16 @@ def test_mxfp4_is_imported_as_the_plain_folder(tmp_path):
     assert imported(hf) == imported(other)
 
 
-@pytest.fixture
-def gpt_oss(monkeypatch):
-    """A family whose folders have gpt-oss's layout."""
-    family = SimpleNamespace(
-        WEIGHTS=WeightMap((), published=PublishedNames(experts=TURNS, writes_fused=True))
-    )
-    monkeypatch.setitem(architecture.MODEL_TYPES, "gpt_oss", family)
-    monkeypatch.setitem(architecture.REGISTRY, "GptOssForCausalLM", family)
-
-
 def save_gpt_oss(folder):
     """A tiny gpt-oss of bf16 weights; its merged experts, biases too."""
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, vocab_size=32, head_dim=8)
     config = GptOssConfig(num_local_experts=4, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    model = tiny._drawn(GptOssForCausalLM, config, 0, 0.3).to(torch.bfloat16)
+    model = tiny.drawn(GptOssForCausalLM, config, 0, 0.3).to(torch.bfloat16)
     model.save_pretrained(folder)
     return {key: value for key, value in model.state_dict().items() if ".experts." in key}
 
 
-def test_merged_experts_of_gpt_oss_are_taken_apart(tmp_path, gpt_oss):
+def test_merged_experts_of_gpt_oss_are_taken_apart(tmp_path):
     merged, stored = save_gpt_oss(tmp_path / "hf"), weights_of(tmp_path / "hf")
     assert len(merged) == 8 and merged.keys() <= stored.keys()
     reader = PublishedReader(tmp_path / "hf")
@@ -177,7 +166,7 @@ def test_merged_experts_of_gpt_oss_are_taken_apart(tmp_path, gpt_oss):
     assert len(reader.keys()) == len(stored) - 8 + 2 * 4 * 6
 
 
-def test_a_published_gpt_oss_is_read_as_transformers_opens_it(tmp_path, gpt_oss):
+def test_a_published_gpt_oss_is_read_as_transformers_opens_it(tmp_path):
     """Packed matrices beside plain biases."""
     biases = {key: value for key, value in save_gpt_oss(tmp_path / "hf").items() if key.endswith("_bias")}
     mxfp4(tmp_path / "hf", more=biases)
