@@ -37,7 +37,9 @@ def test_every_bit_of_the_static_model_comes_back_and_opens_in_transformers(tmp_
     added = {key.split(".")[-1] for key in after.keys() - before.keys()}
     assert added == {"learned": {"zero_bias"}, "paired": {"zero_weight", "zero_bias"}}.get(kind, set())
     wide = {key for key in before if after[key].shape != before[key].shape}
-    biases = () if kind == "paired" else ("e_score_correction_bias", ".router.bias")  # its one more row has none
+    biases = (
+        () if kind == "paired" else ("e_score_correction_bias", ".router.bias")
+    )  # its one more row has none
     assert wide == {key for key in before if key.endswith((".gate.weight", ".router.weight", *biases))}
     assert json.loads((tmp_path / "dynamic/config.json").read_text())["model_type"] == name
     tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(5))

@@ -177,6 +177,11 @@ def test_a_published_gpt_oss_is_read_as_transformers_opens_it(tmp_path):
     merged = {key: value for key, value in theirs.state_dict().items() if ".experts." in key}
     assert len(merged) == 8
     assert_experts(PublishedReader(tmp_path / "hf"), merged)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert imported(tmp_path / "hf") == imported(tmp_path / "theirs")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "static")
+    megatron_to_hf(tmp_path / "static", tmp_path / "hf", tmp_path / "back")
+    assert_same_bits(weights_of(tmp_path / "back"), weights_of(tmp_path / "theirs"))
 
 
 def family(monkeypatch, **published):
