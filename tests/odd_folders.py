@@ -98,7 +98,7 @@ def json_cases():
 
 def single(folder, tensors):
     for path in [*shards(folder), folder / INDEX]:
-        path.unlink()
+        path.unlink(missing_ok=True)
     save_file(
         {key: value.contiguous() for key, value in tensors.items()},
         folder / "model.safetensors",

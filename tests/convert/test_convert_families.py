@@ -29,7 +29,7 @@ def test_every_bit_of_the_static_model_comes_back_and_opens_in_transformers(tmp_
     static = FAMILIES[name].make()
     static.save_pretrained(tmp_path / "hf")
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", **KINDS[kind])
-    verify(tmp_path / "hf", tmp_path / "megatron")
+    assert verify(tmp_path / "hf", tmp_path / "megatron") == []
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "dynamic")
     before, after = weights_of(tmp_path / "hf"), weights_of(tmp_path / "dynamic")
     for key, tensor in before.items():
@@ -37,8 +37,10 @@ def test_every_bit_of_the_static_model_comes_back_and_opens_in_transformers(tmp_
     added = {key.split(".")[-1] for key in after.keys() - before.keys()}
     assert added == {"learned": {"zero_bias"}, "paired": {"zero_weight", "zero_bias"}}.get(kind, set())
     wide = {key for key in before if after[key].shape != before[key].shape}
-    biases = () if kind == "paired" else ("e_score_correction_bias",)  # its one more row has no score
-    assert wide == {key for key in before if key.endswith((".gate.weight", *biases))}
+    biases = (
+        () if kind == "paired" else ("e_score_correction_bias", ".router.bias")
+    )  # its one more row has none
+    assert wide == {key for key in before if key.endswith((".gate.weight", ".router.weight", *biases))}
     assert json.loads((tmp_path / "dynamic/config.json").read_text())["model_type"] == name
     tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(5))
     dynamic = load_zero_expert_model(tmp_path / "dynamic")

@@ -2,18 +2,24 @@
 
 import ctypes
 import gc
+import json
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
+import tiny
 import torch
+from odd_folders import single
 from tiny_models import TINY
 
 from tools.measure.random_model import write_random_model
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.verify import verify
+from zeda_megatron.models.families import qwen3_moe
+from zeda_megatron.models.weight_map import TURNS, PublishedNames
 
 CONFIG = TINY | dict(
     architectures=["Qwen3MoeForCausalLM"],
@@ -85,4 +91,40 @@ def test_peak_memory_is_a_small_part_of_the_model(model, step, record_property):
     print(f"{step}: model {size / 1e6:.0f} MB, peak extra memory {memory.extra / 1e6:.0f} MB")
     # largest tensor 12 MB; a few copies of it for each of two workers and, on export, one shard
     assert memory.extra < size / 3
+    assert step != "verify" or result == []
+
+
+MERGED = CONFIG | dict(num_hidden_layers=1, num_experts=96, moe_intermediate_size=512)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A folder whose experts are merged: in bf16 one tensor of 100 MB, one of 50 MB."""
+    folder = tmp_path_factory.mktemp("merged") / "hf"
+    write_random_model(folder, MERGED | {"num_experts": 4}, 2_000_000_000, torch.bfloat16)
+    (folder / "config.json").write_text(json.dumps(MERGED))
+    hidden, width, experts = (
+        MERGED[f"{key}"] for key in ("hidden_size", "moe_intermediate_size", "num_experts")
+    )
+    tensors = {key: value for key, value in tiny.weights_of(folder).items() if ".experts." not in key}
+    tensors["model.layers.0.mlp.gate.weight"] = torch.rand(experts, hidden).to(torch.bfloat16)
+    layer = "model.layers.0.mlp.experts."
+    tensors[f"{layer}gate_up_proj"] = torch.rand(experts, hidden, 2 * width).to(torch.bfloat16)
+    tensors[f"{layer}down_proj"] = torch.rand(experts, width, hidden).to(torch.bfloat16)
+    single(folder, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_merged_experts_need_memory_for_a_few_of_them(merged, step, monkeypatch):
+    names = PublishedNames(experts=TURNS, writes_fused=True)
+    monkeypatch.setattr(qwen3_moe, "WEIGHTS", replace(qwen3_moe.WEIGHTS, published=names))
+    if step != "import" and not merged.with_name("m").exists():
+        converted(merged)
+    with PeakMemory() as memory:
+        result = STEPS[step](merged)
+    print(f"{step}: peak extra memory {memory.extra / 1e6:.0f} MB")
+    assert (
+        memory.extra < 60e6
+    )  # the larger tensor has 100 MB, an expert's part of it 1 MB, the embedding 6 MB
     assert step != "verify" or result == []

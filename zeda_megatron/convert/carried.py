@@ -1,7 +1,8 @@
-"""Tensors behind the decoder's layers (GLM's multi-token prediction): no Megatron parameter, carried along as they are.
+"""Tensors that are no Megatron parameter, carried along as they are: those behind the decoder's layers (GLM's
+multi-token prediction) and those beside the text model (a vision tower).
 
 An import puts them into HF_CONFIG/carried/, an export takes them from its template. They are never widened: their
-routers belong to a layer that is not trained. An import with `--mtp` makes parameters of them, and nothing is carried.
+routers belong to a layer that is not trained. An import with `--mtp` makes parameters of that layer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..errors import UserError
 from ..models.architecture import Architecture
 from ..models.bits import same_bits
 from .hf_files import INDEX_NAME, SINGLE_NAME, HFReader
+from .published import PublishedReader
 from .safetensors_shards import Planned
 
 CARRIED_NAME = "carried"
@@ -44,21 +46,28 @@ def cast_carried(key: str, tensor: torch.Tensor, cast: Cast) -> torch.Tensor:
     return tensor if key.endswith("e_score_correction_bias") else cast(tensor)
 
 
-def carried_source(template: Path, arch: Architecture) -> HFReader | None:
+def carried_source(template: Path, arch: Architecture) -> PublishedReader | None:
     """Where an export with this template finds the carried tensors; None for a model that has none, or whose checkpoint
     holds them as parameters.
 
     Raises:
-        UserError: config.json names multi-token-prediction layers whose weights are not there.
+        UserError: config.json names multi-token-prediction layers whose weights are not there, or the family has
+            tensors beside the text model and the folder has none.
     """
-    layers = arch.hf.get("num_nextn_predict_layers")
-    if not layers or arch.mtp_layers:
+    layers = 0 if arch.mtp_layers else arch.hf.get("num_nextn_predict_layers") or 0
+    aside = arch.published.aside
+    if not layers and not aside:
         return None
     for folder in (template / CARRIED_NAME, template):
         if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
-            reader = HFReader(folder)
+            reader = PublishedReader(folder)
             if carried_keys(reader, arch):
                 return reader
+    if not layers:
+        raise UserError(
+            f"{template}: has no tensor beside the text model ({', '.join(aside)}); give the original folder as "
+            "--hf-template"
+        )
     raise UserError(
         f"{template}/config.json: num_nextn_predict_layers {layers}, but the folder has no "
         "weights of them; give the original folder as --hf-template, or set the key to 0 to export without them"
@@ -70,7 +79,7 @@ def carried_differences(reader: HFReader, arch: Architecture, megatron: Path) ->
     keys = carried_keys(reader, arch)
     roots = (megatron, megatron.parent)
     folder = next((f for root in roots if (f := root / "hf_config" / CARRIED_NAME).is_dir()), None)
-    ours = HFReader(folder) if folder and keys else None
+    ours = PublishedReader(folder) if folder and keys else None
     lines = []
     for key in keys:
         if ours is None or key not in ours:

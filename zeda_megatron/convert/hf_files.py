@@ -29,6 +29,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -129,6 +130,22 @@ def _check_places(path: Path, entries: dict[str, TensorEntry], data: int, size: 
         raise UserError(f"{path}: has {size - end} bytes behind its last tensor; download it again")
 
 
+def read_part(entry: TensorEntry, key: str, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Load a stretch of one tensor into its own memory: from element `begin` on, as many as `shape` has.
+
+    Raises:
+        UserError: the file ends before; naming it and the tensor.
+    """
+    tensor = torch.empty(shape, dtype=entry.dtype)
+    if tensor.nbytes == 0:
+        return tensor
+    with open_regular(entry.file) as stream:
+        stream.seek(entry.start + begin * entry.dtype.itemsize)
+        if stream.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+            raise UserError(f"{entry.file}: shard is truncated inside tensor {key}; download it again")
+    return tensor
+
+
 class HFReader:
     """A folder with config.json and safetensors weights; headers are read at once, tensors one by one.
 
@@ -139,6 +156,11 @@ class HFReader:
         UserError: missing folder, config.json or shard, truncated or damaged shard, a link out of the folder, an
             index that does not agree with its shards, two sources of weights. The message names file and key.
     """
+
+    reads = "only float weights can be converted, so give a folder that is not quantised"
+    """What a refusal of other weights adds."""
+    dequantised = False
+    """The tensors are stored as quantised ones, but come out as plain numbers (`published.PublishedReader`)."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -257,11 +279,4 @@ class HFReader:
     def read(self, key: str) -> torch.Tensor:
         """Load one tensor into its own memory (plain reads: pages of an mmap would count and linger)."""
         entry = self.entry(key)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.nbytes == 0:
-            return tensor
-        with open_regular(entry.file) as stream:
-            stream.seek(entry.start)
-            if stream.readinto(tensor.view(-1).view(torch.uint8).numpy()) != entry.nbytes:
-                raise UserError(f"{entry.file}: shard is truncated inside tensor {key}; download it again")
-        return tensor
+        return read_part(entry, key, 0, entry.shape)

@@ -1,7 +1,7 @@
 """Hugging Face -> Megatron, streaming: a few tensors in memory at a time, every original bit kept.
 
 The walk: everything is checked and planned from headers (`import_checks`, `layout`); then, file by file on a pool of
-threads, each parameter is read and hashed (`hf_files`), joined and cast (`_Source`), and written
+threads, each parameter is read and hashed (`published`), joined and cast (`_Source`), and written
 (`torch_dist_writer`); index, hashes and `zeda.json` come last, and the folder appears (`runtime.whole_folder`).
 """
 
@@ -35,7 +35,6 @@ from ..moe.paired import KEEP_ALL
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from .carried import carried_plans, cast_carried, own_keys
 from .file_writer import FileStream, FileWriter, Summary
-from .hf_files import HFReader
 from .import_checks import (
     check_added,
     check_float_types,
@@ -44,6 +43,7 @@ from .import_checks import (
     wanted_zero_experts,
 )
 from .layout import Parameter, model_layout
+from .published import PublishedReader
 from .safetensors_shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, write_index
 from .torch_dist_writer import DataFile, Filled, data_files, finish
 
@@ -85,7 +85,7 @@ def hf_to_megatron(
         UserError: anything wrong with the source or the target; nothing is left behind then.
     """
     check_target(Path(out), overwrite)
-    reader, cast = HFReader(hf), caster(dtype)
+    reader, cast = PublishedReader(hf), caster(dtype)
     side_files(reader.folder)
     check_not_quantised(reader)
     arch = read_architecture(hf)
@@ -98,12 +98,13 @@ def hf_to_megatron(
     zero.validate(real, arch.megatron["moe_router_topk"])
     layout = model_layout(arch, zero)
     weights, dims = weight_map_of(arch), dims_of(arch, seed, zero.paired)
-    bound = weights.bind(layout.shapes(), own_keys(reader, arch), dims, str(reader.folder))
+    own = own_keys(reader, arch)
+    bound = weights.bind(layout.shapes(), own, dims, str(reader.folder))
     check_float_types(reader, dtype)
     check_source(reader, layout, bound, dims, weights.tied)
     check_added(reader, bound, present)
     settings = settings_of(reader.config, bound.values()) if present.paired else None
-    source = _Source(reader, bound, dims, cast, settings)
+    source = _Source(reader, bound, dims, cast, settings, reader.dtype(own[0]))
     items = [Filled(parameter, source.dtype(parameter)) for parameter in layout.parameters]
     files = data_files(items, layout.objects, f"{RELEASE_NAME}/", max_shard_bytes)
     carried = list(carried_plans(reader, arch, cast))
@@ -157,18 +158,20 @@ class _Source:
         dims: numbers of the model.
         cast: what `--dtype` asks for.
         settings: numbers that config.json holds for paired zero experts; None if they are new.
+        new_dtype: type of parameters that the folder lacks, before the cast.
     """
 
     def __init__(
         self,
-        reader: HFReader,
+        reader: PublishedReader,
         bound: dict[str, WeightMapping],
         dims: ModelDims,
         cast: Callable[[torch.Tensor], torch.Tensor],
         settings: dict[str, torch.Tensor] | None,
+        new_dtype: torch.dtype,
     ):
         self._reader, self._bound, self._dims, self._cast = reader, bound, dims, cast
-        self._settings = settings
+        self._settings, self._new_dtype = settings, new_dtype
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor or setting of the folder."""
@@ -193,7 +196,7 @@ class _Source:
         if isinstance(mapping, Setting):
             return torch.float32
         if self._is_new(mapping):
-            stored = self._reader.dtype(self._reader.keys()[0])
+            stored = self._new_dtype
         else:
             stored = self._common_type(list(mapping.hf_shapes(parameter.shape, self._dims)))
         return stored if isinstance(mapping, ScoreBias) else self._cast(torch.empty(0, dtype=stored)).dtype

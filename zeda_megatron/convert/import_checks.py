@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import filterfalse
 
 import torch
 
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
+from ..models.architecture import published_names
 from ..models.bits import DTYPES, same_bits
 from ..models.hf_config import zero_experts_of
 from ..models.weight_kinds import Added, ModelDims, Repeated, WeightMapping
@@ -23,7 +25,8 @@ _PACKED = re.compile(
 
 
 def check_not_quantised(reader: HFReader) -> None:
-    """Refuse quantised weights, and a config that says so of plain ones: transformers would not open that either.
+    """Refuse weights that do not come out as plain numbers, and a config that says so of plain ones: transformers would
+    not open that either.
 
     Comes before names are compared: quantised weights have other names.
 
@@ -33,14 +36,15 @@ def check_not_quantised(reader: HFReader) -> None:
     told = reader.config.get("quantization_config")
     method = told.get("quant_method") if isinstance(told, dict) else told
     says = f"quantization_config {str(method)[:40]!r}" if told is not None else "no quantization_config"
-    for key in sorted(reader.keys()):
+    names = published_names(reader.config)
+    for key in filterfalse(names.is_aside, reader.keys()):
         entry = reader.entry(key)
         if entry.dtype not in _FLOATS or _PACKED.search(key):
             raise UserError(
                 f"{entry.file}: the weights are quantised (config.json has {says}): tensor {key} has type "
-                f"{entry.dtype}; only float weights can be converted, so give a folder that is not quantised"
+                f"{entry.dtype}; {reader.reads}"
             )
-    if told is not None:
+    if told is not None and not reader.dequantised:
         raise UserError(
             f"{reader.folder / 'config.json'}: {says} says that the weights are quantised, but all of them are plain "
             "numbers; if they were dequantised, remove the key, without which transformers opens the folder, too"

@@ -9,7 +9,7 @@ parts are written (`safetensors_shards`); config and side files come last, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from .file_writer import FileWriter, Summary
 from .hf_files import SINGLE_NAME
 from .layout import Parameter
 from .megatron_model import MegatronModel
+from .published.fused_experts import Joined, fused_plans
 from .safetensors_shards import (
     DEFAULT_SHARD_BYTES,
     Planned,
@@ -87,24 +88,36 @@ def megatron_to_hf(
     carried = carried_source(template, arch)
     dims = dims_of(arch, paired=model.zero.paired)
     target = _Target(model, weight_map_of(arch), dims, cast)
-    planned = [*target.tensors(), *(carried_plans(carried, arch, cast) if carried else ())]
-    shards = plan_shards(planned, max_shard_bytes)
+    along = carried_plans(carried, arch, cast) if carried else ()
+    planned = [*target.tensors(), *(replace(plan, source=(None, plan.key)) for plan in along)]
+    published = list(_published(planned, arch))
+    shards = plan_shards(published, max_shard_bytes)
     settings = target.settings()
     keeps_all = settings.get(MTP_THRESHOLD, 0.0) <= KEEP_ALL
-    aside = [Shard(f"{DRAFTS}/{SINGLE_NAME}", list(_drafts(planned, arch)))] if keeps_all else []
+    drafts = list(_published(_drafts(planned, arch), arch)) if keeps_all else []
+    aside = [Shard(f"{DRAFTS}/{SINGLE_NAME}", drafts)] if keeps_all else []
     result = dynamic_config(config, model.zero, settings, model.adapted_steps)
     result = with_dtype(with_stored_dtype(result, bytes_by_type(shards)), dtype)
 
     def made(shard: Shard) -> Iterator[torch.Tensor]:
         last, parts = None, {}
+
+        def plain(plan: Planned) -> torch.Tensor:
+            nonlocal last, parts
+            parameter, key = plan.source
+            if parameter is None:
+                return cast_carried(key, carried.read(key), cast)
+            if parameter is not last:  # neighbours of one parameter (q, k and v) cost one read
+                last, parts = parameter, {}  # free one before the next is read
+                parts = target.take_apart(parameter, model.read(parameter))
+            return parts[key][: plan.shape[0]]  # drafts take the rows of real experts
+
         for plan in shard.tensors:
-            if not isinstance(plan.source, Parameter):
-                yield cast_carried(plan.key, carried.read(plan.key), cast)
-                continue
-            if plan.source is not last:  # neighbours of one parameter (q, k and v) cost one read
-                last, parts = plan.source, {}  # free one before the next is read
-                parts = target.take_apart(last, model.read(last))
-            yield parts[plan.key][: plan.shape[0]]  # drafts take the rows of real experts
+            if isinstance(plan.source, Joined):
+                for expert in plan.source.experts:
+                    yield plan.source.join([plain(one) for one in expert])
+            else:
+                yield plain(plan)
 
     request = {
         "direction": "megatron-to-hf",
@@ -125,7 +138,14 @@ def megatron_to_hf(
             write_config(staging.work, result)
             if aside:
                 write_config(staging.work / DRAFTS, with_dtype(draft_config(config), dtype))
-    return Summary(len(planned), sum(plan.nbytes for plan in planned), model.zero)
+    return Summary(len(published), sum(plan.nbytes for plan in published), model.zero)
+
+
+def _published(planned: Iterable[Planned], arch: Architecture) -> Iterator[Planned]:
+    """The same tensors as the family's folders have them: their names, and experts in one tensor if need be."""
+    names = arch.published
+    for plan in fused_plans(planned, names.experts) if names.writes_fused else planned:
+        yield replace(plan, key=names.published(plan.key))
 
 
 def _drafts(planned: list[Planned], arch: Architecture) -> Iterator[Planned]:
@@ -169,7 +189,7 @@ class _Target:
                 parameter.shape, dtype=self._model.checked_dtype(parameter), device="meta"
             )
             for key, part in self.take_apart(parameter, shape_only).items():
-                yield Planned(key, part.dtype, tuple(part.shape), parameter)
+                yield Planned(key, part.dtype, tuple(part.shape), (parameter, key))
 
     def settings(self) -> dict[str, float | list[float]]:
         """Keys of config.json that come from the checkpoint."""

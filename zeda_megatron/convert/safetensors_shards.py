@@ -32,6 +32,8 @@ class Planned:
     """Shape."""
     source: object
     """What the reader needs to know to make it."""
+    parts: int | None = None
+    """It is written in so many parts, one for each index of the first axis; None: at once."""
 
     @property
     def nbytes(self) -> int:
@@ -55,13 +57,15 @@ class Shard:
         self.nbytes = len(self._header) + sum(planned.nbytes for planned in tensors)
 
     def write(self, stream: FileStream, made: Iterable[torch.Tensor]) -> None:
-        """Write the file; `made` are the tensors of its plans, in the order of `tensors`."""
+        """Write the file; `made` are the tensors of its plans (or their parts), in the order of `tensors`."""
         stream.write(self._header)
-        for planned, tensor in zip(self.tensors, made, strict=True):
-            if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+        pieces = (t for t in self.tensors for _ in range(1 if t.parts is None else t.parts))
+        for planned, tensor in zip(pieces, made, strict=True):
+            shape = planned.shape if planned.parts is None else planned.shape[1:]
+            if tensor.dtype != planned.dtype or tuple(tensor.shape) != shape:
                 raise UserError(
                     f"tensor {planned.key}: is {tensor.dtype} {list(tensor.shape)}, "
-                    f"planned was {planned.dtype} {list(planned.shape)}"
+                    f"planned was {planned.dtype} {list(shape)}"
                 )
             stream.write_tensor(tensor)
 

@@ -15,10 +15,10 @@ from ..models.bits import same_bits
 from ..models.hf_config import settings_of, zero_experts_of
 from ..models.weight_kinds import ModelDims, Setting, WeightMapping
 from .carried import carried_differences, own_keys
-from .hf_files import HFReader
 from .import_checks import check_added, check_not_quantised
 from .layout import Parameter
 from .megatron_model import MegatronModel
+from .published import PublishedReader
 
 
 def verify(
@@ -39,7 +39,7 @@ def verify(
     Raises:
         UserError: one of the two is incomplete, or they are not the same architecture.
     """
-    reader = HFReader(hf)
+    reader = PublishedReader(hf)
     check_not_quantised(reader)
     arch = read_architecture(hf)
     model = MegatronModel(Path(megatron), arch, reader.config, verify_checkpoint)
@@ -65,7 +65,7 @@ def verify(
 
 
 def _comparer(
-    reader: HFReader,
+    reader: PublishedReader,
     model: MegatronModel,
     bound: dict[str, WeightMapping],
     settings: dict[str, torch.Tensor],

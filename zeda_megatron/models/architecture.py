@@ -29,7 +29,7 @@ from .families import (
 )
 from .rotary import Rotary, read_rotary
 from .weight_kinds import ModelDims
-from .weight_map import WeightMap
+from .weight_map import PublishedNames, WeightMap
 
 
 class ModelFile(Protocol):
@@ -109,18 +109,37 @@ class Architecture:
             )
         return replace(self, mtp_layers=heads)
 
+    @property
+    def published(self) -> PublishedNames:
+        """What published folders call their tensors."""
+        return published_names(self.hf)
+
     def without_mtp_head(self) -> Architecture:
         """The same model, its head not built: the decoder alone."""
         return replace(self, mtp_layers=0)
 
     def is_carried(self, key: str) -> bool:
-        """True for an HF tensor behind the decoder's layers (multi-token prediction) of which no Megatron parameter is
-        made: conversions carry it along."""
+        """True for an HF tensor of which no Megatron parameter is made: conversions carry it along. It is behind the
+        decoder's layers (multi-token prediction), or no part of the text model."""
+        if self.published.is_aside(key):
+            return True
         if self.mtp_layers:
             return False
         layers, more = self.megatron["num_layers"], self.hf.get("num_nextn_predict_layers") or 0
         match = re.match(r"model\.layers\.(\d+)\.", key)
         return match is not None and layers <= int(match[1]) < layers + more
+
+
+def published_names(config: dict[str, Any]) -> PublishedNames:
+    """What folders of a config's family call their tensors; plain names for a model that nobody knows."""
+    names, kind = config.get("architectures"), config.get("model_type")
+    name = names[0] if isinstance(names, list) and names else None
+    known = [
+        table[word]
+        for table, word in ((REGISTRY, name), (MODEL_TYPES, kind))
+        if isinstance(word, str) and word in table
+    ]
+    return known[0].WEIGHTS.published if known else PublishedNames()
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:

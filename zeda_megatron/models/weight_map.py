@@ -46,6 +46,61 @@ def _bind(mapping: WeightMapping, numbers: dict[str, str]) -> WeightMapping:
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """The matrices of all experts of a layer in one tensor: E experts, F inner and H hidden channels."""
+
+    turned: bool = False
+    """Each expert's matrix is [in, out]; else it is [out, in], as a linear layer's."""
+    interleaved: bool = False
+    """Gate and up channels take turns; else those of the gate come first."""
+
+
+HALVES = FusedExperts()
+"""`gate_up_proj` [E, 2F, H] and `down_proj` [E, H, F]: the layout that transformers has in memory."""
+TURNS = FusedExperts(turned=True, interleaved=True)
+"""`gate_up_proj` [E, H, 2F], `gate_up_proj_bias` [E, 2F], `down_proj` [E, F, H], `down_proj_bias` [E, H]: gpt-oss's."""
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """What published folders have in place of plain names, those of a text model with tensors for each expert
+    (`model.layers.3.mlp.experts.7.gate_proj.weight`). Both are read; an export writes the published ones again. A model
+    that sees, too, may have
+
+        PublishedNames(prefixes=(("model.language_model.", "model."),), aside=("model.visual.",))
+    """
+
+    prefixes: tuple[tuple[str, str], ...] = ()
+    """What names begin with in such a folder, and in plain names. The first pair that fits counts."""
+    aside: tuple[str, ...] = ()
+    """What names of tensors begin with that are no part of the text model (vision tower, projector). Conversions carry
+    them along bit for bit."""
+    experts: FusedExperts = HALVES
+    """How tensors of all experts are laid out, where a folder has them."""
+    writes_fused: bool = False
+    """An export writes such tensors too: transformers opens the family with no others."""
+
+    def is_aside(self, key: str) -> bool:
+        """True for a tensor that is no part of the text model."""
+        return key.startswith(self.aside)
+
+    def plain(self, key: str) -> str:
+        """The plain name of a tensor that a folder calls `key`."""
+        return key if self.is_aside(key) else _swapped(key, self.prefixes)
+
+    def published(self, key: str) -> str:
+        """What a folder calls the tensor of the plain name `key`."""
+        return key if self.is_aside(key) else _swapped(key, [pair[::-1] for pair in self.prefixes])
+
+
+def _swapped(key: str, pairs) -> str:
+    for old, new in pairs:
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+@dataclass(frozen=True)
 class WeightMap:
     """All mappings of one architecture."""
 
@@ -57,6 +112,9 @@ class WeightMap:
 
     ignored: tuple[str, ...] = ()
     """Regular expressions of Hugging Face keys that carry no weight of the model (full match)."""
+
+    published: PublishedNames = PublishedNames()
+    """What published folders of the family have in place of the plain names above."""
 
     mtp_layer: int | None = None
     """Hugging Face's number of the head of multi-token prediction; None: no parameter belongs to one."""

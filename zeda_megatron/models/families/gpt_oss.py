@@ -4,7 +4,7 @@ Grouped-query attention with biases, a sink for each head, a window in every oth
 K best logits, which have a bias; experts with biases and a clamped gate.
 
 Folders keep the experts of a layer in one tensor, transposed and with gate and up in turn, often in MXFP4; here, as in
-the weights that `convert.published` shows, every expert has tensors of its own.
+the weights that `convert.published` shows, every expert has tensors of its own. Exports merge them again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..weight_kinds import Direct, GateUp, RowBias
-from ..weight_map import HF, IGNORED, MC, QKV_PROJECTIONS, TIED, WeightMap, decoder
+from ..weight_map import (
+    HF,
+    IGNORED,
+    MC,
+    QKV_PROJECTIONS,
+    TIED,
+    TURNS,
+    PublishedNames,
+    WeightMap,
+    decoder,
+)
 from .config_fields import decoder_fields, grouped_query_fields, softmax_router_fields
 
 ARCHITECTURES = ("GptOssForCausalLM", "GptOssPlusPlusForCausalLM")
@@ -86,4 +96,5 @@ WEIGHTS = WeightMap(
     ),
     tied=TIED,
     ignored=IGNORED,
+    published=PublishedNames(experts=TURNS, writes_fused=True),
 )
