@@ -1,0 +1,171 @@
+"""Published models: their configs are read, and the tensors of their folders are those of the Megatron model.
+
+The facts are those of `docs/models/*.json`, from sources outside of this project. `names` are templates: `all` layers
+are the decoder's and those behind it (multi-token prediction, `mtp`), which have experts as `moe` layers have.
+"""
+
+import json
+import re
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from zeda_megatron.config.zero_experts import ZeroExpertConfig
+from zeda_megatron.convert.layout import model_layout
+from zeda_megatron.models.architecture import dims_of, read_architecture, weight_map_of
+from zeda_megatron.models.weight_kinds import Router
+from zeda_megatron.planning.flops import Geometry
+
+FOLDER = Path(__file__).parents[2] / "docs" / "models"
+MODELS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+DTYPES = {"BF16", "F8_E4M3", "F32", "U8"}
+QUANTISED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj_(blocks|scales|bias)")
+NO_PARAMETER = re.compile(r".*\.(e_score_correction_bias|inv_freq)")
+"""Buffers of transformers' models."""
+UNREAD = {"Kimi-K2-Instruct": "its model_type, kimi_k2, is no word of the registry"}
+
+
+def published(models, *marks):
+    """Parameters of a test; those of models that the package refuses, by whose messages it is told when it does not."""
+    refused = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in UNREAD.items()}
+    return [
+        pytest.param(name, marks=[*marks, refused[name]] if name in refused else marks) for name in models
+    ]
+
+
+def shortened(model: dict, layers: int) -> dict:
+    """The model with the first `layers` layers of the decoder."""
+    config = {
+        key: value[:layers] if isinstance(value, list) and len(value) == layers_of(model) else value
+        for key, value in model["config"].items()
+    }
+    return model | {"config": config | {"num_hidden_layers": layers}}
+
+
+def layers_of(model: dict) -> int:
+    return model["config"]["num_hidden_layers"]
+
+
+def heads_of(model: dict) -> int:
+    return model["config"].get("num_nextn_predict_layers") or 0
+
+
+def experts_of(model: dict) -> int:
+    return next(
+        value
+        for key, value in model["config"].items()
+        if key in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+
+
+def stored(model: dict) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the folder with its shape."""
+    layers, heads = layers_of(model), heads_of(model)
+    dense = model["config"].get("first_k_dense_replace", 0)
+    numbers = {
+        "all": range(layers + heads),
+        "dense": range(dense),
+        "moe": range(dense, layers + heads),
+        "mtp": range(layers, layers + heads),
+    }
+    found = {}
+    for name, tensor in model["names"].items():
+        experts = range(experts_of(model) if "{expert}" in name else 1)
+        for layer in numbers[tensor["layers"]] if "layers" in tensor else [0]:
+            found |= {name.format(layer=layer, expert=e): tuple(tensor["shape"]) for e in experts}
+    return found
+
+
+def plain(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same weights as plain numbers, each expert's alone."""
+    found = {}
+    for key, shape in tensors.items():
+        match = QUANTISED.fullmatch(key)
+        if key.endswith(".weight_scale_inv") or (match and match[3] == "scales"):
+            continue
+        if match is None:
+            found[key] = shape
+            continue
+        experts, rows, *rest = shape
+        is_bias = match[3] == "bias"
+        width = () if is_bias else (rest[0] * rest[1] * 2,)  # two numbers to a byte
+        parts = ["gate_proj", "up_proj"] if match[2] == "gate_up" else ["down_proj"]
+        for expert in range(experts):
+            for part in parts:
+                name = f"{match[1]}{expert}.{part}.{'bias' if is_bias else 'weight'}"
+                found[name] = (rows // len(parts), *width)
+    return found
+
+
+def parameters(tensors: dict[str, tuple[int, ...]]) -> int:
+    return sum(prod(shape) for key, shape in tensors.items() if not NO_PARAMETER.fullmatch(key))
+
+
+def check_every_tensor_has_its_parameter(arch, wanted: dict[str, tuple[int, ...]]) -> None:
+    zero = experts_of({"config": arch.hf}) // 2
+    layout, dims, weights = model_layout(arch, ZeroExpertConfig(zero)), dims_of(arch), weight_map_of(arch)
+    bound = weights.bind(layout.shapes(), wanted, dims)
+    seen = set()
+    for parameter in layout.parameters:
+        mapping = bound[parameter.name]
+        for key, allowed in mapping.hf_shapes(parameter.shape, dims).items():
+            assert wanted[key] in allowed, key
+            seen.add(key)
+            if type(mapping) is Router:
+                assert parameter.shape[0] == wanted[key][0] + zero
+    assert seen == {key for key in wanted if not weights.is_ignored(key)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_facts_of_a_model_fit_each_other(name):
+    model = MODELS[name]
+    assert model["model"].rpartition("/")[2] == name and model["source"]
+    assert {tensor["dtype"] for tensor in model["names"].values()} <= DTYPES
+    tensors = stored(model)
+    if model["tensors"] is not None:
+        assert len(tensors) == model["tensors"]
+    if model["elements"] is not None:
+        assert sum(map(prod, tensors.values())) == model["elements"]
+    for key, shape in tensors.items():
+        if key.endswith(".weight_scale_inv"):
+            weight = tensors[key.removesuffix("_scale_inv")]
+            block = model["config"]["quantization_config"]["weight_block_size"]
+            assert shape == tuple(-(-size // step) for size, step in zip(weight, block, strict=True)), key
+
+
+@pytest.mark.parametrize("name", published(MODELS))
+def test_the_parameters_of_a_published_config_are_counted(name):
+    model = MODELS[name]
+    arch, weights = read_architecture(model["config"], name), plain(stored(model))
+    decoder = {key: shape for key, shape in weights.items() if not arch.is_carried(key)}
+    carried = len(weights) - len(decoder)
+    assert bool(carried) == bool(heads_of(model))
+    assert Geometry.from_config(model["config"]).parameters == parameters(decoder)
+    told = model["parameters_billion"]
+    total = parameters(weights if model.get("parameters_include_mtp") else decoder)
+    digits = len(str(told).partition(".")[2])
+    assert round(total / 1e9, digits) == told
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", published(MODELS))
+def test_every_tensor_of_the_first_published_layers_has_its_megatron_parameter(name):
+    """All dense layers, two with experts, and the head of multi-token prediction behind them, as carried and as built."""
+    model = shortened(MODELS[name], MODELS[name]["config"].get("first_k_dense_replace", 0) + 2)
+    arch, weights = read_architecture(model["config"], name), plain(stored(model))
+    decoder = {key: shape for key, shape in weights.items() if not arch.is_carried(key)}
+    check_every_tensor_has_its_parameter(arch, decoder)
+    assert all(f"layers.{layers_of(model)}." in key for key in weights.keys() - decoder.keys())
+    if heads_of(model):
+        check_every_tensor_has_its_parameter(arch.with_mtp_head("--mtp-head"), weights)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", published(MODELS))
+def test_every_published_tensor_has_its_megatron_parameter(name):
+    model = MODELS[name]
+    arch = read_architecture(model["config"], name)
+    weights = {key: shape for key, shape in plain(stored(model)).items() if not arch.is_carried(key)}
+    check_every_tensor_has_its_parameter(arch, weights)
