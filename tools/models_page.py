@@ -21,20 +21,21 @@ SHARE = 0.5
 
 TEXT = """# Models
 
-Made by `python -m tools.models_page > docs/models.md`; the geometries are those of the published config.json files, kept
-in [docs/models/](models/) with their sources.
+Made by `python -m tools.models_page > docs/models.md`; the geometries are those of the published config.json files,
+kept in [docs/models/](models/) with their sources.
 
 ## What skipping can buy
 
 A step of decoding one token waits for the weights that it reads. If half of a model's picks are skipped, the routed
-experts' part of them halves: the step takes at best 1 - share / 2 of the time. Attention over a long context, kernels and
-batches lower the gain ([docs/serving.md](serving.md) has measurements); where the share is small, skipping buys little.
+experts' part of them halves: the step takes at best 1 - share / 2 of the time. Attention over a long context, kernels
+and batches lower the gain ([docs/serving.md](serving.md) has measurements); where the share is small, skipping buys
+little.
 
 {gains}
 
-Active: weights that one token uses, with the LM head, without the embedding. Share: of the routed experts in them. Bound:
-1 / (1 - share / 2), the most that a step of decoding can gain where half of the picks are skipped. Published as: what an
-import reads; exports are bf16 (`zeda quantize` makes 8 bits of them).
+Active: weights that one token uses, with the LM head, without the embedding. Share: of the routed experts in them.
+Bound: 1 / (1 - share / 2), the most that a step of decoding can gain where half of the picks are skipped. Published
+as: what an import reads; exports are bf16 (`zeda quantize` makes 8 bits of them).
 
 ## What is supported
 

@@ -154,3 +154,16 @@ def test_a_model_without_a_head_is_refused(hf, tmp_path):
     (hf / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
     with pytest.raises(UserError, match=r"--mtp: config\.json says num_nextn_predict_layers 0"):
         hf_to_megatron(hf, tmp_path / "megatron", mtp=True)
+
+
+def test_a_folder_may_have_embedding_and_lm_head_once(tmp_path):
+    """As GLM-4.6 is published; the export repeats them, for engines that draft."""
+    tiny_mtp.WithHead(family="glm4_moe").save(tmp_path / "hf")
+    whole = load_file(tmp_path / "hf/model.safetensors")
+    repeats = {f"{HEAD}embed_tokens.weight", f"{HEAD}shared_head.head.weight"}
+    lean = {key: value for key, value in whole.items() if key not in repeats}
+    save_file(lean, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", mtp=True)
+    assert verify(tmp_path / "hf", tmp_path / "megatron") == []
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back")
+    assert_same_bits(weights_of(tmp_path / "back"), whole)

@@ -198,7 +198,8 @@ class _Source:
         if self._is_new(mapping):
             stored = self._new_dtype
         else:
-            stored = self._common_type(list(mapping.hf_shapes(parameter.shape, self._dims)))
+            keys = mapping.hf_shapes(parameter.shape, self._dims)
+            stored = self._common_type([key for key in keys if key in self._reader])
         return stored if isinstance(mapping, ScoreBias) else self._cast(torch.empty(0, dtype=stored)).dtype
 
     def _common_type(self, keys: list[str]) -> torch.dtype:

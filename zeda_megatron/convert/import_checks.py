@@ -130,8 +130,8 @@ def check_source(
             used.add(key)
             if key in reader:
                 reader.check_shape(key, allowed)
-        for key in mapping.also.split() if isinstance(mapping, Repeated) else ():
-            if not same_bits(reader.read(key), reader.read(mapping.hf)):
+        for key in mapping.repeats() if isinstance(mapping, Repeated) else ():
+            if key in reader and not same_bits(reader.read(key), reader.read(mapping.hf)):
                 raise UserError(
                     f"{reader.folder}: {key} and {mapping.hf} differ, but Megatron's head of multi-token prediction "
                     "shares the model's; convert without --mtp"

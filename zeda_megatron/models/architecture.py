@@ -37,8 +37,9 @@ class ModelFile(Protocol):
 
     ARCHITECTURES: tuple[str, str]
     """HF class of the static and of the dynamic model."""
-    MODEL_TYPES: tuple[str, str]
-    """`model_type` of transformers, and the one with zero experts that some published folders have."""
+    MODEL_TYPES: tuple[str, ...]
+    """`model_type` of transformers, the one with zero experts that some published folders have, and what else folders
+    of the same model say; exports say the first."""
     MODELING_FILE: str
     """File of the dynamic model for transformers, in `serving/`; travels with exports."""
     REQUIRED: dict[str, Any]

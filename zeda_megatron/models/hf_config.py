@@ -114,7 +114,7 @@ class SettingsWriter:
         return {key: values[0] if len(set(values)) == 1 else values for key, values in self._values.items()}
 
 
-_NATIVE_TYPES = {dynamic: native for native, dynamic in (model.MODEL_TYPES for model in MODELS)}
+_NATIVE_TYPES = {other: model.MODEL_TYPES[0] for model in MODELS for other in model.MODEL_TYPES[1:]}
 _DYNAMIC = dict(model.ARCHITECTURES for model in MODELS)
 _MODELING_FILES = {model.ARCHITECTURES[1]: model.MODELING_FILE for model in MODELS}
 _SHARED_FILES = ("zero_expert_model.py", "zero_expert_routing.py")

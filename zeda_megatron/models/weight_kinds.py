@@ -67,12 +67,17 @@ class Direct:
 
 @dataclass(frozen=True)
 class Repeated(Direct):
-    """One tensor that a folder has under several names, with the same bits: `hf`, and `also` (joined by spaces)."""
+    """One tensor that a folder has under several names, with the same bits: `hf`, and, if it likes, `also` (joined by
+    spaces)."""
 
     also: str
 
+    def repeats(self) -> list[str]:
+        """The other names."""
+        return self.also.split()
+
     def _names(self) -> list[str]:
-        return [self.hf, *self.also.split()]
+        return [self.hf, *self.repeats()]
 
     def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
         return dict.fromkeys(self._names(), (shape,))

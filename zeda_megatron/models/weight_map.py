@@ -197,7 +197,8 @@ class WeightMap:
                         f"{source}: tensor {key} is used twice (again for Megatron parameter {name})"
                     )
                 used.add(key)
-                if key not in left and not isinstance(mapping, Added):
+                optional = mapping.repeats() if isinstance(mapping, Repeated) else ()
+                if key not in left and key not in optional and not isinstance(mapping, Added):
                     missing.append(key)
         unknown = sorted(
             key for key in left - used if not self.is_repeat(key, used) and not self.is_ignored(key)

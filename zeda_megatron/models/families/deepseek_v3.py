@@ -15,7 +15,7 @@ from ..weight_map import IGNORED, LATENT_PROJECTIONS, SCORE_BIAS, TIED, WeightMa
 from .config_fields import decoder_fields, first_dense, group_refusal, latent_fields, sigmoid_router_fields
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3PlusPlusForCausalLM")
-MODEL_TYPES = ("deepseek_v3", "deepseek_v3_plus_plus")
+MODEL_TYPES = ("deepseek_v3", "deepseek_v3_plus_plus", "kimi_k2")
 MODELING_FILE = "modeling_deepseek_v3_zero.py"
 REQUIRED = {
     "attention_bias": False,
