@@ -1,29 +1,33 @@
-"""A tiny GLM-4.7-Flash with a head of multi-token prediction: its folder as published, the head in plain PyTorch."""
+"""Tiny models with a head of multi-token prediction: their folders as published, the head in plain PyTorch."""
 
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 
 import tiny
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers.models.glm4_moe_lite.modeling_glm4_moe_lite import Glm4MoeLiteDecoderLayer
 
 OWN = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 """Tensors of the head besides its decoder layer's, without `.weight`."""
 
 
-class GlmWithHead(torch.nn.Module):
+class WithHead(torch.nn.Module):
     """A stock model and a head: the definition, written here."""
 
-    def __init__(self, seed: int = 0, std: float = 0.3, **changes):
+    def __init__(self, seed: int = 0, std: float = 0.3, family: str = "glm4_moe_lite", **changes):
         super().__init__()
-        self.model = tiny.glm_model(seed, std, **changes)
+        self.model = FAMILIES[family].make(seed, std, **changes)
         self.model.config.num_nextn_predict_layers = 1
         config = copy.deepcopy(self.model.config)
-        config.mlp_layer_types = [*config.mlp_layer_types, "sparse"]
-        self.layer = Glm4MoeLiteDecoderLayer(config, config.num_hidden_layers).eval()
+        if hasattr(config, "mlp_layer_types"):
+            config.mlp_layer_types = [*config.mlp_layer_types, "sparse"]
+        modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+        layer = getattr(modeling, f"{FAMILIES[family].stem}DecoderLayer")
+        self.layer = layer(config, config.num_hidden_layers).eval()
         size, draw = config.hidden_size, torch.Generator().manual_seed(seed + 50)
 
         def drawn(shape, mean=0.0):

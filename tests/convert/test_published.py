@@ -97,7 +97,7 @@ def test_rows_of_a_merged_fp8_tensor_keep_the_blocks_of_the_whole(tmp_path):
 @pytest.mark.parametrize("mtp", [False, True], ids=["carried", "built"])
 def test_a_head_of_multi_token_prediction_in_fp8_is_exported_plain(tmp_path, mtp):
     hf = tmp_path / "hf"
-    tiny_mtp.GlmWithHead().save(hf, torch.bfloat16)
+    tiny_mtp.WithHead().save(hf, torch.bfloat16)
     stored, values = fp8(hf)
     assert any(key.startswith("model.layers.3.") for key in values)
     wanted = {key: value for key, value in stored.items() if not key.endswith("_scale_inv")} | values

@@ -17,7 +17,7 @@ ALIGNED = {"pad_seq_to_mult": 4}
 MATCHED = {"hidden_loss_coeff": 5.0, "adam_eps": 1e-6}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
 """Three rows: two data-parallel ranks have one silent row between them."""
-FAMILIES = ("glm4_moe", "deepseek_v3", "deepseek_v2", "minimax_m2", "olmoe", "qwen2_moe")
+FAMILIES = ("glm4_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "minimax_m2", "olmoe", "qwen2_moe")
 """Families (`families.FAMILIES`) that have rows of one kind: what is theirs alone lies in attention and router."""
 WORLD_FLAGS = {
     "plain": {},

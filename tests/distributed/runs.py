@@ -72,7 +72,7 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
     glm = tiny_world.make_world(folder / "glm", tiny.glm_model, num_hidden_layers=2)
     glm_deep = tiny_world.make_world(folder / "glm deep", tiny.glm_model, num_hidden_layers=4)
     six = tiny_world.make_world(folder / "six", num_hidden_layers=6)
-    mtp = tiny_world.make_world(folder / "mtp", tiny_mtp.GlmWithHead, num_hidden_layers=2)
+    mtp = tiny_world.make_world(folder / "mtp", tiny_mtp.WithHead, num_hidden_layers=2)
     mtp = replace(mtp, static=folder / "mtp static", dynamic=folder / "mtp dynamic")
     hf_to_megatron(mtp.hf, mtp.static, mtp=True)
     hf_to_megatron(mtp.hf, mtp.dynamic, num_zero_experts=4, mtp=True)

@@ -23,7 +23,7 @@ LENGTHS = (9, 1, 2, 14, 6)
 
 @pytest.fixture(scope="module")
 def glm():
-    return tiny_mtp.GlmWithHead()
+    return tiny_mtp.WithHead()
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,9 @@ def drafts(model, row):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_what_its_definition_says(tmp_path, row, tied):
-    glm = tiny_mtp.GlmWithHead(tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["glm4_moe_lite", "glm4_moe", "deepseek_v3"])
+def test_the_head_is_what_its_definition_says(tmp_path, row, family, tied):
+    glm = tiny_mtp.WithHead(family=family, tie_word_embeddings=tied)
     glm.save(tmp_path / "hf")
     model = load(tmp_path / "hf", tmp_path)
     made, ends = drafts(model, row), row.cu_seqlens.tolist()

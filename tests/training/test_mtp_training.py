@@ -25,7 +25,7 @@ HEAD = "mtp.layers.0."
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    world = tiny_world.make_world(folder, tiny_mtp.GlmWithHead)
+    world = tiny_world.make_world(folder, tiny_mtp.WithHead)
     with_head = replace(world, static=folder / "static mtp", dynamic=folder / "dynamic mtp")
     hf_to_megatron(world.hf, with_head.static, mtp=True)
     hf_to_megatron(world.hf, with_head.dynamic, num_zero_experts=4, mtp=True)

@@ -265,14 +265,16 @@ def build_gpt_model(
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:
-    """Give expert parameters `allreduce=False` on every layout.
+    """Give expert parameters `allreduce=False` on every layout, and biases no sum over tensor-parallel ranks.
 
     Megatron sets it only with expert parallelism; with TP > 1, EP = 1 and ETP = 1 replicas of an expert would
-    get different gradients and drift apart silently, and optimizer states would not reshard.
+    get different gradients and drift apart silently, and optimizer states would not reshard. Its output biases ask for
+    a sum under sequence parallelism, and count once in the gradient's norm, but those ranks may hold other experts.
     """
     for name, parameter in model.named_parameters():
         if _is_expert(name):
-            parameter.allreduce = False
+            parameter.allreduce = parameter.sequence_parallel = False
+            parameter.tensor_model_parallel = True
 
 
 def draw_experts_apart(model: torch.nn.Module, config: TransformerConfig) -> None:

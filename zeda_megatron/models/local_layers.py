@@ -125,6 +125,7 @@ class SDPAttention(MegatronModule):
             if config.perform_initialization:
                 config.init_method(sinks)
             self.softmax_offset = torch.nn.Parameter(sinks)
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
         """Megatron's description for checkpoints, as its own core attention has it."""

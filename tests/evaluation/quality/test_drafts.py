@@ -14,13 +14,13 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 @pytest.fixture(scope="module")
 def glm():
-    return tiny_mtp.GlmWithHead(std=0.1, **tiny_world.MODEL)
+    return tiny_mtp.WithHead(std=0.1, **tiny_world.MODEL)
 
 
 @pytest.fixture(scope="module")
 def world(glm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    world = tiny_world.make_world(folder, tiny_mtp.GlmWithHead)
+    world = tiny_world.make_world(folder, tiny_mtp.WithHead)
     hf_to_megatron(world.hf, folder / "static mtp", mtp=True)
     hf_to_megatron(world.hf, folder / "dynamic mtp", num_zero_experts=4, mtp=True)
     return world

@@ -35,7 +35,7 @@ THRESHOLD = -1.0
 def world(one_process, tmp_path_factory):
     """A model whose head has been trained on its own answers: checkpoint `run`, exported folder `out`."""
     root = tmp_path_factory.mktemp("world")
-    world = tiny_world.make_world(root, tiny_mtp.GlmWithHead, **SIZES)
+    world = tiny_world.make_world(root, tiny_mtp.WithHead, **SIZES)
     hf_to_megatron(world.hf, root / "static mtp", mtp=True)
     world = replace(world, static=root / "static mtp", dynamic=root / "static mtp")
     run = tiny_world.start(
