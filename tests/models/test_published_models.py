@@ -23,6 +23,8 @@ DTYPES = {"BF16", "F8_E4M3", "F32", "U8"}
 QUANTISED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj_(blocks|scales|bias)")
 NO_PARAMETER = re.compile(r".*\.(e_score_correction_bias|inv_freq)")
 """Buffers of transformers' models."""
+SMALL = 25
+"""Models with fewer billions of parameters are checked at full size in the default suite, too."""
 
 
 def shortened(model: dict, layers: int) -> dict:
@@ -42,6 +44,10 @@ def heads_of(model: dict) -> int:
     return model["config"].get("num_nextn_predict_layers") or 0
 
 
+def first_expert_layer(model: dict) -> int:
+    return model["config"].get("first_k_dense_replace", 0)
+
+
 def experts_of(model: dict) -> int:
     return next(
         value
@@ -52,8 +58,7 @@ def experts_of(model: dict) -> int:
 
 def stored(model: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor of the folder with its shape."""
-    layers, heads = layers_of(model), heads_of(model)
-    dense = model["config"].get("first_k_dense_replace", 0)
+    layers, heads, dense = layers_of(model), heads_of(model), first_expert_layer(model)
     numbers = {
         "all": range(layers + heads),
         "dense": range(dense),
@@ -144,19 +149,30 @@ def test_the_parameters_of_a_published_config_are_counted(name):
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_of_the_first_published_layers_has_its_megatron_parameter(name):
-    """All dense layers, two with experts, and the head of multi-token prediction behind them, carried and built."""
-    model = shortened(MODELS[name], MODELS[name]["config"].get("first_k_dense_replace", 0) + 2)
+    """All dense layers and two with experts."""
+    model = shortened(MODELS[name], first_expert_layer(MODELS[name]) + 2)
     arch, weights = read_architecture(model["config"], name), plain(stored(model))
     decoder = {key: shape for key, shape in weights.items() if not arch.is_carried(key)}
     check_every_tensor_has_its_parameter(arch, decoder)
     assert all(f"layers.{layers_of(model)}." in key for key in weights.keys() - decoder.keys())
-    if heads_of(model):
-        check_every_tensor_has_its_parameter(arch.with_mtp_head("--mtp-head"), weights)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if heads_of(MODELS[name])])
+def test_every_tensor_of_a_published_head_of_multi_token_prediction_has_its_megatron_parameter(name):
+    model = shortened(MODELS[name], first_expert_layer(MODELS[name]) + 1)
+    arch = read_architecture(model["config"], name).with_mtp_head("--mtp")
+    check_every_tensor_has_its_parameter(arch, plain(stored(model)))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (model["parameters_billion"] > SMALL))
+        for name, model in MODELS.items()
+    ],
+)
 def test_every_published_tensor_has_its_megatron_parameter(name):
     model = MODELS[name]
     arch = read_architecture(model["config"], name)
