@@ -18,7 +18,7 @@ from pathlib import Path
 import tiny
 import tiny_world
 import torch
-from families import FAMILIES, YARN
+from families import EVERY, YARN
 from safetensors.torch import load_file, save_file
 
 LATENT = {
@@ -41,11 +41,11 @@ MODELS = {
         tiny.mixtral_model,
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32},
     ),
-    "glm45": (FAMILIES["glm4_moe"].make, SIZES | {"head_dim": 32}),
-    "v3": (FAMILIES["deepseek_v3"].make, SIZES | LATENT | LONG),
-    "v2": (FAMILIES["deepseek_v2"].make, SIZES | LATENT | LONG | {"q_lora_rank": None}),
+    "glm45": (EVERY["glm4_moe"].make, SIZES | {"head_dim": 32}),
+    "v3": (EVERY["deepseek_v3"].make, SIZES | LATENT | LONG),
+    "v2": (EVERY["deepseek_v2"].make, SIZES | LATENT | LONG | {"q_lora_rank": None}),
     "oss": (
-        FAMILIES["gpt_oss"].make,
+        EVERY["gpt_oss"].make,
         {
             "hidden_size": 64,
             "intermediate_size": 32,
@@ -58,14 +58,14 @@ MODELS = {
         },
     ),
     "minimax": (
-        FAMILIES["minimax_m2"].make,
+        EVERY["minimax_m2"].make,
         {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32, "rotary_dim": 16},
     ),
     "olmoe": (
-        FAMILIES["olmoe"].make,
+        EVERY["olmoe"].make,
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2},
     ),
-    "qwen2": (FAMILIES["qwen2_moe"].make, SIZES | {"num_attention_heads": 2, "mlp_only_layers": [0]}),
+    "qwen2": (EVERY["qwen2_moe"].make, SIZES | {"num_attention_heads": 2, "mlp_only_layers": [0]}),
 }
 """Families, and the sizes that change."""
 ENVIRONMENT = {

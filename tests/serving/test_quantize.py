@@ -14,8 +14,23 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.serving.load import load_model, load_zero_expert_model, unpacked
 from zeda_megatron.serving.quantize import QuantizeOptions, main, quantize
 
-every_family, every_kind = families.every_family, families.every_kind
-KEPT = ("norm", ".gate.", "embed_tokens", "lm_head", "e_score_correction_bias", "layernorm")
+every_family = families.every_family
+KEPT = (
+    *(
+        "norm",
+        ".gate.",
+        ".shared_expert_gate.",
+        "embed_tokens",
+        "lm_head",
+        "e_score_correction_bias",
+        "layernorm",
+    ),
+    *("_proj.bias",),
+)
+every_packed = pytest.mark.parametrize(
+    ("name", "kind"), [p for p in families.every_family_and_kind.args[1] if p.values[0] != "gpt_oss"]
+)
+"""gpt-oss is refused."""
 
 
 @pytest.fixture
@@ -55,8 +70,7 @@ def moved_as(by_hand, before, after) -> int:
     return moved
 
 
-@every_family
-@every_kind
+@every_packed
 def test_int8_is_the_definition_and_nothing_else_moves(modelopt, tmp_path, name, kind):
     hf = make_folder(tmp_path, name, kind)
     done = quantize(QuantizeOptions(str(hf), str(tmp_path / "out")))
@@ -105,8 +119,7 @@ def fp8_rows(weight):
     return (weight / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-@every_family
-@every_kind
+@every_packed
 @pytest.mark.parametrize(("number_format", "by_hand"), [("int8", int8_rows), ("fp8", fp8_rows)])
 @torch.no_grad()
 def test_a_packed_folder_holds_the_numbers_of_the_definition(tmp_path, name, kind, number_format, by_hand):
@@ -127,8 +140,7 @@ def test_a_packed_folder_holds_the_numbers_of_the_definition(tmp_path, name, kin
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed", trust_remote_code=True)
 
 
-@every_family
-@every_kind
+@every_packed
 @torch.no_grad()
 def test_packed_int8_is_what_modelopt_rounds_to(modelopt, tmp_path, name, kind):
     hf, tokens = make_folder(tmp_path, name, kind), torch.randint(1, 96, (2, 9))
@@ -136,6 +148,13 @@ def test_packed_int8_is_what_modelopt_rounds_to(modelopt, tmp_path, name, kind):
     quantize(QuantizeOptions(str(hf), str(tmp_path / "packed"), packed=True))
     rounded, opened = load_model(tmp_path / "rounded"), load_model(tmp_path / "packed")
     tiny.close(opened(tokens).logits, rounded(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_experts_with_biases_are_refused_in_one_line(tmp_path):
+    hf = make_folder(tmp_path, "gpt_oss", "zero")
+    with pytest.raises(UserError, match="merged into one tensor and have biases: they cannot be rounded"):
+        quantize(QuantizeOptions(str(hf), str(tmp_path / "out"), packed=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_of_multi_token_prediction_are_packed_along_as_they_are(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_modeling_families import FAMILIES, KINDS, every_family, every_kind, make_model
+from test_modeling_families import FAMILIES, KINDS, every_family, every_family_and_kind, make_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -28,8 +28,7 @@ def split_model(folder, name, kind):
     return model, tokens
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_offloaded_weights_give_the_same_bits(tmp_path, name, kind, dtype):
@@ -43,7 +42,9 @@ def test_offloaded_weights_give_the_same_bits(tmp_path, name, kind, dtype):
     assert model.zero_share() == shares and any(shares)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "constant")) for kind in KINDS]
+)
 @torch.no_grad()
 def test_a_folder_opened_partly_on_disk_gives_the_same_bits(tmp_path, kind):
     model, tokens = split_model(tmp_path / "source", "qwen3_moe", kind)
@@ -57,8 +58,7 @@ def test_a_folder_opened_partly_on_disk_gives_the_same_bits(tmp_path, kind):
     assert torch.equal(on_disk(tokens).logits, expected)
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 def test_adapters_on_expert_and_router_parameters_train_and_merge(tmp_path, name, kind):
     model, tokens = split_model(tmp_path, name, kind)
     with torch.no_grad():
@@ -84,8 +84,7 @@ def test_adapters_on_expert_and_router_parameters_train_and_merge(tmp_path, name
         torch.testing.assert_close(merged(tokens).logits, changed, rtol=1e-4, atol=1e-4)
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 @torch.no_grad()
 def test_stock_loaders_fail_on_an_export(tmp_path, name, kind):
     model, _ = split_model(tmp_path / "source", name, kind)
@@ -95,7 +94,7 @@ def test_stock_loaders_fail_on_an_export(tmp_path, name, kind):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             open_it(tmp_path / "folder", trust_remote_code=False)
     opened = load_zero_expert_model(tmp_path / "folder")
-    assert all(block.gate.zero.kind == KINDS[kind].zero_experts_type for block in opened.moe_blocks())
+    assert all(block.routing.zero.kind == KINDS[kind].zero_experts_type for block in opened.moe_blocks())
 
 
 @pytest.mark.slow

@@ -80,6 +80,11 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     arch = read_architecture(source)
     if packed_by(arch.hf) is not None:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
+    if arch.published.writes_fused:
+        raise UserError(
+            f"{source / 'config.json'}: experts of this family are merged into one tensor and have biases: they cannot "
+            "be rounded here"
+        )
     reader = HFReader(source)
     check_not_quantised(reader)
     check_target(target, options.overwrite)
