@@ -55,7 +55,7 @@ NOTES = {
     "mixtral": "no sliding window",
     "glm4_moe": "`--mtp` trains the head",
     "deepseek_v3": "`--mtp` trains the head; zero experts stand outside the group limit",
-    "deepseek_v2": "transformers 5.14 or newer; zero experts stand outside the group limit",
+    "deepseek_v2": "transformers 5.16 or newer; zero experts stand outside the group limit",
     "gpt_oss": "exports keep experts merged, as published; stage 2 answers with the built-in engine",
     "minimax_m2": "",
     "olmoe": "",

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (V2-Lite) with zero experts for transformers >= 5.14; travels with checkpoints, with the two files it
+"""DeepSeek-V2 (V2-Lite) with zero experts for transformers >= 5.16; travels with checkpoints, with the two files it
 imports.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

@@ -51,6 +51,17 @@ def latent_fields(hf: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def latent_refusal(hf: PreTrainedConfig) -> str | None:
+    """What Megatron's latent attention would not follow, in words; None if nothing."""
+    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
+    if heads != kv_heads:
+        return f"num_key_value_heads {kv_heads} must equal num_attention_heads {heads} (latent attention)"
+    turned = getattr(hf, "head_dim", None) or hf.qk_rope_head_dim
+    if turned != hf.qk_rope_head_dim:
+        return f"head_dim {turned} must equal qk_rope_head_dim {hf.qk_rope_head_dim} (latent attention), or be left out"
+    return None
+
+
 def softmax_router_fields(top_k: int, over_picks: bool) -> dict[str, Any]:
     """Softmax over the K picks, or over all experts without renormalising."""
     return {

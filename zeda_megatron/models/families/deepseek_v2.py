@@ -17,6 +17,7 @@ from .config_fields import (
     group_fields,
     group_refusal,
     latent_fields,
+    latent_refusal,
     softmax_router_fields,
 )
 
@@ -44,9 +45,8 @@ _METHODS = ("greedy", "group_limited_greedy")
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's latent attention or router would not follow, in words; None if nothing."""
-    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
-    if heads != kv_heads:
-        return f"num_key_value_heads {kv_heads} must equal num_attention_heads {heads} (latent attention)"
+    if (reason := latent_refusal(hf)) is not None:
+        return reason
     if hf.topk_method not in _METHODS:
         return f"topk_method {hf.topk_method!r} is unknown; known: {', '.join(_METHODS)}"
     return group_refusal(hf, hf.n_routed_experts, best=1) if _limited(hf) else None

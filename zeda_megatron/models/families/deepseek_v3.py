@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..weight_map import IGNORED, LATENT_PROJECTIONS, SCORE_BIAS, TIED, WeightMap, decoder, shared_expert
-from .config_fields import decoder_fields, first_dense, group_refusal, latent_fields, sigmoid_router_fields
+from .config_fields import decoder_fields, first_dense, group_refusal, latent_fields,
+    latent_refusal, sigmoid_router_fields
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3PlusPlusForCausalLM")
 MODEL_TYPES = ("deepseek_v3", "deepseek_v3_plus_plus", "kimi_k2")
@@ -37,9 +38,8 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's latent attention or router would not follow, in words; None if nothing."""
-    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
-    if heads != kv_heads:
-        return f"num_key_value_heads {kv_heads} must equal num_attention_heads {heads} (latent attention)"
+    if (reason := latent_refusal(hf)) is not None:
+        return reason
     if hf.num_experts_per_tok < 2:
         return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
     return group_refusal(hf, hf.n_routed_experts, best=2)

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..weight_map import IGNORED, LATENT_PROJECTIONS, SCORE_BIAS, TIED, WeightMap, decoder, shared_expert
-from .config_fields import decoder_fields, latent_fields, sigmoid_router_fields
+from .config_fields import decoder_fields, latent_fields,
+    latent_refusal, sigmoid_router_fields
 
 ARCHITECTURES = ("Glm4MoeLiteForCausalLM", "Glm4MoeLitePlusPlusForCausalLM")
 MODEL_TYPES = ("glm4_moe_lite", "glm4_moe_lite_plus_plus")
@@ -36,9 +37,8 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's latent attention or router would not follow, in words; None if nothing."""
-    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
-    if heads != kv_heads:
-        return f"num_key_value_heads {kv_heads} must equal num_attention_heads {heads} (latent attention)"
+    if (reason := latent_refusal(hf)) is not None:
+        return reason
     if hf.num_experts_per_tok < 2:
         return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
     told, kinds = getattr(hf, "first_k_dense_replace", None), hf.mlp_layer_types

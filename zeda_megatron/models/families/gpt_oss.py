@@ -41,6 +41,10 @@ SIZES = (
 """Keys that a config must give: a default would be the size of another model."""
 
 
+_GATE = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+"""What older versions of transformers have in place of keys of the config."""
+
+
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
     if hf.num_experts_per_tok < 2:
@@ -48,6 +52,9 @@ def refusal(hf: PreTrainedConfig) -> str | None:
     told = getattr(hf, "experts_per_token", hf.num_experts_per_tok)
     if told != hf.num_experts_per_tok:
         return f"experts_per_token {told}: transformers goes by num_experts_per_tok {hf.num_experts_per_tok}"
+    for key, usual in _GATE.items():
+        if getattr(hf, key, usual) != usual and not hasattr(type(hf), key):
+            return f"{key} {getattr(hf, key)}: this version of transformers takes no notice of it"
     if set(hf.layer_types) - {"sliding_attention", "full_attention"}:
         return f"layer_types {str(hf.layer_types)[:60]}: only sliding_attention and full_attention are known"
     if "sliding_attention" in hf.layer_types and (hf.sliding_window or 0) < 1:
@@ -73,8 +80,8 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         # transformers counts a token among those that it sees, Megatron does not.
         "window_size": (hf.sliding_window - 1, 0) if any(windows) else None,
         "window_attn_skip_freq": windows,
-        "activation_func": partial(gate, hf.swiglu_alpha),
-        "activation_func_clamp_value": hf.swiglu_limit,
+        "activation_func": partial(gate, getattr(hf, "swiglu_alpha", _GATE["swiglu_alpha"])),
+        "activation_func_clamp_value": getattr(hf, "swiglu_limit", _GATE["swiglu_limit"]),
         "glu_linear_offset": 1.0,
         "num_moe_experts": hf.num_local_experts,
         "moe_ffn_hidden_size": hf.intermediate_size,
