@@ -20,6 +20,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..runtime.megatron_api import latent_parts
 
 
 class SPRMSNorm(torch.nn.RMSNorm):
@@ -196,6 +197,9 @@ class LatentAttention(MLASelfAttention):
         if config.q_lora_rank is not None:
             _set_eps(self.q_layernorm, self.linear_q_up_proj)
         self.rotary_pos_emb = DriftingRotary(self.rotary_pos_emb)
+
+    def _resolve_qk_norm_config(self, submodules) -> dict[str, Any]:
+        return latent_parts(self.config, submodules)
 
 
 def _set_eps(norm: torch.nn.Module, projection: torch.nn.Module) -> None:

@@ -318,6 +318,8 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     # Newer ones advise every user of GPTModel to use another class.
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_no_advice)
+    # PyTorch with CUDA, imported where no GPU is (Megatron wants its compiler): `zeda doctor` tells that better, too.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_no_missing_gpu)
     # TensorBoard's writer fails in a thread of its own; it raises the same at the next call, which tells it in a line.
     if not isinstance(threading.excepthook, _ButTensorBoard):
         threading.excepthook = _ButTensorBoard(threading.excepthook)
@@ -336,3 +338,7 @@ class _ButTensorBoard:
 
 def _no_advice(record: logging.LogRecord) -> bool:
     return "IS DEPRECATED" not in record.getMessage()
+
+
+def _no_missing_gpu(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime" not in record.getMessage()
