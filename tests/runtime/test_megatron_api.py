@@ -162,6 +162,7 @@ def test_the_layer_of_a_head_has_one_name(name):
     head.add_module(name, torch.nn.Linear(2, 2))
     head.norm = torch.nn.LayerNorm(2)
     name_layer_of_head(head)
+    assert getattr(head, name) is head.transformer_layer and len(list(head.children())) == 2
     assert {key.split(".")[0] for key in head.state_dict()} == {"transformer_layer", "norm"}
 
 

@@ -139,11 +139,12 @@ def one_head(config) -> Iterator[None]:
 def name_layer_of_head(head) -> None:
     """The decoder layer of a `MultiTokenPredictionLayer` is its `transformer_layer`, as in checkpoints of all versions.
 
-    0.19 calls the module `mtp_model_layer` and renames it while it saves.
+    0.19 calls the module `mtp_model_layer` and renames it while it saves; its schedules ask for that name.
     """
     if hasattr(head, "mtp_model_layer"):
         head.transformer_layer = head.mtp_model_layer
         del head.mtp_model_layer
+        object.__setattr__(head, "mtp_model_layer", head.transformer_layer)  # no second module
 
 
 def _keyword(spec, name: str):
