@@ -316,6 +316,8 @@ def quiet() -> None:
     # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
     for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    for words in ("The argument order of", "torch.distributed is disabled"):  # newer ones, at every load
+        warnings.filterwarnings("ignore", words, UserWarning, module=r"torch\.distributed\.checkpoint")
     # Newer ones advise every user of GPTModel to use another class, and every checkpoint another writer and reader.
     for name in (
         "models.gpt.gpt_model",

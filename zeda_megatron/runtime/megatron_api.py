@@ -6,6 +6,7 @@ Run with 0.16.1 and 0.19.2: differences are told from what an object looks like.
 from __future__ import annotations
 
 import inspect
+import logging
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ def write_or_say_why(write: Callable, *args: Any, **kwargs: Any) -> None:
             failures.append(made[1])
         return made
 
+    logger = logging.getLogger(Writer.__module__)
+    logger.disabled = True  # whoever takes from the queue tells it
     Writer.write_preloaded_data = staticmethod(noting)
     try:
         write(*args, **kwargs)
@@ -92,6 +95,7 @@ def write_or_say_why(write: Callable, *args: Any, **kwargs: Any) -> None:
         if failures:
             args[-1].get()
     finally:
+        logger.disabled = False
         Writer.write_preloaded_data = staticmethod(stock)
     if failures:
         args[-1].put(failures[0])
