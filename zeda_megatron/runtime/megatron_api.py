@@ -11,6 +11,7 @@ import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -99,6 +100,21 @@ def write_or_say_why(write: Callable, *args: Any, **kwargs: Any) -> None:
         Writer.write_preloaded_data = staticmethod(stock)
     if failures:
         args[-1].put(failures[0])
+
+
+def forget_recorded_losses() -> None:
+    """What routers record for Megatron's log has places for the layers of the first model in this process.
+
+    A model with more layers then fails. 0.16 keeps a dict, 0.19 an object of a module of its own.
+    """
+    if find_spec("megatron.core.transformer.moe.moe_logging") is not None:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+    else:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
 
 
 def mend_latent_attention() -> None:
