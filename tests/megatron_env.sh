@@ -45,7 +45,7 @@ python_3_12() {
       echo "$candidate"
       return
     fi
-  done < <(echo python3.12; echo python3; printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python | sort -rV)
+  done < <(echo python3.12; echo python3; printf '%s\n' "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.12*/bin/python | sort -rV)
   echo "error: Megatron-Core 0.19 needs Python 3.12, and none is on PATH or among pyenv's versions: set PYTHON" >&2
   return 2
 }
