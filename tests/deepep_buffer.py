@@ -8,6 +8,7 @@ routing map and hands out rows sorted by expert, in a buffer of `num_permuted_to
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -176,33 +177,20 @@ def install(monkeypatch, group) -> tuple[DeepepBuffer, HybridBuffer]:
     def fused_combine(x, group, handle, async_finish=False, allocate_on_comm_stream=False):
         return fused_a2a.FusedCombine.apply(x, group, handle, async_finish, allocate_on_comm_stream)
 
-    def hybrid_ep_dispatch(
-        x,
-        routing_map,
-        probs,
-        group,
-        num_local_experts,
-        num_sms_dispatch_api=24,
-        num_sms_combine_api=24,
-        num_permuted_tokens=None,
-        pad_multiple=None,
-    ):
-        return fused_a2a.HybridEPDispatch.apply(
-            x,
-            routing_map,
-            probs,
-            group,
-            num_local_experts,
-            num_sms_dispatch_api,
-            num_sms_combine_api,
-            num_permuted_tokens,
-            pad_multiple,
-        )
+    def hybrid_ep_dispatch(**named):
+        return by_name(fused_a2a.HybridEPDispatch, **named)
 
-    def hybrid_ep_combine(x, handle, num_permuted_tokens, pad_multiple):
-        return fused_a2a.HybridEPCombine.apply(x, handle, num_permuted_tokens, pad_multiple)
+    def hybrid_ep_combine(**named):
+        return by_name(fused_a2a.HybridEPCombine, **named)
 
     for function in (fused_dispatch, fused_combine, hybrid_ep_dispatch, hybrid_ep_combine):
         monkeypatch.setattr(token_dispatcher, function.__name__, function)
     monkeypatch.setattr(token_dispatcher, "set_deepep_num_sms", lambda number: None)
     return deepep, hybrid
+
+
+def by_name(function: type[torch.autograd.Function], **named):
+    """Call it with named arguments: which there are, and where, differs between Megatron's versions."""
+    given = inspect.signature(function.forward).bind(None, **named)
+    given.apply_defaults()
+    return function.apply(*given.args[1:])

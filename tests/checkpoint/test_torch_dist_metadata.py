@@ -11,10 +11,11 @@ import pytest
 import tiny_world
 import torch
 from corruptions import Payload
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from zeda_megatron.checkpoint.integrity import INTEGRITY
-from zeda_megatron.checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata
+from zeda_megatron.checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata, write_metadata
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.load import load_model
 from zeda_megatron.models.on_disk import adapted_steps
@@ -103,6 +104,41 @@ def test_resuming_runs_nothing(name, world, halfway, tmp_path):
     said = "Weights only load failed" if name == "objects" else said  # a resumed run wants them
     tried(lambda: tiny_world.start(world, save=root, verify_checkpoint="none"), said)
     assert not mark.exists()
+
+
+def among_tensors(folder: Path) -> None:
+    """The plain values of a checkpoint where Megatron-Core 0.19 puts them."""
+    file, made, index = folder / "common.pt", io.BytesIO(), read_metadata(folder)
+    torch.save([torch.load(file, weights_only=True)], made)
+    at, data = MetadataIndex("common_state/shard_0_1"), next(folder.glob("*.distcp"))
+    index.storage_data[at] = _StorageInfo(data.name, data.stat().st_size, len(made.getvalue()))
+    index.state_dict_metadata[at.fqn] = BytesStorageMetadata()
+    data.write_bytes(data.read_bytes() + made.getvalue())
+    write_metadata(folder, Metadata(index.state_dict_metadata, storage_data=index.storage_data))
+    file.unlink()
+    (folder / INTEGRITY).unlink()
+
+
+def test_a_checkpoint_of_the_newest_megatron_resumes_with_every_version(world, halfway, tmp_path):
+    root = shutil.copytree(halfway, tmp_path / "run")
+    (folder,) = root.glob("iter_*")
+    if (folder / "common.pt").exists():  # written by 0.16
+        among_tensors(folder)
+    resumed, wanted = tiny_world.start(world, save=root), tiny_world.start(world, save=halfway)
+    assert resumed.iteration == wanted.iteration == 2
+    found, expected = tiny_world.snapshot(resumed), tiny_world.snapshot(wanted)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_plain_values_among_the_tensors_run_nothing(world, halfway, tmp_path):
+    root = shutil.copytree(halfway, tmp_path / "run")
+    (folder,) = root.glob("iter_*")
+    if (folder / "common.pt").exists():
+        among_tensors(folder)
+    (folder / INTEGRITY).unlink(missing_ok=True)
+    objects(folder, tmp_path / "ran")
+    tried(lambda: tiny_world.start(world, save=root, verify_checkpoint="none"), "common_state.*Weights only")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_plain_file_of_calls_runs_nothing(world, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Megatron-Core without CUDA: what `install` does to Megatron, and that it leaves everybody else alone."""
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -108,6 +109,18 @@ def test_a_megatron_that_needs_triton_says_so(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f) is not cpu._CoreFinder])
     with pytest.raises(UserError, match="triton: pip install triton"):
         cpu.install()
+
+
+def test_what_a_user_can_do_nothing_about_is_silent():
+    def heard(name: str, words: str) -> bool:
+        record = logging.makeLogRecord({"name": name, "levelno": logging.WARNING, "msg": words})
+        return bool(logging.getLogger(name).filter(record))
+
+    cpu.quiet()
+    compiler, files = "torch.utils.cpp_extension", "megatron.core.dist_checkpointing.strategies.common"
+    assert not heard(compiler, "No CUDA runtime is found, using CUDA_HOME='/usr'")
+    assert not heard(files, "load_common is deprecated and will be removed in a future release.")
+    assert heard(compiler, "No compiler is found") and heard(files, "a file is missing")
 
 
 def test_a_missing_megatron_is_a_user_error(monkeypatch):

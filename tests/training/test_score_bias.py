@@ -75,3 +75,12 @@ def test_a_bias_does_not_train_beside_zero_experts_nor_where_there_is_none(glm, 
         UserError, match=r"--moe-router-bias-update-rate: the routers of Qwen3Moe.* have no score"
     ):
         tiny_world.start(world, pretrained_checkpoint=world.static, **STATIC)
+
+
+def test_a_model_that_trained_before_in_this_process_may_have_had_fewer_layers(glm, tmp_path):
+    small = tiny_world.make_world(
+        tmp_path, tiny.glm_model, num_hidden_layers=2, mlp_layer_types=["dense", "sparse"]
+    )
+    for world in (small, glm):
+        run = tiny_world.start(world, pretrained_checkpoint=world.static, train_iters=1, **STATIC)
+        assert run.run() == 0

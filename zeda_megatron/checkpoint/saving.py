@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..durable_file import sync, sync_all, write_atomically
 from ..errors import UserError
 from ..runtime.agreement import on_rank0, rank
-from ..runtime.megatron_api import accepted, results_stay_here
+from ..runtime.megatron_api import accepted, results_stay_here, write_or_say_why
 from ..runtime.worker import end_with_parent, is_lost_peer
 from .folders import TRACKER, is_complete, iteration_of, iterations, set_aside, tracked
 from .integrity import note_own_files, seal
@@ -194,6 +194,6 @@ def _noting_files(request: AsyncRequest, folder: Path) -> AsyncRequest:
 def _write_and_note(write: Callable, folder: Path, writer: int, run: int, *args, **kwargs) -> None:
     if os.getpid() != run:  # Ctrl-C is for the run, which then ends this process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    write(*args, **kwargs)
+    write_or_say_why(write, *args, **kwargs)
     with contextlib.suppress(OSError):  # a failure to write is told elsewhere; `seal` hashes what has no note
         note_own_files(folder, writer)

@@ -22,7 +22,7 @@ from ..runtime.worker import is_lost_peer
 from .folders import TRACKER, find_checkpoint, is_complete, require_checkpoint
 from .integrity import require_intact
 from .saving import CheckpointSaver, first_line
-from .torch_dist_metadata import data_only, plain_objects, read_metadata
+from .torch_dist_metadata import data_only, read_metadata
 
 __all__ = [
     "TRACKER",
@@ -69,8 +69,8 @@ def _load(folder: Path, index: Metadata, state: dict[str, Any], flag: str) -> di
 
 def load_plain_values(folder: Path, flag: str) -> dict[str, Any]:
     """What a checkpoint holds besides tensors. Raises `UserError` naming folder and reason."""
-    with plain_objects():
-        return _told(dist_checkpointing.load_common_state_dict, folder, folder, flag)
+    with data_only(folder, _index(folder, flag)) as view:  # newer versions keep them among the tensors
+        return _told(dist_checkpointing.load_common_state_dict, view, folder, flag)
 
 
 def _told(load: Callable[[str], dict[str, Any]], place: Path, folder: Path, flag: str) -> dict[str, Any]:

@@ -202,7 +202,7 @@ _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ON
 
 @contextmanager
 def data_only(folder: Path, index: Metadata) -> Iterator[Path]:
-    """A stand-in for `folder` to load from: links to its files, and an index written anew.
+    """A stand-in for `folder` to load from: links to its files, an index written anew, plain values where all look.
 
     Args:
         index: of that folder, as `read_metadata` made it. The pickle in the folder is not opened again: what one reader
@@ -215,7 +215,31 @@ def data_only(folder: Path, index: Metadata) -> Iterator[Path]:
                 (view / path.name).symlink_to(path.absolute())
         with open(view / METADATA_NAME, "wb") as file:
             pickle.dump(index, file, protocol=4)
+        if not (view / PLAIN_VALUES).exists():
+            _write_plain_values(folder, index, view / PLAIN_VALUES)
         yield view
+
+
+PLAIN_VALUES = "common.pt"
+"""What a checkpoint holds besides tensors, in a file of its own; Megatron-Core 0.19 reads that, and writes another
+place: an object among the tensors, which 0.16 does not look for."""
+_AMONG_TENSORS = metadata.MetadataIndex("common_state/shard_0_1")
+
+
+def _write_plain_values(folder: Path, index: Metadata, file: Path) -> None:
+    place = index.storage_data.get(_AMONG_TENSORS)
+    if place is None:
+        return
+    stored = folder / place.relative_path
+    try:
+        with open(stored, "rb") as source:
+            source.seek(place.offset)
+            data = io.BytesIO(source.read(place.length))
+        (values,) = torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{stored}: {_AMONG_TENSORS.fqn} cannot be read ({reason})") from error
+    torch.save(values, file)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
 from ..moe.paired import install_residual_norms
 from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
-from ..runtime.megatron_api import mend_latent_attention, moe_submodules, queries_need_latents
+from ..runtime.megatron_api import mend_latent_attention, moe_submodules
 from .architecture import Architecture
 from .latent_attention import LatentAttention, install_rotary
 from .local_layers import (
@@ -318,11 +318,6 @@ def decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if config.multi_latent_attention:
-        if config.q_lora_rank is None and queries_need_latents():
-            raise UserError(
-                "config.json: q_lora_rank null (queries without latents) works with megatron-core 0.16 only: newer "
-                "ones put a norm before such queries"
-            )
         mend_latent_attention()
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention

@@ -11,6 +11,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
+from ..runtime.megatron_api import latent_parts
 from .rotary import Rotary
 
 LATENT_NORM_EPS = 1e-6
@@ -36,6 +37,9 @@ class LatentAttention(MLASelfAttention):
         _set_eps(self.kv_layernorm, self.linear_kv_up_proj)
         if config.q_lora_rank is not None:
             _set_eps(self.q_layernorm, self.linear_q_up_proj)
+
+    def _resolve_qk_norm_config(self, submodules) -> dict[str, Any]:
+        return latent_parts(self.config, submodules)
 
 
 def _set_eps(norm: torch.nn.Module, projection: torch.nn.Module) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -30,12 +31,16 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..moe.stats import routers
-from ..runtime.megatron_api import moe_submodules
+from ..runtime.megatron_api import moe_submodules, name_layer_of_head, one_head
 from .local_layers import SPRMSNorm
 
 
 class MTPHead(MultiTokenPredictionLayer):
     """Megatron's layer with another forward pass: it knows of padding, which its router must not count."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        name_layer_of_head(self)
 
     def forward(
         self,
@@ -76,7 +81,11 @@ def build_mtp_head(
     if not use_te:
         parts = spec.submodules
         parts.enorm = parts.hnorm = parts.layer_norm = SPRMSNorm
-    block = MultiTokenPredictionBlock(config, MultiTokenPredictionBlockSubmodules([spec]), vp_stage)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with one_head(config):
+        block = MultiTokenPredictionBlock(
+            config, MultiTokenPredictionBlockSubmodules([spec]), vp_stage, pg_collection=groups
+        )
     for router in routers(block):
         router.in_mtp_head = True
     return block

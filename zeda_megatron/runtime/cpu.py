@@ -316,8 +316,17 @@ def quiet() -> None:
     # Its checkpoints use PyTorch's older interface: three warnings at every save and load.
     for module in (r"megatron\.core\.dist_checkpointing", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    # Newer ones advise every user of GPTModel to use another class.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_no_advice)
+    for words in ("The argument order of", "torch.distributed is disabled"):  # newer ones, at every load
+        warnings.filterwarnings("ignore", words, UserWarning, module=r"torch\.distributed\.checkpoint")
+    # Newer ones advise every user of GPTModel to use another class, and every checkpoint another writer and reader.
+    for name in (
+        "models.gpt.gpt_model",
+        "dist_checkpointing.strategies.torch",
+        "dist_checkpointing.strategies.common",
+    ):
+        logging.getLogger(f"megatron.core.{name}").addFilter(_no_advice)
+    # PyTorch with CUDA, imported where no GPU is (Megatron wants its compiler): `zeda doctor` tells that better, too.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_no_missing_gpu)
     # TensorBoard's writer fails in a thread of its own; it raises the same at the next call, which tells it in a line.
     if not isinstance(threading.excepthook, _ButTensorBoard):
         threading.excepthook = _ButTensorBoard(threading.excepthook)
@@ -335,4 +344,8 @@ class _ButTensorBoard:
 
 
 def _no_advice(record: logging.LogRecord) -> bool:
-    return "IS DEPRECATED" not in record.getMessage()
+    return "is deprecated" not in record.getMessage().lower()
+
+
+def _no_missing_gpu(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime" not in record.getMessage()

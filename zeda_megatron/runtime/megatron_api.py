@@ -6,6 +6,7 @@ Run with 0.16.1 and 0.19.2: differences are told from what an object looks like.
 from __future__ import annotations
 
 import inspect
+import logging
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,58 @@ def results_stay_here() -> Iterator[None]:
         module._results_queue = shared
 
 
+def write_or_say_why(write: Callable, *args: Any, **kwargs: Any) -> None:
+    """Call a checkpoint's writer, after which its queue (the last of `args`) holds the results or what went wrong.
+
+    0.19's writer of several files asserts that none has failed: the queue then gets the kind of the error without its
+    words, or nothing at all.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writer
+
+    if not hasattr(Writer, "write_preloaded_data_multithread"):
+        write(*args, **kwargs)
+        return
+    stock, failures = Writer.write_preloaded_data, []
+
+    def noting(*args: Any, **kwargs: Any):
+        made = stock(*args, **kwargs)
+        if isinstance(made[1], Exception):
+            failures.append(made[1])
+        return made
+
+    logger = logging.getLogger(Writer.__module__)
+    logger.disabled = True  # whoever takes from the queue tells it
+    Writer.write_preloaded_data = staticmethod(noting)
+    try:
+        write(*args, **kwargs)
+    except AssertionError:
+        if not failures:
+            raise
+    else:
+        if failures:
+            args[-1].get()
+    finally:
+        logger.disabled = False
+        Writer.write_preloaded_data = staticmethod(stock)
+    if failures:
+        args[-1].put(failures[0])
+
+
+def forget_recorded_losses() -> None:
+    """What routers record for Megatron's log has places for the layers of the first model in this process.
+
+    A model with more layers then fails. 0.16 keeps a dict, 0.19 an object of a module of its own.
+    """
+    if find_spec("megatron.core.transformer.moe.moe_logging") is not None:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+    else:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+
+
 def mend_latent_attention() -> None:
     """Let latent attention be built where Transformer Engine is missing, on CPU and GPU.
 
@@ -75,12 +128,43 @@ def mend_latent_attention() -> None:
         module.HAVE_TE = False
 
 
-def queries_need_latents() -> bool:
-    """Latent attention whose latents are normed must have latents of queries too.
+def latent_parts(config, submodules) -> dict[str, Any]:
+    """Norms and projections that latent attention is built of, where Megatron asks it for them (0.19 does).
 
-    So in 0.19; 0.16 projects queries that have none without a norm, as the published models do.
+    Left alone it puts a norm before queries that have no latents; the published models have none there, nor has 0.16.
     """
-    return find_spec("megatron.core.transformer.mla_qk_norm_config") is not None
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+
+    resolver = QKNormConfigResolver(config, submodules)
+    resolver.has_q_lora = True  # so it leaves them alone; what it finds for latents of queries is not built
+    parts = resolver.resolve()
+    if config.q_lora_rank is None:
+        parts["linear_q_proj"] = submodules.linear_q_proj
+    return parts
+
+
+@contextmanager
+def one_head(config) -> Iterator[None]:
+    """For the time in which a head of multi-token prediction is built: 0.19 gives it its layer only if one is counted.
+
+    Otherwise none is: Megatron would compute its own loss on them.
+    """
+    counted, config.mtp_num_layers = config.mtp_num_layers, 1
+    try:
+        yield
+    finally:
+        config.mtp_num_layers = counted
+
+
+def name_layer_of_head(head) -> None:
+    """The decoder layer of a `MultiTokenPredictionLayer` is its `transformer_layer`, as in checkpoints of all versions.
+
+    0.19 calls the module `mtp_model_layer` and renames it while it saves; its schedules ask for that name.
+    """
+    if hasattr(head, "mtp_model_layer"):
+        head.transformer_layer = head.mtp_model_layer
+        del head.mtp_model_layer
+        object.__setattr__(head, "mtp_model_layer", head.transformer_layer)  # no second module
 
 
 def _keyword(spec, name: str):

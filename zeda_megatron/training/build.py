@@ -46,6 +46,7 @@ from ..models.weight_map import MTP
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
+from ..runtime.megatron_api import forget_recorded_losses
 from .log import warn
 
 
@@ -183,6 +184,7 @@ def build_student(options: Options, trains: bool = True) -> Student:
         raise UserError(
             f"--recompute-granularity selective is not supported with {zero.zero_experts_type} zero experts; use full"
         )
+    forget_recorded_losses()
     chunks = build_chunks(options, arch, zero)
     if options.model.pretrained_checkpoint:
         folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")

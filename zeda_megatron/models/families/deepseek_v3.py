@@ -12,8 +12,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..weight_map import IGNORED, LATENT_PROJECTIONS, SCORE_BIAS, TIED, WeightMap, decoder, shared_expert
-from .config_fields import decoder_fields, first_dense, group_refusal, latent_fields,
-    latent_refusal, sigmoid_router_fields
+from .config_fields import (
+    decoder_fields,
+    first_dense,
+    group_refusal,
+    latent_fields,
+    latent_refusal,
+    sigmoid_router_fields,
+)
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3PlusPlusForCausalLM")
 MODEL_TYPES = ("deepseek_v3", "deepseek_v3_plus_plus", "kimi_k2")

@@ -11,8 +11,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..weight_map import IGNORED, LATENT_PROJECTIONS, SCORE_BIAS, TIED, WeightMap, decoder, shared_expert
-from .config_fields import decoder_fields, latent_fields,
-    latent_refusal, sigmoid_router_fields
+from .config_fields import (
+    decoder_fields,
+    latent_fields,
+    latent_refusal,
+    sigmoid_router_fields,
+)
 
 ARCHITECTURES = ("Glm4MoeLiteForCausalLM", "Glm4MoeLitePlusPlusForCausalLM")
 MODEL_TYPES = ("glm4_moe_lite", "glm4_moe_lite_plus_plus")
