@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_world
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
+from zeda_megatron.errors import UserError
+from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.live_weights import LiveWeights
 from zeda_megatron.models.load import load_model
 from zeda_megatron.strict_json import read_json
@@ -77,3 +81,12 @@ def test_a_hand_over_takes_less_than_the_experts_of_a_layer_beyond_what_each_sid
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(found) == 2, done.stderr[-3000:]
     assert all(0 < peak[kind] < EXPERTS_OF_A_LAYER for peak in found for kind in ("engine", "server")), found
+
+
+def test_experts_that_engines_want_merged_are_refused_in_one_line():
+    model = tiny.megatron_model(FAMILIES["gpt_oss"].make())
+    arch = read_architecture(FAMILIES["gpt_oss"].fields)
+    with pytest.raises(
+        UserError, match="--rollout-engine: engines want the experts of GptOssForCausalLM merged"
+    ):
+        LiveWeights([model], arch)

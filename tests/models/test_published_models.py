@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.models_page import page
+from zeda_megatron.__main__ import main as zeda
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.layout import model_layout
 from zeda_megatron.models.architecture import dims_of, read_architecture, weight_map_of
@@ -178,3 +180,21 @@ def test_every_published_tensor_has_its_megatron_parameter(name):
     arch = read_architecture(model["config"], name)
     weights = {key: shape for key, shape in plain(stored(model)).items() if not arch.is_carried(key)}
     check_every_tensor_has_its_parameter(arch, weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_published_model_is_planned(name, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[name]["config"]))
+    ranks = min(experts_of(MODELS[name]), 4)
+    for command in (
+        ["flops"],
+        ["memory", "--gpus", "8", "--bf16", "--expert-model-parallel-size", str(ranks)],
+    ):
+        assert zeda(["plan", *command, "--hf", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert "nan" not in told and "inf " not in told and len(told.splitlines()) > 10
+
+
+def test_the_page_of_models_is_what_its_program_writes():
+    """`python -m tools.models_page > docs/models.md`"""
+    assert FOLDER.with_suffix(".md").read_text() == page(list(MODELS.values()))

@@ -15,6 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from safetensors.torch import save_file
 
+from ..errors import UserError
 from ..runtime.agreement import gathered, rank, world_size
 from ..runtime.process_groups import device
 from .architecture import Architecture, dims_of, weight_map_of
@@ -56,9 +57,17 @@ class LiveWeights:
     Args:
         chunks: bare model chunks of this rank; all ranks of the world make one together.
         arch: of the model.
+
+    Raises:
+        UserError: a family whose experts engines want merged.
     """
 
     def __init__(self, chunks: list[torch.nn.Module], arch: Architecture):
+        if arch.published.writes_fused:
+            raise UserError(
+                f"--rollout-engine: engines want the experts of {arch.name} merged into one tensor, as which they "
+                "cannot be handed over while the model runs; use builtin"
+            )
         # Engines that answer have no head of multi-token prediction.
         self.chunks, self.arch, self.map = chunks, arch, weight_map_of(arch.without_mtp_head())
         mine = [(name, box, parameter) for name, box, parameter, _ in self._local()]
