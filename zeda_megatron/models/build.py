@@ -8,6 +8,8 @@ Which layers lie on which pipeline stage is told as Megatron's own layer counts 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -237,20 +239,21 @@ def build_gpt_model(
         zero.validate(config.num_moe_experts, config.moe_router_topk)
         block = apply_zero_experts(block, zero, expert_backend)
     divisor = config.tensor_model_parallel_size
-    model = ZedaGPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=math.ceil(arch.vocab_size / divisor) * divisor,
-        max_sequence_length=arch.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        parallel_output=True,
-        share_embeddings_and_output_weights=arch.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_base=arch.rotary.base,
-        vp_stage=vp_stage,
-    )
+    with norms_admitted(config):
+        model = ZedaGPTModel(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=math.ceil(arch.vocab_size / divisor) * divisor,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=1.0,
+            rotary_base=arch.rotary.base,
+            vp_stage=vp_stage,
+        )
     if arch.mtp_layers:
         model.mtp = build_mtp_head(config, block, has_transformer_engine() if use_te is None else use_te)
     install_rotary(model, arch.rotary, with_factor=getattr(config, "rope_type", None) == "yarn")
@@ -262,6 +265,18 @@ def build_gpt_model(
     if torch.cuda.is_available() and not next(model.parameters()).is_meta:
         model.cuda(torch.cuda.current_device())
     return model
+
+
+@contextmanager
+def norms_admitted(config: TransformerConfig) -> Iterator[None]:
+    """Say `qk_layernorm` while a model with norms over all heads is built, as newer versions ask, and not afterwards:
+    under it Megatron sums the gradients of such norms over tensor-parallel ranks, where here every rank has its own."""
+    said = config.qk_layernorm
+    config.qk_layernorm = said or getattr(config, "qk_norm_over_heads", False)
+    try:
+        yield
+    finally:
+        config.qk_layernorm = said
 
 
 def mark_expert_parameters(model: torch.nn.Module) -> None:
@@ -323,8 +338,6 @@ def decoder_block_spec(
             attention = layer.submodules.self_attention
             attention.module = LatentAttention
             attention.params = {**attention.params, "whole_down_projections": not use_te}
-    # Beside `qk_layernorm`, under which Megatron sums the gradients of norms with these names over tensor-parallel
-    # ranks: here every rank has its own.
     over_heads = getattr(config, "qk_norm_over_heads", False)
     if use_te:
         for layer in block.layer_specs:
