@@ -39,7 +39,7 @@ LEFT_OUT = "not pipeline and not tp and not ep_ and not fsdp and not test_traini
 
 
 def make_case(family: str, arm: str) -> type[unittest.TestCase]:
-    """The tests of one class of models: `CausalLMModelTest` on ...ForCausalLM."""
+    """The tests of one class of models: `CausalLMModelTest`, or the family's own ones, on ...ForCausalLM."""
     theirs = importlib.import_module(f"tests.models.{family}.test_modeling_{family}")
     suite = importlib.import_module("tests.causal_lm_tester").CausalLMModelTest
     stem = FAMILIES[family]
@@ -69,6 +69,15 @@ def make_case(family: str, arm: str) -> type[unittest.TestCase]:
         "is_pipeline_test_to_skip": lambda self, *args, **kwargs: True,
         "test_model": lambda self: self.skipTest("of the base model"),
     }
+    if not issubclass(Tester, importlib.import_module("tests.causal_lm_tester").CausalLMModelTester):
+        suite = getattr(theirs, f"{stem}ModelTest")
+        classes = (stock if arm == "stock" else dynamic,)
+
+        def set_up(self):
+            suite.setUp(self)
+            self.model_tester = Tester(self)
+
+        fields |= {"setUp": set_up, "all_model_classes": classes, "all_generative_model_classes": classes}
     return type(f"Test_{family}_{arm}", (suite, unittest.TestCase), fields)
 
 
