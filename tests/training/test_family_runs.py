@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import stage0_files
 import tiny
 import tiny_world
 import torch
@@ -81,10 +82,12 @@ OTHERS = [name for name in FAMILIES if name != "qwen3_moe"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_model_trained_in_both_stages_has_the_same_logits_in_transformers(name, tmp_path, world_of):
-    """Stage 2 begins where stage 1 ends, and answers with the built-in engine."""
+def test_a_model_trained_in_all_stages_has_the_same_logits_in_transformers(name, tmp_path, world_of):
+    """Stage 1 learns from stage 0's answers; stage 2 begins where it ends, and answers with the built-in engine."""
     world = world_of(name)
-    assert tiny_world.start(world, save=tmp_path / "one", train_iters=2).run() == 0
+    stage0_files.stage0(world, tmp_path / "answers.jsonl")
+    data = {"data_path": tmp_path / "answers.jsonl"}
+    assert tiny_world.start(world, save=tmp_path / "one", train_iters=2, **data).run() == 0
     flags = {"stage": "2", "global_batch_size": 10, "samples_per_prompt": 2, "train_iters": 1}
     run = tiny_world.start(world, pretrained_checkpoint=tmp_path / "one", save=tmp_path / "two", **flags)
     assert run.run() == 0

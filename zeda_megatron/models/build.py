@@ -203,6 +203,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
             f"--expert-tensor-parallel-size {etp}: this model's experts have biases, which Megatron would add on every "
             "rank; use --expert-model-parallel-size"
         )
+    cp = parallel.context_parallel_size
+    if cp > 1 and fields.get("softmax_type") == "learnable" and has_transformer_engine():
+        raise UserError(
+            f"--context-parallel-size {cp}: this model's attention has sinks, for which Transformer Engine has no "
+            "kernel that splits a sequence; use --tensor-model-parallel-size"
+        )
     stage_sizes(fields["num_layers"], parallel)
 
 

@@ -61,11 +61,3 @@ class MiniMaxM2PlusPlusForCausalLM(ZeroExpertModel, MiniMaxM2ForCausalLM, Genera
 
     MOE_BLOCK, ROUTER, NUM_EXPERTS = MiniMaxM2SparseMoeBlock, ZeroExpertRouter, "num_local_experts"
     BLOCK = BiasedBlock
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, BiasedBlock):
-            bias = module.e_score_correction_bias
-            if not getattr(bias, "_is_hf_initialized", False):
-                bias.zero_()

@@ -206,10 +206,12 @@ class ZeroExpertModel:
         """Called by `from_pretrained`: what the checkpoint lacks is unset memory, of which stock code knows nothing."""
         super().initialize_weights()
         for block in self.moe_blocks():
-            for name in ("zero_weight", "zero_bias", *paired_shapes(block.routing.zero, 0)):
-                parameter = getattr(block.routing, name, None)
-                if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.zero_()
+            names = ("zero_weight", "zero_bias", *paired_shapes(block.routing.zero, 0))
+            ours = [getattr(block.routing, name, None) for name in names]
+            ours.append(getattr(block, "e_score_correction_bias", None))
+            for tensor in ours:
+                if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
+                    tensor.zero_()
 
     def moe_blocks(self) -> list[ZeroExpertMoeBlock]:
         """MoE blocks in layer order (dense layers have none)."""
