@@ -59,37 +59,37 @@ YARN = {
     "beta_fast": 4.0,
 }
 """Frequencies of three kinds and a factor of cosine and sine within tiny heads and short texts."""
-GLM4_MOE = dict(
-    architectures=["Glm4MoeForCausalLM"],
-    model_type="glm4_moe",
+COMMON = dict(
     vocab_size=96,
     hidden_size=32,
+    num_attention_heads=4,
+    num_experts_per_tok=3,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+"""Keys that all tiny models have."""
+GLM4_MOE = COMMON | dict(
+    architectures=["Glm4MoeForCausalLM"],
+    model_type="glm4_moe",
     intermediate_size=48,
     num_hidden_layers=3,
-    num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=12,
     n_routed_experts=8,
-    num_experts_per_tok=3,
     n_shared_experts=1,
     moe_intermediate_size=16,
     routed_scaling_factor=2.5,
     first_k_dense_replace=1,
     attention_bias=True,
     use_qk_norm=True,
-    max_position_embeddings=64,
     rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
     num_nextn_predict_layers=0,
     rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
 )
 
-LATENT = dict(
-    vocab_size=96,
-    hidden_size=32,
+LATENT = COMMON | dict(
     intermediate_size=48,
     num_hidden_layers=3,
-    num_attention_heads=4,
     num_key_value_heads=4,
     q_lora_rank=12,
     kv_lora_rank=16,
@@ -97,14 +97,11 @@ LATENT = dict(
     qk_rope_head_dim=8,
     v_head_dim=6,
     n_routed_experts=8,
-    num_experts_per_tok=3,
     n_shared_experts=2,
     moe_intermediate_size=16,
     routed_scaling_factor=1.6,
     first_k_dense_replace=1,
-    max_position_embeddings=64,
     rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
     rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
 )
 """Of DeepSeek's models: latent attention, first layer dense; no two sizes are equal by chance."""
@@ -123,40 +120,28 @@ DEEPSEEK_V2 = LATENT | dict(
     n_group=1,
     topk_group=1,
 )
-GPT_OSS = dict(
+GPT_OSS = COMMON | dict(
     architectures=["GptOssForCausalLM"],
     model_type="gpt_oss",
-    vocab_size=96,
-    hidden_size=32,
     intermediate_size=16,
     num_hidden_layers=3,
-    num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=12,
     num_local_experts=8,
-    num_experts_per_tok=3,
     sliding_window=5,
-    max_position_embeddings=64,
     rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
     rope_parameters=YARN | {"truncate": False},
 )
 """Windows of 5 in two of three layers."""
-MINIMAX_M2 = dict(
+MINIMAX_M2 = COMMON | dict(
     architectures=["MiniMaxM2ForCausalLM"],
     model_type="minimax_m2",
-    vocab_size=96,
-    hidden_size=32,
     intermediate_size=16,
     num_hidden_layers=2,
-    num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=12,
     num_local_experts=8,
-    num_experts_per_tok=3,
-    max_position_embeddings=64,
     rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
     bos_token_id=1,
     eos_token_id=2,
     rotary_dim=6,
@@ -167,39 +152,27 @@ MINIMAX_M2 = dict(
     use_qk_norm=True,
     qk_norm_type="per_layer",
 )
-OLMOE = dict(
+OLMOE = COMMON | dict(
     architectures=["OlmoeForCausalLM"],
     model_type="olmoe",
-    vocab_size=96,
-    hidden_size=32,
     intermediate_size=16,
     num_hidden_layers=2,
-    num_attention_heads=4,
     num_key_value_heads=4,
     num_experts=8,
-    num_experts_per_tok=3,
-    max_position_embeddings=64,
     rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
     pad_token_id=1,
     eos_token_id=2,
 )
-QWEN2_MOE = dict(
+QWEN2_MOE = COMMON | dict(
     architectures=["Qwen2MoeForCausalLM"],
     model_type="qwen2_moe",
-    vocab_size=96,
-    hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
-    num_attention_heads=4,
     num_key_value_heads=2,
     num_experts=8,
-    num_experts_per_tok=3,
     moe_intermediate_size=16,
     shared_expert_intermediate_size=40,
-    max_position_embeddings=64,
     rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
 )
 
 EVERY = {

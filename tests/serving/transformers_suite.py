@@ -13,18 +13,8 @@ import sys
 import unittest
 from pathlib import Path
 
-FAMILIES = {
-    "qwen3_moe": "Qwen3Moe",
-    "glm4_moe_lite": "Glm4MoeLite",
-    "mixtral": "Mixtral",
-    "glm4_moe": "Glm4Moe",
-    "deepseek_v3": "DeepseekV3",
-    "deepseek_v2": "DeepseekV2",
-    "gpt_oss": "GptOss",
-    "minimax_m2": "MiniMaxM2",
-    "olmoe": "Olmoe",
-    "qwen2_moe": "Qwen2Moe",
-}
+from zeda_megatron.serving.vllm.register import FAMILIES
+
 ARMS = {
     "stock": {},
     "zero": {"zce_nums": [4], "zce_types": ["zero"]},

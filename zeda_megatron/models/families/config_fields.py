@@ -71,6 +71,20 @@ def softmax_router_fields(top_k: int, over_picks: bool) -> dict[str, Any]:
     }
 
 
+def softmax_refusal(hf: PreTrainedConfig) -> str | None:
+    """What Megatron's softmax router would not follow, in words; None if nothing."""
+    if hf.norm_topk_prob and hf.num_experts_per_tok < 2:
+        return "num_experts_per_tok 1 with norm_topk_prob is not supported: every pick would weigh 1"
+    return None
+
+
+def sigmoid_refusal(hf: PreTrainedConfig) -> str | None:
+    """What Megatron's sigmoid router would not follow, in words; None if nothing."""
+    if hf.num_experts_per_tok < 2:
+        return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
+    return None
+
+
 def sigmoid_router_fields(top_k: int, scale: float, groups: int = 1, kept_groups: int = 1) -> dict[str, Any]:
     """Sigmoid scores, K best by score + bias, weights = score / sum of the K, times `scale`; from `kept_groups` of
     `groups` groups of experts."""

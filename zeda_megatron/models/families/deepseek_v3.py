@@ -18,6 +18,7 @@ from .config_fields import (
     group_refusal,
     latent_fields,
     latent_refusal,
+    sigmoid_refusal,
     sigmoid_router_fields,
 )
 
@@ -44,11 +45,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's latent attention or router would not follow, in words; None if nothing."""
-    if (reason := latent_refusal(hf)) is not None:
-        return reason
-    if hf.num_experts_per_tok < 2:
-        return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
-    return group_refusal(hf, hf.n_routed_experts, best=2)
+    return latent_refusal(hf) or sigmoid_refusal(hf) or group_refusal(hf, hf.n_routed_experts, best=2)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:

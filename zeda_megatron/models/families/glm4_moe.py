@@ -25,6 +25,7 @@ from .config_fields import (
     first_dense,
     group_refusal,
     grouped_query_fields,
+    sigmoid_refusal,
     sigmoid_router_fields,
 )
 
@@ -42,9 +43,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    if hf.num_experts_per_tok < 2:
-        return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
-    return group_refusal(hf, hf.n_routed_experts, best=2)
+    return sigmoid_refusal(hf) or group_refusal(hf, hf.n_routed_experts, best=2)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .config_fields import (
     decoder_fields,
     latent_fields,
     latent_refusal,
+    sigmoid_refusal,
     sigmoid_router_fields,
 )
 
@@ -41,10 +42,9 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's latent attention or router would not follow, in words; None if nothing."""
-    if (reason := latent_refusal(hf)) is not None:
+    reason = latent_refusal(hf) or sigmoid_refusal(hf)
+    if reason is not None:
         return reason
-    if hf.num_experts_per_tok < 2:
-        return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
     told, kinds = getattr(hf, "first_k_dense_replace", None), hf.mlp_layer_types
     if told is not None and kinds != ["dense"] * told + ["sparse"] * (len(kinds) - told):
         return (

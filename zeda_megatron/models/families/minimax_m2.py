@@ -12,7 +12,12 @@ from transformers import PreTrainedConfig
 
 from ..weight_kinds import ScoreBias
 from ..weight_map import HF, IGNORED, MC, QK_NORMS, QKV_PROJECTIONS, TIED, WeightMap, decoder
-from .config_fields import decoder_fields, grouped_query_fields, sigmoid_router_fields
+from .config_fields import (
+    decoder_fields,
+    grouped_query_fields,
+    sigmoid_refusal,
+    sigmoid_router_fields,
+)
 
 ARCHITECTURES = ("MiniMaxM2ForCausalLM", "MiniMaxM2PlusPlusForCausalLM")
 MODEL_TYPES = ("minimax_m2", "minimax_m2_plus_plus")
@@ -36,8 +41,8 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    if hf.num_experts_per_tok < 2:
-        return f"num_experts_per_tok {hf.num_experts_per_tok} is not supported: Megatron normalises 2 or more scores"
+    if (reason := sigmoid_refusal(hf)) is not None:
+        return reason
     kinds = getattr(hf, "attn_type_list", None) or []
     if set(kinds) - {1}:
         return f"attn_type_list {str(kinds)[:40]} is not supported: 1, full attention, in every layer"

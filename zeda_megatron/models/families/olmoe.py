@@ -10,7 +10,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..weight_map import IGNORED, QK_NORMS, QKV_PROJECTIONS, TIED, WeightMap, decoder
-from .config_fields import decoder_fields, grouped_query_fields, softmax_router_fields
+from .config_fields import (
+    decoder_fields,
+    grouped_query_fields,
+    softmax_refusal,
+    softmax_router_fields,
+)
 
 ARCHITECTURES = ("OlmoeForCausalLM", "OlmoePlusPlusForCausalLM")
 MODEL_TYPES = ("olmoe", "olmoe_plus_plus")
@@ -25,9 +30,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    if hf.norm_topk_prob and hf.num_experts_per_tok < 2:
-        return "num_experts_per_tok 1 with norm_topk_prob is not supported: every pick would weigh 1"
-    return None
+    return softmax_refusal(hf)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .config_fields import (
     decoder_fields,
     every_few_sparse,
     grouped_query_fields,
+    softmax_refusal,
     softmax_router_fields,
 )
 
@@ -33,9 +34,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    if hf.norm_topk_prob and hf.num_experts_per_tok < 2:
-        return "num_experts_per_tok 1 with norm_topk_prob is not supported: every pick would weigh 1"
-    return None
+    return softmax_refusal(hf)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
