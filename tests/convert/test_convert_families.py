@@ -20,11 +20,21 @@ KINDS = {
     "learned": {"num_zero_experts": NZ, "zero_experts_type": "learned"},
     "paired": {"zero_expert_routing": "paired"},
 }
+FIRST = ("qwen3_moe", "glm4_moe_lite", "mixtral")
+"""Families that all kinds are usual for."""
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(
+            name, kind, marks=[pytest.mark.slow] * (name not in FIRST and kind in ("copy", "learned"))
+        )
+        for name in FAMILIES
+        for kind in KINDS
+    ],
+)
 def test_every_bit_of_the_static_model_comes_back_and_opens_in_transformers(tmp_path, name, kind):
     static = FAMILIES[name].make()
     static.save_pretrained(tmp_path / "hf")

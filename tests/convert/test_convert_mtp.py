@@ -21,8 +21,8 @@ N, NZ, HEAD = 8, 4, "model.layers.3."
     params=[
         ("glm4_moe_lite", torch.float32),
         ("glm4_moe_lite", torch.bfloat16),
-        ("glm4_moe", torch.bfloat16),
-        ("deepseek_v3", torch.bfloat16),
+        pytest.param(("glm4_moe", torch.bfloat16), marks=pytest.mark.slow),
+        pytest.param(("deepseek_v3", torch.bfloat16), marks=pytest.mark.slow),
     ],
     ids=str,
 )

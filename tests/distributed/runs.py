@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import tiny
 import tiny_mtp
 import tiny_world
-from cases import FAMILIES as OTHER_FAMILIES
-from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES, WORLD_FLAGS
+from cases import FOUR_PROCESSES, STEPS, TWO_PROCESSES, WORLD_FLAGS, family_of
 from families import FAMILIES
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -92,21 +92,36 @@ def make_worlds(folder: Path, plain: tiny_world.World) -> dict[str, tiny_world.W
         "paired": with_heads,
         "awake": awake,
         "glm": glm,
-        # Two layers with experts, so that every pipeline stage has one.
-        **{
-            name: tiny_world.make_world(folder / name, FAMILIES[name].make, num_hidden_layers=4)
-            for name in OTHER_FAMILIES
-        },
     }
+
+    @cache
+    def of_family(name: str) -> tiny_world.World:
+        # Two pairs of layers with experts, so that every pipeline stage has some.
+        return tiny_world.make_world(folder / name, FAMILIES[name].make, num_hidden_layers=4)
 
     def of(name: str) -> tiny_world.World:
         if {"glm", "deep"} <= set(name.split()):
             return glm_deep
+        family = family_of(name)
+        if family:
+            return of_family(family)
         if name in special:
             return special[name]
         return next((world for word, world in special.items() if word in name.split()), plain)
 
-    return {name: of(name) for name in WORLD_FLAGS}
+    return Worlds(of)
+
+
+class Worlds(dict):
+    """Worlds by name; those of families are made when they are asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> tiny_world.World:
+        self[name] = self._make(name)
+        return self[name]
 
 
 class Alone:
@@ -124,12 +139,16 @@ class Alone:
         return self.done[name]
 
 
+def group_of(case: dict) -> str:
+    """Cases of one group run in one torchrun: the usual ones, the slow ones, and the slow ones of each family."""
+    return f" slow {family_of(case['world'])}".rstrip() if case["slow"] else ""
+
+
 class Runs:
     """`runs(name)` -> (results of all ranks, folder of what the case wrote)."""
 
     def __init__(self, worlds: dict, halfway: Path, folder: Path):
-        self.worlds = {name: {k: str(v) for k, v in asdict(world).items()} for name, world in worlds.items()}
-        self.halfway, self.folder, self.done = halfway, folder, {}
+        self.worlds, self.halfway, self.folder, self.done = worlds, halfway, folder, {}
 
     def __call__(self, name: str) -> tuple[list[dict], Path]:
         if name not in self.done:
@@ -141,13 +160,15 @@ class Runs:
             cases for cases in (TWO_PROCESSES, FOUR_PROCESSES) if any(c["name"] == name for c in cases)
         )
         processes = 2 if cases is TWO_PROCESSES else 4
-        slow = next(c["slow"] for c in cases if c["name"] == name)
-        cases = [c for c in cases if c["slow"] == slow]
+        asked = next(c for c in cases if c["name"] == name)
+        cases = [c for c in cases if group_of(c) == group_of(asked)]
         if "ZEDA_CASES" in os.environ:  # for work on one layout: ZEDA_CASES="cp2,pp2 vpp2" pytest -k ...
             cases = [c for c in cases if c["name"] in os.environ["ZEDA_CASES"].split(",")]
-        out = self.folder / f"{processes} processes{' slow' if slow else ''}"
+        out = self.folder / f"{processes} processes{group_of(asked)}"
         out.mkdir()
-        text = json.dumps({"out": str(out), "cases": cases, "worlds": self.worlds})
+        names = {c["world"] for c in cases}
+        worlds = {n: {k: str(v) for k, v in asdict(self.worlds[n]).items()} for n in names}
+        text = json.dumps({"out": str(out), "cases": cases, "worlds": worlds})
         (out / "job.json").write_text(text.replace("HALFWAY", str(self.halfway)))
         torchrun(processes, out / "job.json")
         for c in cases:
