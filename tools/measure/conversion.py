@@ -58,7 +58,7 @@ def main() -> int:
     try:
         from .random_model import QWEN3_30B_A3B
 
-        config = QWEN3_30B_A3B | {"num_hidden_layers": args.layers}
+        config = shortened(_config(args.model) if args.model else QWEN3_30B_A3B, args.layers)
         report = measure(work, config, args.max_shard_bytes, args.workers, args.rounds)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -73,12 +73,32 @@ def _parse() -> argparse.Namespace:
         description="Speed and memory of conversions beside a plain copy.", allow_abbrev=False
     )
     parser.add_argument("--work", required=True, metavar="DIR", help="new folder for three models")
-    parser.add_argument("--layers", type=int, default=5, help="layers of Qwen3-30B-A3B's geometry")
+    parser.add_argument(
+        "--model", metavar="FILE", help="a file of docs/models/, or a config.json (default: Qwen3-30B-A3B)"
+    )
+    parser.add_argument("--layers", type=int, default=5, help="layers of it, all with experts")
     parser.add_argument("--max-shard-bytes", type=int, default=1_000_000_000, metavar="BYTES")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N")
     parser.add_argument("--rounds", type=int, default=1, help="repeat copy, import, export, verify")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     return parser.parse_args()
+
+
+def _config(file: str) -> dict[str, Any]:
+    read = json.loads(Path(file).read_text())
+    return read.get("config", read)
+
+
+def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of the model's first layers with experts, of plain bf16 weights."""
+    whole, dense = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
+    cut = {
+        key: value[dense : dense + layers] if isinstance(value, list) and len(value) == whole else value
+        for key, value in config.items()
+        if key not in ("quantization_config", "num_nextn_predict_layers")
+    }
+    fixed = {"first_k_dense_replace": 0} if dense else {}
+    return cut | fixed | {"num_hidden_layers": layers, "torch_dtype": "bfloat16"}
 
 
 def measure(work: Path, config: dict[str, Any], max_shard_bytes: int, workers: int, rounds: int) -> dict:
