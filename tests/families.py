@@ -298,6 +298,7 @@ EVERY = {
             "all channels turned": {"rotary_dim": 12},
         },
         ({"use_routing_bias": False}, {"scoring_func": "softmax"}, {"attn_type_list": [1, 0]}),
+        since="5.19",
     ),
     "olmoe": Family(
         OLMOE,

@@ -57,7 +57,7 @@ NOTES = {
     "deepseek_v3": "`--mtp` trains the head; zero experts stand outside the group limit",
     "deepseek_v2": "transformers 5.16 or newer; zero experts stand outside the group limit",
     "gpt_oss": "exports keep experts merged, as published; stage 2 answers with the built-in engine",
-    "minimax_m2": "",
+    "minimax_m2": "transformers 5.19 or newer",
     "olmoe": "",
     "qwen2_moe": "",
 }

@@ -21,7 +21,7 @@ from zeda_megatron.runtime import cpu  # noqa: E402
 cpu.install()
 
 import tiny_world  # noqa: E402
-from cases import FOUR_PROCESSES, STAGE_2, TRAIN  # noqa: E402
+from cases import FAMILIES, FOUR_PROCESSES, STAGE_2, TRAIN  # noqa: E402
 from runs import Alone, Runs, differences, make_worlds  # noqa: E402
 
 from zeda_megatron.config.parallel import ParallelConfig  # noqa: E402
@@ -68,6 +68,18 @@ WORLDS = {
     "evaluated aligned": "held-out rows",
     "evaluated paired": "held-out rows, paired",
 }
+NAMES = {
+    "glm4_moe": "GLM-4.5",
+    "deepseek_v3": "DeepSeek-V3",
+    "deepseek_v2": "DeepSeek-V2",
+    "gpt_oss": "gpt-oss",
+    "minimax_m2": "MiniMax-M2",
+    "olmoe": "OLMoE",
+    "qwen2_moe": "Qwen2-MoE",
+}
+for family in FAMILIES:
+    WORLDS |= {family: NAMES[family], f"{family} aligned": NAMES[family]}
+    WORLDS |= {f"stage 2 {family}{more}": f"stage 2, {NAMES[family]}" for more in ("", " aligned")}
 FLAGS = {
     "moe_token_dispatcher_type": "{} dispatcher",
     "recompute_granularity": "{} recomputation",

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from families import EVERY, FAMILIES
 
 from tools.models_page import page
 from zeda_megatron.__main__ import main as zeda
@@ -20,7 +21,10 @@ from zeda_megatron.models.weight_kinds import Repeated, Router
 from zeda_megatron.planning.flops import Geometry
 
 FOLDER = Path(__file__).parents[2] / "docs" / "models"
-MODELS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+PUBLISHED = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+TOO_NEW = {EVERY[name].architecture for name in EVERY.keys() - FAMILIES.keys()}
+MODELS = {name: one for name, one in PUBLISHED.items() if not TOO_NEW & set(one["config"]["architectures"])}
+"""Those of families that this version of transformers has."""
 DTYPES = {"BF16", "F8_E4M3", "F32", "U8"}
 QUANTISED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj_(blocks|scales|bias)")
 NO_PARAMETER = re.compile(r".*\.(e_score_correction_bias|inv_freq)")
@@ -195,6 +199,9 @@ def test_every_published_model_is_planned(name, tmp_path, capsys):
         assert "nan" not in told and "inf " not in told and len(told.splitlines()) > 10
 
 
+@pytest.mark.skipif(
+    len(EVERY) > len(FAMILIES), reason="this version of transformers reads some configs otherwise"
+)
 def test_the_page_of_models_is_what_its_program_writes():
     """`python -m tools.models_page > docs/models.md`"""
-    assert FOLDER.with_suffix(".md").read_text() == page(list(MODELS.values()))
+    assert FOLDER.with_suffix(".md").read_text() == page(list(PUBLISHED.values()))

@@ -1,4 +1,4 @@
-"""MiniMax-M2 with zero experts for transformers >= 5.0; travels with checkpoints, with the two files it imports.
+"""MiniMax-M2 with zero experts for transformers >= 5.19; travels with checkpoints, with the two files it imports.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -61,3 +61,12 @@ class MiniMaxM2PlusPlusForCausalLM(ZeroExpertModel, MiniMaxM2ForCausalLM, Genera
 
     MOE_BLOCK, ROUTER, NUM_EXPERTS = MiniMaxM2SparseMoeBlock, ZeroExpertRouter, "num_local_experts"
     BLOCK = BiasedBlock
+
+    def __init__(self, config):
+        told = getattr(config, "rotary_dim", None)
+        turned = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        if told not in (None, turned):
+            raise ValueError(
+                f"config.json: rotary_dim {told}: this transformers turns {turned} channels; use 5.19 or newer"
+            )
+        super().__init__(config)

@@ -43,6 +43,9 @@ def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
     if (reason := sigmoid_refusal(hf)) is not None:
         return reason
+    turned = int(hf.head_dim * hf.rope_parameters.get("partial_rotary_factor", 1.0))
+    if getattr(hf, "rotary_dim", turned) not in (turned, None):
+        return f"rotary_dim {hf.rotary_dim}: this version of transformers takes no notice of it; 5.19 does"
     kinds = getattr(hf, "attn_type_list", None) or []
     if set(kinds) - {1}:
         return f"attn_type_list {str(kinds)[:40]} is not supported: 1, full attention, in every layer"
