@@ -189,7 +189,7 @@ def test_other_projects_are_patched_in_runtime_only():
 
 
 def test_files_that_travel_with_checkpoints_import_one_another_alone():
-    graph, prefix = import_graph(ROOT), f"{PACKAGE}.serving."
+    graph, prefix = import_graph(ROOT), f"{PACKAGE}.serving.transformers."
     shared = {prefix + "zero_expert_model", prefix + "zero_expert_routing"}
     travel = {n: t for n, t in graph.items() if n in shared or n.startswith(f"{prefix}modeling_")}
     assert len(travel) > len(shared)

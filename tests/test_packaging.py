@@ -132,7 +132,7 @@ def test_an_installation_holds_every_file_of_both_packages(installed):
     found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
     mine, kernels = ({path for path in found if path.parts[0] == name} for name in (PACKAGE, "zeda_kernels"))
     assert mine == {path for path in tracked() if path.parts[0] == PACKAGE}
-    assert Path(PACKAGE, "serving", "modeling_qwen3_moe_zero.py") in mine
+    assert Path(PACKAGE, "serving", "transformers", "modeling_qwen3_moe_zero.py") in mine
     assert Path(PACKAGE, "evaluation", "comparison", "templates", "page.html") in mine
     inside = (path.relative_to("kernels") for path in tracked() if path.parts[0] == "kernels")
     assert kernels == {path for path in inside if path.parts[0] == "zeda_kernels"}

@@ -122,7 +122,7 @@ class Folders(dict):
 
 def wake_up(folder: Path) -> None:
     """Heads get hidden units, zero experts answer; as an export of a fit has them."""
-    from zeda_megatron.serving.zero_expert_routing import ZeroExperts, paired_shapes
+    from zeda_megatron.serving.transformers.zero_expert_routing import ZeroExperts, paired_shapes
 
     file = folder / "model.safetensors"
     tensors = load_file(file)

@@ -20,7 +20,7 @@ PARTS = (
     "convert.command",
     "checkpoint.saving",
     "evaluation.answering.run",
-    "serving.zero_expert_model",
+    "serving.transformers.zero_expert_model",
     "fit.run",
     "training.main",
 )

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.models.architecture import REGISTRY
 from zeda_megatron.models.hf_config import dynamic_config, write_config
-from zeda_megatron.serving import zero_expert_routing
 from zeda_megatron.serving.load import load_zero_expert_model
+from zeda_megatron.serving.transformers import zero_expert_routing
 
 N, NZ, K = 8, 4, 3
 

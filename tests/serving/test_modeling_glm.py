@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-import zeda_megatron.serving.modeling_glm4_moe_lite_zero as modeling
+import zeda_megatron.serving.transformers.modeling_glm4_moe_lite_zero as modeling
 from zeda_megatron.serving.load import load_zero_expert_model
 
 N, NZ, K = 8, 4, 3

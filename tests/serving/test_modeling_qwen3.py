@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import zeda_megatron.serving.modeling_qwen3_moe_zero as modeling
+import zeda_megatron.serving.transformers.modeling_qwen3_moe_zero as modeling
 from zeda_megatron.serving.load import load_zero_expert_model
 
 N, NZ, K = 8, 4, 3

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-import zeda_megatron.serving.modeling_qwen3_moe_zero as modeling
+import zeda_megatron.serving.transformers.modeling_qwen3_moe_zero as modeling
 from zeda_megatron.errors import UserError
 from zeda_megatron.serving.load import load_zero_expert_model
-from zeda_megatron.serving.zero_expert_model import ZeroExpertMoeBlock
+from zeda_megatron.serving.transformers.zero_expert_model import ZeroExpertMoeBlock
 
 N, K = 8, 3
 SCORES = ("weight", "head", "residual", "weight+head", "weight+head+residual")

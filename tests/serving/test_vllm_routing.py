@@ -10,9 +10,9 @@ import torch
 from transformers import Glm4MoeLiteConfig, MixtralConfig, Qwen3MoeConfig
 
 from zeda_megatron.models.architecture import MODELS
-from zeda_megatron.serving import modeling_glm4_moe_lite_zero as glm_file
-from zeda_megatron.serving import modeling_mixtral_zero as mixtral_file
-from zeda_megatron.serving import modeling_qwen3_moe_zero as qwen_file
+from zeda_megatron.serving.transformers import modeling_glm4_moe_lite_zero as glm_file
+from zeda_megatron.serving.transformers import modeling_mixtral_zero as mixtral_file
+from zeda_megatron.serving.transformers import modeling_qwen3_moe_zero as qwen_file
 from zeda_megatron.serving.vllm.routing import ZeroExpertGate, pick, zero_output
 from zeda_megatron.serving.vllm.settings import read_routing
 

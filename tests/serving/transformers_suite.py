@@ -34,7 +34,7 @@ def make_case(family: str, arm: str) -> type[unittest.TestCase]:
     suite = importlib.import_module("tests.causal_lm_tester").CausalLMModelTest
     stem = FAMILIES[family]
     stock = getattr(importlib.import_module("transformers"), f"{stem}ForCausalLM")
-    ours = importlib.import_module(f"zeda_megatron.serving.modeling_{family}_zero")
+    ours = importlib.import_module(f"zeda_megatron.serving.transformers.modeling_{family}_zero")
     dynamic = getattr(ours, f"{stem}PlusPlusForCausalLM")
 
     class Tester(getattr(theirs, f"{stem}ModelTester")):

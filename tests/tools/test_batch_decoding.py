@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 
 from tools.measure import batch_decoding
-from zeda_megatron.serving.modeling_qwen3_moe_zero import Qwen3MoePlusPlusForCausalLM
+from zeda_megatron.serving.transformers.modeling_qwen3_moe_zero import Qwen3MoePlusPlusForCausalLM
 
 PAIRED = {"zce_nums": [tiny.TINY["num_experts"]], "zce_routing": "paired", "zce_score": "weight+head"}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import REGISTRY, Architecture, read_architecture
-from zeda_megatron.serving.zero_expert_routing import ZeroDials, stand_ins
+from zeda_megatron.serving.transformers.zero_expert_routing import ZeroDials, stand_ins
 
 WAYS = ("static", "skip", "stand-ins", "weight 0")
 """static: the stock layer. skip: ours, silent. stand-ins: ours, low-rank maps answer. weight 0: a zero slot is a slot
@@ -100,7 +100,7 @@ class Contest:
 
 def _build(arch: Architecture, layers: int, dtype: torch.dtype, device: str, vocabulary: int):
     family = REGISTRY[arch.name]
-    module = import_module(f"zeda_megatron.serving.{family.MODELING_FILE.removesuffix('.py')}")
+    module = import_module(f"zeda_megatron.serving.transformers.{family.MODELING_FILE.removesuffix('.py')}")
     model_class = getattr(module, family.ARCHITECTURES[1])
     small = {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": False}
     small |= {f"{kind}_token_id": None for kind in ("pad", "bos", "eos")}

@@ -41,7 +41,7 @@ class ModelFile(Protocol):
     """`model_type` of transformers, the one with zero experts that some published folders have, and what else folders
     of the same model say; exports say the first."""
     MODELING_FILE: str
-    """File of the dynamic model for transformers, in `serving/`; travels with exports."""
+    """File of the dynamic model for transformers, in `serving/transformers/`; travels with exports."""
     REQUIRED: dict[str, Any]
     """What the config must say, or have as its class's default."""
     SIZES: list[str]

@@ -302,7 +302,7 @@ def with_own_code(config: dict[str, Any]) -> dict[str, Any]:
 def modeling_files(name: str) -> list[Path]:
     """The Python files that travel with a model of this class; none for a class of transformers."""
     file = _MODELING_FILES.get(name)
-    serving = Path(__file__).parents[1] / "serving"
+    serving = Path(__file__).parents[1] / "serving" / "transformers"
     return [serving / name for name in (file, *_SHARED_FILES)] if file is not None else []
 
 

@@ -38,7 +38,7 @@ def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
     """
     arch = read_architecture(folder)
     model = REGISTRY[arch.name]
-    module = import_module(f".{model.MODELING_FILE.removesuffix('.py')}", __package__)
+    module = import_module(f".transformers.{model.MODELING_FILE.removesuffix('.py')}", __package__)
     dynamic = getattr(module, model.ARCHITECTURES[1])
     fields = arch.hf | {"model_type": model.MODEL_TYPES[0]}
     if packed_by(fields) not in PACKERS:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..zero_expert_routing import kept_picks, limit_to_groups, paired_shapes, predict, stand_ins
+from ..transformers.zero_expert_routing import kept_picks, limit_to_groups, paired_shapes, predict, stand_ins
 from .settings import ZeroRouting
 
 TINY = 1e-20

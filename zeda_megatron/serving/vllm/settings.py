@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..zero_expert_routing import ZeroExperts, batch_margin, zero_experts
+from ..transformers.zero_expert_routing import ZeroExperts, batch_margin, zero_experts
 
 DIALS = ("zce_logit_bias", "zce_threshold", "zce_batch_margin")
 """Keys of config.json that a server may override."""

@@ -1,0 +1,1 @@
+"""The dynamic models for transformers: these files travel with exports and import one another alone."""
