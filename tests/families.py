@@ -174,6 +174,25 @@ QWEN2_MOE = COMMON | dict(
     shared_expert_intermediate_size=40,
     rms_norm_eps=1e-6,
 )
+QWEN3_NEXT = COMMON | dict(
+    architectures=["Qwen3NextForCausalLM"],
+    model_type="qwen3_next",
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=40,
+    rms_norm_eps=1e-6,
+    full_attention_interval=2,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=10,
+    linear_value_head_dim=6,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+)
 
 EVERY = {
     "qwen3_moe": Family(
@@ -321,6 +340,29 @@ EVERY = {
             },
         },
         ({"use_sliding_window": True}, {"hidden_act": "gelu"}),
+    ),
+    "qwen3_next": Family(
+        QWEN3_NEXT,
+        "softmax",
+        {
+            "plain": {},
+            "tied, dense first layer, one value head for a key head": {
+                "tie_word_embeddings": True,
+                "mlp_only_layers": [0],
+                "linear_num_key_heads": 4,
+                "linear_num_value_heads": 4,
+                "linear_conv_kernel_dim": 3,
+            },
+            "without renormalising": {"norm_topk_prob": False},
+        },
+        (
+            {"attention_bias": True},
+            {"hidden_act": "gelu"},
+            {"layer_types": ["full_attention"]},
+            {"linear_num_value_heads": 5},
+            {"linear_conv_kernel_dim": 0},
+            {"linear_num_key_heads": 0},
+        ),
     ),
 }
 FAMILIES = {

@@ -19,6 +19,7 @@ GLOO = (
     *ALONE,
     "tests/convert/test_convert_layouts.py",
     "tests/distill/test_losses.py",
+    "tests/models/test_gated_delta.py",
     "tests/tools/test_dispatch_bytes.py",
     "tests/planning/test_memory_parameters.py",
     "tests/launch/",

@@ -65,6 +65,16 @@ MODELS = {
         EVERY["olmoe"].make,
         {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2},
     ),
+    "next": (
+        EVERY["qwen3_next"].make,
+        SIZES
+        | {
+            "head_dim": 32,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_num_value_heads": 4,
+        },
+    ),
     "qwen2": (EVERY["qwen2_moe"].make, SIZES | {"num_attention_heads": 2, "mlp_only_layers": [0]}),
 }
 """Families, and the sizes that change."""

@@ -60,6 +60,7 @@ NOTES = {
     "minimax_m2": "transformers 5.19 or newer",
     "olmoe": "",
     "qwen2_moe": "",
+    "qwen3_next": "no context parallelism; the head of multi-token prediction is carried along; not run in vLLM",
 }
 """What a reader of one family should know."""
 
@@ -129,6 +130,10 @@ def attention_words(arch: Architecture) -> str:
     """Kind of attention, and what it has beside."""
     fields = arch.megatron
     words = ["latent" if fields.get("multi_latent_attention") else "grouped queries"]
+    if fields.get("linear_attention_freq"):
+        linear = sum(fields["linear_attention_freq"])
+        words.insert(0, f"gated delta networks in {linear} of {fields['num_layers']} layers")
+        words.append("output gates")
     if fields.get("qk_norm_over_heads"):
         words.append("norms over all heads")
     elif fields["qk_layernorm"] and not fields.get("multi_latent_attention"):

@@ -1,18 +1,18 @@
 """The cache behind one clock: what each row sees, and that moving columns loses nothing."""
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 
-from zeda_megatron.distill.kv_slots import KVSlots
+from zeda_megatron.distill.kv_slots import KVSlots, SlotContext
 
 
-def prefill(values: list[list[int]]) -> StaticInferenceContext:
-    """A context as the model leaves it: left-padded rows, here one number per token."""
+def prefill(values: list[list[int]]) -> SlotContext:
+    """A context as the model leaves it: left-padded rows, here one number per token, and the last one as state."""
     longest = max(map(len, values))
-    context = StaticInferenceContext(len(values), longest)
+    context = SlotContext(len(values), longest)
     rows = [[-1] * (longest - len(v)) + v for v in values]
     columns = torch.tensor(rows, dtype=torch.float32).t()[:, :, None, None]
     context.key_value_memory_dict = {1: (columns, columns + 0.5)}
+    context.recurrent_states = {2: (columns[-1, :, 0],)}
     return context
 
 
@@ -85,3 +85,18 @@ def test_moving_columns_leaves_positions_as_they_are():
             cache.starts_B[1] += 2  # the oldest are forgotten
     cache.prefill_context([0, 1], 2)
     assert cache.clock + cache.context.drift == 2  # nobody remembers: positions begin anew
+
+
+def states(cache: KVSlots) -> list[float]:
+    return cache.context.recurrent_states[2][0].flatten().tolist()
+
+
+def test_a_prompt_brings_its_recurrent_state_and_the_others_keep_theirs():
+    cache = KVSlots(slots=3, length=6)
+    cache.admit([0, 2], prefill([[1, 2, 3], [11]]), [3, 1])
+    assert states(cache) == [3, 0, 11]
+    cache.context.recurrent_states[2][0][2] = 12.0  # as a pass writes it
+    cache.admit([0, 1], prefill([[21, 22], [31]]), [2, 1])
+    assert states(cache) == [22, 31, 12]
+    cache.keep([2, 0])
+    assert states(cache) == [12, 22]

@@ -10,13 +10,14 @@ import pytest
 import tiny
 import tiny_world
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
+from families import EVERY
 from torch.profiler import ProfilerActivity, profile
 
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.data.packing import PackedDataset, TokenSample
 from zeda_megatron.distill.builtin_engine import AnsweringPass, answering
+from zeda_megatron.distill.kv_slots import SlotContext
 from zeda_megatron.distill.passes import forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
@@ -60,16 +61,21 @@ def peak_bytes(run) -> int:
     return peak
 
 
-@pytest.mark.parametrize("config", [tiny.TINY, tiny.GLM], ids=["qwen", "glm"])
+@pytest.mark.parametrize(
+    "config", [tiny.TINY, tiny.GLM, EVERY["qwen3_next"].fields], ids=["qwen", "glm", "qwen3_next"]
+)
 def test_a_cache_of_keys_and_values_is_counted_exactly(one_process, config):
     arch = read_architecture(config)
     model = build_gpt_model(arch, transformer_config(arch), STATIC).eval()
-    context = StaticInferenceContext(3, 11)
+    context = SlotContext(3, 11)
     with torch.no_grad(), answering([model]):
         AnsweringPass([model]).logits(torch.ones(3, 4, dtype=torch.int64), context, None)
     held = sum(part.nbytes for parts in context.key_value_memory_dict.values() for part in parts)
     layer = Layer.of(arch, ParallelConfig(), STATIC, 4)
-    assert held == 3 * 11 * layer.cache() * arch.megatron["num_layers"]
+    linear = sum(arch.megatron.get("linear_attention_freq") or [])
+    assert held == 3 * 11 * layer.cache() * (arch.megatron["num_layers"] - linear)
+    held = sum(part.nbytes for parts in context.recurrent_states.values() for part in parts)
+    assert held == 3 * layer.state() * linear
 
 
 @pytest.mark.parametrize("kind", ["ce", "forward_kl", "jsd"])

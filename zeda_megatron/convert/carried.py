@@ -56,13 +56,15 @@ def carried_source(template: Path, arch: Architecture) -> PublishedReader | None
     """
     layers = 0 if arch.mtp_layers else arch.hf.get("num_nextn_predict_layers") or 0
     aside = arch.published.aside
-    if not layers and not aside:
+    if not (layers or aside or arch.published.may_lack):
         return None
     for folder in (template / CARRIED_NAME, template):
         if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
             reader = PublishedReader(folder)
             if carried_keys(reader, arch):
                 return reader
+    if not (layers or aside):
+        return None
     if not layers:
         raise UserError(
             f"{template}: has no tensor beside the text model ({', '.join(aside)}); give the original folder as "

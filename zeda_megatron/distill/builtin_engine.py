@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from ..config.generate import SamplingConfig
@@ -18,7 +17,7 @@ from ..moe.replay import recorded_picks, recording
 from ..moe.stats import evaluating
 from ..runtime.process_groups import device
 from .answers import Deal, Generation, Sampler, check_prompts
-from .kv_slots import KVSlots
+from .kv_slots import KVSlots, SlotContext
 
 _SPLIT = {
     "sequence_parallel": False,
@@ -273,7 +272,7 @@ class _Answers:
 
     def _keep_company(self) -> None:
         """A pass for the sake of the ranks that share its experts."""
-        self.passes.logits(torch.tensor([[self.engine.pad_id]]), StaticInferenceContext(1, 1), None)
+        self.passes.logits(torch.tensor([[self.engine.pad_id]]), SlotContext(1, 1), None)
 
     def _extend(self, logits_BV: torch.Tensor | None, slots: list[int]) -> None:
         """Sample the next token of the answers in these slots; the last stage has their logits, in this order."""

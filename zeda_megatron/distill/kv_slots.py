@@ -8,6 +8,9 @@ Columns may also be moved. Grouped-query attention caches keys before their rota
 columns at every pass. Latent attention caches keys after it: a moved key keeps the position it was rotated for, and
 `SlotContext.drift` tells the rotary embedding how far positions and columns are apart. As all columns move together,
 one number is enough, and no key is rotated (and rounded) twice.
+
+Linear attention has no columns: a row's recurrent state is that after its newest token, and a new prompt's takes its
+place. The state of a free row means nothing.
 """
 
 from __future__ import annotations
@@ -17,15 +20,17 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 
 class SlotContext(StaticInferenceContext):
-    """Megatron's cache of keys and values, with a rotary position for each column.
+    """Megatron's cache of keys and values, with a rotary position for each column and recurrent states.
 
     Attributes:
         drift: rotary position of column 0, for keys that are cached after their rotation.
+        recurrent_states: layer -> tensors [rows, ...] of `gated_delta.GatedDeltaNet`, after the newest token.
     """
 
     def __init__(self, rows: int, length: int, drift: int = 0):
         super().__init__(rows, length)
         self.drift = drift
+        self.recurrent_states: dict[int, tuple[torch.Tensor, ...]] = {}
 
 
 class KVSlots:
@@ -50,7 +55,7 @@ class KVSlots:
         # Moving columns changes no position, so the newest one has that of today's clock.
         return SlotContext(len(rows), longest, self.clock + self.context.drift - longest)
 
-    def admit(self, rows: list[int], prefill: StaticInferenceContext, lengths: list[int]) -> None:
+    def admit(self, rows: list[int], prefill: SlotContext, lengths: list[int]) -> None:
         """Move prompts from the cache of their prefill, where they end at the last column, into free rows."""
         longest, index = prefill.max_sequence_length, torch.tensor(rows)
         self.starts_B[index] = self.clock
@@ -59,6 +64,13 @@ class KVSlots:
         for layer, parts in prefill.key_value_memory_dict.items():
             for whole, part in zip(self._memory(layer, parts), parts, strict=True):
                 whole[here, index.to(whole.device)] = part
+        states = self.context.recurrent_states
+        for layer, parts in prefill.recurrent_states.items():
+            if layer not in states:
+                slots = self.context.max_batch_size
+                states[layer] = tuple(part.new_zeros(slots, *part.shape[1:]) for part in parts)
+            for whole, part in zip(states[layer], parts, strict=True):
+                whole[index.to(whole.device)] = part
         self.starts_B[index] = self.clock - torch.tensor(lengths)
 
     def next_column(self, free: list[int]) -> torch.Tensor | None:
@@ -84,6 +96,9 @@ class KVSlots:
         memory = self.context.key_value_memory_dict
         for layer, parts in memory.items():  # one after the other: never two caches at a time
             memory[layer] = tuple(part[:, index.to(part.device)] for part in parts)
+        states = self.context.recurrent_states
+        for layer, parts in states.items():
+            states[layer] = tuple(part[index.to(part.device)] for part in parts)
         self.starts_B = self.starts_B[index]
 
     def _seen(self) -> int:

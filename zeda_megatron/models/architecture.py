@@ -26,9 +26,10 @@ from .families import (
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from .rotary import Rotary, read_rotary
-from .weight_kinds import ModelDims
+from .weight_kinds import DeltaDims, ModelDims
 from .weight_map import PublishedNames, WeightMap
 
 
@@ -68,6 +69,7 @@ MODELS: tuple[ModelFile, ...] = (
         minimax_m2,
         olmoe,
         qwen2_moe,
+        qwen3_next,
     ),
 )
 REGISTRY = {name: model for model in MODELS for name in model.ARCHITECTURES}
@@ -264,4 +266,15 @@ def dims_of(arch: Architecture, seed: int = 0, paired: bool = False) -> ModelDim
         num_real_experts=arch.megatron["num_moe_experts"],
         seed=seed,
         paired=paired,
+        delta=_delta_dims(arch.megatron) if arch.megatron.get("linear_attention_freq") else None,
+    )
+
+
+def _delta_dims(fields: dict[str, Any]) -> DeltaDims:
+    key_heads = fields["linear_num_key_heads"]
+    return DeltaDims(
+        key_heads,
+        fields["linear_key_head_dim"],
+        fields["linear_num_value_heads"] // key_heads,
+        fields["linear_value_head_dim"],
     )

@@ -7,6 +7,7 @@ Which layers lie on which pipeline stage is told as Megatron's own layer counts 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
@@ -30,6 +33,7 @@ from ..moe.paired import install_residual_norms
 from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
 from ..runtime.megatron_api import mend_latent_attention, moe_submodules
 from .architecture import Architecture
+from .gated_delta import GatedDeltaNet
 from .latent_attention import LatentAttention, install_rotary
 from .local_layers import (
     KeyHeadsNorm,
@@ -193,6 +197,12 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
             "channels of the shared expert",
             fields.get("moe_shared_expert_intermediate_size"),
         ),
+        (
+            "--tensor-model-parallel-size",
+            tp,
+            "key heads of linear attention",
+            fields.get("linear_attention_freq") and fields["linear_num_key_heads"],
+        ),
         ("--expert-model-parallel-size", ep, "experts", fields["num_moe_experts"]),
         ("--expert-tensor-parallel-size", etp, "channels of an expert", fields["moe_ffn_hidden_size"]),
     ):
@@ -208,6 +218,11 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
         raise UserError(
             f"--context-parallel-size {cp}: this model's attention has sinks, for which Transformer Engine has no "
             "kernel that splits a sequence; use --tensor-model-parallel-size"
+        )
+    if cp > 1 and fields.get("linear_attention_freq"):
+        raise UserError(
+            f"--context-parallel-size {cp}: this model has linear attention, whose state goes from token to token "
+            "through a whole sequence; use --tensor-model-parallel-size"
         )
     stage_sizes(fields["num_layers"], parallel)
 
@@ -345,16 +360,23 @@ def decoder_block_spec(
             attention.module = LatentAttention
             attention.params = {**attention.params, "whole_down_projections": not use_te}
     over_heads = getattr(config, "qk_norm_over_heads", False)
+    linear = _use_linear_attention(config, block, vp_stage, use_te)
     if use_te:
-        for layer in block.layer_specs:
+        for layer, is_linear in zip(block.layer_specs, linear, strict=True):
+            if is_linear:
+                continue
             attention = layer.submodules.self_attention.submodules
             attention.core_attention = with_explicit_masks(attention.core_attention)
             if over_heads:
                 attention.q_layernorm, attention.k_layernorm = QueryHeadsNorm, KeyHeadsNorm
         return block
-    for layer in block.layer_specs:
+    for layer, is_linear in zip(block.layer_specs, linear, strict=True):
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = SPRMSNorm
+        dense = moe_submodules(layer) is None
+        parts.sharded_state_dict_keys_map = _fused_keys(config, dense, is_linear)
+        if is_linear:
+            continue
         attention = parts.self_attention.submodules
         attention.core_attention = SDPAttention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
@@ -362,18 +384,40 @@ def decoder_block_spec(
                 setattr(attention, name, SPRMSNorm)
         if over_heads:
             attention.q_layernorm, attention.k_layernorm = QueryHeadsNorm, KeyHeadsNorm
-        parts.sharded_state_dict_keys_map = _fused_keys(config, moe_submodules(layer) is None)
     block.layer_norm = SPRMSNorm
     return block
 
 
-def _fused_keys(config, dense: bool) -> dict[str, str]:
+def _use_linear_attention(
+    config, block: TransformerBlockSubmodules, vp_stage: int | None, use_te: bool
+) -> list[bool]:
+    """Give the layers that `linear_attention_freq` names their gated delta networks; says which layers they are."""
+    if not config.linear_attention_freq:
+        return [False] * len(block.layer_specs)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    linear = [bool(it) for it in config.linear_attention_freq[first : first + len(block.layer_specs)]]
+    # Layers of one kind share a spec.
+    block.layer_specs = [
+        copy.deepcopy(layer) if it else layer for layer, it in zip(block.layer_specs, linear, strict=True)
+    ]
+    for layer, it in zip(block.layer_specs, linear, strict=True):
+        if it:
+            layer.submodules.self_attention = ModuleSpec(GatedDeltaNet)
+            if use_te:  # there the norm lies inside attention
+                layer.submodules.input_layernorm = block.layer_norm
+    return linear
+
+
+def _fused_keys(config, dense: bool, linear: bool) -> dict[str, str]:
     """Checkpoint keys as Transformer Engine's spec writes them.
 
     It fuses the input norm into linear_qkv (latent attention: the latents' norms into the up projections, the input
-    norm stays), and the norm before a dense MLP into linear_fc1, but not the norm before a MoE layer.
+    norm stays; linear attention: it stays), and the norm before a dense MLP into linear_fc1, but not the norm before a
+    MoE layer.
     """
-    if config.multi_latent_attention:
+    if linear:
+        keys = {}
+    elif config.multi_latent_attention:
         keys = {"self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_"}
         if config.q_lora_rank is not None:
             keys["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"

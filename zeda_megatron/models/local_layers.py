@@ -25,11 +25,23 @@ from ..errors import UserError
 
 
 class SPRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that may run under sequence parallelism; Megatron's torch wrapper refuses to."""
+    """RMSNorm that may run under sequence parallelism; Megatron's torch wrapper refuses to.
+
+    With `layernorm_zero_centered_gamma` the weight is what is added to 1, in float32.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+        self.zero_centred = config.layernorm_zero_centered_gamma
+        if self.zero_centred:
+            torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.zero_centred:
+            return super().forward(x)
+        weight = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).type_as(x)
 
 
 class QueryHeadsNorm(torch.nn.Module):

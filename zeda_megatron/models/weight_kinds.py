@@ -14,6 +14,23 @@ Read = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class DeltaDims:
+    """Sizes of gated delta networks."""
+
+    key_heads: int
+    """Heads of queries and keys."""
+
+    key_channels: int
+    """Channels of one of them."""
+
+    values: int
+    """Value heads of each key head."""
+
+    value_channels: int
+    """Channels of a value head."""
+
+
+@dataclass(frozen=True)
 class ModelDims:
     """The numbers that names and shapes do not tell."""
 
@@ -31,6 +48,9 @@ class ModelDims:
 
     paired: bool = False
     """Paired zero experts: the router's weight has one row more on disk (`Router`)."""
+
+    delta: DeltaDims | None = None
+    """Where some layers are gated delta networks."""
 
 
 class WeightMapping(Protocol):
@@ -115,6 +135,71 @@ class QKV:
         cuts = [grouped.shape[1] - 2 * d, d, d]
         parts = [part.reshape(-1, *rest) for part in grouped.split(cuts, dim=1)]
         return dict(zip((self.q, self.k, self.v), parts))
+
+
+@dataclass(frozen=True)
+class GatedQKV(QKV):
+    """The same where attention has an output gate: per query group [its q heads; their gates; its k; its v].
+
+    On disk `q` has, for each head, its query rows and then those of its gate.
+    """
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        groups, d, rest = dims.num_query_groups, dims.head_dim, shape[1:]
+        q = read(self.q).reshape(groups, -1, 2, d, *rest).transpose(1, 2)
+        parts = [part.reshape(groups, -1, *rest) for part in (q, read(self.k), read(self.v))]
+        return torch.cat(parts, dim=1).reshape(shape)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        parts = super().to_hf(tensor, dims)
+        q, rest = parts[self.q], tensor.shape[1:]
+        by_head = q.reshape(dims.num_query_groups, 2, -1, dims.head_dim, *rest).transpose(1, 2)
+        return parts | {self.q: by_head.reshape(q.shape)}
+
+
+@dataclass(frozen=True)
+class KeyHeads:
+    """Rows that belong to the key heads of gated delta networks: for each key head its rows of all sections, one after
+    another, so that tensor parallelism deals out whole heads.
+
+    A tensor on disk has one section after another, each with the rows of all key heads. What a key head has of a
+    section is said in letters: `k` channels of the key head, `v` channels of its value heads, `n` one row for each of
+    these. `k,k,v` are queries, keys and values as three sections; in `kkv` each key head has the three together.
+    """
+
+    hf: str
+    """Names of the tensors on disk, joined by spaces."""
+    sections: str
+    """Their sections in the same order: those of a tensor joined by commas."""
+    mcore: str
+
+    def _rows(self, dims: ModelDims) -> dict[str, list[int]]:
+        """Each tensor's sections, in rows of one key head."""
+        delta = dims.delta
+        sizes = {"k": delta.key_channels, "v": delta.values * delta.value_channels, "n": delta.values}
+        return {
+            name: [sum(sizes[letter] for letter in section) for section in sections.split(",")]
+            for name, sections in zip(self.hf.split(), self.sections.split(), strict=True)
+        }
+
+    def hf_shapes(self, shape: Shape, dims: ModelDims) -> dict[str, tuple[Shape, ...]]:
+        heads = dims.delta.key_heads
+        return {name: ((heads * sum(rows), *shape[1:]),) for name, rows in self._rows(dims).items()}
+
+    def to_mcore(self, read: Read, shape: Shape, dims: ModelDims) -> torch.Tensor:
+        heads, parts = dims.delta.key_heads, []
+        for name, rows in self._rows(dims).items():
+            sections = read(name).split([heads * count for count in rows])
+            parts += [section.reshape(heads, -1, *shape[1:]) for section in sections]
+        return torch.cat(parts, dim=1).reshape(shape)
+
+    def to_hf(self, tensor: torch.Tensor, dims: ModelDims) -> dict[str, torch.Tensor]:
+        rest, by_name = tensor.shape[1:], self._rows(dims)
+        grouped = tensor.reshape(dims.delta.key_heads, -1, *rest)
+        parts = iter(grouped.split([count for rows in by_name.values() for count in rows], dim=1))
+        return {
+            name: torch.cat([next(parts).reshape(-1, *rest) for _ in rows]) for name, rows in by_name.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from .weight_kinds import (
     QKV,
     Added,
     Direct,
+    GatedQKV,
     GateUp,
+    KeyHeads,
     ModelDims,
     Repeated,
     Router,
@@ -75,6 +77,8 @@ class PublishedNames:
     aside: tuple[str, ...] = ()
     """What names of tensors begin with that are no part of the text model (vision tower, projector). Conversions carry
     them along bit for bit."""
+    may_lack: tuple[str, ...] = ()
+    """The same, of tensors that a folder may be without (those that transformers does not save)."""
     experts: FusedExperts = HALVES
     """How tensors of all experts are laid out, where a folder has them."""
     writes_fused: bool = False
@@ -82,7 +86,7 @@ class PublishedNames:
 
     def is_aside(self, key: str) -> bool:
         """True for a tensor that is no part of the text model."""
-        return key.startswith(self.aside)
+        return key.startswith(self.aside + self.may_lack)
 
     def plain(self, key: str) -> str:
         """The plain name of a tensor that a folder calls `key`."""
@@ -327,6 +331,29 @@ QKV_PROJECTIONS = tuple(
     for kind in ("weight", "bias")
 )
 """Grouped-query attention."""
+
+GATED_QKV = GatedQKV(
+    HF + "self_attn.q_proj.weight",
+    HF + "self_attn.k_proj.weight",
+    HF + "self_attn.v_proj.weight",
+    MC + "self_attention.linear_qkv.weight",
+)
+"""The same with an output gate."""
+
+
+def gated_delta(projections: str, sections: str) -> tuple[WeightMapping, ...]:
+    """A gated delta network, whose `linear_attn` has these projections of its input (see `KeyHeads`)."""
+    hf, mc = HF + "linear_attn.", MC + "self_attention."
+    inputs = " ".join(f"{hf}{name}.weight" for name in projections.split())
+    return (
+        KeyHeads(inputs, sections, mc + "in_proj.weight"),
+        KeyHeads(hf + "conv1d.weight", "k,k,v", mc + "conv_weight"),
+        Direct(hf + "A_log", mc + "A_log"),
+        Direct(hf + "dt_bias", mc + "dt_bias"),
+        Direct(hf + "norm.weight", mc + "norm.weight"),
+        Direct(hf + "out_proj.weight", mc + "out_proj.weight"),
+    )
+
 
 QK_NORMS = tuple(
     Direct(HF + f"self_attn.{x}_norm.weight", MC + f"self_attention.{x}_layernorm.weight") for x in "qk"

@@ -87,6 +87,7 @@ def decode_seconds(
     """Seconds of one decoding step by part: a new token for each of `batch` sequences, `context` cached."""
     flops = flops_per_token(geometry, context, zero_share, zero, cached=True)
     cache = BYTES * batch * geometry.attended(context) * geometry.attention.cache
+    cache += 2 * batch * geometry.state  # read and written
     return _seconds(geometry, device, flops, batch, batch, cache, zero_share, zero)
 
 
@@ -101,7 +102,7 @@ def prefill_seconds(
     """Seconds of one prefill by part: `tokens` tokens in causal sequences of `context`, last logits only."""
     context = min(context, tokens)
     flops = flops_per_token(geometry, (context + 1) / 2, zero_share, zero)
-    cache = BYTES * tokens * geometry.layers * geometry.attention.cache
+    cache = BYTES * tokens * geometry.cache + max(1, tokens // context) * geometry.state
     return _seconds(geometry, device, flops, tokens, max(1, tokens // context), cache, zero_share, zero)
 
 
@@ -121,7 +122,7 @@ def _seconds(
     # Bytes with everything fused: weights once, input and output once, the activation between the two
     # products written and read once.
     traffic = {
-        "attention_projections": geometry.layers * geometry.attention.projection,
+        "attention_projections": geometry.projections,
         "attention_scores": cache_bytes / BYTES,
         "router": moe * hidden * (geometry.experts + zero.num_zero_rows),
         "heads": moe * geometry.costs(zero)[0] * geometry.topk * geometry.expert,

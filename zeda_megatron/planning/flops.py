@@ -9,7 +9,7 @@ and `keys` = L in prefill (no discount for causality), L/2 in decode (mean conte
 Those are the conventions that fit, not ones the paper states; the four figures are a test.
 
 The geometry that decides it is that of Megatron's config, so every architecture of `models/` has one: grouped-query or
-multi-latent attention, shared experts, dense layers. Nothing here needs the weights.
+multi-latent attention, linear attention, shared experts, dense layers. Nothing here needs the weights.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..strict_json import read_json
 
+BF16 = 2
+"""Bytes of a number."""
 STATIC = ZeroExpertConfig()
 """No zero experts."""
 
@@ -41,6 +43,21 @@ class Attention:
     projected into their space (weights absorbed), which costs more per key and reads far less memory."""
     cache: int
     """Numbers kept per token in the key/value cache."""
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """One gated delta network, in multiply-adds and numbers per token."""
+
+    projection: int
+    """Weights of its projections; also multiply-adds per token."""
+    others: int
+    """Weights of norm, convolution, decay and step (parameters only)."""
+    per_token: int
+    """Multiply-adds of convolution and recurrence, token by token: what the state answers to the key, what it learns,
+    what it answers to the query."""
+    state: int
+    """Bytes kept per sequence: the state in float32, the convolution's last inputs in bf16."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,11 @@ class Geometry:
     tied: bool
     """True when the LM head is the embedding."""
     attention: Attention
+    """Of the layers that attend to keys."""
+    linear: LinearAttention
+    """Of the others."""
+    linear_layers: int
+    """How many these are."""
     config: dict = field(default_factory=dict, repr=False, compare=False)
     """The whole config.json."""
 
@@ -91,14 +113,34 @@ class Geometry:
     @property
     def parameters(self) -> int:
         """All parameters."""
-        norms = self.hidden * (2 * self.layers + 1) + self.layers * self.attention.others
-        attention = self.layers * self.attention.projection
+        norms = self.hidden * (2 * self.layers + 1) + self.attending_layers * self.attention.others
+        attention = self.projections + self.linear_layers * self.linear.others
         router = self.moe_layers * self.hidden * (self.experts + self.zero_experts)
         router += self.moe_layers * (self.biases + self.shared_gate)
         shared = self.moe_layers * 3 * self.hidden * self.shared_width
         dense = (self.layers - self.moe_layers) * 3 * self.hidden * self.dense_width
         vocabulary = self.hidden * self.vocabulary * (1 if self.tied else 2)
         return norms + attention + router + shared + dense + vocabulary + self.routed_parameters
+
+    @property
+    def attending_layers(self) -> int:
+        """Layers that attend to keys, and cache them."""
+        return self.layers - self.linear_layers
+
+    @property
+    def projections(self) -> int:
+        """Weights of the projections of all attention layers."""
+        return self.attending_layers * self.attention.projection + self.linear_layers * self.linear.projection
+
+    @property
+    def cache(self) -> int:
+        """Numbers that all layers together cache per token."""
+        return self.attending_layers * self.attention.cache
+
+    @property
+    def state(self) -> int:
+        """Bytes that all layers together keep per sequence, however long it is."""
+        return self.linear_layers * self.linear.state
 
     @property
     def routed_parameters(self) -> int:
@@ -112,7 +154,7 @@ class Geometry:
 
     def attended(self, keys: float) -> float:
         """Keys that all layers together attend to, where a token has `keys` before it."""
-        return (self.layers - self.windowed) * keys + self.windowed * min(keys, self.window)
+        return (self.attending_layers - self.windowed) * keys + self.windowed * min(keys, self.window)
 
     def costs(self, zero: ZeroExpertConfig) -> tuple[float, float]:
         """See `ZeroExpertConfig.costs`."""
@@ -155,6 +197,8 @@ def _geometry(arch: Architecture) -> Geometry:
         tied=arch.tie_word_embeddings,
         config=config,
         attention=_latent(sizes) if sizes.get("multi_latent_attention") else _grouped_query(sizes),
+        linear=linear_attention(sizes),
+        linear_layers=sum(sizes.get("linear_attention_freq") or []),
     )
 
 
@@ -180,12 +224,28 @@ def attention_others(sizes: dict) -> tuple[int, int]:
 def _grouped_query(sizes: dict) -> Attention:
     hidden, head = sizes["hidden_size"], sizes["kv_channels"]
     heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    gates = heads if sizes.get("attention_output_gate") else 0
     return Attention(
-        projection=2 * hidden * heads * head + 2 * hidden * groups * head,
+        projection=hidden * (2 * heads + gates + 2 * groups) * head,
         others=sum(attention_others(sizes)),
         per_key=2 * heads * head,
         per_cached_key=2 * heads * head,
         cache=2 * groups * head,
+    )
+
+
+def linear_attention(sizes: dict) -> LinearAttention:
+    """The gated delta network of a config; all zeros where there is none."""
+    if not sizes.get("linear_attention_freq"):
+        return LinearAttention(0, 0, 0, 0)
+    key_heads, heads = sizes["linear_num_key_heads"], sizes["linear_num_value_heads"]
+    key, value = sizes["linear_key_head_dim"], sizes["linear_value_head_dim"]
+    taps, convolved = sizes["linear_conv_kernel_dim"], 2 * key_heads * key + heads * value
+    return LinearAttention(
+        projection=sizes["hidden_size"] * (convolved + 2 * heads * value + 2 * heads),
+        others=convolved * taps + 2 * heads + value,
+        per_token=convolved * taps + 3 * heads * key * value,
+        state=4 * heads * key * value + BF16 * convolved * (taps - 1),
     )
 
 
@@ -214,7 +274,7 @@ class Flops:
     attention_projections: float
     """Query, key, value and output projections (with latent attention: both steps)."""
     attention_scores: float
-    """Scores and weighted values over the attended keys."""
+    """Scores and weighted values over the attended keys; convolution and recurrence of linear attention."""
     router: float
     """Router rows, zero experts included."""
     heads: float
@@ -262,8 +322,9 @@ def flops_per_token(
     experts = 2.0 * moe * geometry.topk * geometry.expert
     head, stand_in = geometry.costs(zero)
     return Flops(
-        attention_projections=2.0 * geometry.layers * geometry.attention.projection,
-        attention_scores=2.0 * per_key * geometry.attended(keys),
+        attention_projections=2.0 * geometry.projections,
+        attention_scores=2.0 * per_key * geometry.attended(keys)
+        + 2.0 * geometry.linear_layers * geometry.linear.per_token,
         router=2.0 * moe * hidden * (geometry.experts + zero.num_zero_rows),
         heads=head * experts,
         stand_ins=stand_in * zero_share * experts,

@@ -308,16 +308,18 @@ def answers(options: Options, shapes: Shapes, prompt_tokens: int) -> dict[str, f
         longest = min(longest, options.data.seq_length)
     columns = min(prompt_tokens + generate.max_new_tokens, longest) + CACHE_SLACK
     cache = rows * columns * layer.cache()
+    states = rows * layer.state() * shapes.count.linear_layers
+    attending = shapes.count.layers - shapes.count.linear_layers
     # While answering, nothing splits sequences; ranks of one tensor-parallel group send the same rows.
     tokens = rows * min(prompt_tokens, longest)
     load = layer.load(tokens, worst=shapes.worst)
     head = rows * shapes.vocabulary * (layer.width + 12) if shapes.is_last else 0.0
     split = tokens / options.parallel.tensor_model_parallel_size
     return {
-        "keys and values": cache * shapes.count.layers,
+        "keys and values": cache * attending + states,
         # Prefills wait in a cache of their own; decoding rotates all keys of a layer.
         "one layer at work": max(shapes.busiest(split, load), 3 * cache) + head,
-        "prefill's cache": tokens * layer.cache() * shapes.count.layers,
+        "prefill's cache": tokens * layer.cache() * attending + states,
         "dispatch buffers": layer.dispatch(load) if shapes.count.moe_layers else 0.0,
     }
 

@@ -71,7 +71,24 @@ class Layer:
         return ExpertLoad(sent, ep * etp * min(sent, tokens * (experts // ep)))
 
     def attention(self, tokens: float) -> float:
-        """Bytes that norm and attention of one layer keep for `tokens` per rank of the split sequence."""
+        """Bytes that norm and attention of one layer keep for `tokens` per rank of the split sequence; where there are
+        two kinds of attention, those of the larger one."""
+        return max(self._attending(tokens), self._linear(tokens))
+
+    def _linear(self, tokens: float) -> float:
+        """Of a gated delta network (not measured): its projection's output, what the convolution is given and gives,
+        queries and keys of all value heads as they are and normed, mixed values as they are, normed and behind their
+        gate; decays and steps in float32."""
+        fields, tp = self.fields, self.parallel.tensor_model_parallel_size
+        if not fields.get("linear_attention_freq"):
+            return 0.0
+        heads, key_heads = fields["linear_num_value_heads"] / tp, fields["linear_num_key_heads"] / tp
+        key, value = fields["linear_key_head_dim"], fields["linear_value_head_dim"]
+        convolved = 2 * key_heads * key + heads * value
+        inside = 4 * convolved + heads * (4 * key + 4 * value + 2)
+        return tokens * self.norm * self.hidden * self.width + tokens * tp * (inside * self.width + 8 * heads)
+
+    def _attending(self, tokens: float) -> float:
         fields, tp = self.fields, self.parallel.tensor_model_parallel_size
         heads = fields["num_attention_heads"] / tp
         if fields.get("multi_latent_attention"):
@@ -84,6 +101,8 @@ class Layer:
             normed = fields["qk_layernorm"]
             # The projection's output is kept by the norm of the keys, or because values lie in it.
             projected = heads + 2 * groups if normed or not self.local else 0
+            if fields.get("attention_output_gate"):
+                projected += 3 * heads  # the gate, its sigmoid, and what it is multiplied with
             norms = heads + self.local * (heads + groups) if normed else 0
             keys = 2 * heads if self.local else groups
             inside = (projected + norms + heads + keys + heads * (1 + self.local)) * rotary
@@ -127,13 +146,23 @@ class Layer:
         return load.received * inside * (3 * self.width + 4) + 3 * tokens * self.hidden * self.width
 
     def cache(self) -> float:
-        """Bytes of keys and values that one layer caches per token of an answer."""
+        """Bytes of keys and values that a layer which attends to keys caches per token of an answer."""
         fields, tp = self.fields, self.parallel.tensor_model_parallel_size
         if not fields.get("multi_latent_attention"):
             return 2 * fields["num_query_groups"] / tp * fields["kv_channels"] * self.width
         # Megatron caches them expanded, not the latents.
         per_head = fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"] + fields["v_head_dim"]
         return fields["num_attention_heads"] / tp * per_head * self.width
+
+    def state(self) -> float:
+        """Bytes that a gated delta network keeps for an answer: the state in float32, the convolution's last inputs."""
+        fields = self.fields
+        if not fields.get("linear_attention_freq"):
+            return 0.0
+        heads, key_heads = fields["linear_num_value_heads"], fields["linear_num_key_heads"]
+        key, value = fields["linear_key_head_dim"], fields["linear_value_head_dim"]
+        inputs = (2 * key_heads * key + heads * value) * (fields["linear_conv_kernel_dim"] - 1)
+        return (4 * heads * key * value + self.width * inputs) / self.parallel.tensor_model_parallel_size
 
 
 def kept_per_layer(

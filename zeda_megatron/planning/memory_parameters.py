@@ -13,7 +13,7 @@ from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
 from ..models.build import stage_layers
-from .flops import attention_others
+from .flops import attention_others, linear_attention
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class StageParameters:
     """Decoder layers of the stage."""
     moe_layers: int
     """Those of them that have experts."""
+    linear_layers: int
+    """Those of them that have linear attention."""
     dense: int
     """All but the real experts."""
     expert: int
@@ -83,16 +85,21 @@ def stage_parameters(
     for place, layers in enumerate(stages):
         first, last = place == 0, place == len(stages) - 1
         sparse = sum(bool(fields["moe_layer_freq"][layer]) for layer in layers)
+        pattern = fields.get("linear_attention_freq")
+        linear = [bool(pattern and pattern[layer]) for layer in layers]
         router = sparse * _router(fields, zero)
-        norms = attention(fields, tp) + 2 * fields["hidden_size"]
+        kinds = {False: attention(fields, tp), True: delta_network(fields, tp)}
+        inside = sum(kinds[is_linear] for is_linear in linear)
+        norms = 2 * fields["hidden_size"]
         dense_mlp = mlp(fields, fields["ffn_hidden_size"], tp)
         beside = mlp(fields, fields.get("moe_shared_expert_intermediate_size") or 0, tp)
         beside += fields["hidden_size"] if fields.get("moe_shared_expert_gate") else 0
-        dense = len(layers) * norms + (len(layers) - sparse) * dense_mlp + sparse * beside + router
+        dense = inside + len(layers) * norms + (len(layers) - sparse) * dense_mlp + sparse * beside + router
         # A tied head is the embedding itself on one stage, a copy of it on the last of several.
         copies = first + (last and not (first and arch.tie_word_embeddings))
         dense += copies * vocabulary + last * fields["hidden_size"]
         expert = experts_of_layer(fields, parallel)
+        norms += max(kinds[is_linear] for is_linear in linear)
         moe = norms + beside + _router(fields, zero) + expert if sparse else 0
         mtp = None
         if last and arch.mtp_layers:
@@ -105,6 +112,7 @@ def stage_parameters(
             StageParameters(
                 layers=len(layers),
                 moe_layers=sparse,
+                linear_layers=sum(linear),
                 dense=dense + (mtp.dense if mtp else 0),
                 expert=(sparse + heads) * expert,
                 router=router + heads * _router(fields, zero),
@@ -124,7 +132,8 @@ def attention(fields: dict, tp: int) -> int:
     if not fields.get("multi_latent_attention"):
         groups, head = fields["num_query_groups"], fields["kv_channels"]
         split, whole = attention_others(fields)
-        return (hidden * (2 * heads + 2 * groups) * head + split) // tp + whole
+        gates = heads if fields.get("attention_output_gate") else 0
+        return (hidden * (2 * heads + gates + 2 * groups) * head + split) // tp + whole
     nope, rope, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
     latent, query_latent = fields["kv_lora_rank"], fields["q_lora_rank"]
     query = heads * (nope + rope) // tp
@@ -136,6 +145,13 @@ def attention(fields: dict, tp: int) -> int:
     else:
         query *= hidden
     return down + query + latent * heads * (nope + value) // tp + heads * value * hidden // tp
+
+
+def delta_network(fields: dict, tp: int) -> int:
+    """Parameters of a layer's gated delta network on one tensor-parallel rank, its inner norm included."""
+    made = linear_attention(fields)
+    whole = fields["linear_value_head_dim"] if made.others else 0
+    return (made.projection + made.others - whole) // tp + whole
 
 
 def mlp(fields: dict, width: int, tp: int) -> int:

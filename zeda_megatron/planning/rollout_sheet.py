@@ -53,9 +53,9 @@ def rollout_sheet(geometry: Geometry, name: str, wanted: Wanted) -> dict:
     # Tensor-parallel GPUs share out arithmetic, weights and, up to the number of their heads, caches.
     device = replace(device, flops=device.flops * wanted.ranks, bandwidth=device.bandwidth * wanted.ranks)
     weights = BYTES * geometry.parameters
-    cache = BYTES * geometry.layers * geometry.attention.cache
+    answer = BYTES * geometry.cache * length + geometry.state
     room = wanted.gpu_memory * GIB * wanted.share * wanted.ranks - weights
-    slots = int(room // (cache * length))
+    slots = int(room // answer)
     if slots < 1:
         raise UserError(
             f"--tensor-parallel-size {wanted.ranks}: {weights / GIB:.1f} GiB of weights and one answer of {length} "
@@ -73,9 +73,9 @@ def rollout_sheet(geometry: Geometry, name: str, wanted: Wanted) -> dict:
         "tokens": total,
         "tokens_per_second_needed": needed,
         "weights_gib_per_gpu": weights / GIB / wanted.ranks,
-        "cache_gib_per_answer": cache * length / GIB,
+        "cache_gib_per_answer": answer / GIB,
         "answers_under_way": slots,
-        "cache_gib_per_gpu": slots * cache * length / GIB / wanted.ranks,
+        "cache_gib_per_gpu": slots * answer / GIB / wanted.ranks,
         "tokens_per_second_of_an_engine": speed,
         "measured": wanted.measured is not None,
         "engines": engines,

@@ -35,6 +35,44 @@ def grouped_query_fields(hf: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def gated_delta_fields(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Gated delta networks in the layers that `layer_types` names; the others have attention with an output gate."""
+    return {
+        "linear_attention_freq": [int(kind == "linear_attention") for kind in hf.layer_types],
+        "linear_conv_kernel_dim": hf.linear_conv_kernel_dim,
+        "linear_key_head_dim": hf.linear_key_head_dim,
+        "linear_value_head_dim": hf.linear_value_head_dim,
+        "linear_num_key_heads": hf.linear_num_key_heads,
+        "linear_num_value_heads": hf.linear_num_value_heads,
+        "attention_output_gate": True,
+    }
+
+
+def gated_delta_refusal(hf: PreTrainedConfig) -> str | None:
+    """What is wrong with a config's gated delta networks, in words; None if nothing."""
+    kinds, layers = hf.layer_types, hf.num_hidden_layers
+    if len(kinds) != layers or not set(kinds) <= {"linear_attention", "full_attention"}:
+        return f"layer_types must say linear_attention or full_attention for each of {layers} layers"
+    sizes = {key: getattr(hf, key) for key in GATED_DELTA_SIZES}
+    wrong = next((key for key, size in sizes.items() if size < 1), None)
+    if wrong:
+        return f"{wrong} {sizes[wrong]} must be at least 1"
+    key_heads, value_heads = hf.linear_num_key_heads, hf.linear_num_value_heads
+    if value_heads % key_heads:
+        return f"linear_num_value_heads {value_heads} must be a multiple of linear_num_key_heads {key_heads}"
+    return None
+
+
+GATED_DELTA_SIZES = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+"""Keys of config.json."""
+
+
 def latent_fields(hf: PreTrainedConfig) -> dict[str, Any]:
     """Multi-latent attention. Under YaRN its softmax is scaled by (0.1 m ln s + 1)^2: factor s, `mscale_all_dim` m."""
     rope = hf.rope_parameters

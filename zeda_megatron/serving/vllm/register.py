@@ -15,6 +15,7 @@ FAMILIES = {
     "minimax_m2": "MiniMaxM2",
     "olmoe": "Olmoe",
     "qwen2_moe": "Qwen2Moe",
+    "qwen3_next": "Qwen3Next",
 }
 """`model_type`, which a file in `families` is named after, and what the names of its classes begin with. A process
 imports the file of an architecture that it meets."""
