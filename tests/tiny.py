@@ -104,7 +104,8 @@ def drawn(model_class, config, seed: int, std: float):
     model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=std)
+            centre = 1.0 if "norm" in name and parameter.any() else 0.0  # some norms add their weight to 1
+            parameter.normal_(mean=centre, std=std)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)

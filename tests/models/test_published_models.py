@@ -1,7 +1,8 @@
 """Published models: their configs are read, and the tensors of their folders are those of the Megatron model.
 
 The facts are those of `docs/models/*.json`, from sources outside of this project. `names` are templates: `all` layers
-are the decoder's and those behind it (multi-token prediction, `mtp`), which have experts as `moe` layers have.
+are the decoder's and those behind it (multi-token prediction, `mtp`), which have experts as `moe` layers have;
+`full` and `linear` ones differ in attention.
 """
 
 import json
@@ -71,6 +72,9 @@ def stored(model: dict) -> dict[str, tuple[int, ...]]:
         "moe": range(dense, layers + heads),
         "mtp": range(layers, layers + heads),
     }
+    interval = model["config"].get("full_attention_interval", 1)
+    numbers["full"] = range(interval - 1, layers, interval)
+    numbers["linear"] = [layer for layer in range(layers) if layer not in numbers["full"]]
     found = {}
     for name, tensor in model["names"].items():
         experts = range(experts_of(model) if "{expert}" in name else 1)
