@@ -10,6 +10,7 @@ import tiny
 import tiny_mtp
 import torch
 from corruptions import edit_json, snapshot
+from families import FAMILIES
 from odd_folders import fused, single
 from published_folders import EXPERT, MERGED, SCALE, SMALL, expanded, fp8, mxfp4, plain, told
 from tiny import assert_same_bits, weights_of
@@ -312,3 +313,20 @@ def test_two_names_of_one_tensor_are_refused(tmp_path, monkeypatch):
     single(hf, weights_of(hf) | {"language_model.norm.weight": torch.ones(32)})
     with pytest.raises(UserError, match=r"are both model\.norm\.weight; remove one of the two"):
         PublishedReader(hf)
+
+
+def test_a_head_of_multi_token_prediction_that_transformers_does_not_save_is_carried_or_absent(tmp_path):
+    FAMILIES["qwen3_next"].make().save_pretrained(tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "without")
+    assert not (tmp_path / "without/hf_config/carried").exists()
+    megatron_to_hf(tmp_path / "without", tmp_path / "hf", tmp_path / "back")
+    text = weights_of(tmp_path / "hf")
+    assert_same_bits(weights_of(tmp_path / "back"), text)
+    head = {"mtp.fc.weight": torch.randn(3, 2), "mtp.layers.0.mlp.gate.weight": torch.randn(8, 32)}
+    whole = shutil.copytree(tmp_path / "hf", tmp_path / "whole")
+    single(whole, text | head)
+    hf_to_megatron(whole, tmp_path / "with", num_zero_experts=4)
+    assert verify(whole, tmp_path / "with") == []
+    megatron_to_hf(tmp_path / "with", tmp_path / "with/hf_config", tmp_path / "dynamic")
+    exported = weights_of(tmp_path / "dynamic")
+    assert_same_bits({key: exported[key] for key in head}, head)
