@@ -358,7 +358,7 @@ EVERY = {
         (
             {"attention_bias": True},
             {"hidden_act": "gelu"},
-            {"layer_types": ["full_attention"]},
+            {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
             {"linear_num_value_heads": 5},
             {"linear_conv_kernel_dim": 0},
             {"linear_num_key_heads": 0},

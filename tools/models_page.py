@@ -45,9 +45,10 @@ tokens of transformers, exported, and served by transformers and by vLLM with th
 
 {families}
 
-Not supported, and refused in words: expert tensor parallelism of experts with biases; multi-token prediction under
-pipeline or context parallelism (the layers can be carried along instead); rope types whose frequencies depend on the
-length (`dynamic`, `longrope`). A family of your own: [docs/add_a_model.md](add_a_model.md).
+Not supported, and refused in words: context parallelism of gated delta networks; expert tensor parallelism of experts
+with biases; multi-token prediction under pipeline or context parallelism (the layers can be carried along instead);
+rope types whose frequencies depend on the length (`dynamic`, `longrope`). A family of your own:
+[docs/add_a_model.md](add_a_model.md).
 """
 NOTES = {
     "qwen3_moe": "",

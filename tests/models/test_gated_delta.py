@@ -27,7 +27,7 @@ SIZES = {"one value head": {"linear_num_value_heads": 2}, "three of each": {}}
 
 def theirs_and_reader(seed=0, **changes):
     """transformers' layer, every weight drawn, and what reads its tensors."""
-    config = FAMILY.make(**changes).config
+    config = FAMILY.make(**{"rms_norm_eps": 1e-6} | changes).config
     theirs = Qwen3NextGatedDeltaNet(config, 0)
     tiny.draw(theirs, seed)
     arch = read_architecture(config.to_dict() | {"architectures": [FAMILY.architecture]})
