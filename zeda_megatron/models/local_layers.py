@@ -132,7 +132,6 @@ class SDPAttention(MegatronModule):
         self.softmax_offset = None
         if config.softmax_type != "vanilla":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
-            # A buffer first: on the device that modules are built on, and drawn as Megatron's weights are.
             sinks = torch.empty(heads, dtype=config.params_dtype)
             if config.perform_initialization:
                 config.init_method(sinks)
@@ -267,9 +266,8 @@ def attend(
     seen = None if mask is None else ~mask
     narrow = window is not None and window < keys - 1
     if narrow or (causal and (mask is not None or sinks is not None)):
-        age_QK = (torch.arange(queries, device=q.device) + keys - queries)[:, None] - torch.arange(
-            keys, device=q.device
-        )
+        place_K = torch.arange(keys, device=q.device)
+        age_QK = place_K[keys - queries :, None] - place_K
         near_QK = torch.ones_like(age_QK, dtype=torch.bool)
         if causal and keys == queries:
             near_QK = age_QK >= 0
