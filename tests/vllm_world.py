@@ -70,8 +70,8 @@ MODELS = {
         SIZES
         | {
             "head_dim": 32,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
             "linear_num_value_heads": 4,
         },
     ),
