@@ -61,7 +61,7 @@ NOTES = {
     "minimax_m2": "transformers 5.19 or newer",
     "olmoe": "",
     "qwen2_moe": "",
-    "qwen3_next": "no context parallelism; the head of multi-token prediction is carried along; vLLM: run in bf16",
+    "qwen3_next": "no context parallelism; `mtp.` is carried along; vLLM on a CPU: bf16 only, nearly the same tokens",
 }
 """What a reader of one family should know."""
 
