@@ -25,7 +25,7 @@ KEPT = (
         "e_score_correction_bias",
         "layernorm",
     ),
-    *("_proj.bias",),
+    *("_proj.bias", "conv1d", "A_log", "dt_bias"),
 )
 every_packed = pytest.mark.parametrize(
     ("name", "kind"), [p for p in families.every_family_and_kind.args[1] if p.values[0] != "gpt_oss"]
