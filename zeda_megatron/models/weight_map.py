@@ -388,3 +388,10 @@ def shared_expert(name: str = "shared_experts") -> tuple[WeightMapping, ...]:
         ),
         Direct(f"{shared}down_proj.weight", MC + "mlp.shared_experts.linear_fc2.weight"),
     )
+
+
+GATED_SHARED_EXPERT = (
+    *shared_expert("shared_expert"),
+    Direct(HF + "mlp.shared_expert_gate.weight", MC + "mlp.shared_experts.gate_weight"),
+)
+"""The same behind a gate of one number."""

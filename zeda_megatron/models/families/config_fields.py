@@ -161,6 +161,26 @@ def group_refusal(hf: PreTrainedConfig, experts: int, best: int) -> str | None:
     return None
 
 
+def shared_expert_fields(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Routed experts, and shared ones of their width that are one expert here."""
+    return {
+        "num_moe_experts": hf.n_routed_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+    }
+
+
+def gated_shared_fields(hf: PreTrainedConfig) -> dict[str, Any]:
+    """Routed experts in every few layers, and a shared one behind a gate of one number."""
+    return {
+        "num_moe_experts": hf.num_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+        "moe_layer_freq": every_few_sparse(hf),
+    }
+
+
 def every_few_sparse(hf: PreTrainedConfig) -> list[int]:
     """`moe_layer_freq`: every `decoder_sparse_step`th layer has experts, but those that `mlp_only_layers` names."""
     dense, step = set(hf.mlp_only_layers), hf.decoder_sparse_step

@@ -18,6 +18,7 @@ from .config_fields import (
     group_refusal,
     latent_fields,
     latent_refusal,
+    shared_expert_fields,
     softmax_router_fields,
 )
 
@@ -64,9 +65,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **softmax_router_fields(hf.num_experts_per_tok, over_picks=False),
         **(group_fields(hf.n_group or 1, hf.topk_group or 1, best=1) if _limited(hf) else {}),
         "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
-        "num_moe_experts": hf.n_routed_experts,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+        **shared_expert_fields(hf),
         "moe_layer_freq": first_dense(hf),
     }
 

@@ -18,6 +18,7 @@ from .config_fields import (
     group_refusal,
     latent_fields,
     latent_refusal,
+    shared_expert_fields,
     sigmoid_refusal,
     sigmoid_router_fields,
 )
@@ -54,9 +55,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **decoder_fields(hf),
         **latent_fields(hf),
         **sigmoid_router_fields(hf.num_experts_per_tok, hf.routed_scaling_factor, hf.n_group, hf.topk_group),
-        "num_moe_experts": hf.n_routed_experts,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+        **shared_expert_fields(hf),
         "moe_layer_freq": first_dense(hf),
     }
 

@@ -25,6 +25,7 @@ from .config_fields import (
     first_dense,
     group_refusal,
     grouped_query_fields,
+    shared_expert_fields,
     sigmoid_refusal,
     sigmoid_router_fields,
 )
@@ -55,9 +56,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         "add_qkv_bias": hf.attention_bias,
         "qk_layernorm": hf.use_qk_norm,
         "partial_rotary": True,
-        "num_moe_experts": hf.n_routed_experts,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+        **shared_expert_fields(hf),
         "moe_layer_freq": first_dense(hf),
     }
 

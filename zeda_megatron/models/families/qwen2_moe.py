@@ -10,11 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..weight_kinds import Direct
-from ..weight_map import HF, IGNORED, MC, QKV_PROJECTIONS, TIED, WeightMap, decoder, shared_expert
+from ..weight_map import GATED_SHARED_EXPERT, IGNORED, QKV_PROJECTIONS, TIED, WeightMap, decoder
 from .config_fields import (
     decoder_fields,
-    every_few_sparse,
+    gated_shared_fields,
     grouped_query_fields,
     softmax_refusal,
     softmax_router_fields,
@@ -44,11 +43,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **grouped_query_fields(hf),
         **softmax_router_fields(hf.num_experts_per_tok, over_picks=hf.norm_topk_prob),
         "add_qkv_bias": hf.qkv_bias,
-        "num_moe_experts": hf.num_experts,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
-        "moe_shared_expert_gate": True,
-        "moe_layer_freq": every_few_sparse(hf),
+        **gated_shared_fields(hf),
     }
 
 
@@ -56,8 +51,7 @@ WEIGHTS = WeightMap(
     mappings=(
         *decoder(),
         *QKV_PROJECTIONS,
-        *shared_expert("shared_expert"),
-        Direct(HF + "mlp.shared_expert_gate.weight", MC + "mlp.shared_experts.gate_weight"),
+        *GATED_SHARED_EXPERT,
     ),
     tied=TIED,
     ignored=IGNORED,

@@ -11,25 +11,22 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..weight_kinds import Direct
 from ..weight_map import (
     GATED_QKV,
-    HF,
-    MC,
+    GATED_SHARED_EXPERT,
     QK_NORMS,
     TIED,
     PublishedNames,
     WeightMap,
     decoder,
     gated_delta,
-    shared_expert,
 )
 from .config_fields import (
     GATED_DELTA_SIZES,
     decoder_fields,
-    every_few_sparse,
     gated_delta_fields,
     gated_delta_refusal,
+    gated_shared_fields,
     grouped_query_fields,
     softmax_refusal,
     softmax_router_fields,
@@ -63,11 +60,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         "qk_layernorm": True,
         "layernorm_zero_centered_gamma": True,
         "partial_rotary": True,
-        "num_moe_experts": hf.num_experts,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
-        "moe_shared_expert_gate": True,
-        "moe_layer_freq": every_few_sparse(hf),
+        **gated_shared_fields(hf),
     }
 
 
@@ -77,8 +70,7 @@ WEIGHTS = WeightMap(
         GATED_QKV,
         *QK_NORMS,
         *gated_delta("in_proj_qkvz in_proj_ba", "kkvv nn"),
-        *shared_expert("shared_expert"),
-        Direct(HF + "mlp.shared_expert_gate.weight", MC + "mlp.shared_experts.gate_weight"),
+        *GATED_SHARED_EXPERT,
     ),
     tied=TIED,
     published=PublishedNames(may_lack=("mtp.",)),

@@ -17,7 +17,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeTopKRouter,
 )
 
-from .zero_expert_model import ZeroExpertModel, ZeroExpertMoeBlock
+from .zero_expert_model import GatedSharedBlock, ZeroExpertModel
 from .zero_expert_routing import SoftmaxPicks
 
 
@@ -27,16 +27,6 @@ class ZeroExpertRouter(SoftmaxPicks, Qwen2MoeTopKRouter):
     def __init__(self, config):
         super().__init__(config)
         self.add_zero_experts(config, config.num_experts)
-
-
-class GatedSharedBlock(ZeroExpertMoeBlock):
-    """A MoE block whose shared expert has a gate."""
-
-    def take_over(self, stock):
-        self.shared_expert, self.shared_expert_gate = stock.shared_expert, stock.shared_expert_gate
-
-    def shared(self, hidden_BSH):
-        return self.shared_expert_gate(hidden_BSH).sigmoid() * self.shared_expert(hidden_BSH)
 
 
 class Qwen2MoePlusPlusForCausalLM(ZeroExpertModel, Qwen2MoeForCausalLM, GenerationMixin):

@@ -116,6 +116,16 @@ class ZeroExpertMoeBlock(nn.Module):
             self.all_slots = self.all_slots + zero_TK.numel()
 
 
+class GatedSharedBlock(ZeroExpertMoeBlock):
+    """A MoE block whose shared expert has a gate."""
+
+    def take_over(self, stock):
+        self.shared_expert, self.shared_expert_gate = stock.shared_expert, stock.shared_expert_gate
+
+    def shared(self, hidden_BSH):
+        return self.shared_expert_gate(hidden_BSH).sigmoid() * self.shared_expert(hidden_BSH)
+
+
 class ZeroDialByPhase:
     """Sets every sequence's dial by the phase that it is in, before its next token is fed."""
 
