@@ -1,8 +1,6 @@
 """Build a Megatron GPTModel for an architecture, static or with zero experts.
 
 Layers are Transformer Engine's where it is installed, ours otherwise.
-
-Which layers lie on which pipeline stage is told as Megatron's own layer counts and offsets have it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
@@ -25,10 +22,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from ..config.parallel import ParallelConfig
+from ..config.parallel import STAGES, ParallelConfig, stage_sizes
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..moe.dispatch import install_dispatchers
+from ..moe.experts import draw_experts_apart, mark_expert_parameters
 from ..moe.paired import install_residual_norms
 from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
 from ..runtime.megatron_api import mend_latent_attention, moe_submodules
@@ -300,41 +298,6 @@ def norms_admitted(config: TransformerConfig) -> Iterator[None]:
         config.qk_layernorm = said
 
 
-def mark_expert_parameters(model: torch.nn.Module) -> None:
-    """Give expert parameters `allreduce=False` on every layout, and biases no sum over tensor-parallel ranks.
-
-    Megatron sets it only with expert parallelism; with TP > 1, EP = 1 and ETP = 1 replicas of an expert would
-    get different gradients and drift apart silently, and optimizer states would not reshard. Its output biases ask for
-    a sum under sequence parallelism, and count once in the gradient's norm, but those ranks may hold other experts.
-    """
-    for name, parameter in model.named_parameters():
-        if _is_expert(name):
-            parameter.allreduce = parameter.sequence_parallel = False
-            parameter.tensor_model_parallel = True
-
-
-def draw_experts_apart(model: torch.nn.Module, config: TransformerConfig) -> None:
-    """Draw other initial experts on every expert-parallel rank.
-
-    Megatron's initialisation on the CPU uses one random stream, the same on all ranks: expert 0 of each rank
-    would be the same. (On the GPU it has a stream per rank.)
-    """
-    rank = parallel_state.get_expert_model_parallel_rank() if parallel_state.is_initialized() else 0
-    if not config.use_cpu_initialization or not config.perform_initialization or rank == 0:
-        return
-    slice_rank = parallel_state.get_expert_tensor_parallel_rank()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(torch.initial_seed() + 1_000_003 * rank + 7919 * slice_rank)
-        for name, parameter in model.named_parameters():
-            if _is_expert(name) and parameter.device.type == "cpu":
-                draw = config.output_layer_init_method if ".linear_fc2." in name else config.init_method
-                draw(parameter)
-
-
-def _is_expert(name: str) -> bool:
-    return ".local_experts." in name or ".mlp.experts." in name
-
-
 def has_transformer_engine() -> bool:
     """Transformer Engine is installed and there is a GPU to use it on."""
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
@@ -424,67 +387,3 @@ def _fused_keys(config, dense: bool, linear: bool) -> dict[str, str]:
     else:
         keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return keys | ({"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {})
-
-
-STAGES = "--pipeline-model-parallel-size"
-VIRTUAL = "--virtual-pipeline-model-parallel-size"
-
-
-def stage_sizes(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Layers of every pipeline stage; the stages between a first and a last one of their own share the rest evenly.
-
-    Raises `UserError` for a split that leaves a stage without layers or does not divide.
-    """
-    stages = parallel.pipeline_model_parallel_size
-    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
-    given = {
-        "--decoder-first-pipeline-num-layers": first,
-        "--decoder-last-pipeline-num-layers": last,
-    }
-    given = {flag: size for flag, size in given.items() if size is not None}
-    words = " and ".join(f"{flag} {size}" for flag, size in given.items())
-    left, rest = stages - len(given), num_layers - sum(given.values())
-    if stages == 1 and given:
-        raise UserError(f"{words}: needs {STAGES} above 1")
-    if min(given.values(), default=1) < 1:
-        raise UserError(f"{words}: must be at least 1")
-    if not given and rest % stages:
-        raise UserError(
-            f"{STAGES} {stages} does not divide the model's {num_layers} layers; give "
-            "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers for a stage of another size"
-        )
-    if rest < left or (left and rest % left) or (not left and rest):
-        raise UserError(
-            f"{words}: of the model's {num_layers} layers {rest} are left for {left} other stages ({STAGES} {stages})"
-            + ("; their number does not divide it" if 0 < left <= rest else "")
-        )
-    sizes = [rest // left if left else 0] * stages
-    if first is not None:
-        sizes[0] = first
-    if last is not None:
-        sizes[-1] = last
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    if virtual > 1 and not left:  # Megatron's offsets then divide by the number of other stages
-        raise UserError(f"{VIRTUAL} {virtual}: give only one of {words}")
-    for size in sizes:
-        if size % virtual:
-            if not given:
-                raise UserError(
-                    f"{STAGES} x {VIRTUAL} {stages * virtual} does not divide the model's {num_layers} layers"
-                )
-            raise UserError(
-                f"{VIRTUAL} {virtual} does not divide the layers of every stage, {' + '.join(map(str, sizes))} "
-                f"({words})"
-            )
-    return tuple(sizes)
-
-
-def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
-    """Layers (counted from 0) of every pipeline stage, all its virtual stages together."""
-    sizes = stage_sizes(num_layers, parallel)
-    virtual, layers, following = parallel.virtual_pipeline_model_parallel_size, [[] for _ in sizes], 0
-    for _ in range(virtual):
-        for mine, size in zip(layers, sizes):
-            mine += range(following, following + size // virtual)
-            following += size // virtual
-    return tuple(map(tuple, layers))

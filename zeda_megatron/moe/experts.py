@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..errors import UserError
 from ..ops import expert_kernels
@@ -81,3 +83,38 @@ def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if reason:
         raise UserError(f"--expert-backend kernels: {reason}; or use auto")
     return name
+
+
+def mark_expert_parameters(model: torch.nn.Module) -> None:
+    """Give expert parameters `allreduce=False` on every layout, and biases no sum over tensor-parallel ranks.
+
+    Megatron sets it only with expert parallelism; with TP > 1, EP = 1 and ETP = 1 replicas of an expert would
+    get different gradients and drift apart silently, and optimizer states would not reshard. Its output biases ask for
+    a sum under sequence parallelism, and count once in the gradient's norm, but those ranks may hold other experts.
+    """
+    for name, parameter in model.named_parameters():
+        if _is_expert(name):
+            parameter.allreduce = parameter.sequence_parallel = False
+            parameter.tensor_model_parallel = True
+
+
+def draw_experts_apart(model: torch.nn.Module, config: TransformerConfig) -> None:
+    """Draw other initial experts on every expert-parallel rank.
+
+    Megatron's initialisation on the CPU uses one random stream, the same on all ranks: expert 0 of each rank
+    would be the same. (On the GPU it has a stream per rank.)
+    """
+    rank = parallel_state.get_expert_model_parallel_rank() if parallel_state.is_initialized() else 0
+    if not config.use_cpu_initialization or not config.perform_initialization or rank == 0:
+        return
+    slice_rank = parallel_state.get_expert_tensor_parallel_rank()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * rank + 7919 * slice_rank)
+        for name, parameter in model.named_parameters():
+            if _is_expert(name) and parameter.device.type == "cpu":
+                draw = config.output_layer_init_method if ".linear_fc2." in name else config.init_method
+                draw(parameter)
+
+
+def _is_expert(name: str) -> bool:
+    return ".local_experts." in name or ".mlp.experts." in name

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config.parallel import ParallelConfig
+from ..config.parallel import ParallelConfig, stage_layers
 from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
-from ..models.build import stage_layers
 from .flops import attention_others, linear_attention
 
 

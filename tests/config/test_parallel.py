@@ -11,9 +11,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from zeda_megatron.config.parallel import ParallelConfig
+from zeda_megatron.config.parallel import ParallelConfig, stage_layers, stage_sizes
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.build import stage_layers, stage_sizes
 
 
 def layout(stages, first=None, last=None, virtual=1):
