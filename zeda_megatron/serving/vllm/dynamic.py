@@ -57,8 +57,15 @@ LATENT_EPS = 1e-6
 """Epsilon of the norms of latents in transformers (and of training here); vLLM gives them the config's."""
 
 
-def correct_latent_attention(layers) -> None:
-    """Give vLLM's latent attention transformers' numbers."""
+class LatentAttentionModel(FirstLayersDense):
+    """The same with latent attention, to which it gives transformers' numbers."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        _correct_latent_attention(self.model.layers)
+
+
+def _correct_latent_attention(layers) -> None:
     for layer in layers:
         attention = getattr(layer, "self_attn", None)
         for name in ("q_a_layernorm", "kv_a_layernorm"):

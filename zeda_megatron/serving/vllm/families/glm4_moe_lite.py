@@ -3,10 +3,10 @@
 from vllm.config import VllmConfig
 from vllm.model_executor.models.glm4_moe_lite import Glm4MoeLite, Glm4MoeLiteForCausalLM
 
-from ..dynamic import FirstLayersDense, correct_latent_attention
+from ..dynamic import LatentAttentionModel
 
 
-class Glm4MoeLitePlusPlusForCausalLM(FirstLayersDense, Glm4MoeLiteForCausalLM):
+class Glm4MoeLitePlusPlusForCausalLM(LatentAttentionModel, Glm4MoeLiteForCausalLM):
     """Stock GLM-4.7-Flash whose MoE blocks skip zero experts, with transformers' numbers in its attention."""
 
     MOE_BLOCK = Glm4MoeLite
@@ -14,7 +14,6 @@ class Glm4MoeLitePlusPlusForCausalLM(FirstLayersDense, Glm4MoeLiteForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         _name_dense_layers(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        correct_latent_attention(self.model.layers)
 
 
 def _name_dense_layers(config) -> None:
