@@ -116,11 +116,7 @@ def by_share(row: list[str]) -> tuple[float, str]:
 def family_row(model: Any, published: list[dict[str, Any]]) -> list[str]:
     """What a family's own file says, in words."""
     kind = model.MODEL_TYPES[0]
-    examples = [
-        one
-        for path in sorted(FOLDER.glob("*.json"))
-        if (one := json.loads(path.read_text()))["config"]["model_type"] == kind
-    ]
+    examples = [one for one in published if one["config"]["model_type"] == kind]
     names = ", ".join(one["model"].partition("/")[2] for one in examples)
     arch = read_architecture(examples[0]["config"]) if examples else None
     attention, router = (attention_words(arch), router_words(arch)) if arch else ("", "")
