@@ -47,7 +47,8 @@ class Family:
 
     def make(self, seed: int = 0, std: float = 0.3, **changes):
         """A random model; `changes` are keys of its config."""
-        config = getattr(transformers, f"{self.stem}Config")(**(self.fields | changes))
+        fields = self.fields | changes
+        config = transformers.CONFIG_MAPPING[fields["model_type"]](**fields)
         return tiny.drawn(getattr(transformers, self.architecture), config, seed, std)
 
 
@@ -192,6 +193,22 @@ QWEN3_NEXT = COMMON | dict(
     linear_num_key_heads=2,
     linear_num_value_heads=6,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+)
+QWEN3_5_MOE_TEXT = {
+    key: value
+    for key, value in QWEN3_NEXT.items()
+    if key not in ("architectures", "model_type", "intermediate_size")
+} | dict(
+    architectures=["Qwen3_5MoeForCausalLM"],
+    model_type="qwen3_5_moe_text",
+    # Positions of three kinds, as published models have them: 4 pairs of channels are turned.
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
 )
 
 EVERY = {
@@ -364,6 +381,25 @@ EVERY = {
             {"linear_num_key_heads": 0},
         ),
     ),
+    "qwen3_5_moe_text": Family(
+        QWEN3_5_MOE_TEXT,
+        "softmax",
+        {
+            "plain": {},
+            "tied, one value head for a key head": {
+                "tie_word_embeddings": True,
+                "linear_num_key_heads": 4,
+                "linear_num_value_heads": 4,
+            },
+        },
+        (
+            {"attention_bias": True},
+            {"hidden_act": "gelu"},
+            {"num_experts_per_tok": 1},
+            {"linear_num_value_heads": 5},
+        ),
+        since="5.3",
+    ),
 }
 FAMILIES = {
     name: family
@@ -371,3 +407,23 @@ FAMILIES = {
     if Version(transformers.__version__) >= Version(family.since)
 }
 """Those that this version of transformers has."""
+
+
+def seeing_model(seed: int = 0, std: float = 0.3, **changes):
+    """A random model that sees, whose language model is that of `qwen3_5_moe_text`; `changes` are keys of that."""
+    vision = dict(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=changes.get("hidden_size", 32),
+        num_position_embeddings=16,
+    )
+    tokens = dict(image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)
+    config = transformers.Qwen3_5MoeConfig(
+        text_config=QWEN3_5_MOE_TEXT | changes, vision_config=vision, tie_word_embeddings=False, **tokens
+    )
+    return tiny.drawn(transformers.Qwen3_5MoeForConditionalGeneration, config, seed, std)

@@ -18,7 +18,7 @@ from pathlib import Path
 import tiny
 import tiny_world
 import torch
-from families import EVERY, YARN
+from families import EVERY, QWEN3_5_MOE_TEXT, YARN, seeing_model
 from safetensors.torch import load_file, save_file
 
 LATENT = {
@@ -34,6 +34,16 @@ LONG = {
 }
 """vLLM makes a table of so many positions, times the factor."""
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+DELTA = {
+    "head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_value_heads": 4,
+}
+PLACES = {
+    "rope_parameters": QWEN3_5_MOE_TEXT["rope_parameters"] | {"mrope_section": [4, 2, 2]},
+}
+"""Positions of three kinds, for 8 pairs of channels."""
 MODELS = {
     "qwen": (tiny.hf_model, SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
     "glm": (tiny.glm_model, SIZES | LATENT),
@@ -67,14 +77,10 @@ MODELS = {
     ),
     "next": (
         EVERY["qwen3_next"].make,
-        SIZES
-        | {
-            "head_dim": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_num_value_heads": 4,
-        },
+        SIZES | DELTA,
     ),
+    "q35": (EVERY["qwen3_5_moe_text"].make, SIZES | DELTA | PLACES),
+    "seeing": (seeing_model, SIZES | DELTA | PLACES),
     "qwen2": (EVERY["qwen2_moe"].make, SIZES | {"num_attention_heads": 2, "mlp_only_layers": [0]}),
 }
 """Families, and the sizes that change. The CPU kernels want multiples of 32 on each rank."""
@@ -245,7 +251,7 @@ def reference(folder: Path, turn=lambda model: None, turn_each=None) -> Referenc
         more = {"logits_processor": [processor]} if processor else {}
         made = model.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
         tokens.append(made[0, len(prompt) :].tolist())
-    numbers = [i for i, layer in enumerate(model.model.layers) if layer.mlp in model.moe_blocks()]
+    numbers = [i for i, layer in enumerate(model.decoder.layers) if layer.mlp in model.moe_blocks()]
     counts = {
         str(number): [int(block.zero_slots), int(block.all_slots)]
         for number, block in zip(numbers, model.moe_blocks())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zeda_megatron.models.architecture import MODEL_TYPES, MODELS, Architecture, read_architecture
+from zeda_megatron.models.config_values import text_settings
 from zeda_megatron.planning.flops import Geometry
 from zeda_megatron.text_table import markdown_table
 
@@ -50,6 +51,7 @@ with biases; multi-token prediction under pipeline or context parallelism (the l
 rope types whose frequencies depend on the length (`dynamic`, `longrope`). A family of your own:
 [docs/add_a_model.md](add_a_model.md).
 """
+_HYBRID = "no context parallelism; vLLM on a CPU: bf16 only, nearly the same tokens"
 NOTES = {
     "qwen3_moe": "",
     "glm4_moe_lite": "`--mtp` trains the head",
@@ -61,7 +63,10 @@ NOTES = {
     "minimax_m2": "transformers 5.19 or newer",
     "olmoe": "",
     "qwen2_moe": "",
-    "qwen3_next": "no context parallelism; `mtp.` is carried along; vLLM on a CPU: bf16 only, nearly the same tokens",
+    "qwen3_next": f"{_HYBRID}; `mtp.` is carried along",
+    "qwen3_5_moe_text": f"{_HYBRID}; transformers 5.3 or newer; the language model of the next one alone",
+    "qwen3_5_moe": f"{_HYBRID}; transformers 5.3 or newer; vision and `mtp.` are carried along, exports see as before; "
+    "experts stay merged, as published; stage 2 answers with the built-in engine",
 }
 """What a reader of one family should know."""
 
@@ -118,9 +123,9 @@ def family_row(model: Any, published: list[dict[str, Any]]) -> list[str]:
     kind = model.MODEL_TYPES[0]
     examples = [one for one in published if one["config"]["model_type"] == kind]
     names = ", ".join(one["model"].partition("/")[2] for one in examples)
-    arch = read_architecture(examples[0]["config"]) if examples else None
-    attention, router = (attention_words(arch), router_words(arch)) if arch else ("", "")
-    return [f"`{kind}`", names, attention, router, NOTES[kind]]
+    around = [one for one in published if f"{one['config']['model_type']}_text" == kind]
+    arch = read_architecture((examples or around)[0]["config"])
+    return [f"`{kind}`", names, attention_words(arch), router_words(arch), NOTES[kind]]
 
 
 def attention_words(arch: Architecture) -> str:
@@ -147,7 +152,8 @@ def attention_words(arch: Architecture) -> str:
     )
     if turned < channels:
         words.append(f"{turned} of {channels} channels turned")
-    told = arch.hf.get("rope_scaling") or arch.hf.get("rope_parameters") or {}
+    text = text_settings(arch.hf)
+    told = text.get("rope_scaling") or text.get("rope_parameters") or {}
     if (told.get("rope_type") or told.get("type") or "default") != "default":
         words.append("YaRN")
     return ", ".join(words)

@@ -26,9 +26,10 @@ FAMILIES = (
     "olmoe",
     "qwen2_moe",
     "qwen3_next",
+    "qwen3_5_moe_text",
 )
 """Families (`families.FAMILIES`) that have rows of one kind: what is theirs alone lies in attention and router."""
-SPLIT = tuple(name for name in FAMILIES if name != "qwen3_next")
+SPLIT = tuple(name for name in FAMILIES if not name.startswith(("qwen3_next", "qwen3_5")))
 """Those whose sequences may be split; linear attention has a state that goes through all of one."""
 USUAL = ("deepseek_v3", "gpt_oss", "minimax_m2", "qwen3_next")
 """Those of the default suite: between them they have every word that the others have."""

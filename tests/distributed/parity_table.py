@@ -41,8 +41,18 @@ WORLDS = {
     "jsd": "JSD",
     "adamoe": "AdaMoE's loss and weights",
     "rows": "mean over rows",
+    "matched": "hidden states matched",
+    "matched aligned": "hidden states matched",
+    "matched deep": "hidden states matched, four layers",
+    "matched paired": "hidden states matched, paired",
+    "matched glm": "hidden states matched, GLM",
+    "matched rows": "hidden states matched, mean over rows",
+    "stage 2 matched": "stage 2, hidden states matched",
     "paired": "paired",
     "paired head": "paired, head trains",
+    "awake": "paired, stand-ins",
+    "awake aligned": "paired, stand-ins",
+    "awake head": "paired, stand-ins, head trains",
     "stage 2": "stage 2, reverse KL",
     "stage 2 sampled": "stage 2, sampled reverse KL",
     "stage 2 replay": "stage 2, routing replay",
@@ -76,6 +86,8 @@ NAMES = {
     "minimax_m2": "MiniMax-M2",
     "olmoe": "OLMoE",
     "qwen2_moe": "Qwen2-MoE",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_moe_text": "Qwen3.5",
 }
 for family in FAMILIES:
     WORLDS |= {family: NAMES[family], f"{family} aligned": NAMES[family]}
@@ -88,6 +100,8 @@ FLAGS = {
     "teacher_schedule": "teacher {}",
     "use_distributed_optimizer": "distributed optimizer",
 }
+
+EVERY = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
 
 
 def layout_of(case: dict) -> str:
@@ -113,16 +127,18 @@ def note_of(case: dict) -> str:
     return ", ".join(filter(None, words)) or "forward KL"
 
 
+def head_of(case: dict) -> str:
+    return f"| {layout_of(case)} | {note_of(case)} |"
+
+
 def row_of(case: dict, found: dict[str, float]) -> str:
     keys = ("loss", "grad_norm", "gradients", "weights")
-    return (
-        f"| {layout_of(case)} | {note_of(case)} | " + " | ".join(f"{found[key]:.0e}" for key in keys) + " |"
-    )
+    return f"{head_of(case)} " + " | ".join(f"{found[key]:.0e}" for key in keys) + " |"
 
 
 def merged(cases: list[dict], rows: list[str], written: list[str]) -> list[str]:
     """New rows, and written ones where there is none new, in the order of the cases."""
-    heads = [f"| {layout_of(case)} | {note_of(case)} |" for case in cases]
+    heads = list(map(head_of, cases))
     found = {row.rsplit("|", 5)[0] + "|": row for row in [*written, *rows] if row.startswith("|")}
     return [found[head] for head in heads if head in found]
 
@@ -135,7 +151,7 @@ def main() -> None:
         "--update", action="store_true", help="with --only: write these rows, keep the others"
     )
     options = parser.parse_args()
-    every = cases = [case for case in TRAIN + STAGE_2 + FOUR_PROCESSES if case["do"] == "train"]
+    cases = EVERY
     if options.only:
         cases = [case for case in cases if case["name"] in options.only.split(",")]
         os.environ["ZEDA_CASES"] = options.only  # the processes run these alone
@@ -158,7 +174,7 @@ def main() -> None:
     before, rest = text.split(BEGIN)
     written, after = rest.split(END)
     if options.update:
-        rows = merged(every, rows, written.splitlines())
+        rows = merged(EVERY, rows, written.splitlines())
     table = "\n".join([head, *rows])
     options.out.write_text(f"{before}{BEGIN}\n{about}\n\n{table}\n{END}{after}")
 

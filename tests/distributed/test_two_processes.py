@@ -36,6 +36,12 @@ def each(cases, names=None):
     )
 
 
+def test_no_two_rows_of_the_table_in_the_docs_are_called_alike():
+    from parity_table import EVERY, head_of
+
+    assert len(set(map(head_of, EVERY))) == len(EVERY)
+
+
 @each(TRAIN + STAGE_2)
 def test_same_numbers_everywhere(assert_same_run, case):
     assert_same_run(case)

@@ -17,7 +17,8 @@ from tools.models_page import page
 from zeda_megatron.__main__ import main as zeda
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.layout import model_layout
-from zeda_megatron.models.architecture import dims_of, read_architecture, weight_map_of
+from zeda_megatron.models.architecture import dims_of, published_names, read_architecture, weight_map_of
+from zeda_megatron.models.config_values import text_settings, with_text_settings
 from zeda_megatron.models.weight_kinds import Repeated, Router
 from zeda_megatron.planning.flops import Geometry
 
@@ -27,7 +28,7 @@ TOO_NEW = {EVERY[name].architecture for name in EVERY.keys() - FAMILIES.keys()}
 MODELS = {name: one for name, one in PUBLISHED.items() if not TOO_NEW & set(one["config"]["architectures"])}
 """Those of families that this version of transformers has."""
 DTYPES = {"BF16", "F8_E4M3", "F32", "U8"}
-QUANTISED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj_(blocks|scales|bias)")
+MERGED = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(?:_(blocks|scales|bias))?")
 NO_PARAMETER = re.compile(r".*\.(e_score_correction_bias|inv_freq)")
 """Buffers of transformers' models."""
 SMALL = 25
@@ -36,29 +37,33 @@ SMALL = 25
 
 def shortened(model: dict, layers: int) -> dict:
     """The model with the first `layers` layers of the decoder."""
-    config = {
+    text = {
         key: value[:layers] if isinstance(value, list) and len(value) == layers_of(model) else value
-        for key, value in model["config"].items()
+        for key, value in text_of(model).items()
     }
-    return model | {"config": config | {"num_hidden_layers": layers}}
+    return model | {"config": with_text_settings(model["config"], text | {"num_hidden_layers": layers})}
+
+
+def text_of(model: dict) -> dict:
+    return text_settings(model["config"])
 
 
 def layers_of(model: dict) -> int:
-    return model["config"]["num_hidden_layers"]
+    return text_of(model)["num_hidden_layers"]
 
 
 def heads_of(model: dict) -> int:
-    return model["config"].get("num_nextn_predict_layers") or 0
+    return text_of(model).get("num_nextn_predict_layers") or 0
 
 
 def first_expert_layer(model: dict) -> int:
-    return model["config"].get("first_k_dense_replace", 0)
+    return text_of(model).get("first_k_dense_replace", 0)
 
 
 def experts_of(model: dict) -> int:
     return next(
         value
-        for key, value in model["config"].items()
+        for key, value in text_of(model).items()
         if key in ("num_experts", "num_local_experts", "n_routed_experts")
     )
 
@@ -72,7 +77,7 @@ def stored(model: dict) -> dict[str, tuple[int, ...]]:
         "moe": range(dense, layers + heads),
         "mtp": range(layers, layers + heads),
     }
-    interval = model["config"].get("full_attention_interval", 1)
+    interval = text_of(model).get("full_attention_interval", 1)
     numbers["full"] = range(interval - 1, layers, interval)
     numbers["linear"] = [layer for layer in range(layers) if layer not in numbers["full"]]
     found = {}
@@ -83,11 +88,12 @@ def stored(model: dict) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def plain(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The same weights as plain numbers, each expert's alone."""
-    found = {}
-    for key, shape in tensors.items():
-        match = QUANTISED.fullmatch(key)
+def plain(model: dict) -> dict[str, tuple[int, ...]]:
+    """The same weights as plain numbers under plain names, each expert's alone."""
+    found, names = {}, published_names(model["config"])
+    for stored_key, shape in stored(model).items():
+        key = names.plain(stored_key)
+        match = MERGED.fullmatch(key)
         if key.endswith(".weight_scale_inv") or (match and match[3] == "scales"):
             continue
         if match is None:
@@ -95,7 +101,7 @@ def plain(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
             continue
         experts, rows, *rest = shape
         is_bias = match[3] == "bias"
-        width = () if is_bias else (rest[0] * rest[1] * 2,)  # two numbers to a byte
+        width = (rest[0] * rest[1] * 2,) if match[3] == "blocks" else tuple(rest)  # two numbers to a byte
         parts = ["gate_proj", "up_proj"] if match[2] == "gate_up" else ["down_proj"]
         for expert in range(experts):
             for part in parts:
@@ -145,7 +151,7 @@ def test_the_facts_of_a_model_fit_each_other(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_parameters_of_a_published_config_are_counted(name):
     model = MODELS[name]
-    arch, weights = read_architecture(model["config"], name), plain(stored(model))
+    arch, weights = read_architecture(model["config"], name), plain(model)
     decoder = {key: shape for key, shape in weights.items() if not arch.is_carried(key)}
     carried = len(weights) - len(decoder)
     assert bool(carried) == bool(heads_of(model))
@@ -161,7 +167,7 @@ def test_the_parameters_of_a_published_config_are_counted(name):
 def test_every_tensor_of_the_first_published_layers_has_its_megatron_parameter(name):
     """All dense layers and two with experts."""
     model = shortened(MODELS[name], first_expert_layer(MODELS[name]) + 2)
-    arch, weights = read_architecture(model["config"], name), plain(stored(model))
+    arch, weights = read_architecture(model["config"], name), plain(model)
     decoder = {key: shape for key, shape in weights.items() if not arch.is_carried(key)}
     check_every_tensor_has_its_parameter(arch, decoder)
     assert all(f"layers.{layers_of(model)}." in key for key in weights.keys() - decoder.keys())
@@ -172,7 +178,7 @@ def test_every_tensor_of_the_first_published_layers_has_its_megatron_parameter(n
 def test_every_tensor_of_a_published_head_of_multi_token_prediction_has_its_megatron_parameter(name):
     model = shortened(MODELS[name], first_expert_layer(MODELS[name]) + 1)
     arch = read_architecture(model["config"], name).with_mtp_head("--mtp")
-    check_every_tensor_has_its_parameter(arch, plain(stored(model)))
+    check_every_tensor_has_its_parameter(arch, plain(model))
 
 
 @pytest.mark.usefixtures("one_process")
@@ -186,7 +192,7 @@ def test_every_tensor_of_a_published_head_of_multi_token_prediction_has_its_mega
 def test_every_published_tensor_has_its_megatron_parameter(name):
     model = MODELS[name]
     arch = read_architecture(model["config"], name)
-    weights = {key: shape for key, shape in plain(stored(model)).items() if not arch.is_carried(key)}
+    weights = {key: shape for key, shape in plain(model).items() if not arch.is_carried(key)}
     check_every_tensor_has_its_parameter(arch, weights)
 
 

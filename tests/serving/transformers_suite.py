@@ -13,7 +13,7 @@ import sys
 import unittest
 from pathlib import Path
 
-from zeda_megatron.serving.vllm.register import FAMILIES
+from zeda_megatron.serving.vllm.register import FAMILIES, SEEING
 
 ARMS = {
     "stock": {},
@@ -23,52 +23,60 @@ ARMS = {
     "paired": {"zce_types": ["zero"], "zce_routing": "paired", "zce_threshold": -2.0},
 }
 CLASSES = "ZEDA_SUITE_CLASSES"
-"""Environment variable: family:arm of every class to test."""
+"""Environment variable: family:arm:kind of every class to test."""
 # They start processes for every test, or want what a machine without a GPU has not.
 LEFT_OUT = "not pipeline and not tp and not ep_ and not fsdp and not test_training"
 
 
-def make_case(family: str, arm: str) -> type[unittest.TestCase]:
-    """The tests of one class of models: `CausalLMModelTest`, or the family's own ones, on ...ForCausalLM."""
+def make_case(family: str, arm: str, tail: str) -> type[unittest.TestCase]:
+    """The family's own tests (most add little to `CausalLMModelTest`) on its class of this kind, `ForCausalLM` or
+    `ForConditionalGeneration`."""
     theirs = importlib.import_module(f"tests.models.{family}.test_modeling_{family}")
-    suite = importlib.import_module("tests.causal_lm_tester").CausalLMModelTest
+    common = importlib.import_module("tests.causal_lm_tester").CausalLMModelTest
+    own = [kind for kind in vars(theirs).values() if getattr(kind, "__module__", None) == theirs.__name__]
+    suites = [kind for kind in own if kind.__name__.endswith("ModelTest")]
+    suite = suites[
+        -1 if tail == "ForConditionalGeneration" else 0
+    ]  # a model that sees: its language model first
+    testers = [kind for kind in own if kind.__name__.endswith("ModelTester")]
+    tester = getattr(suite, "model_tester_class", None) or testers[-1]
     stem = FAMILIES[family]
-    stock = getattr(importlib.import_module("transformers"), f"{stem}ForCausalLM")
+    stock = getattr(importlib.import_module("transformers"), stem + tail)
     ours = importlib.import_module(f"zeda_megatron.serving.transformers.modeling_{family}_zero")
-    dynamic = getattr(ours, f"{stem}PlusPlusForCausalLM")
+    dynamic = getattr(ours, f"{stem}PlusPlus{tail}")
+    tested = stock if arm == "stock" else dynamic
 
-    class Tester(getattr(theirs, f"{stem}ModelTester")):
+    class Tester(tester):
         causal_lm_class = stock
 
         @property
         def all_model_classes(self):
-            return [stock if arm == "stock" else dynamic]
+            return [tested]
 
         def get_config(self):
             config = super().get_config()
+            text = config.get_text_config()
             for key, value in ARMS[arm].items():
-                setattr(config, key, value)
+                setattr(text, key, value)
             if arm == "paired":
-                config.zce_nums = [getattr(config, dynamic.NUM_EXPERTS)]
+                text.zce_nums = [getattr(text, dynamic.NUM_EXPERTS)]
             return config
 
-    Tester.__name__ = f"{stem}_{arm}_Tester"
+    Tester.__name__ = f"{stem}{tail}_{arm}_Tester"
     fields = {
         "model_tester_class": Tester,
         "test_all_params_have_gradient": False,  # a pick decides which experts have one
         "is_pipeline_test_to_skip": lambda self, *args, **kwargs: True,
         "test_model": lambda self: self.skipTest("of the base model"),
     }
-    if not issubclass(Tester, importlib.import_module("tests.causal_lm_tester").CausalLMModelTester):
-        suite = getattr(theirs, f"{stem}ModelTest")
-        classes = (stock if arm == "stock" else dynamic,)
+    if not issubclass(suite, common):
 
         def set_up(self):
             suite.setUp(self)
             self.model_tester = Tester(self)
 
-        fields |= {"setUp": set_up, "all_model_classes": classes, "all_generative_model_classes": classes}
-    return type(f"Test_{family}_{arm}", (suite, unittest.TestCase), fields)
+        fields |= {"setUp": set_up, "all_model_classes": (tested,), "all_generative_model_classes": (tested,)}
+    return type(f"Test_{family}{tail}_{arm}", (suite, unittest.TestCase), fields)
 
 
 class Outcomes:
@@ -99,7 +107,10 @@ def main() -> int:
     paths = [str(checkout / "src"), str(checkout), str(here.parents[2])]
     if os.environ.get(CLASSES) is None:  # once more, with the checkout first on the path of all processes
         classes = [
-            f"{family}:{arm}" for family in given.families for arm in dict.fromkeys(["stock", *given.arms])
+            f"{family}:{arm}:{tail}"
+            for family in given.families
+            for tail in ["ForCausalLM"] + ["ForConditionalGeneration"] * (family in SEEING)
+            for arm in dict.fromkeys(["stock", *given.arms])
         ]
         environment = {"PYTHONPATH": os.pathsep.join(paths), CLASSES: " ".join(classes)}
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)

@@ -54,7 +54,7 @@ def carried_source(template: Path, arch: Architecture) -> PublishedReader | None
         UserError: config.json names multi-token-prediction layers whose weights are not there, or the family has
             tensors beside the text model and the folder has none.
     """
-    layers = 0 if arch.mtp_layers else arch.hf.get("num_nextn_predict_layers") or 0
+    layers = 0 if arch.mtp_layers else arch.published_heads
     aside = arch.published.aside
     if not (layers or aside or arch.published.may_lack):
         return None

@@ -154,7 +154,9 @@ def _named_eos(file: Path) -> list[int]:
     """End tokens named by a model's (generation) config next to the tokenizer, if there is one."""
     if not is_regular(file):
         return []
-    ids = read_json(file).get("eos_token_id")
+    config = read_json(file)
+    inner = config.get("text_config")  # of a model that sees, too
+    ids = config.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(is_int(i) and i >= 0 for i in ids):
         raise UserError(f'{file}: "eos_token_id" must be a token id or a list of them')

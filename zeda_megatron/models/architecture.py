@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ..errors import UserError
 from ..regular_file import refuse_odd_files
 from ..strict_json import read_json
-from .config_values import check_config_values
+from .config_values import TEXT, check_config_values, text_settings
 from .families import (
     deepseek_v2,
     deepseek_v3,
@@ -25,6 +26,8 @@ from .families import (
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3_5_moe,
+    qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
 )
@@ -70,6 +73,8 @@ MODELS: tuple[ModelFile, ...] = (
         olmoe,
         qwen2_moe,
         qwen3_next,
+        qwen3_5_moe_text,
+        qwen3_5_moe,
     ),
 )
 REGISTRY = {name: model for model in MODELS for name in model.ARCHITECTURES}
@@ -104,13 +109,18 @@ class Architecture:
 
         Raises `UserError` that begins with `flag` for a model that has none, or more than one.
         """
-        heads = self.hf.get("num_nextn_predict_layers") or 0
+        heads = self.published_heads
         if heads != 1:
             raise UserError(
                 f"{flag}: config.json says num_nextn_predict_layers {heads}, but a model with one head of multi-token "
                 "prediction is needed"
             )
         return replace(self, mtp_layers=heads)
+
+    @property
+    def published_heads(self) -> int:
+        """Heads of multi-token prediction behind the decoder's layers, by `num_nextn_predict_layers`."""
+        return text_settings(self.hf).get("num_nextn_predict_layers") or 0
 
     @property
     def published(self) -> PublishedNames:
@@ -128,9 +138,9 @@ class Architecture:
             return True
         if self.mtp_layers:
             return False
-        layers, more = self.megatron["num_layers"], self.hf.get("num_nextn_predict_layers") or 0
+        layers = self.megatron["num_layers"]
         match = re.match(r"model\.layers\.(\d+)\.", key)
-        return match is not None and layers <= int(match[1]) < layers + more
+        return match is not None and layers <= int(match[1]) < layers + self.published_heads
 
 
 def published_names(config: dict[str, Any]) -> PublishedNames:
@@ -173,7 +183,8 @@ def read_architecture(source: str | Path | dict[str, Any], where: str = "config"
     check_config_values(hf, where)
     name = (hf.get("architectures") or [""])[0]
     model = _model_of(name, hf.get("model_type"), where)
-    theirs = _as_transformers_reads(hf, model, where)
+    whole = _as_transformers_reads(hf, model, where)
+    theirs = whole.get_text_config()
     for key, value in model.REQUIRED.items():
         if getattr(theirs, key, value) != value:
             raise UserError(f"{where}: {key} {getattr(theirs, key)!r} is not supported, only {value!r}")
@@ -200,8 +211,8 @@ def read_architecture(source: str | Path | dict[str, Any], where: str = "config"
         vocab_size=theirs.vocab_size,
         rotary=rotary,
         max_position_embeddings=theirs.max_position_embeddings,
-        tie_word_embeddings=theirs.tie_word_embeddings,
-        num_zero_experts=sum(hf.get("zce_nums") or [0]),
+        tie_word_embeddings=whole.tie_word_embeddings,
+        num_zero_experts=sum(text_settings(hf).get("zce_nums") or [0]),
     )
 
 
@@ -224,9 +235,41 @@ def _model_of(name: str, kind: str | None, where: str) -> ModelFile:
 
 def _as_transformers_reads(hf: dict[str, Any], model: ModelFile, where: str) -> PreTrainedConfig:
     """The config as an object of transformers' class. Nothing that `hf` names is loaded or run."""
-    kind = CONFIG_MAPPING[model.MODEL_TYPES[0]]
+    kind, text = CONFIG_MAPPING[model.MODEL_TYPES[0]], text_settings(hf)
+    _check_keys(text, _text_class(hf, model, where), where if text is hf else f"{where}: {TEXT}", model.SIZES)
+    if text is not hf:
+        _check_keys(hf, kind, where)
+    fields = {key: value for key, value in hf.items() if not key.startswith("_")}
+    try:
+        return kind.from_dict(copy.deepcopy(fields) | {"model_type": model.MODEL_TYPES[0]})
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: transformers refuses it: {reason or type(error).__name__}") from error
+
+
+def _text_class(hf: dict[str, Any], model: ModelFile, where: str) -> type[PreTrainedConfig]:
+    """transformers' class for the settings of the language model."""
+    kind = model.MODEL_TYPES[0]
+    inside = TEXT in CONFIG_MAPPING[kind].sub_configs
+    if (text_settings(hf) is not hf) != inside:
+        raise UserError(
+            f"{where}: a config of model_type {kind!r} has {'the' if inside else 'no'} settings of the language model "
+            f"in an object {TEXT}"
+        )
+    if not inside:
+        return CONFIG_MAPPING[kind]
+    found = hf[TEXT].get("model_type")
+    if found != f"{kind}_text":
+        raise UserError(f"{where}: {TEXT}: model_type {str(found)[:60]!r} must be '{kind}_text'")
+    return CONFIG_MAPPING[found]
+
+
+def _check_keys(
+    hf: dict[str, Any], kind: type[PreTrainedConfig], where: str, wanted: Iterable[str] = ()
+) -> None:
+    """Refuse settings that are wanted and missing, that say two things, or that are none."""
     names = kind.attribute_map
-    missing = [key for key in model.SIZES if not _aliases(key, names) & hf.keys()]
+    missing = [key for key in wanted if not _aliases(key, names) & hf.keys()]
     if missing:
         raise UserError(f"{where}: key {missing[0]!r} is missing")
     for key, other in names.items():
@@ -238,12 +281,6 @@ def _as_transformers_reads(hf: dict[str, Any], model: ModelFile, where: str) -> 
         has = getattr(kind, key, None)
         if callable(has) or isinstance(has, dict) or (isinstance(has, property) and has.fset is None):
             raise UserError(f"{where}: {key[:60]!r} is no setting; transformers cannot read it either")
-    fields = {key: value for key, value in hf.items() if not key.startswith("_")}
-    try:
-        return kind.from_dict(copy.deepcopy(fields) | {"model_type": model.MODEL_TYPES[0]})
-    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: transformers refuses it: {reason or type(error).__name__}") from error
 
 
 def _aliases(key: str, names: dict[str, str]) -> set[str]:

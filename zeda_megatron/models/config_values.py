@@ -102,6 +102,21 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _NEVER_NULL = {*_COUNTS, *_SIZES, *_NUMBERS} - set(_MAY_BE_NULL)
 
 
+TEXT = "text_config"
+"""Key of a model that sees, too, under which its language model has its settings."""
+
+
+def text_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model: all of it, or what is in its `text_config`."""
+    inner = config.get(TEXT)
+    return inner if isinstance(inner, dict) else config
+
+
+def with_text_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The config with the language model's settings in place of those it had."""
+    return settings if text_settings(config) is config else {**config, TEXT: settings}
+
+
 def check_config_values(config: Any, where: str) -> None:
     """Check the type and range of every known key that is there; unknown keys pass.
 
@@ -110,6 +125,8 @@ def check_config_values(config: Any, where: str) -> None:
     """
     if not isinstance(config, dict):
         raise UserError(f"{where}: must hold a JSON object, not {type(config).__name__}")
+    if text_settings(config) is not config:
+        check_config_values(config[TEXT], f"{where}: {TEXT}")
     for key, (is_right, wanted) in _RULES.items():
         if key not in config or (config[key] is None and key not in _NEVER_NULL):
             continue

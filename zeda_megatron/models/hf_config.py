@@ -1,4 +1,5 @@
-"""config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`).
+"""config.json and the small files beside the weights; keys are the authors' (`zce_nums`, `zce_types`). They stand where
+the language model has its settings: in `text_config` of a model that sees, too.
 
 `zce_logit_bias` and `zce_batch_margin` are dials of serving, not of the weights: an import drops them, an export takes
 them from its template.
@@ -24,6 +25,7 @@ from ..regular_file import is_regular
 from ..strict_json import is_int, is_number, read_json
 from .architecture import MODELS
 from .bits import DTYPES
+from .config_values import text_settings, with_text_settings
 from .on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from .weight_kinds import Setting, WeightMapping
 from .weight_map import MTP_THRESHOLD
@@ -78,6 +80,7 @@ def settings_of(config: dict[str, Any], mappings: Iterable[WeightMapping]) -> di
     Raises:
         UserError: a key is missing, is no finite number, or is a list of the wrong length.
     """
+    config = text_settings(config)
     by_key: dict[str, list[str]] = {}
     for mapping in mappings:
         if isinstance(mapping, Setting):
@@ -127,6 +130,7 @@ _ADAPTED = "zce_adapted_steps"
 _ZERO_KEYS = ("zce_nums", "zce_types", "use_zce_mask", *_DIALS, _ADAPTED, *PAIRED_KEYS)
 _SIDE_FILES = (
     "generation_config.json",
+    "*processor_config.json",
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -158,6 +162,7 @@ def zero_experts_of(config: dict[str, Any]) -> ZeroExpertConfig:
     Raises:
         UserError: `zce_nums` and `zce_types` disagree, or name a kind we do not have; a wrong `zce_routing`.
     """
+    config = text_settings(config)
     if is_paired(config):
         return paired_experts_of(config)
     nums = config.get("zce_nums") or []
@@ -179,7 +184,7 @@ def adapted_steps_of(config: dict[str, Any]) -> int | None:
 
     A folder with zero experts that does not say is no original: its authors have trained it.
     """
-    steps = config.get(_ADAPTED, None if zero_experts_of(config).num_zero_experts else 0)
+    steps = text_settings(config).get(_ADAPTED, None if zero_experts_of(config).num_zero_experts else 0)
     if steps is not None and not (is_int(steps) and steps >= 0):
         raise UserError(
             f"config.json: {_ADAPTED} {str(steps)[:60]!r} must be a whole number from 0, or be left out"
@@ -190,7 +195,9 @@ def adapted_steps_of(config: dict[str, Any]) -> int | None:
 def static_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config without zero experts and without code, with the native model type and architecture."""
     dropped = {*_ZERO_KEYS, *_OF_OTHER_WEIGHTS}
-    result = without_code({key: value for key, value in config.items() if key not in dropped})
+    kept = {key: value for key, value in text_settings(config).items() if key not in dropped}
+    result = without_code(with_text_settings(config, kept))
+    result = {key: value for key, value in result.items() if key not in dropped}
     kind = config.get("model_type", "")
     result["model_type"] = kind = _NATIVE_TYPES.get(kind, kind)
     native = {name: static for static, name in _DYNAMIC.items()}
@@ -203,7 +210,7 @@ def draft_config(config: dict[str, Any]) -> dict[str, Any]:
 
     vLLM reads two keys as published, which transformers leaves out when it saves.
     """
-    kinds = config.get("mlp_layer_types") or []
+    kinds = text_settings(config).get("mlp_layer_types") or []
     asked = {"first_k_dense_replace": list(kinds).count("dense"), "topk_method": "noaux_tc"}
     return asked | static_config(config)
 
@@ -218,7 +225,12 @@ def without_code(value: Any) -> Any:
 def code_of(name: str) -> dict[str, str]:
     """`auto_map` of one of our classes; nothing for a class of transformers."""
     file = _MODELING_FILES.get(name)
-    return {} if file is None else {"AutoModelForCausalLM": f"{file.removesuffix('.py')}.{name}"}
+    if file is None:
+        return {}
+    kinds = ["AutoModelForCausalLM"] + ["AutoModelForImageTextToText"] * name.endswith(
+        "ConditionalGeneration"
+    )
+    return dict.fromkeys(kinds, f"{file.removesuffix('.py')}.{name}")
 
 
 def dynamic_config(
@@ -238,7 +250,7 @@ def dynamic_config(
     result = static_config(config)
     adapted = {_ADAPTED: adapted_steps}
     if not zero.num_zero_experts:
-        return result if adapted_steps == 0 else {**result, **adapted}
+        return result if adapted_steps == 0 else _with_keys(result, adapted)
     static_name = (result.get("architectures") or [""])[0]
     name = _DYNAMIC.get(static_name)
     if name is None:
@@ -249,17 +261,16 @@ def dynamic_config(
         more |= {key: value for key, value in numbers.items() if value}
     else:
         more = {}
-    more |= {key: config[key] for key, paired in _DIALS.items() if paired == zero.paired and key in config}
-    return {
-        **result,
-        "architectures": [name],
-        "auto_map": code_of(name),
-        "zce_nums": [zero.num_zero_experts],
-        "zce_types": [zero.zero_experts_type],
-        "use_zce_mask": False,
-        **more,
-        **({} if adapted_steps is None else adapted),
-    }
+    had = text_settings(config)
+    more |= {key: had[key] for key, paired in _DIALS.items() if paired == zero.paired and key in had}
+    result |= {"architectures": [name], "auto_map": code_of(name)}
+    ours = {"zce_nums": [zero.num_zero_experts], "zce_types": [zero.zero_experts_type], "use_zce_mask": False}
+    return _with_keys(result, ours | more | ({} if adapted_steps is None else adapted))
+
+
+def _with_keys(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The config with more settings of its language model."""
+    return with_text_settings(config, {**text_settings(config), **more})
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -274,15 +285,18 @@ def with_stored_dtype(config: dict[str, Any], sizes: dict[torch.dtype, int]) -> 
         sizes: bytes of the weights by type. A config that names no type gets none.
     """
     floats = {dtype: size for dtype, size in sizes.items() if dtype.is_floating_point}
-    if not floats or not any(config.get(key) for key in _TYPE_KEYS):
+    told = [one for part in (config, text_settings(config)) for one in map(part.get, _TYPE_KEYS) if one]
+    if not floats or not told:
         return config
     return _named_type(config, max(floats, key=floats.__getitem__))
 
 
 def _named_type(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Under every name that the config has: transformers prefers one, older versions and engines know the other."""
+    name, text = str(dtype).removeprefix("torch."), text_settings(config)
     keys = [key for key in _TYPE_KEYS if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))}
+    inner = {key: name for key in _TYPE_KEYS if key in text}
+    return {**with_text_settings(config, {**text, **inner}), **dict.fromkeys(keys, name)}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -54,11 +54,12 @@ def load_zero_expert_model(folder: str | os.PathLike, **kwargs):
 
 def load_model(folder: str | os.PathLike, **kwargs):
     """Load a folder with or without zero experts; otherwise as `load_zero_expert_model`."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    if read_architecture(folder).num_zero_experts:
+    arch = read_architecture(folder)
+    if arch.num_zero_experts:
         return load_zero_expert_model(folder, **kwargs)
-    return _whole(AutoModelForCausalLM, folder, folder, **kwargs)
+    return _whole(getattr(transformers, arch.name), folder, folder, **kwargs)
 
 
 def _whole(kind, where: str | os.PathLike, folder: str | os.PathLike | None, **kwargs):

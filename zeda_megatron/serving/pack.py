@@ -105,10 +105,7 @@ def _quantization(arch: Architecture, number_format: str) -> dict[str, Any]:
         "type": "float" if number_format == "fp8" else "int",
         "symmetric": True,
     }
-    behind = "|".join(
-        str(arch.megatron["num_layers"] + more)
-        for more in range(arch.hf.get("num_nextn_predict_layers") or 0)
-    )
+    behind = "|".join(str(arch.megatron["num_layers"] + more) for more in range(arch.published_heads))
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized" if number_format == "fp8" else "int-quantized",

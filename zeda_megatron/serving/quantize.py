@@ -82,8 +82,8 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
         raise UserError(f"{source / 'config.json'}: the weights are quantised already (quantization_config)")
     if arch.published.writes_fused:
         raise UserError(
-            f"{source / 'config.json'}: experts of this family are merged into one tensor and have biases: they cannot "
-            "be rounded here"
+            f"{source / 'config.json'}: folders of this family have the experts merged into one tensor: they cannot be "
+            "rounded here"
         )
     reader = HFReader(source)
     check_not_quantised(reader)

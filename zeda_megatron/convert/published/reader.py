@@ -16,6 +16,7 @@ import torch
 from ...errors import UserError
 from ...models.architecture import published_names
 from ...models.bits import DTYPES
+from ...models.config_values import text_settings
 from ...models.weight_map import TURNS, FusedExperts
 from ...strict_json import is_int
 from ..hf_files import HFReader, TensorEntry, read_part
@@ -115,8 +116,7 @@ class PublishedReader(HFReader):
 
     def _dtype(self) -> torch.dtype:
         """What quantised weights become: the type of the model's parameters, as transformers makes them."""
-        text = self.config.get("text_config")  # a model within another keeps its settings there
-        settings = [self.config, text if isinstance(text, dict) else {}]
+        settings = [self.config, text_settings(self.config)]
         told = next((one[key] for one in settings for key in ("dtype", "torch_dtype") if one.get(key)), None)
         found = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype is not None}
         return found.get(told if isinstance(told, str) else "", torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 from ...config.generate import SamplingConfig
 from ...distill.builtin_engine import BuiltinEngine
 from ...errors import UserError
+from ...models.config_values import text_settings
 from ...models.load import load_model
 from ...models.on_disk import ModelFacts, adapted_steps, read_facts
 from ...moe import stats
@@ -46,7 +47,7 @@ class MegatronEngine:
 
     def answer(self, requests: list[Request], sampling: SamplingConfig) -> list[Answer]:
         prompts = [self.prompts.ids(r.messages) for r in requests]
-        longest, context = max(map(len, prompts)), self.arch.hf.get("max_position_embeddings")
+        longest, context = max(map(len, prompts)), text_settings(self.arch.hf).get("max_position_embeddings")
         length = longest + sampling.max_new_tokens
         length = length if context is None else min(length, context)
         for request, prompt in zip(requests, prompts):

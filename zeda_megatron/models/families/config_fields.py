@@ -13,7 +13,8 @@ def decoder_fields(hf: PreTrainedConfig) -> dict[str, Any]:
     return {
         "num_layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
+        # A family without dense layers may have no key for their width.
+        "ffn_hidden_size": getattr(hf, "intermediate_size", None) or hf.moe_intermediate_size,
         "num_attention_heads": hf.num_attention_heads,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
@@ -109,10 +110,12 @@ def softmax_router_fields(top_k: int, over_picks: bool) -> dict[str, Any]:
     }
 
 
-def softmax_refusal(hf: PreTrainedConfig) -> str | None:
+def softmax_refusal(top_k: int, over_picks: bool) -> str | None:
     """What Megatron's softmax router would not follow, in words; None if nothing."""
-    if hf.norm_topk_prob and hf.num_experts_per_tok < 2:
-        return "num_experts_per_tok 1 with norm_topk_prob is not supported: every pick would weigh 1"
+    if over_picks and top_k < 2:
+        return (
+            f"num_experts_per_tok {top_k} is not supported where weights sum to 1: every pick would weigh 1"
+        )
     return None
 
 
@@ -171,13 +174,12 @@ def shared_expert_fields(hf: PreTrainedConfig) -> dict[str, Any]:
 
 
 def gated_shared_fields(hf: PreTrainedConfig) -> dict[str, Any]:
-    """Routed experts in every few layers, and a shared one behind a gate of one number."""
+    """Routed experts, and a shared one behind a gate of one number."""
     return {
         "num_moe_experts": hf.num_experts,
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
         "moe_shared_expert_gate": True,
-        "moe_layer_freq": every_few_sparse(hf),
     }
 
 

@@ -27,7 +27,7 @@ from ..weight_map import (
     WeightMap,
     decoder,
 )
-from .config_fields import decoder_fields, grouped_query_fields, softmax_router_fields
+from .config_fields import decoder_fields, grouped_query_fields, softmax_refusal, softmax_router_fields
 
 ARCHITECTURES = ("GptOssForCausalLM", "GptOssPlusPlusForCausalLM")
 MODEL_TYPES = ("gpt_oss", "gpt_oss_plus_plus")
@@ -47,8 +47,9 @@ _GATE = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    if hf.num_experts_per_tok < 2:
-        return "num_experts_per_tok 1 is not supported: every pick would weigh 1"
+    refused = softmax_refusal(hf.num_experts_per_tok, over_picks=True)
+    if refused:
+        return refused
     told = getattr(hf, "experts_per_token", hf.num_experts_per_tok)
     if told != hf.num_experts_per_tok:
         return f"experts_per_token {told}: transformers goes by num_experts_per_tok {hf.num_experts_per_tok}"

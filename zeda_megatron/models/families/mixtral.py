@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..weight_map import IGNORED, QKV_PROJECTIONS, TIED, WeightMap, decoder
-from .config_fields import decoder_fields, grouped_query_fields, softmax_router_fields
+from .config_fields import decoder_fields, grouped_query_fields, softmax_refusal, softmax_router_fields
 
 ARCHITECTURES = ("MixtralForCausalLM", "MixtralPlusPlusForCausalLM")
 MODEL_TYPES = ("mixtral", "mixtral_plus_plus")
@@ -27,9 +27,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    if hf.num_experts_per_tok < 2:
-        return "num_experts_per_tok 1 is not supported: every pick would weigh 1"
-    return None
+    return softmax_refusal(hf.num_experts_per_tok, over_picks=True)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:

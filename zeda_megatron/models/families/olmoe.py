@@ -30,7 +30,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    return softmax_refusal(hf)
+    return softmax_refusal(hf.num_experts_per_tok, hf.norm_topk_prob)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from ..weight_map import GATED_SHARED_EXPERT, IGNORED, QKV_PROJECTIONS, TIED, WeightMap, decoder
 from .config_fields import (
     decoder_fields,
+    every_few_sparse,
     gated_shared_fields,
     grouped_query_fields,
     softmax_refusal,
@@ -33,7 +34,7 @@ SIZES = (
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
-    return softmax_refusal(hf)
+    return softmax_refusal(hf.num_experts_per_tok, hf.norm_topk_prob)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **softmax_router_fields(hf.num_experts_per_tok, over_picks=hf.norm_topk_prob),
         "add_qkv_bias": hf.qkv_bias,
         **gated_shared_fields(hf),
+        "moe_layer_freq": every_few_sparse(hf),
     }
 
 

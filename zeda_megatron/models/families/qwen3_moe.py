@@ -34,7 +34,7 @@ def refusal(hf: PreTrainedConfig) -> str | None:
     """What Megatron's router would not follow, in words; None if nothing."""
     if getattr(hf, "head_dim", 0) is None:
         return "head_dim null is not supported, nor by transformers: leave the key out or give a number"
-    return softmax_refusal(hf)
+    return softmax_refusal(hf.num_experts_per_tok, hf.norm_topk_prob)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:

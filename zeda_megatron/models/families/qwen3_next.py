@@ -24,6 +24,7 @@ from ..weight_map import (
 from .config_fields import (
     GATED_DELTA_SIZES,
     decoder_fields,
+    every_few_sparse,
     gated_delta_fields,
     gated_delta_refusal,
     gated_shared_fields,
@@ -47,7 +48,7 @@ SIZES = [
 
 def refusal(hf: PreTrainedConfig) -> str | None:
     """What the Megatron model would not follow, in words; None if nothing."""
-    return softmax_refusal(hf) or gated_delta_refusal(hf)
+    return softmax_refusal(hf.num_experts_per_tok, hf.norm_topk_prob) or gated_delta_refusal(hf)
 
 
 def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         "layernorm_zero_centered_gamma": True,
         "partial_rotary": True,
         **gated_shared_fields(hf),
+        "moe_layer_freq": every_few_sparse(hf),
     }
 
 

@@ -33,4 +33,4 @@ class Qwen3NextPlusPlusForCausalLM(ZeroExpertModel, Qwen3NextForCausalLM, Genera
     """Stock Qwen3-Next whose MoE blocks skip zero experts; `ValueError` for a config that makes no sense."""
 
     MOE_BLOCK, ROUTER, NUM_EXPERTS = Qwen3NextSparseMoeBlock, ZeroExpertRouter, "num_experts"
-    BLOCK = GatedSharedBlock
+    BLOCK, ROUTER_DRAWN_BY_BLOCK = GatedSharedBlock, True

@@ -181,21 +181,24 @@ class ZeroExpertModel:
     """Router with zero experts, built from the config."""
     NUM_EXPERTS: str
     """Config key of N."""
+    ROUTER_DRAWN_BY_BLOCK = False
+    """Stock code draws a router by the class of its block, which ours does not have: it is drawn here."""
     _auto_class = "AutoModelForCausalLM"
     """`save_pretrained` brings these files (transformers 5.0 asks for it, as the model type is a native one)."""
 
     def __init__(self, config):
-        zero = zero_experts(config, getattr(config, self.NUM_EXPERTS))
+        text = config.get_text_config()
+        zero = zero_experts(text, getattr(text, self.NUM_EXPERTS))
         if _packed_by(config):
             raise ValueError(
                 f"config.json: quantization_config of {_packed_by(config)}: transformers would take packed weights for "
                 "plain ones; open the folder with zeda_megatron.serving.load.load_model"
             )
         super().__init__(config)
-        self._columns(getattr(config, "use_zce_mask", False))
-        for layer in self.model.layers:
+        self._columns(getattr(text, "use_zce_mask", False))
+        for layer in self.decoder.layers:
             if isinstance(layer.mlp, self.MOE_BLOCK):
-                layer.mlp = self.BLOCK(layer.mlp, self.ROUTER(config))
+                layer.mlp = self.BLOCK(layer.mlp, self.ROUTER(text))
                 if zero.terms is not None:
                     layer.post_attention_layernorm.register_forward_pre_hook(layer.mlp.routing.see_residual)
         self.init_weights()  # of the new routers; the rest has been drawn
@@ -203,37 +206,53 @@ class ZeroExpertModel:
             # Expert parallelism before it dispatched tokens takes ids from N on for another rank's experts: without a
             # plan transformers refuses it in words.
             self._ep_plan = {}
-        self.model.register_forward_pre_hook(self._pass_padding_mask, with_kwargs=True)
+        self.decoder.register_forward_pre_hook(self._pass_padding_mask, with_kwargs=True)
         if zero.terms is not None:
-            self.set_zero_threshold(getattr(config, "zce_threshold", None))
-            if getattr(config, "zce_batch_margin", None):
-                self.set_zero_batch_margin(config.zce_batch_margin)
-        elif getattr(config, "zce_logit_bias", None) is not None:
-            self.set_zero_logit_bias(config.zce_logit_bias)
+            self.set_zero_threshold(getattr(text, "zce_threshold", None))
+            if getattr(text, "zce_batch_margin", None):
+                self.set_zero_batch_margin(text.zce_batch_margin)
+        elif getattr(text, "zce_logit_bias", None) is not None:
+            self.set_zero_logit_bias(text.zce_logit_bias)
+
+    @property
+    def decoder(self):
+        """The stack of layers, which a model that sees has inside."""
+        return getattr(self.model, "language_model", self.model)
+
+    @property
+    def text_config(self):
+        """Settings of the language model, the zero experts' among them."""
+        return self.config.get_text_config()
 
     @torch.no_grad()
     def initialize_weights(self):
         """Called by `from_pretrained`: what the checkpoint lacks is unset memory, of which stock code knows nothing."""
+        new = [b for b in self.moe_blocks() if not getattr(b.routing, "_is_hf_initialized", False)]
         super().initialize_weights()
-        for block in self.moe_blocks():
+        for block in new:
             names = ("zero_weight", "zero_bias", *paired_shapes(block.routing.zero, 0))
             ours = [getattr(block.routing, name, None) for name in names]
             ours.append(getattr(block, "e_score_correction_bias", None))
             for tensor in ours:
                 if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
                     tensor.zero_()
+            weight = block.routing.weight
+            if self.ROUTER_DRAWN_BY_BLOCK and not getattr(weight, "_is_hf_initialized", False):
+                weight.normal_(std=self.text_config.initializer_range)
 
     def moe_blocks(self) -> list[ZeroExpertMoeBlock]:
         """MoE blocks in layer order (dense layers have none)."""
-        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, ZeroExpertMoeBlock)]
+        return [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, ZeroExpertMoeBlock)]
 
     def _zero(self):
-        return zero_experts(self.config, getattr(self.config, self.NUM_EXPERTS))
+        return zero_experts(self.text_config, getattr(self.text_config, self.NUM_EXPERTS))
 
     def _columns(self, masked: bool) -> None:
         """Tell the stock load-balancing loss, where there is one, how many columns router logits have."""
         if hasattr(self, "num_experts"):
-            self.num_experts = getattr(self.config, self.NUM_EXPERTS) + (0 if masked else self._zero().rows)
+            self.num_experts = getattr(self.text_config, self.NUM_EXPERTS) + (
+                0 if masked else self._zero().rows
+            )
 
     def _pass_padding_mask(self, module, args, kwargs):
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -268,7 +287,7 @@ class ZeroExpertModel:
             raise ValueError(f"zce_threshold {value} has {len(values)} numbers for {len(blocks)} MoE layers")
         for block, threshold in zip(blocks, values):
             block.dials.threshold = threshold
-        self.config.zce_threshold = kept
+        self.text_config.zce_threshold = kept
 
     def set_zero_logit_bias(self, value: float) -> None:
         """Compute dial of shared routing: add `value` to the logits of the zero experts.
@@ -280,7 +299,7 @@ class ZeroExpertModel:
         value = number("zce_logit_bias", value)
         for block in self.moe_blocks():
             block.dials.logit_bias = value
-        self.config.zce_logit_bias = value
+        self.text_config.zce_logit_bias = value
 
     def set_zero_batch_margin(self, value: float) -> None:
         """Paired routing: picks nearer than `value` to the threshold prefer experts that the pass reads anyway
@@ -295,14 +314,14 @@ class ZeroExpertModel:
         value = batch_margin(value)
         for block in self.moe_blocks():
             block.dials.batch_margin = value
-        self.config.zce_batch_margin = value
+        self.text_config.zce_batch_margin = value
 
     def set_zero_dials(self, more) -> None:
         """A dial by request: one number for each sequence of the batches that follow, added to the dial; None: none.
 
         More skips more, for paired zero experts and shared ones. `ValueError` for a batch of other sequences.
         """
-        device = self.model.embed_tokens.weight.device
+        device = self.decoder.embed_tokens.weight.device
         more_B = (
             None if more is None else torch.as_tensor(more, dtype=torch.float32, device=device).reshape(-1)
         )

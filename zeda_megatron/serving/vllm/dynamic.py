@@ -23,9 +23,10 @@ class DynamicModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         prefer_skipping_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        numbers = self.sparse_layers(self.config)
+        text = vllm_config.model_config.hf_text_config
+        decoder = getattr(self, "language_model", self).model  # a model that sees has one inside
         self.zero_share_meter = install_zero_experts(
-            self.model.layers, self.MOE_BLOCK, self.config, vllm_config, numbers, self.NAMES
+            decoder.layers, self.MOE_BLOCK, text, vllm_config, self.sparse_layers(text), self.NAMES
         )
 
     @staticmethod

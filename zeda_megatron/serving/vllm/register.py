@@ -16,9 +16,12 @@ FAMILIES = {
     "olmoe": "Olmoe",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_next": "Qwen3Next",
+    "qwen3_5_moe": "Qwen3_5Moe",
 }
 """`model_type`, which a file in `families` is named after, and what the names of its classes begin with. A process
 imports the file of an architecture that it meets."""
+SEEING = ("qwen3_5_moe",)
+"""Those that see, too; the language model alone is of the type `..._text`."""
 
 WEIGHTS = "zeda_folder"
 """Backend of --weight-transfer-config: `weight_folder`."""
@@ -31,11 +34,28 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    for family, stem in FAMILIES.items():
-        name = f"{stem}PlusPlusForCausalLM"
+    for (stock, name), family in names().items():
         ModelRegistry.register_model(name, f"{__package__}.families.{family}:{name}")
+        _correct_as(stock, name)
     _register_weights()
     _register_model_types()
+
+
+def names() -> dict[tuple[str, str], str]:
+    """Names of a stock class and of its class with zero experts -> the file of the second."""
+    return {
+        (stem + tail, f"{stem}PlusPlus{tail}"): family
+        for family, stem in FAMILIES.items()
+        for tail in ["ForCausalLM"] + ["ForConditionalGeneration"] * (family in SEEING)
+    }
+
+
+def _correct_as(stock: str, name: str) -> None:
+    """What vLLM corrects in its settings by the name of a stock architecture holds for ours."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP as corrections
+
+    if stock in corrections:
+        corrections[name] = corrections[stock]
 
 
 def _register_weights() -> None:
@@ -51,7 +71,7 @@ def _register_model_types() -> None:
     """The authors' folders say `qwen3_moe_plus_plus`; vLLM keys on the native types, so they are read as those."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    for family in FAMILIES:
+    for family in (*FAMILIES, *(f"{family}_text" for family in SEEING)):
         if family in CONFIG_MAPPING:  # an older transformers may lack it
             AutoConfig.register(f"{family}_plus_plus", _read_as(CONFIG_MAPPING[family]), exist_ok=True)
 

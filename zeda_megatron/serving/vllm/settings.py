@@ -123,12 +123,9 @@ def _shape(config: Any) -> ZeroRouting:
             words |= {"renormalize": False, "group_best": 1}
             if config.topk_method == "greedy":
                 words["groups"] = (1, 1)
-    elif hasattr(config, "norm_topk_prob"):
-        num_real, score = config.num_experts, "softmax"
-        words = {"renormalize": bool(config.norm_topk_prob)}
     else:
-        num_real, score = config.num_local_experts, "softmax"
-        words = {"biased": kind == "gpt_oss"}
+        num_real, score = getattr(config, "num_local_experts", None) or config.num_experts, "softmax"
+        words = {"renormalize": bool(getattr(config, "norm_topk_prob", True)), "biased": kind == "gpt_oss"}
     zero = zero_experts(config, num_real)
     return ZeroRouting(
         zero=zero,
