@@ -128,12 +128,43 @@ class Folders(dict):
         hf, folder = self._worlds[family].hf, self._root / name
         hf_to_megatron(hf, self._root / f"{name}_megatron", **ZERO[kind])
         megatron_to_hf(self._root / f"{name}_megatron", hf, folder)
+        if family == "seeing":
+            add_processor(folder)
         if kind == "awake":
             wake_up(folder)
         if kind in ("learned", "paired", "awake"):
             draw_added(folder, {"paired": -3.0, "awake": -1.0}.get(kind))
         self[name] = folder
         return folder
+
+
+def add_processor(folder: Path) -> None:
+    """What a published folder of a model that sees has for its pictures: four tokens and two small files."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {f"vision_{end}_token_id": f"vision_{end}" for end in ("start", "end")}
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names.values()]})
+    tokenizer.save_pretrained(folder)
+    file = folder / "config.json"
+    ids = {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ids))
+    sizes = {
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "processor_class": "Qwen3VLProcessor",
+    }
+    sizes |= {
+        "size": {"shortest_edge": 64, "longest_edge": 256},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    for name, kind in (("", "image"), ("video_", "video")):
+        kinds = {"image": "Qwen2VLImageProcessorFast", "video": "Qwen3VLVideoProcessor"}
+        text = json.dumps(sizes | {f"{kind}_processor_type": kinds[kind]})
+        (folder / f"{name}preprocessor_config.json").write_text(text)
 
 
 def wake_up(folder: Path) -> None:

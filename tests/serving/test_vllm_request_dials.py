@@ -16,10 +16,11 @@ BEGIN, END = 7, 8
 
 def make_config(**changes):
     parallel = {"pipeline_parallel_size": 1, "use_sequence_parallel_moe": False, "enable_dbo": False}
-    graphs = changes.pop("full_graphs", False)
+    graphs, seeing = changes.pop("full_graphs", False), changes.pop("seeing", False)
     cache = SimpleNamespace(enable_prefix_caching=changes.pop("prefix_caching", False))
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel | changes),
+        model_config=SimpleNamespace(supports_multimodal_inputs=seeing),
         cache_config=cache,
         scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
         compilation_config=SimpleNamespace(
@@ -124,6 +125,7 @@ def test_a_request_that_makes_no_sense_is_refused_by_key(extra, told):
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
         ({"use_sequence_parallel_moe": True}, "sequence-parallel"),
         ({"enable_dbo": True}, "--enable-dbo"),
+        ({"seeing": True}, "--limit-mm-per-prompt"),
         ({"full_graphs": True}, "PIECEWISE"),
     ],
 )

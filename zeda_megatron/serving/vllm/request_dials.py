@@ -62,11 +62,15 @@ class RequestDials(LogitsProcessor):
 
     @staticmethod
     def see_batch(input_ids: torch.Tensor, positions: torch.Tensor) -> None:
-        """Before a pass over [T] tokens: find every token's dial. Nothing where requests have none."""
+        """Before a pass over [T] tokens: find every token's dial. Nothing where requests have none. Positions are [T],
+        or [3, T] of a model that sees, three times the same in text."""
         found = _found()
         metadata = get_forward_context().attn_metadata if found is not None else None
         if metadata:
-            found._see(input_ids, positions, next(iter(metadata.values())).query_start_loc)
+            # Gated delta networks have metadata of another kind.
+            starts = (getattr(one, "query_start_loc", None) for one in metadata.values())
+            positions_T = positions[0] if positions.dim() == 2 else positions
+            found._see(input_ids, positions_T, next(one for one in starts if one is not None))
 
     def _see(self, ids_T: torch.Tensor, positions_T: torch.Tensor, starts_R: torch.Tensor) -> None:
         requests, place_T = len(starts_R) - 1, torch.arange(len(ids_T), device=ids_T.device)
@@ -141,6 +145,10 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline stages: --pipeline-parallel-size 1"),
         (parallel.use_sequence_parallel_moe, "sequence-parallel MoE layers: one of tensor and data parallel"),
+        (
+            vllm_config.model_config.supports_multimodal_inputs,
+            'pictures (the tokens are not told then): --limit-mm-per-prompt \'{"image": 0, "video": 0}\'',
+        ),
         (parallel.enable_dbo, "two half batches at a time: without --enable-dbo"),
         (
             graphs is not None and graphs.has_full_cudagraphs(),
