@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from families import QWEN3_5_MOE_TEXT
 
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
@@ -37,6 +38,14 @@ GLM = tiny.GLM | dict(
 MIXTRAL = tiny.MIXTRAL | dict(
     hidden_size=64, intermediate_size=48, head_dim=16, max_position_embeddings=TOKENS
 )
+HYBRID = QWEN3_5_MOE_TEXT | dict(
+    hidden_size=64,
+    moe_intermediate_size=48,
+    shared_expert_intermediate_size=48,
+    linear_key_head_dim=32,
+    linear_value_head_dim=24,
+    max_position_embeddings=TOKENS,
+)
 RECOMPUTE = {
     None: {},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -45,7 +54,7 @@ RECOMPUTE = {
 
 
 def architecture(config: dict, layers: int, dense: int):
-    if config is MIXTRAL:
+    if config in (MIXTRAL, HYBRID):
         return read_architecture(config | {"num_hidden_layers": layers})
     if config is QWEN:
         return read_architecture(config | {"num_hidden_layers": layers, "mlp_only_layers": [*range(dense)]})
@@ -88,14 +97,16 @@ def saved_bytes(arch, recompute) -> tuple[list[int], float]:
 @pytest.mark.parametrize("recompute", [None, "full", "selective"])
 @pytest.mark.parametrize(
     ("config", "dense"),
-    [(QWEN, False), (QWEN, True), (GLM, False), (GLM, True), (MIXTRAL, False)],
-    ids=["qwen", "qwen dense", "glm", "glm dense", "mixtral"],
+    [(QWEN, False), (QWEN, True), (GLM, False), (GLM, True), (MIXTRAL, False), (HYBRID, False)],
+    ids=["qwen", "qwen dense", "glm", "glm dense", "mixtral", "gated delta network"],
 )
 def test_what_a_layer_keeps_is_near_the_estimate(config, recompute, dense):
     """Within 5%; with full recomputation exactly, the layer's input."""
     layer = Layer.of(architecture(config, 4, 2), ParallelConfig(), ZERO, 4, local=True)
     layers, share = saved_bytes(architecture(config, 4, 2), recompute)
-    measured = layers[1] if dense else layers[3]  # each the second of its kind
+    measured = (
+        layers[1] if dense else layers[2] if config is HYBRID else layers[3]
+    )  # each the second of its kind
     assert 0.1 < share < 0.9
     estimate = kept_per_layer(layer, recompute, TOKENS, layer.load(TOKENS, share), not dense)
     assert measured == pytest.approx(estimate, rel=0.0 if recompute == "full" else 0.05)

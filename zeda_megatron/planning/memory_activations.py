@@ -76,17 +76,23 @@ class Layer:
         return max(self._attending(tokens), self._linear(tokens))
 
     def _linear(self, tokens: float) -> float:
-        """Of a gated delta network (not measured): its projection's output, what the convolution is given and gives,
-        queries and keys of all value heads as they are and normed, mixed values as they are, normed and behind their
-        gate; decays and steps in float32."""
-        fields, tp = self.fields, self.parallel.tensor_model_parallel_size
+        """Of a gated delta network: what the convolution is given and gives, the recurrence, mixed values and gates in
+        float32, values as they are normed, weighted and gated.
+
+        The recurrence: PyTorch's (`local`) keeps float32 tensors of every chunk of 64 tokens, counted by measuring;
+        FLA's kernel keeps queries, keys, values and one matrix for each chunk (as its code says; not measured)."""
+        fields, tp, width = self.fields, self.parallel.tensor_model_parallel_size, self.width
         if not fields.get("linear_attention_freq"):
             return 0.0
         heads, key_heads = fields["linear_num_value_heads"] / tp, fields["linear_num_key_heads"] / tp
         key, value = fields["linear_key_head_dim"], fields["linear_value_head_dim"]
-        convolved = 2 * key_heads * key + heads * value
-        inside = 4 * convolved + heads * (4 * key + 4 * value + 2)
-        return tokens * self.norm * self.hidden * self.width + tokens * tp * (inside * self.width + 8 * heads)
+        if self.local:
+            recurrence = 4 * ((12 if width == 4 else 8) * key + 3 * value + key * value / 64 + 5.1 * 64)
+        else:
+            recurrence = width * (2 * key + value + 64) + 8
+        head = recurrence + value * (12 + 3 * width) + 12 + width
+        inside = 2 * (2 * key_heads * key + heads * value) * width + heads * head
+        return tokens * self.norm * self.hidden * width + tokens * tp * inside
 
     def _attending(self, tokens: float) -> float:
         fields, tp = self.fields, self.parallel.tensor_model_parallel_size
