@@ -46,7 +46,7 @@ class Inputs:
     def layer(self, backend: str) -> torch.Tensor:
         if backend == "kernels":  # as `grouped_mlp` calls them where they are installed
             ends = self.device_counts.cumsum(0).to(torch.int32)
-            return experts.expert_mlp(self.x, self.probs, ends, self.fc1, self.fc2)
+            return experts.mlp(self.x, self.probs, ends, self.fc1, self.fc2)
         return grouped_mlp(self.x, self.probs, self.device_counts, self.fc1, self.fc2, backend)
 
     def forward_and_backward(self, backend: str) -> None:

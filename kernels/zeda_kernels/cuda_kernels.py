@@ -7,19 +7,21 @@ warms up). Work goes to the current stream; temporary tensors come from torch's 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from zeda_megatron.errors import UserError
 
+from .expert_table import as_table
 from .kernel_call import (
     address,
     built_library,
     check_ends,
     device_facts,
-    expert_table,
     float32,
     int32,
     launch,
@@ -29,8 +31,8 @@ from .kernel_call import (
 from .reference import wide as wide
 
 FORWARD, DGRAD, WGRAD = range(3)
-FEW_ROWS = 200
-"""Mean rows per group below which the 64-row tile pads less than it costs."""
+LARGE_FROM: int = json.loads(Path(__file__).with_name("tiles.json").read_text())["large_from"]
+"""Mean rows per group from which the large tile, which pads more, takes less time."""
 TILES = ("small", "large")
 
 
@@ -38,7 +40,7 @@ def tile_for(rows: int, groups: int) -> int:
     """Index in `TILES`. Decided by what the host knows, the length of the buffer, unless ZEDA_KERNEL_TILE names one."""
     forced = os.environ.get("ZEDA_KERNEL_TILE")
     if not forced:
-        return int(rows >= FEW_ROWS * groups)
+        return int(rows >= LARGE_FROM * groups)
     if forced not in TILES:
         raise UserError(f"ZEDA_KERNEL_TILE={forced}: choose from {', '.join(TILES)}, or unset it")
     return TILES.index(forced)
@@ -69,18 +71,16 @@ def _zero_tail(out: Tensor, ends: Tensor) -> Tensor:
 def grouped_mm(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     x, ends, (n, k) = packed(x), int32(ends), weights[0].shape
     out = x.new_empty(x.shape[0], n)
-    _grouped(
-        FORWARD, x, None, out, expert_table(weights, (n, x.shape[1]), x.dtype, x.device), n, k, ends, False
-    )
+    experts = as_table(weights).array((n, x.shape[1]), x.dtype, x.device)
+    _grouped(FORWARD, x, None, out, experts, n, k, ends, False)
     return _zero_tail(out, ends)
 
 
 def grouped_dgrad(dy: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     dy, ends, (n, k) = packed(dy), int32(ends), weights[0].shape
     out = dy.new_empty(dy.shape[0], k)
-    _grouped(
-        DGRAD, dy, None, out, expert_table(weights, (dy.shape[1], k), dy.dtype, dy.device), n, k, ends, False
-    )
+    experts = as_table(weights).array((dy.shape[1], k), dy.dtype, dy.device)
+    _grouped(DGRAD, dy, None, out, experts, n, k, ends, False)
     return _zero_tail(out, ends)
 
 
@@ -88,7 +88,7 @@ def grouped_wgrad_(outputs: list[Tensor], dy: Tensor, x: Tensor, ends: Tensor, a
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
         raise RuntimeError("torch.ops.zeda: dy and x must have the same rows and type")
     dy, x, ends, n, k = packed(dy), packed(x), int32(ends), dy.shape[1], x.shape[1]
-    experts = expert_table(outputs, (n, k), torch.float32, x.device)
+    experts = as_table(outputs).array((n, k), torch.float32, x.device)
     _grouped(WGRAD, dy, x, None, experts, n, k, ends, accumulate)
 
 
@@ -141,7 +141,7 @@ def _fused_fc1(x, weights, probs, ends, pre: Tensor | None, act: Tensor, workspa
     arch, sms = device_facts(x.device.index)
     (rows, k), width, groups = x.shape, act.shape[1], len(weights)
     check_ends(ends, groups, x.device)
-    experts = ctypes.cast(expert_table(weights, (2 * width, k), x.dtype, x.device), ctypes.c_void_p)
+    experts = ctypes.cast(as_table(weights).array((2 * width, k), x.dtype, x.device), ctypes.c_void_p)
     choice = (type_code(x), arch, tile_for(rows, groups), groups, rows, width, k)
     pointers = (ends.data_ptr(), x.data_ptr(), experts, address(probs), address(pre), act.data_ptr())
     launch(x, "zk_fc1", *choice, *pointers, workspace.data_ptr(), workspace.numel(), sms)

@@ -2,68 +2,83 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from zeda_megatron.ops.expert_kernels import ExpertKernels
 
-from . import expert_ops  # noqa: F401  (registers torch.ops.zeda)
+from . import (
+    cuda_kernels,
+    expert_mlp,
+    expert_ops,  # noqa: F401  (registers torch.ops.zeda)
+    reference,
+)
+from .expert_table import ExpertTable, as_table
 from .kernel_call import why_not
 from .kernel_library import find
 
 
-def expert_mlp(x: Tensor, probs: Tensor, ends: Tensor, fc1: list[Tensor], fc2: list[Tensor]) -> Tensor:
-    """x [R, H], probs [R], ends [E], E fc1 [2F, H], E fc2 [H, F] -> [R, H]. The host reads no ends on a GPU."""
-    weights = [*fc1, *fc2]
-    wanted = any(tensor.requires_grad for tensor in (x, probs, *weights))
-    if not (wanted and torch.is_grad_enabled()):
-        return torch.ops.zeda.expert_mlp_forward(x, probs, ends, fc1, fc2)
-    if takes_main_grad(weights):
-        return ExpertMlpIntoMainGrad.apply(x, probs, ends, len(fc1), *weights)
-    return torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)[0]
+def mlp(x: Tensor, probs: Tensor, ends: Tensor, fc1: list[Tensor], fc2: list[Tensor]) -> Tensor:
+    """x [R, H], probs [R], ends [E], E fc1 [2F, H], E fc2 [H, F] -> [R, H]. The host reads no ends on a GPU.
+
+    Lists that were made by `ExpertTable` cost less when they come again.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.zeda.expert_mlp(x, probs, ends, list(fc1), list(fc2))[0]
+    fc1, fc2 = as_table(fc1), as_table(fc2)
+    if not torch.is_grad_enabled():
+        return expert_mlp.expert_mlp_forward(rows_on(x), x, probs, ends, fc1, fc2)
+    (trained1, main1), (trained2, main2) = fc1.trained(), fc2.trained()
+    if not (trained1 or trained2):
+        if x.requires_grad or probs.requires_grad:
+            return ExpertMlp.apply(x, probs, ends, fc1, fc2)
+        return expert_mlp.expert_mlp_forward(rows_on(x), x, probs, ends, fc1, fc2)
+    if main1 is None or main2 is None:
+        return torch.ops.zeda.expert_mlp(x, probs, ends, fc1, fc2)[0]
+    return ExpertMlp.apply(x, probs, ends, fc1, fc2, *fc1, *fc2)
 
 
-def takes_main_grad(weights: list[Tensor]) -> bool:
-    """Whether Megatron's data parallelism keeps a float32 buffer for each of these weights that kernels can add to."""
-    return all(
-        weight.requires_grad
-        and hasattr(weight, "grad_added_to_main_grad")
-        and getattr(weight, "main_grad", None) is not None
-        and weight.main_grad.dtype == torch.float32
-        and weight.main_grad.data_ptr() % 16 == 0
-        for weight in weights
-    )
+def rows_on(x: Tensor) -> ModuleType:
+    """Functions over rows for the device of a tensor."""
+    return cuda_kernels if x.is_cuda else reference
 
 
-class ExpertMlpIntoMainGrad(torch.autograd.Function):
-    """`torch.ops.zeda.expert_mlp`, with `grad_added_to_main_grad` set as Megatron's own fused layers set it.
+class ExpertMlp(torch.autograd.Function):
+    """`torch.ops.zeda.expert_mlp` with its tables kept, of frozen experts, or of weights (given once more, one by one)
+    whose gradients go to `main_grad`, with `grad_added_to_main_grad` set as Megatron's own fused layers set it.
 
-    The weights still get a gradient, of no particular value: Megatron's hook waits for one, reads the mark, and drops
-    it.
+    Such weights still get a gradient, of no particular value: Megatron's hook waits for one, reads the mark, and drops
+    it. All weights of a shape share its memory.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, probs: Tensor, ends: Tensor, experts: int, *weights: Tensor) -> Tensor:
-        """x [R, H], probs [R], ends [E], then E fc1 and E fc2 weights -> [R, H]."""
-        out, pre = torch.ops.zeda.expert_mlp(x, probs, ends, weights[:experts], weights[experts:])
-        ctx.experts, ctx.weights = (
-            experts,
-            weights,
-        )  # the parameters themselves: saved tensors lose `main_grad`
+    def forward(ctx, x, probs, ends, fc1: ExpertTable, fc2: ExpertTable, *weights: Tensor) -> Tensor:
+        """x [R, H], probs [R], ends [E] -> [R, H]."""
+        out, pre = expert_mlp.expert_mlp(rows_on(x), x, probs, ends, fc1, fc2)
+        ctx.tables, ctx.weights = (fc1, fc2), weights  # the parameters: saved tensors lose `main_grad`
         ctx.save_for_backward(x, pre, probs, ends)
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor):
         x, pre, probs, ends = ctx.saved_tensors
-        fc1, fc2 = ctx.weights[: ctx.experts], ctx.weights[ctx.experts :]
-        main1, main2 = ([weight.main_grad for weight in weights] for weights in (fc1, fc2))
-        dx, dprobs = torch.ops.zeda.expert_mlp_backward_(dout, x, pre, probs, ends, fc1, fc2, main1, main2)
+        fc1, fc2 = ctx.tables
+        main1, main2 = (table.trained()[1] for table in ctx.tables) if ctx.weights else ([], [])
+        dx, dprobs = expert_mlp.expert_mlp_backward_(
+            rows_on(x), dout, x, pre, probs, ends, fc1, fc2, main1, main2
+        )
         for weight in ctx.weights:
             weight.grad_added_to_main_grad = True
-        unread = [torch.empty_like(weight) for weight in ctx.weights]
-        return dx, dprobs.to(probs.dtype), None, None, *unread
+        unread = [*_unread(fc1), *_unread(fc2)] if ctx.weights else []
+        return dx, dprobs.to(probs.dtype), None, None, None, *unread
 
 
-KERNELS = ExpertKernels(library=find, why_not=why_not, mlp=expert_mlp)
+def _unread(weights: ExpertTable) -> tuple[Tensor, ...]:
+    """A gradient for each weight, all in one weight's memory; each is dense by itself, so that autograd copies none."""
+    return torch.empty_like(weights[0]).expand(len(weights), -1, -1).unbind(0)
+
+
+KERNELS = ExpertKernels(library=find, why_not=why_not, mlp=mlp, keep=ExpertTable)
 """What the entry point gives."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from zeda_megatron.errors import UserError
 
 from .kernel_library import KernelLibrary, library
 
@@ -22,18 +24,29 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels were not built for {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(device)
     if found.arch_for(capability) is None:
-        return f"the kernels were not built for compute capability {capability[0]}.{capability[1]}"
-    return None
+        return f"the kernels have no code for compute capability {capability[0]}.{capability[1]}"
+    return found.why_not()
 
 
 @cache
 def device_facts(index: int) -> tuple[int, int]:
-    """Architecture whose kernels run on a device, and its multiprocessors."""
+    """Architecture whose kernels run on a device, and how many multiprocessors they take: all but
+    ZEDA_KERNEL_SM_MARGIN, which are left to communication that runs beside."""
     found = built_library()
     arch = found.arch_for(torch.cuda.get_device_capability(index))
     if arch is None:
         raise RuntimeError("torch.ops.zeda: " + why_not(torch.device("cuda", index), torch.bfloat16))
-    return arch, torch.cuda.get_device_properties(index).multi_processor_count
+    count, margin = torch.cuda.get_device_properties(index).multi_processor_count, _margin()
+    if margin >= count:
+        raise UserError(f"ZEDA_KERNEL_SM_MARGIN={margin}: the GPU has {count} multiprocessors")
+    return arch, count - margin
+
+
+def _margin() -> int:
+    told = os.environ.get("ZEDA_KERNEL_SM_MARGIN") or "0"
+    if not told.isdecimal():
+        raise UserError(f"ZEDA_KERNEL_SM_MARGIN={told}: must be a whole number from 0")
+    return int(told)
 
 
 def built_library() -> KernelLibrary:
@@ -63,22 +76,11 @@ def address(x: Tensor | None) -> int | None:
 
 
 def launch(x: Tensor, name: str, *arguments) -> None:
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        built_library().call(name, *arguments, stream)
-
-
-def expert_table(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
-    """Host array of the addresses of E matrices."""
-    for tensor in tensors:
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-            raise RuntimeError(
-                f"torch.ops.zeda: every expert must be {shape}, {dtype}, on {device}; one is "
-                f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
-            )
-        if not tensor.is_contiguous():
-            raise RuntimeError("torch.ops.zeda: experts must be contiguous")
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    device = x.device
+    if device.index == torch.cuda.current_device():
+        return built_library().call(name, *arguments, torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
+        built_library().call(name, *arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
 def check_ends(ends: Tensor, groups: int, device: torch.device) -> None:

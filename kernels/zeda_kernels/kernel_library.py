@@ -15,6 +15,7 @@ from .build import NAME, BuildOptions, build, cache_path
 _I, _L, _P, _F = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _SIGNATURES = {
     "zk_built": (_I, ()),
+    "zk_probe": (_I, ()),
     "zk_grouped_workspace": (_L, (_I, _I, _I, _I, _I, _L, _I, _I, _I)),
     "zk_grouped": (_I, (*[_I] * 5, _L, _I, _I, _P, _P, _P, _P, _P, _F, _P, _L, _I, _P)),
     "zk_fc1_workspace": (_L, (_I, _I, _I)),
@@ -28,6 +29,8 @@ _MEANINGS = {
     -1: "bad argument",
     -2: "workspace too small",
     -3: "rows must be multiples of 8 elements, tensors aligned to 16 bytes",
+    35: "the driver is older than the CUDA runtime in the library: build it with an older nvcc, or renew the driver",
+    100: "CUDA finds no device",
     -4: "not built for this GPU or type (ZEDA_KERNEL_ARCHS, ZEDA_KERNEL_TYPES)",
 }
 
@@ -51,19 +54,26 @@ class KernelLibrary:
         return bool(self.functions.zk_built() & 4)
 
     def arch_for(self, capability: tuple[int, int]) -> int | None:
-        """Whose kernels a GPU of this compute capability runs: 90 on Hopper, 80 from Ampere on, None if none."""
+        """Whose kernels a GPU of this compute capability runs: 90 on Hopper, 80 on Ampere, Ada (8.x) and Blackwell's
+        smaller ones (12.x), None on others: torch's product has kernels of their own for a B200 (10.x)."""
         if capability[0] == 9 and 90 in self.archs:
             return 90
-        return 80 if capability[0] >= 8 and 80 in self.archs else None
+        return 80 if capability[0] in (8, 12) and 80 in self.archs else None
+
+    def why_not(self) -> str | None:
+        """What keeps its CUDA runtime from working here, whatever the kernel; None if nothing."""
+        code = self.functions.zk_probe()
+        return f"{self.path}: {_meaning(code)}" if code else None
 
     def call(self, name: str, *arguments) -> None:
         """Call a C function. Raises RuntimeError with its code's meaning if it fails."""
         code = getattr(self.functions, name)(*arguments)
         if code:
-            meaning = _MEANINGS.get(code) or (
-                f"CUDA error {code}" if code > 0 else f"CUTLASS status {-100 - code}"
-            )
-            raise RuntimeError(f"{name}: {meaning}")
+            raise RuntimeError(f"{name}: {_meaning(code)}")
+
+
+def _meaning(code: int) -> str:
+    return _MEANINGS.get(code) or (f"CUDA error {code}" if code > 0 else f"CUTLASS status {-100 - code}")
 
 
 def load(path: Path) -> KernelLibrary:

@@ -20,6 +20,7 @@ from ptx.machine import Machine
 
 import zeda_kernels.expert_ops  # noqa: F401  (registers torch.ops.zeda)
 from zeda_kernels import cuda_kernels, kernel_call, reference
+from zeda_kernels.expert_table import as_table
 
 ops = torch.ops.zeda
 gpu = pytest.mark.gpu
@@ -205,7 +206,7 @@ def test_rows_past_the_last_end_are_untouched_by_the_product(kernels):
     draw = Draw(dtype=torch.bfloat16, device=kernels)
     x, weights, ends = draw(100, 64), draw.experts(3, 128, 64), ends_of([30, 0, 21], kernels)
     out = torch.full((100, 128), float("nan"), dtype=torch.bfloat16, device=kernels)
-    table = cuda_kernels.expert_table(weights, (128, 64), x.dtype, x.device)
+    table = as_table(weights).array((128, 64), x.dtype, x.device)
     cuda_kernels._grouped(cuda_kernels.FORWARD, x, None, out, table, 128, 64, ends, False)
     assert out[:51].isfinite().all() and out[51:].isnan().all()
 

@@ -156,7 +156,7 @@ def test_argument_types_are_those_of_the_header():
 
 
 def test_the_tile_follows_the_rows_per_expert_unless_one_is_named(monkeypatch):
-    assert [cuda_kernels.tile_for(rows, 128) for rows in (0, 128 * 199, 128 * 200)] == [0, 0, 1]
+    assert [cuda_kernels.tile_for(rows, 128) for rows in (0, 128 * 111, 128 * 112)] == [0, 0, 1]
     for i, name in enumerate(cuda_kernels.TILES):
         monkeypatch.setenv("ZEDA_KERNEL_TILE", name)
         assert [cuda_kernels.tile_for(rows, 128) for rows in (0, 128 * 200)] == [i, i]
@@ -170,13 +170,37 @@ def test_why_the_kernels_cannot_run_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(kernel_call, "library", lambda: None)
     assert "not built: python -m" in kernel_call.why_not(gpu, torch.bfloat16)
-    functions = type("Functions", (), {"zk_built": staticmethod(lambda: 3)})
+    probe = [0]
+    both = {"zk_built": staticmethod(lambda: 3), "zk_probe": staticmethod(lambda: probe[0])}
+    functions = type("Functions", (), both)
     made = kernel_library.KernelLibrary(Path("x"), functions)
     monkeypatch.setattr(kernel_call, "library", lambda: made)
     assert "capability 7.5" in kernel_call.why_not(gpu, torch.bfloat16)
     assert "float32" in kernel_call.why_not(gpu, torch.float32)
     assert "float16" in kernel_call.why_not(gpu, torch.float16)
-    assert [made.arch_for(c) for c in ((8, 0), (9, 0), (10, 0), (7, 5))] == [80, 90, 80, None]
+    found = [made.arch_for(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (7, 5))]
+    assert found == [80, 80, 90, None, 80, None]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernel_call.why_not(gpu, torch.bfloat16) is None
+    probe[0] = 35
+    assert "x: the driver is older than the CUDA runtime" in kernel_call.why_not(gpu, torch.bfloat16)
+
+
+def test_multiprocessors_are_left_to_communication(monkeypatch):
+    monkeypatch.setattr(
+        kernel_call, "built_library", lambda: type("L", (), {"arch_for": lambda self, c: 90})()
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    facts = type("Facts", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    ask = kernel_call.device_facts.__wrapped__
+    assert ask(0) == (90, 132)
+    monkeypatch.setenv("ZEDA_KERNEL_SM_MARGIN", "20")
+    assert ask(0) == (90, 112)
+    for told, message in (("132", "the GPU has 132"), ("-1", "whole number from 0")):
+        monkeypatch.setenv("ZEDA_KERNEL_SM_MARGIN", told)
+        with pytest.raises(UserError, match=f"ZEDA_KERNEL_SM_MARGIN={told}: .*{message}"):
+            ask(0)
 
 
 # What nvcc makes of the sources: minutes, and only where nvcc and the headers are.

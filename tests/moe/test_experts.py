@@ -8,7 +8,9 @@ import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.experts import backend_for
+from zeda_megatron.models.architecture import read_architecture
+from zeda_megatron.models.build import build_gpt_model, transformer_config
+from zeda_megatron.moe.experts import GroupedExperts, backend_for
 from zeda_megatron.ops import expert_kernels
 from zeda_megatron.ops.grouped_mlp import BACKENDS, grouped_mlp
 
@@ -134,3 +136,44 @@ def test_weight_gradients_added_to_main_grad_are_those_of_the_loop():
     torch.testing.assert_close(grads[0][:2], grads[1][:2])
     assert all(weight.grad_added_to_main_grad for weight in (*fc1, *fc2))
     tiny.close([w.main_grad - 1 for w in (*fc1, *fc2)], list(grads[0][2:]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "kernels"])
+@torch.no_grad()
+def test_weights_are_gathered_once_and_again_when_they_are_other_objects(backend):
+    layers = [tiny.moe_layer(ZeroExpertConfig(4), backend=name) for name in ("loop", backend)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    hidden, kept = tiny.hidden_states(), layers[1].experts._parts
+
+    def same():
+        torch.testing.assert_close(layers[0](hidden)[0], layers[1](hidden)[0])
+
+    same()
+    assert kept() is kept()
+    for layer in layers:  # in place, as optimizers and checkpoints do; then as other objects
+        for expert in layer.experts.local_experts:
+            expert.linear_fc1.weight.mul_(2)
+    same()
+    for layer in layers:
+        for expert in layer.experts.local_experts:
+            expert.linear_fc2.weight = torch.nn.Parameter(expert.linear_fc2.weight * 3)
+    same()
+    before = kept()
+    layers[1].float()
+    assert kept() is not before
+    same()
+
+
+def test_kernels_that_were_asked_for_and_do_not_fit_are_refused_in_one_line():
+    changes = {"hidden_size": 36, "moe_intermediate_size": 18}
+    with pytest.raises(UserError, match=r"--expert-backend kernels: they know SwiGLU.*use auto"):
+        tiny.moe_layer(ZeroExpertConfig(4), backend="kernels", **changes)
+
+
+def test_a_backend_that_was_asked_for_takes_the_place_of_megatrons_grouped_experts():
+    """As Transformer Engine's are where it is installed."""
+    arch = read_architecture(tiny.TINY)
+    for backend in ("loop", "grouped_mm", "kernels"):
+        config = transformer_config(arch, overrides={"moe_grouped_gemm": True})
+        model = build_gpt_model(arch, config, ZeroExpertConfig(4), expert_backend=backend)
+        assert type(model.decoder.layers[1].mlp.experts) is GroupedExperts

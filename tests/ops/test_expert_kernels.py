@@ -60,4 +60,21 @@ def test_those_that_cannot_be_imported_are_one_clear_line_and_the_cpus_default_n
 def test_the_doctor_tells_what_is_missing(installed_version, missing):
     on = doctor.Machine("3.11.0", {"zeda_kernels": installed_version}, (), "absent", None)
     (route,) = [route for route in doctor.routes(on) if route.operator == "experts"]
-    assert route.path == "grouped_mm" and f"kernels are {missing} (kernels/README.md)" in route.why
+    assert route.path == "grouped_mm" and f"{missing} (kernels/README.md)" in route.why
+
+
+@pytest.mark.parametrize(
+    ("packages", "problem", "path", "why"),
+    [
+        ((), None, "kernels", "this project's kernels found"),
+        ((), "too old a driver", "grouped_mm", "not this project's kernels: too old a driver"),
+        (("transformer-engine",), None, "Transformer Engine, grouped GEMM", "--expert-backend kernels takes"),
+        (("transformer-engine",), "too old a driver", "Transformer Engine, grouped GEMM", "too old a driver"),
+    ],
+)
+def test_the_doctor_tells_why_a_gpu_does_not_take_them(packages, problem, path, why):
+    gpu = ({"name": "invented", "compute_capability": "9.0", "memory_gib": 80.0},)
+    packages = dict.fromkeys(("zeda_kernels", *packages), "1")
+    on = doctor.Machine("3.11.0", packages, (), "absent", "13.0", gpu, None, "x.so", problem)
+    (route,) = [route for route in doctor.routes(on) if route.operator == "experts"]
+    assert route.path == path and why in route.why

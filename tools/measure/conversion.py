@@ -20,6 +20,7 @@ from typing import Any
 
 from zeda_megatron.durable_file import write_result
 from zeda_megatron.errors import UserError
+from zeda_megatron.models.config_values import text_settings
 from zeda_megatron.runtime import cpu
 from zeda_megatron.runtime.worker import run_worker
 from zeda_megatron.text_table import text_table
@@ -90,14 +91,15 @@ def _config(file: str) -> dict[str, Any]:
 
 
 def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The config of the model's first layers with experts, of plain bf16 weights."""
+    """The config of the model's first layers with experts, of plain bf16 weights; the language model's alone."""
+    config = text_settings(config)
     whole, dense = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
     cut = {
         key: value[dense : dense + layers] if isinstance(value, list) and len(value) == whole else value
         for key, value in config.items()
         if key not in ("quantization_config", "num_nextn_predict_layers")
     }
-    fixed = {"first_k_dense_replace": 0} if dense else {}
+    fixed = {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse"] * layers} if dense else {}
     return cut | fixed | {"num_hidden_layers": layers, "torch_dtype": "bfloat16"}
 
 

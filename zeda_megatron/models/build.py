@@ -247,6 +247,8 @@ def build_gpt_model(
             f"{STAGES} {config.pipeline_model_parallel_size} does not work with a head of multi-token prediction: it "
             "needs the embedding of the first stage"
         )
+    if expert_backend != "auto":
+        config.moe_grouped_gemm = False  # one that is named takes the place of Transformer Engine's
     block = decoder_block_spec(config, vp_stage=vp_stage, use_te=use_te)
     if zero is None and config.moe_router_group_topk:
         zero = ZeroExpertConfig()  # Megatron's own group limit sums another number of scores

@@ -17,7 +17,7 @@ class GroupedExperts(SequentialMLP):
 
     Parameters, names and checkpoints are those of `SequentialMLP` (`local_experts.<e>.linear_fc1.weight`, ...).
     Falls back to the stock loop where the operator does not apply (expert tensor parallelism, quantised training), and
-    from kernels to `grouped_mm` where an expert is more than a SwiGLU (biases, other units).
+    `auto` from kernels to `grouped_mm` where an expert is more than a SwiGLU (biases, other units).
     """
 
     def __init__(
@@ -29,8 +29,7 @@ class GroupedExperts(SequentialMLP):
             config.activation_func, config.activation_func_clamp_value, config.glu_linear_offset
         )
         self.biased = config.add_bias_linear
-        if self.backend == "kernels" and (self.biased or self.unit != SWIGLU):
-            self.backend = "grouped_mm"
+        self._gathered = None
         self.plain = (
             config.gated_linear_unit
             and not config.fp8
@@ -41,25 +40,49 @@ class GroupedExperts(SequentialMLP):
             and (config.hidden_size * config.params_dtype.itemsize) % 16 == 0
             and (config.moe_ffn_hidden_size * config.params_dtype.itemsize) % 16 == 0
         )
+        if self.backend == "kernels" and (self.biased or self.unit != SWIGLU or not self.plain):
+            if backend == "kernels":
+                raise UserError(
+                    "--expert-backend kernels: they know SwiGLU without biases, in rows of whole 16 bytes, without "
+                    "expert tensor parallelism, fp8, fp4 and probabilities on the input; use auto"
+                )
+            self.backend = "grouped_mm"
 
     def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
         """rows [R, H] sorted by expert, counts [E_local], probs [R] -> ([R, H], None)."""
         if not self.plain or self.backend == "loop":
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
-        first, second = (
-            [getattr(expert, name) for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2")
-        )
+        fc1, fc2, biases = self._parts()
         output = grouped_mlp(
             permuted_local_hidden_states,
             permuted_probs,
             tokens_per_expert,
-            [layer.weight for layer in first],
-            [layer.weight for layer in second],
+            fc1,
+            fc2,
             self.backend,
             self.unit,
-            ([layer.bias for layer in first], [layer.bias for layer in second]) if self.biased else None,
+            biases,
         )
         return output, None
+
+    def _parts(self) -> tuple[list, list, tuple[list, list] | None]:
+        """fc1 and fc2 weights and biases of all experts, gathered once: that takes longer than to multiply few rows."""
+        kept, experts = self._gathered, self.local_experts
+        if (
+            kept is None
+            or kept[0][0] is not experts[0].linear_fc1.weight
+            or kept[1][-1] is not experts[-1].linear_fc2.weight
+        ):
+            keep = expert_kernels.installed().keep if self.backend == "kernels" else list
+            layers = [[getattr(one, name) for one in experts] for name in ("linear_fc1", "linear_fc2")]
+            fc1, fc2 = (keep([layer.weight for layer in part]) for part in layers)
+            biases = tuple([layer.bias for layer in part] for part in layers) if self.biased else None
+            self._gathered = kept = fc1, fc2, biases
+        return kept
+
+    def _apply(self, *args, **kwargs):
+        self._gathered = None  # parameters may become other objects
+        return super()._apply(*args, **kwargs)
 
 
 def choose_backend(name: str) -> str:

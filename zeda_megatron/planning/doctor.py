@@ -69,6 +69,8 @@ class Machine:
     """Version of the CUDA compiler on this machine."""
     kernels: str | None = None
     """Library of this project's kernels; None if they are not installed or not built."""
+    kernels_problem: str | None = None
+    """What keeps them from running on the first GPU in bf16."""
 
     @property
     def has_gpu(self) -> bool:
@@ -87,8 +89,9 @@ def inspect() -> Machine:
     try:
         found = expert_kernels.find()
         kernels = found.library() if found else None
+        wrong = _why_not(found) if kernels and gpus else None
     except UserError as error:
-        kernels, problems = None, [*problems, str(error)]
+        kernels, wrong, problems = None, None, [*problems, str(error)]
     return Machine(
         python=platform.python_version(),
         packages=packages,
@@ -98,6 +101,7 @@ def inspect() -> Machine:
         gpus=gpus,
         nvcc=_nvcc(),
         kernels=str(kernels) if kernels else None,
+        kernels_problem=wrong,
     )
 
 
@@ -137,6 +141,12 @@ def _problem(requirement: str, found: str | None) -> str | None:
     if requirements.Requirement(requirement).specifier.contains(found, prereleases=True):
         return None
     return f"{requirement} is required, {found} is installed"
+
+
+def _why_not(kernels: expert_kernels.ExpertKernels) -> str | None:
+    import torch
+
+    return kernels.why_not(torch.device("cuda", 0), torch.bfloat16)
 
 
 def _torch_cuda() -> tuple[str | None, tuple[dict, ...]]:
@@ -214,24 +224,30 @@ def _why(te: bool, otherwise: str) -> str:
 
 def _experts(machine: Machine, te: bool) -> Route:
     # models/build.py switches Megatron's grouped GEMM on with TE; otherwise moe/experts.py chooses.
+    missing = _kernels_missing(machine)
     if te:
-        return Route(
-            "experts", "Transformer Engine, grouped GEMM", "Transformer Engine and a CUDA device found"
+        other = (
+            f"this project's are not taken: {missing}"
+            if missing
+            else "--expert-backend kernels takes this project's"
         )
-    if machine.has_gpu and machine.kernels and _ampere(machine):
+        return Route(
+            "experts",
+            "Transformer Engine, grouped GEMM",
+            f"Transformer Engine and a CUDA device found; {other}",
+        )
+    if not missing:
         return Route("experts", "kernels", "this project's kernels found; for --bf16 (fp32: grouped_mm)")
-    missing = "built" if machine.has("zeda_kernels") else "installed"
-    return Route(
-        "experts",
-        "grouped_mm",
-        "torch's grouped GEMM: "
-        + ("no CUDA device needed" if not machine.has_gpu else "no Transformer Engine")
-        + ("" if machine.kernels else f"; this project's kernels are not {missing} (kernels/README.md)"),
-    )
+    return Route("experts", "grouped_mm", f"torch's grouped GEMM; not this project's kernels: {missing}")
 
 
-def _ampere(machine: Machine) -> bool:
-    return int(machine.gpus[0]["compute_capability"].split(".")[0]) >= 8
+def _kernels_missing(machine: Machine) -> str | None:
+    """What keeps this project's kernels from running, or None."""
+    if not machine.has("zeda_kernels"):
+        return "not installed (kernels/README.md)"
+    if not machine.kernels:
+        return "not built (kernels/README.md)"
+    return machine.kernels_problem if machine.has_gpu else "no CUDA device"
 
 
 def _optimizer(machine: Machine) -> Route:

@@ -42,6 +42,13 @@ int zk_built() {
   return built;
 }
 
+int zk_probe() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  cudaGetLastError();  // it is told, and not left for the next call
+  return int(error);
+}
+
 int64_t zk_grouped_workspace(int product, int dtype, int arch, int tile, int groups, int64_t rows, int n, int k,
                              int sm_count) {
   if (groups <= 0 || sm_count <= 0 || product < 0 || product > 2 || tile < 0 || tile > 1) return zk::kBadArgument;

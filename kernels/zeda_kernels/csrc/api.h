@@ -12,6 +12,9 @@
 // Bit 0: Ampere kernels, bit 1: Hopper kernels, bit 2: half beside bfloat16.
 ZK_API int zk_built();
 
+// 0, or the error that any call would end with here: 35 where the driver is older than the runtime in the library.
+ZK_API int zk_probe();
+
 // arch: 80 or 90, the compute capability's kernels to use. tile: 0 small, 1 large (Hopper forward and dgrad).
 ZK_API int64_t zk_grouped_workspace(int product, int dtype, int arch, int tile, int groups, int64_t rows, int n, int k,
                                     int sm_count);
