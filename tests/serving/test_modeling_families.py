@@ -261,11 +261,8 @@ def test_the_authors_model_type_is_read_as_the_native_one(tmp_path, name):
     assert torch.equal(load_zero_expert_model(tmp_path / "second")(tokens).logits, model(tokens).logits)
 
 
-@every_family_and_kind
-@torch.no_grad()
-def test_greedy_answers_with_cache_and_left_padding_equal_those_without(tmp_path, name, kind):
-    model = make_model(tmp_path, name, kind)
-    prompt = torch.randint(1, 96, (1, 6))
+def padded_answer_is_right(model, prompt):
+    """Eight greedy tokens with the cache, behind padding, are those without either."""
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
     mask = (torch.arange(9) >= 3).long()[None]
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
@@ -273,7 +270,16 @@ def test_greedy_answers_with_cache_and_left_padding_equal_those_without(tmp_path
     expected = prompt
     for _ in range(8):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(made, expected)
+    return torch.equal(made, expected)
+
+
+@every_family_and_kind
+@torch.no_grad()
+def test_greedy_answers_with_cache_and_left_padding_equal_those_without(tmp_path, name, kind):
+    model, stock = make_model(tmp_path, name, kind), FAMILIES[name].make()
+    if not padded_answer_is_right(stock, torch.randint(1, 96, (1, 6))):
+        pytest.skip("nor is the stock model's of this version: gated delta networks of 5.14 see padding")
+    assert padded_answer_is_right(model, torch.randint(1, 96, (1, 6)))
 
 
 @every_family_and_kind
