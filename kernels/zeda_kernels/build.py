@@ -29,7 +29,7 @@ TARGETS = {
     "90a": ("-gencode=arch=compute_90a,code=sm_90a",),
 }
 """nvcc's flags by architecture, as named in ZEDA_KERNEL_ARCHS."""
-OWN = {"80": ("sm80",), "90a": ("sm90_small", "sm90_large", "sm90_wgrad", "sm90_fc1")}
+OWN = {"80": ("sm80",), "90a": ("sm90_wgrad", "sm90_rows")}
 """Sources of one architecture, each for every element type; `rows` and `api` belong to all."""
 TYPES = {"bf16": (), "fp16": ("-DZK_FP16",)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from zeda_megatron.errors import UserError
 
 from .expert_table import as_table
 from .kernel_call import (
+    TYPES,
     address,
     built_library,
     check_ends,
@@ -30,7 +32,10 @@ from .kernel_call import (
 )
 from .reference import wide as wide
 
-FORWARD, DGRAD, WGRAD = range(3)
+FORWARD, DGRAD, WGRAD, FC1 = range(4)
+HOPPER = 90
+MAP_BYTES = 128
+"""Of what describes a weight to Hopper's memory engine."""
 LARGE_FROM: int = json.loads(Path(__file__).with_name("tiles.json").read_text())["large_from"]
 """Mean rows per group from which the large tile, which pads more, takes less time."""
 TILES = ("small", "large")
@@ -46,13 +51,39 @@ def tile_for(rows: int, groups: int) -> int:
     return TILES.index(forced)
 
 
+def _rows(product, x, weights, ends, columns: int, probs=None, pre=None) -> Tensor:
+    """[R, columns]: one of Hopper's kernels. `pre` is written too if it is given."""
+    _, sms = device_facts(x.device.index)
+    (rows, depth), groups, out = x.shape, len(weights), x.new_empty(x.shape[0], columns)
+    check_ends(ends, groups, x.device)
+    shape = {FORWARD: (columns, depth), DGRAD: (depth, columns), FC1: (2 * columns, depth)}[product]
+    maps = as_table(weights).maps(shape, x.dtype, x.device, _maps)
+    choice = (product, type_code(x), tile_for(rows, groups), groups, rows, columns, depth)
+    pointers = (ends.data_ptr(), x.data_ptr(), maps.data_ptr(), address(probs), address(pre), out.data_ptr())
+    launch(x, "zk_rows", *choice, *pointers, sms)
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _maps(
+    addresses: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """uint8 [E, 128] on the device. Kept by address, so that a call may be captured in a graph after another one."""
+    host = (ctypes.c_char * (MAP_BYTES * len(addresses)))()
+    table = (ctypes.c_void_p * len(addresses))(*addresses)
+    built_library().call("zk_maps", TYPES[dtype], len(addresses), *shape, table, host)
+    maps = torch.empty(len(addresses), MAP_BYTES, dtype=torch.uint8, device=device)
+    return maps.copy_(torch.frombuffer(host, dtype=torch.uint8).view_as(maps))
+
+
 def _grouped(
     product, a: Tensor, b: Tensor | None, d: Tensor | None, experts, n: int, k: int, ends, accumulate
-) -> None:
+):
+    """CUTLASS's grouped product."""
     arch, sms = device_facts(a.device.index)
     rows, groups = a.shape[0], len(experts)
     check_ends(ends, groups, a.device)
-    choice = (product, type_code(a), arch, tile_for(rows, groups), groups, rows, n, k)
+    choice = (product, type_code(a), arch, groups, rows, n, k)
     size = built_library().functions.zk_grouped_workspace(*choice, sms)
     workspace = torch.empty(max(size, 16), dtype=torch.uint8, device=a.device)
     pointers = (ends.data_ptr(), a.data_ptr(), address(b), address(d), ctypes.cast(experts, ctypes.c_void_p))
@@ -61,27 +92,29 @@ def _grouped(
     )
 
 
-def _zero_tail(out: Tensor, ends: Tensor) -> Tensor:
-    _, sms = device_facts(out.device.index)
-    size = out.shape[1] * out.element_size()
-    launch(out, "zk_zero_tail", ends.numel(), out.shape[0], size, ends.data_ptr(), out.data_ptr(), sms)
+def _product(product, x: Tensor, weights: list[Tensor], ends: Tensor, n: int, k: int) -> Tensor:
+    """forward or dgrad with E x [n, k]."""
+    columns = n if product == FORWARD else k
+    if _on_hopper(x):
+        return _rows(product, x, weights, ends, columns)
+    out = x.new_empty(x.shape[0], columns)
+    _grouped(product, x, None, out, as_table(weights).array((n, k), x.dtype, x.device), n, k, ends, False)
+    size = columns * out.element_size()
+    tail = (ends.numel(), out.shape[0], size, ends.data_ptr(), out.data_ptr())
+    launch(out, "zk_zero_tail", *tail, device_facts(out.device.index)[1])
     return out
 
 
+def _on_hopper(x: Tensor) -> bool:
+    return device_facts(x.device.index)[0] == HOPPER
+
+
 def grouped_mm(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
-    x, ends, (n, k) = packed(x), int32(ends), weights[0].shape
-    out = x.new_empty(x.shape[0], n)
-    experts = as_table(weights).array((n, x.shape[1]), x.dtype, x.device)
-    _grouped(FORWARD, x, None, out, experts, n, k, ends, False)
-    return _zero_tail(out, ends)
+    return _product(FORWARD, packed(x), weights, int32(ends), weights[0].shape[0], x.shape[1])
 
 
 def grouped_dgrad(dy: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
-    dy, ends, (n, k) = packed(dy), int32(ends), weights[0].shape
-    out = dy.new_empty(dy.shape[0], k)
-    experts = as_table(weights).array((dy.shape[1], k), dy.dtype, dy.device)
-    _grouped(DGRAD, dy, None, out, experts, n, k, ends, False)
-    return _zero_tail(out, ends)
+    return _product(DGRAD, packed(dy), weights, int32(ends), dy.shape[1], weights[0].shape[1])
 
 
 def grouped_wgrad_(outputs: list[Tensor], dy: Tensor, x: Tensor, ends: Tensor, accumulate: bool) -> None:
@@ -96,55 +129,24 @@ def swiglu(pre: Tensor, probs: Tensor | None, ends: Tensor) -> Tensor:
     pre, probs, ends = packed(pre), float32(probs), int32(ends)
     act = pre.new_empty(pre.shape[0], pre.shape[1] // 2)
     sizes = (type_code(pre), ends.numel(), *act.shape, ends.data_ptr())
-    launch(
-        pre,
-        "zk_swiglu",
-        *sizes,
-        pre.data_ptr(),
-        address(probs),
-        act.data_ptr(),
-        device_facts(pre.device.index)[1],
-    )
+    pointers = (pre.data_ptr(), address(probs), act.data_ptr())
+    launch(pre, "zk_swiglu", *sizes, *pointers, device_facts(pre.device.index)[1])
     return act
 
 
 def moe_fc1(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> tuple[Tensor, Tensor]:
     x, probs, ends, n = packed(x), float32(probs), int32(ends), weights[0].shape[0]
-    workspace = _fc1_workspace(x, weights)
-    if workspace is None:
+    if not _on_hopper(x):
         pre = grouped_mm(x, weights, ends)
         return pre, swiglu(pre, probs, ends)
-    pre, act = x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], n // 2)
-    _fused_fc1(x, weights, probs, ends, pre, act, workspace)
-    return _zero_tail(pre, ends), _zero_tail(act, ends)
+    pre = x.new_empty(x.shape[0], n)
+    return pre, _rows(FC1, x, weights, ends, n // 2, probs, pre)
 
 
 def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
-    workspace = _fc1_workspace(x, weights)
-    if workspace is None:
+    if not _on_hopper(x):
         return swiglu(grouped_mm(x, weights, ends), probs, ends)
-    x, probs, ends = packed(x), float32(probs), int32(ends)
-    act = x.new_empty(x.shape[0], weights[0].shape[0] // 2)
-    _fused_fc1(x, weights, probs, ends, None, act, workspace)
-    return _zero_tail(act, ends)
-
-
-def _fc1_workspace(x: Tensor, weights: list[Tensor]) -> Tensor | None:
-    """What the fused fc1 works in; None where there is none for this GPU, type or number of experts."""
-    arch, _ = device_facts(x.device.index)
-    size = built_library().functions.zk_fc1_workspace(type_code(x), arch, len(weights))
-    return None if size < 0 else torch.empty(size, dtype=torch.uint8, device=x.device)
-
-
-def _fused_fc1(x, weights, probs, ends, pre: Tensor | None, act: Tensor, workspace: Tensor) -> None:
-    """One kernel for both outputs; pre may be None: it is not written then."""
-    arch, sms = device_facts(x.device.index)
-    (rows, k), width, groups = x.shape, act.shape[1], len(weights)
-    check_ends(ends, groups, x.device)
-    experts = ctypes.cast(as_table(weights).array((2 * width, k), x.dtype, x.device), ctypes.c_void_p)
-    choice = (type_code(x), arch, tile_for(rows, groups), groups, rows, width, k)
-    pointers = (ends.data_ptr(), x.data_ptr(), experts, address(probs), address(pre), act.data_ptr())
-    launch(x, "zk_fc1", *choice, *pointers, workspace.data_ptr(), workspace.numel(), sms)
+    return _rows(FC1, packed(x), weights, int32(ends), weights[0].shape[0] // 2, float32(probs))
 
 
 def swiglu_backward(

@@ -7,6 +7,7 @@ moved, not at each call.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class ExpertTable(list):
 
     _known: tuple | None = None
     _ends: tuple = ()
+    _mapped: ctypes.Array | None = None
 
     def __reduce__(self):
         return type(self), (list(self),)  # copies have addresses of their own
@@ -28,6 +30,15 @@ class ExpertTable(list):
             self._check(shape, dtype, device)
             self._array, self._known = (ctypes.c_void_p * len(self))(*known[0]), known
         return self._array
+
+    def maps(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, make: Callable
+    ) -> Tensor:
+        """What `make(addresses, shape, dtype, device)` gives for such an array."""
+        array = self.array(shape, dtype, device)
+        if self._mapped is not array:
+            self._maps, self._mapped = make(tuple(self._known[0]), shape, dtype, device), array
+        return self._maps
 
     def _check(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         for tensor in self:

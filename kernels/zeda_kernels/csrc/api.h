@@ -15,24 +15,26 @@ ZK_API int zk_built();
 // 0, or the error that any call would end with here: 35 where the driver is older than the runtime in the library.
 ZK_API int zk_probe();
 
-// arch: 80 or 90, the compute capability's kernels to use. tile: 0 small, 1 large (Hopper forward and dgrad).
-ZK_API int64_t zk_grouped_workspace(int product, int dtype, int arch, int tile, int groups, int64_t rows, int n, int k,
+// On Hopper (arch 90) wgrad, elsewhere (80) all three. forward: d[rows,n] = a[rows,k] w_e^T; dgrad: d[rows,k] =
+// a[rows,n] w_e; both with experts[e] = w_e [n,k]. wgrad: experts[e] [n,k] float = a_e^T b_e + beta * experts[e],
+// a [rows,n], b [rows,k]. `experts` is a host array. Rows past the last end are neither read nor written.
+ZK_API int64_t zk_grouped_workspace(int product, int dtype, int arch, int groups, int64_t rows, int n, int k,
                                     int sm_count);
+ZK_API int zk_grouped(int product, int dtype, int arch, int groups, int64_t rows, int n, int k, const int32_t* ends,
+                      const void* a, const void* b, void* d, const void* const* experts, float beta, void* workspace,
+                      int64_t workspace_bytes, int sm_count, void* stream);
 
-// forward: d[rows,n] = a[rows,k] w_e^T; dgrad: d[rows,k] = a[rows,n] w_e; both with experts[e] = w_e [n,k].
-// wgrad: experts[e] [n,k] float = a_e^T b_e + beta * experts[e], a [rows,n], b [rows,k]. `experts` is a host array.
-// Rows past the last end are neither read nor written.
-ZK_API int zk_grouped(int product, int dtype, int arch, int tile, int groups, int64_t rows, int n, int k,
-                      const int32_t* ends, const void* a, const void* b, void* d, const void* const* experts,
-                      float beta, void* workspace, int64_t workspace_bytes, int sm_count, void* stream);
+// Hopper: what describes weights [n, k] to its memory engine, 128 bytes each, written to the host memory `maps`; zk_rows
+// wants them on the device. They hold until a weight moves. `experts` is a host array.
+ZK_API int zk_maps(int dtype, int groups, int n, int k, const void* const* experts, void* maps);
 
-// pre [rows, 2 width] = x[rows, k] w_e^T, act [rows, width] = silu(gate) * up * prob, in one kernel; experts[e] = w_e
-// [2 width, k], gate rows first. probs may be null, pre too: it is not stored then. Rows past the last end are not
-// written. The workspace's size is -4 where no such kernel was built: for other GPUs than Hopper, for many groups.
-ZK_API int64_t zk_fc1_workspace(int dtype, int arch, int groups);
-ZK_API int zk_fc1(int dtype, int arch, int tile, int groups, int64_t rows, int width, int k, const int32_t* ends,
-                  const void* x, const void* const* experts, const float* probs, void* pre, void* act, void* workspace,
-                  int64_t workspace_bytes, int sm_count, void* stream);
+// Hopper: products of rows in one kernel, x [rows, depth], out [rows, columns]. forward and dgrad as above; product 3, the
+// fused fc1: pre [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], gate rows first, out = silu(gate) * up * prob.
+// probs may be null, pre too: it is not stored then. tile: 0 small, 1 large. At most 1024 groups. Rows past the last end
+// become zero.
+ZK_API int zk_rows(int product, int dtype, int tile, int groups, int64_t rows, int columns, int depth,
+                   const int32_t* ends, const void* x, const void* maps, const float* probs, void* pre, void* out,
+                   int sm_count, void* stream);
 
 // pre [rows, 2 width], gate first -> act [rows, width]; probs may be null. Rows past the last end become zero.
 ZK_API int zk_swiglu(int dtype, int groups, int64_t rows, int width, const int32_t* ends, const void* pre,

@@ -10,8 +10,9 @@
 
 namespace zk {
 
-// The three products of a linear layer y = x w^T over groups of rows, w[e] of shape [n, k].
-enum Product { kForward = 0, kDgrad = 1, kWgrad = 2 };
+// The three products of a linear layer y = x w^T over groups of rows, w[e] of shape [n, k]; and the first with SwiGLU
+// behind it.
+enum Product { kForward = 0, kDgrad = 1, kWgrad = 2, kFc1 = 3 };
 
 // Rows of one group. Sizes live on the device, so nobody checks them before: they are clamped here.
 struct Span {
@@ -70,41 +71,52 @@ ZK_HD int64_t tiles_of(Shape shape, int tile_m, int tile_n, int cluster_m) {
 constexpr int64_t kBlock = 256;
 ZK_HD int64_t padded(int64_t bytes) { return ceil_div(bytes, kBlock) * kBlock; }
 
-// Tiles of a persistent kernel over groups. A unit of work is what a cluster computes: `cluster` tiles one below the
-// other, each `rows` rows by `columns` columns.
+// Tiles of a persistent kernel over groups, each `rows` rows by `columns` columns. A unit of work is what a cluster of one
+// or two blocks computes: two tiles one below the other, which share the weight; or, of the last row of tiles where their
+// number is odd, two beside each other, which share the rows.
 struct Tiling {
   int rows, columns, cluster;
 };
 
 // Units of a group of `rows` rows.
 ZK_HD int64_t units_of(Tiling tiling, int64_t rows, int width) {
-  return ceil_div(rows, int64_t(tiling.rows) * tiling.cluster) * ceil_div(width, tiling.columns);
+  const int64_t down = ceil_div(rows, tiling.rows), across = ceil_div(width, tiling.columns);
+  return tiling.cluster == 1 ? down * across : down / 2 * across + down % 2 * ceil_div(across, 2);
 }
 
-// One tile: its first row in the buffer, the rows its expert has from there on (none or less in a tile that only fills
-// a cluster), and its first column.
+// One tile: its first row in the buffer, the rows its expert has from there on (none in a tile that only fills a
+// cluster), its first column, and whether the cluster's tiles lie beside each other.
 struct RowTile {
   int expert, rows, column;
+  bool beside;
   int64_t row;
 };
 
 // Tile of block `rank` of a cluster in unit `unit`; starts[e] counts the units before group e, starts[groups] all.
 // Tiles below each other follow each other: they share the weight.
 ZK_HD RowTile tile_at(const int32_t* starts, int groups, int unit, int rank, const int32_t* ends, int64_t rows,
-                      Tiling tiling) {
+                      int width, Tiling tiling) {
   int low = 0, high = groups;  // starts[low] <= unit < starts[high]
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (starts[middle] <= unit ? low : high) = middle;
   }
   const Span span = span_of(ends, low, rows);
-  const int own = unit - starts[low], down = int(ceil_div(span.rows, int64_t(tiling.rows) * tiling.cluster));
-  const int64_t skipped = (int64_t(own % down) * tiling.cluster + rank) * tiling.rows;
-  return {low, int(span.rows - skipped), own / down * tiling.columns, span.begin + skipped};
+  const int own = unit - starts[low], down = int(ceil_div(span.rows, tiling.rows));
+  const int across = int(ceil_div(width, tiling.columns)), pairs = down / tiling.cluster;
+  const bool beside = own >= pairs * across;  // behind the pairs below each other, if there are two blocks
+  const int tile = beside ? down - 1 : own % pairs * tiling.cluster + rank;
+  const int column = beside ? (own - pairs * across) * 2 + rank : own / pairs;
+  const int64_t skipped = int64_t(tile) * tiling.rows;
+  return {low, column < across ? int(span.rows - skipped) : 0, column * tiling.columns, beside, span.begin + skipped};
 }
 
-// The fused fc1: a tile's columns are those of gate and the same ones of up, so the product is twice as wide.
-constexpr Tiling kFc1Small{64, 64, 1}, kFc1Large{128, 128, 2};
+// A tile of the fused fc1 has the columns of gate and the same ones of up: its product is twice as wide.
+constexpr Tiling kFc1Small{64, 64, 1}, kFc1Large{128, 128, 2}, kPlainSmall{64, 128, 1}, kPlainLarge{128, 256, 2};
+
+ZK_HD constexpr Tiling tiling_of(bool fused, int tile) {
+  return fused ? (tile == 0 ? kFc1Small : kFc1Large) : (tile == 0 ? kPlainSmall : kPlainLarge);
+}
 
 // Groups whose starts fit beside the operands in shared memory.
 constexpr int kMaxGroups = 1024;

@@ -2,7 +2,7 @@
 // GEMM and the fused fc1 read.
 #include <cuda_runtime.h>
 
-#include "fc1.cuh"
+#include "row_product.cuh"
 
 #include "rows.cu"
 

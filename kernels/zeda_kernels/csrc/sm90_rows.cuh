@@ -1,8 +1,8 @@
-// Hopper: fc1 of every expert with silu(gate) * up * prob behind the product, in one persistent kernel.
+// Hopper: every product of rows with their expert's weight, in one persistent kernel.
 //
-// One warp loads by TMA, each other warpgroup multiplies 64 rows. A tile's weights are a box of gate rows and the box of
-// the same up rows, so one thread's accumulators hold both halves of a pair, and weights stay as checkpoints have them.
-// In a cluster of two, one block loads the gate box for both, the other the up box.
+// One warp loads by TMA in boxes of 64 by 64, each other warpgroup multiplies 64 rows. A tile of the fused fc1 has boxes
+// of gate rows and those of the same up rows, so one thread's accumulators hold both halves of a pair, and weights stay
+// as checkpoints have them. Of what the two blocks of a cluster share, each loads a half for both.
 #pragma once
 #include "cute/tensor.hpp"
 #include "cute/arch/cluster_sm90.hpp"
@@ -13,7 +13,7 @@
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/numeric_conversion.h"
 #include "cutlass/pipeline/sm90_pipeline.hpp"
-#include "fc1.cuh"
+#include "row_product.cuh"
 #include "swiglu.h"
 
 namespace zk::sm90 {
@@ -23,27 +23,32 @@ using namespace cute;
 constexpr int kDepth = 64;  // elements of k in a stage: 128 bytes, the width of the swizzle
 
 struct Small {  // few rows per expert; two blocks on a multiprocessor hide each other's epilogue
-  static constexpr Tiling tiling = kFc1Small;
-  static constexpr int blocks = 2, producers = 32;
+  static constexpr int tile = 0, blocks = 2, producers = 32;
 };
 
 struct Large {
-  static constexpr Tiling tiling = kFc1Large;
-  static constexpr int blocks = 1, producers = 128;  // a warpgroup, which gives its registers away
+  static constexpr int tile = 1, blocks = 1, producers = 128;  // a warpgroup, which gives its registers away
 };
 
-template <typename Element, typename Config>
-struct FusedFc1 {
-  static constexpr Tiling tiling = Config::tiling;
-  static constexpr int kRows = tiling.rows, kHalf = tiling.columns, kStages = 4, kGroups = kRows / 64;
+template <int product, typename Element, typename Config>
+struct Rows {
+  static constexpr bool fused = product == kFc1;
+  static constexpr Tiling tiling = tiling_of(fused, Config::tile);
+  static constexpr int kRows = tiling.rows, kHalf = tiling.columns / (fused ? 1 : 2), kStages = 4, kGroups = kRows / 64;
   static constexpr int kConsumers = kGroups * 128, kThreads = kConsumers + Config::producers;
+  static constexpr int kBox = 64 * kDepth, kBoxesA = kRows / 64, kBoxesB = 2 * kHalf / 64;
   static constexpr bool kCluster = tiling.cluster == 2;
   using TileShape = cute::Shape<Int<kRows>, Int<2 * kHalf>, Int<kDepth>>;
   using Atom = SM90::GMMA::Layout_K_SW128_Atom<Element>;
   using LayoutA = decltype(tile_to_shape(Atom{}, cute::Shape<Int<kRows>, Int<kDepth>, Int<kStages>>{}));
-  using LayoutB = decltype(tile_to_shape(Atom{}, cute::Shape<Int<2 * kHalf>, Int<kDepth>, Int<kStages>>{}));
-  using Mma = decltype(make_tiled_mma(SM90::GMMA::ss_op_selector<Element, Element, float, TileShape>(),
-                                      Layout<cute::Shape<Int<kGroups>, _1, _1>>{}));
+  // dgrad's weights are read across: their columns lie next to each other.
+  static constexpr auto kMajorB = product == kDgrad ? SM90::GMMA::Major::MN : SM90::GMMA::Major::K;
+  using AtomB = cute::conditional_t<product == kDgrad, SM90::GMMA::Layout_MN_SW128_Atom<Element>, Atom>;
+  using OrderB = cute::conditional_t<product == kDgrad, Step<_2, _1, _3>, Step<_1, _2, _3>>;
+  using LayoutB = decltype(tile_to_shape(AtomB{}, cute::Shape<Int<2 * kHalf>, Int<kDepth>, Int<kStages>>{}, OrderB{}));
+  using Mma = decltype(make_tiled_mma(
+      SM90::GMMA::ss_op_selector<Element, Element, float, TileShape, SM90::GMMA::Major::K, kMajorB>(),
+      Layout<cute::Shape<Int<kGroups>, _1, _1>>{}));
   using Cluster = cute::Shape<Int<tiling.cluster>, _1, _1>;
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using State = typename Pipeline::PipelineState;
@@ -92,14 +97,26 @@ struct FusedFc1 {
   }
 
   template <typename Accumulators>
-  static __device__ void epilogue(const Accumulators& sums, const RowTile& tile, const float (&prob)[2], const Fc1& p,
-                                  Element* staged) {
-    const int64_t width = p.width;
+  static __device__ void epilogue(const Accumulators& sums, const RowTile& tile, const float (&prob)[2],
+                                  const RowProduct& p, Element* staged) {
+    const int64_t width = p.columns;
     const int skipped = threadIdx.x / 32 * 16, rows = tile.rows - skipped;  // 16 rows a warp
     if (rows <= 0) return;
+    Element* out = static_cast<Element*>(p.out) + (tile.row + skipped) * width;
+    if constexpr (!fused) {
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < kBoxesB; ++chunk) {
+        const int column = tile.column + chunk * 64;
+        uint32_t packed[16];
+        CUTE_UNROLL
+        for (int i = 0; i < 16; ++i) packed[i] = pack(sums(chunk * 32 + 2 * i), sums(chunk * 32 + 2 * i + 1));
+        store(packed, staged, out + column, width, rows, p.columns - column);
+      }
+      return;
+    }
     CUTE_UNROLL
     for (int chunk = 0; chunk < kHalf / 64; ++chunk) {
-      const int column = tile.column + chunk * 64, columns = p.width - column;
+      const int column = tile.column + chunk * 64, columns = p.columns - column;
       uint32_t gate[16], up[16];
       CUTE_UNROLL
       for (int i = 0; i < 16; ++i) {
@@ -117,43 +134,77 @@ struct FusedFc1 {
         const float first = swiglu(part(gate[i], 0), part(up[i], 0), prob[i % 2]);
         gate[i] = pack(first, swiglu(part(gate[i], 1), part(up[i], 1), prob[i % 2]));
       }
-      Element* act = static_cast<Element*>(p.act) + (tile.row + skipped) * width + column;
-      store(gate, staged, act, width, rows, columns);
+      store(gate, staged, out + column, width, rows, columns);
     }
+  }
+
+  // The consumers of all blocks.
+  static __device__ void clear_tail(Element* out, int64_t columns, const RowProduct& p) {
+    const int64_t vectors = columns * sizeof(Element) / 16, stop = p.rows * vectors;
+    const int64_t first = tail_of(p.ends, p.groups, p.rows) * vectors + int64_t(blockIdx.x) * kConsumers + threadIdx.x;
+    for (int64_t i = first; i < stop; i += int64_t(gridDim.x) * kConsumers)
+      reinterpret_cast<uint4*>(out)[i] = make_uint4(0, 0, 0, 0);
   }
 
   // What every thread knows of the work.
   struct Work {
-    const Fc1& p;
+    const RowProduct& p;
     const int32_t* starts;
     int rank, first, step, units, depths;
 
-    __device__ RowTile at(int unit) const { return tile_at(starts, p.groups, unit, rank, p.ends, p.rows, tiling); }
+    __device__ RowTile at(int unit) const {
+      return tile_at(starts, p.groups, unit, rank, p.ends, p.rows, p.columns, tiling);
+    }
+
+    // First column, in the weight, of box `i` of a tile.
+    __device__ int box(const RowTile& tile, int i) const {
+      if (!fused) return tile.column + 64 * i;
+      return tile.column + 64 * (i % (kBoxesB / 2)) + (i < kBoxesB / 2 ? 0 : p.columns);
+    }
   };
 
   // One thread.
-  static __device__ void load(const Work& work, const CUtensorMap& x, const CUtensorMap* weights, Pipeline& pipeline,
-                              Shared& shared) {
+  static __device__ void load(const Work& work, const CUtensorMap& x, Pipeline& pipeline, Shared& shared) {
     State state = cutlass::make_producer_start_state<Pipeline>();
     const uint64_t hint = uint64_t(TMA::CacheHintSm90::EVICT_NORMAL);
     int expert = -1;
     for (int unit = work.first; unit < work.units; unit += work.step) {
       const RowTile tile = work.at(unit);
-      const CUtensorMap* weight = weights + tile.expert;
-      if (tile.expert != expert) tma_descriptor_fence_acquire(weight);  // another kernel wrote it
+      const CUtensorMap* weight = static_cast<const CUtensorMap*>(work.p.maps) + tile.expert;
+      if (tile.expert != expert) tma_descriptor_fence_acquire(weight);  // it lies in memory that others write
       expert = tile.expert;
       for (int depth = 0; depth < work.depths; ++depth, ++state) {
         pipeline.producer_acquire(state);
         uint64_t* barrier = pipeline.producer_get_barrier(state);
-        const int stage = state.index(), k = depth * kDepth;
-        Element* b = shared.b + stage * 2 * kHalf * kDepth;
-        SM90_TMA_LOAD_2D::copy(&x, barrier, hint, shared.a + stage * kRows * kDepth, k, int(tile.row));
+        const int k = depth * kDepth;
+        Element* a = shared.a + state.index() * kBoxesA * kBox;
+        Element* b = shared.b + state.index() * kBoxesB * kBox;
+        const auto rows = [&](auto copy, int i, auto... both) {
+          copy(&x, barrier, both..., hint, a + i * kBox, k, int(tile.row) + 64 * i);
+        };
+        const auto columns = [&](auto copy, int i, auto... both) {
+          const int column = work.box(tile, i);
+          if constexpr (product == kDgrad) copy(weight, barrier, both..., hint, b + i * kBox, column, k);
+          else copy(weight, barrier, both..., hint, b + i * kBox, k, column);
+        };
+        const auto own = [](auto... arguments) { SM90_TMA_LOAD_2D::copy(arguments...); };
+        const auto shared_by_two = [](auto... arguments) { SM90_TMA_LOAD_MULTICAST_2D::copy(arguments...); };
         if constexpr (kCluster) {
-          SM90_TMA_LOAD_MULTICAST_2D::copy(weight, barrier, uint16_t(3), hint, b + work.rank * kHalf * kDepth, k,
-                                           tile.column + work.rank * work.p.width);
+          if (tile.beside) {
+            rows(shared_by_two, work.rank, uint16_t(3));
+            CUTE_UNROLL
+            for (int i = 0; i < kBoxesB; ++i) columns(own, i);
+          } else {
+            CUTE_UNROLL
+            for (int i = 0; i < kBoxesA; ++i) rows(own, i);
+            CUTE_UNROLL
+            for (int i = 0; i < kBoxesB / 2; ++i) columns(shared_by_two, work.rank * kBoxesB / 2 + i, uint16_t(3));
+          }
         } else {
-          SM90_TMA_LOAD_2D::copy(weight, barrier, hint, b, k, tile.column);
-          SM90_TMA_LOAD_2D::copy(weight, barrier, hint, b + kHalf * kDepth, k, tile.column + work.p.width);
+          CUTE_UNROLL
+          for (int i = 0; i < kBoxesA; ++i) rows(own, i);
+          CUTE_UNROLL
+          for (int i = 0; i < kBoxesB; ++i) columns(own, i);
         }
       }
     }
@@ -174,7 +225,7 @@ struct FusedFc1 {
     for (int unit = work.first; unit < work.units; unit += work.step) {
       const RowTile tile = work.at(unit);
       float prob[2] = {1.f, 1.f};
-      if (work.p.probs) {
+      if (fused && work.p.probs) {
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) prob[r] = row + 8 * r < tile.rows ? work.p.probs[tile.row + row + 8 * r] : 0.f;
       }
@@ -206,9 +257,11 @@ struct FusedFc1 {
       pipeline.consumer_release(release);  // before the epilogue: the next tile's loads run beside it
       epilogue(sums, tile, prob, work.p, shared.staged[threadIdx.x / 32]);
     }
+    clear_tail(static_cast<Element*>(work.p.out), work.p.columns, work.p);
+    if (fused && work.p.pre) clear_tail(static_cast<Element*>(work.p.pre), 2LL * work.p.columns, work.p);
   }
 
-  static __device__ void run(const CUtensorMap& x, const CUtensorMap* weights, const int32_t* starts, const Fc1& p) {
+  static __device__ void run(const CUtensorMap& x, const RowProduct& p) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const bool producer = threadIdx.x >= kConsumers;
@@ -218,17 +271,17 @@ struct FusedFc1 {
     params.is_leader = producer;  // only one thread of them loads
     params.num_consumers = kConsumers;
     Pipeline pipeline(shared.pipeline, params, Cluster{});
-    for (int i = threadIdx.x; i <= p.groups; i += kThreads) shared.starts[i] = starts[i];
+    if (threadIdx.x < 32) count_units(p.ends, p.groups, p.rows, p.columns, tiling, shared.starts);
     if (threadIdx.x == 0) prefetch_tma_descriptor(&x);
     if constexpr (kCluster) cluster_arrive_relaxed(), cluster_wait();  // the other block's barriers are there
     __syncthreads();
     const int rank = kCluster ? int(block_rank_in_cluster()) : 0;
     const Work work{p, shared.starts, rank, int(blockIdx.x) / tiling.cluster, int(gridDim.x) / tiling.cluster,
-                    shared.starts[p.groups], int(ceil_div(p.k, kDepth))};
+                    shared.starts[p.groups], int(ceil_div(p.depth, kDepth))};
     if (producer) {
       if constexpr (Config::producers == 128) cutlass::arch::warpgroup_reg_dealloc<40>();
       if (cutlass::canonical_warp_idx_sync() == kConsumers / 32 && elect_one_sync())
-        load(work, x, weights, pipeline, shared);
+        load(work, x, pipeline, shared);
     } else {
       if constexpr (Config::producers == 128) cutlass::arch::warpgroup_reg_alloc<232>();
       multiply(work, pipeline, shared);
@@ -236,11 +289,10 @@ struct FusedFc1 {
   }
 };
 
-template <typename Element, typename Config>
-__global__ void __launch_bounds__(FusedFc1<Element, Config>::kThreads, Config::blocks)
-    fc1(const __grid_constant__ CUtensorMap x, const CUtensorMap* weights, const int32_t* starts,
-        const __grid_constant__ Fc1 p) {
-  FusedFc1<Element, Config>::run(x, weights, starts, p);
+template <int product, typename Element, typename Config>
+__global__ void __launch_bounds__(Rows<product, Element, Config>::kThreads, Config::blocks)
+    rows(const __grid_constant__ CUtensorMap x, const __grid_constant__ RowProduct p) {
+  Rows<product, Element, Config>::run(x, p);
 }
 
 }  // namespace zk::sm90
