@@ -20,7 +20,6 @@ from ptx.machine import Machine
 
 import zeda_kernels.expert_ops  # noqa: F401  (registers torch.ops.zeda)
 from zeda_kernels import cuda_kernels, kernel_call, reference
-from zeda_kernels.expert_table import as_table
 
 ops = torch.ops.zeda
 gpu = pytest.mark.gpu
@@ -162,19 +161,6 @@ def test_fc1_and_its_activation(device, rows, counts, width, hidden, tile, weigh
         assert all(torch.equal(a, b) for a, b in zip(ops.moe_fc1(x, weights, probs, ends), (pre, act)))
 
 
-@pytest.mark.parametrize("tile", [0, 1])
-def test_rows_past_the_last_end_are_untouched_by_the_fused_fc1(kernels, tile, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
-    x, weights, probs, ends = fc1_inputs([30, 0, 150], 72, 64, extra_rows=200, device=kernels)
-    workspace = cuda_kernels._fc1_workspace(x, weights)
-    if workspace is None:
-        pytest.skip("the library has no fused fc1 for this GPU")
-    pre, act = (torch.full((380, n), float("nan"), dtype=x.dtype, device=kernels) for n in (144, 72))
-    cuda_kernels._fused_fc1(x, weights, probs, ends, pre, act, workspace)
-    for out in (pre, act):
-        assert out[:180].isfinite().all() and out[180:].isnan().all()
-
-
 @pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_weight_gradients_overwrite_poison_or_add(device, counts, accumulate):
@@ -200,15 +186,6 @@ def test_results_repeat_bit_for_bit(device):
     first = run()
     for _ in range(20 if device.type == "cuda" else 2):
         assert all(torch.equal(a, b) for a, b in zip(run(), first))
-
-
-def test_rows_past_the_last_end_are_untouched_by_the_product(kernels):
-    draw = Draw(dtype=torch.bfloat16, device=kernels)
-    x, weights, ends = draw(100, 64), draw.experts(3, 128, 64), ends_of([30, 0, 21], kernels)
-    out = torch.full((100, 128), float("nan"), dtype=torch.bfloat16, device=kernels)
-    table = as_table(weights).array((128, 64), x.dtype, x.device)
-    cuda_kernels._grouped(cuda_kernels.FORWARD, x, None, out, table, 128, 64, ends, False)
-    assert out[:51].isfinite().all() and out[51:].isnan().all()
 
 
 @gpu

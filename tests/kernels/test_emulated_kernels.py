@@ -33,10 +33,10 @@ def kernels(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(output))
     for name, (result, arguments) in kernel_library._SIGNATURES.items():
-        if not name.startswith(("zk_grouped", "zk_fc1", "zk_built", "zk_probe")):
+        if not name.startswith(("zk_grouped", "zk_rows", "zk_maps", "zk_built", "zk_probe")):
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
-    for name in ("tiles_of", "tail_of", "fc1_bytes"):
+    for name in ("tiles_of", "tail_of"):
         getattr(library, name).restype = ctypes.c_int64
     return library
 
@@ -175,21 +175,24 @@ def test_bad_sizes_give_an_error_code(kernels):
     assert kernels.zk_swiglu(0, 1, -1, 8, at, at, None, at, 1, None) == -1
 
 
-def fc1_tiles(kernels, tile, ends, rows, width):
-    """Rows, columns and cluster of a tile, the starts, and expert, row, rows, column of each tile, in order."""
+FORWARD, FC1 = 0, 3
+
+
+def tiles_of_rows(kernels, product, tile, ends, rows, width):
+    """Rows, columns and cluster of a tile, the starts, and expert, row, rows, column, beside of each tile, in order."""
     shape, ends = (ctypes.c_int32 * 3)(), torch.tensor(ends, dtype=torch.int32)
-    kernels.tiling(tile, shape)
+    kernels.tiling(product, tile, shape)
     groups, starts = len(ends), poison(len(ends) + 2, dtype=torch.int32)
     at_ends, at_starts = (ctypes.c_void_p(t.data_ptr()) for t in (ends, starts))
-    kernels.count_units(tile, groups, ctypes.c_int64(rows), width, at_ends, at_starts)
+    kernels.count_units(product, tile, groups, ctypes.c_int64(rows), width, at_ends, at_starts)
     assert starts[-1] == 77
-    tiles = torch.zeros(int(starts[groups]) * shape[2], 4, dtype=torch.int64)
+    tiles = torch.zeros(int(starts[groups]) * shape[2], 5, dtype=torch.int64)
     at_tiles = ctypes.c_void_p(tiles.data_ptr())
-    kernels.tiles_at(tile, groups, ctypes.c_int64(rows), at_ends, at_starts, at_tiles)
+    kernels.tiles_at(product, tile, groups, ctypes.c_int64(rows), width, at_ends, at_starts, at_tiles)
     return tuple(shape), starts[:-1].tolist(), tiles.tolist()
 
 
-FC1_COUNTS = {
+COUNTS = {
     "one expert": [129],
     "around a tile": [63, 64, 65, 0, 127, 128, 129, 255, 256, 257, 1],
     "all empty": [0, 0, 0],
@@ -199,54 +202,62 @@ FC1_COUNTS = {
 
 
 @pytest.mark.parametrize("tile", [0, 1])
-@pytest.mark.parametrize("width", [8, 128, 200])
-@pytest.mark.parametrize("counts", FC1_COUNTS.values(), ids=FC1_COUNTS.keys())
-def test_tiles_of_the_fused_fc1_cover_each_element_of_its_expert_once(kernels, tile, width, counts):
+@pytest.mark.parametrize("product", [FORWARD, FC1])
+@pytest.mark.parametrize("width", [8, 128, 200, 520])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_tiles_cover_each_element_of_its_expert_once(kernels, product, tile, width, counts):
     rows, ends = sum(counts) + 3, ends_of(counts).tolist()
-    (down, across, cluster), starts, tiles = fc1_tiles(kernels, tile, ends, rows, width)
-    units = [-(-count // (down * cluster)) * -(-width // across) for count in counts]
-    assert starts == [0, *torch.tensor(units).cumsum(0).tolist()]
+    (down, across, cluster), starts, tiles = tiles_of_rows(kernels, product, tile, ends, rows, width)
     times = torch.zeros(rows, width, dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    for expert, row, left, column in tiles:
+    for expert, row, left, column, _ in tiles:
         last = row + max(0, min(left, down))
         times[row:last, column : column + across] += 1
-        assert (owner[row:last] == expert).all() and 0 <= column < width
+        assert (owner[row:last] == expert).all() and (column < width or left == 0)
     assert (times[: sum(counts)] == 1).all() and not times[sum(counts) :].any()
-    # Blocks of a cluster share the weight's box, which each loads a half of for both.
+    # The blocks of a cluster share the weight's columns, or lie beside each other and share the rows.
     for first in range(0, len(tiles), cluster):
-        together = tiles[first : first + cluster]
-        assert len({(expert, column) for expert, _, _, column in together}) == 1 and together[0][2] > 0
+        (expert, row, left, column, beside), *other = tiles[first : first + cluster]
+        assert left > 0 and bool(beside) == (cluster == 2 and other[0][1] == row)
+        for theirs in other:
+            assert theirs[0] == expert and (theirs[1] == row if beside else theirs[3] == column)
+            assert theirs[3] == column + across if beside else theirs[1] == row + down
+    # No block is idle but for one in a row of tiles whose number is odd.
+    idle = sum(tile[2] <= 0 for tile in tiles)
+    odd = -(-width // across) % 2 and sum(-(-count // down) % 2 for count in counts)
+    assert idle == (odd if cluster == 2 else 0)
+    assert starts[-1] * cluster == len(tiles)
 
 
 @pytest.mark.parametrize("tile", [0, 1])
 @pytest.mark.parametrize("ends", [[2, 900], [-3, 4], [300, 1, 300, 1, 300], [900, 900], [-1, -1]])
 def test_ends_that_make_no_sense_give_tiles_within_the_rows(kernels, tile, ends):
     rows, width = 300, 136
-    (down, *_), _, tiles = fc1_tiles(kernels, tile, ends, rows, width)
+    (down, *_), _, tiles = tiles_of_rows(kernels, FC1, tile, ends, rows, width)
     found = reference.spans(torch.tensor(ends), rows)
-    for expert, row, left, _ in tiles:
+    for expert, row, left, *_ in tiles:
         begin, end = found[expert]
-        assert row >= begin and row + left == end and (left <= 0 or row + min(left, down) <= rows)
+        assert row >= begin and (left <= 0 or (row + left == end and row + min(left, down) <= rows))
 
 
-def test_the_fused_fc1_refuses_what_it_cannot_compute(kernels):
+def test_a_product_of_rows_refuses_what_it_cannot_compute(kernels):
     memory = torch.zeros(4096)
     at = memory.data_ptr() + -memory.data_ptr() % 256
-    table = (ctypes.c_void_p * 2)(at, at)
 
-    def code(groups=2, rows=8, width=16, k=16, pre=at, act=at, x=at, experts=table, spare=0):
-        pointers = [ctypes.c_void_p(p) for p in (at, x)]
-        outputs = [ctypes.c_void_p(p) for p in (pre, act, at)]
-        size = ctypes.c_int64(kernels.fc1_bytes(groups) + spare)
-        return kernels.check_fc1(
-            1, groups, ctypes.c_int64(rows), width, k, *pointers, experts, *outputs, size
-        )
+    def code(groups=2, rows=8, columns=16, depth=16, pre=at, out=at, x=at, maps=at, product=FC1):
+        pointers = [ctypes.c_void_p(p) for p in (at, x, maps, pre, out)]
+        return kernels.check_rows(product, 1, groups, ctypes.c_int64(rows), columns, depth, *pointers)
 
-    assert code() == code(pre=None) == code(rows=0, x=None, act=None) == 0
-    assert code(spare=-1) == -2
-    assert [code(width=12), code(k=4), code(pre=at + 8), code(act=at + 8), code(x=at + 8)] == [-3] * 5
-    assert code(experts=(ctypes.c_void_p * 2)(at, at + 8)) == -3
-    assert code(experts=(ctypes.c_void_p * 2)(at, None)) == -1
-    assert [code(groups=0), code(groups=1025), code(rows=-1), code(x=None), code(act=None)] == [-1] * 5
-    assert code(rows=2**31 - 512, width=2**24) == -1  # more units than an int counts
+    assert code() == code(pre=None) == code(rows=0, x=None, out=None) == code(product=FORWARD, pre=None) == 0
+    misaligned = [code(columns=12), code(depth=4), code(pre=at + 8), code(out=at + 8), code(x=at + 8)]
+    assert misaligned + [code(maps=at + 32)] == [-3] * 6
+    refused = [
+        code(groups=0),
+        code(groups=1025),
+        code(rows=-1),
+        code(x=None),
+        code(out=None),
+        code(maps=None),
+    ]
+    assert refused == [-1] * 6
+    assert code(rows=2**31 - 512, columns=2**24) == -1  # more units than an int counts

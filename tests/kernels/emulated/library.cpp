@@ -1,5 +1,5 @@
 // The kernels without tensor cores, for the CPU: the C interface of csrc/rows.cu as it is, and what the grouped
-// GEMM and the fused fc1 read.
+// GEMM and the products of rows read.
 #include <cuda_runtime.h>
 
 #include "row_product.cuh"
@@ -17,7 +17,7 @@ __global__ void count(const int32_t* ends, int groups, int64_t rows, int width, 
   zk::count_units(ends, groups, rows, width, tiling, starts);
 }
 
-zk::Tiling tiling_of(int tile) { return tile == 0 ? zk::kFc1Small : zk::kFc1Large; }
+zk::Tiling own_tiling(int product, int tile) { return zk::tiling_of(product == zk::kFc1, tile); }
 
 }  // namespace
 
@@ -49,33 +49,33 @@ ZK_API int64_t tiles_of(int m, int n, int tile_m, int tile_n, int cluster_m) {
 
 ZK_API int64_t tail_of(const int32_t* ends, int groups, int64_t rows) { return zk::tail_of(ends, groups, rows); }
 
-// The fused fc1: rows, columns and cluster of a tile.
-ZK_API void tiling(int tile, int32_t* out) {
-  const zk::Tiling own = tiling_of(tile);
+// A product of rows: rows, columns and cluster of a tile.
+ZK_API void tiling(int product, int tile, int32_t* out) {
+  const zk::Tiling own = own_tiling(product, tile);
   out[0] = own.rows, out[1] = own.columns, out[2] = own.cluster;
 }
 
-ZK_API void count_units(int tile, int groups, int64_t rows, int width, const int32_t* ends, int32_t* starts) {
-  ZK_LAUNCH(count, 1, 32, 0, nullptr)(ends, groups, rows, width, tiling_of(tile), starts);
+ZK_API void count_units(int product, int tile, int groups, int64_t rows, int width, const int32_t* ends,
+                        int32_t* starts) {
+  ZK_LAUNCH(count, 1, 32, 0, nullptr)(ends, groups, rows, width, own_tiling(product, tile), starts);
 }
 
-// expert, row, rows, column of each tile: starts[groups] units of as many tiles as a cluster has blocks.
-ZK_API void tiles_at(int tile, int groups, int64_t rows, const int32_t* ends, const int32_t* starts, int64_t* out) {
-  const zk::Tiling own = tiling_of(tile);
+// expert, row, rows, column, beside of each tile: starts[groups] units of as many tiles as a cluster has blocks.
+ZK_API void tiles_at(int product, int tile, int groups, int64_t rows, int width, const int32_t* ends,
+                     const int32_t* starts, int64_t* out) {
+  const zk::Tiling own = own_tiling(product, tile);
   for (int unit = 0; unit < starts[groups]; ++unit)
     for (int rank = 0; rank < own.cluster; ++rank) {
-      const zk::RowTile at = zk::tile_at(starts, groups, unit, rank, ends, rows, own);
-      *out++ = at.expert, *out++ = at.row, *out++ = at.rows, *out++ = at.column;
+      const zk::RowTile at = zk::tile_at(starts, groups, unit, rank, ends, rows, width, own);
+      *out++ = at.expert, *out++ = at.row, *out++ = at.rows, *out++ = at.column, *out++ = at.beside;
     }
 }
 
 // What the launcher answers to these arguments before it launches anything.
-ZK_API int check_fc1(int tile, int groups, int64_t rows, int width, int k, const int32_t* ends, const void* x,
-                     const void* const* experts, void* pre, void* act, void* workspace, int64_t workspace_bytes) {
-  zk::Fc1 p{};
-  p.tile = tile, p.groups = groups, p.width = width, p.k = k, p.sm_count = 132, p.rows = rows, p.ends = ends, p.x = x;
-  p.experts = experts, p.pre = pre, p.act = act, p.workspace = workspace, p.workspace_bytes = workspace_bytes;
-  return zk::check(p, tiling_of(tile));
+ZK_API int check_rows(int product, int tile, int groups, int64_t rows, int columns, int depth, const int32_t* ends,
+                      const void* x, const void* maps, void* pre, void* out) {
+  zk::RowProduct p{};
+  p.product = product, p.groups = groups, p.columns = columns, p.depth = depth, p.sm_count = 132, p.rows = rows;
+  p.ends = ends, p.x = x, p.maps = maps, p.pre = pre, p.out = out;
+  return zk::check(p, own_tiling(product, tile));
 }
-
-ZK_API int64_t fc1_bytes(int groups) { return zk::fc1_bytes(groups); }
