@@ -1,16 +1,20 @@
 #!/usr/bin/env python
 """Times the expert MLP of both models: own kernels, torch's grouped GEMM, Triton, Transformer Engine.
 
-    python kernels/bench.py [--json FILE] [--tokens 8,64,...] [--zero-shares 0,.5] [--quick]
+    python kernels/bench.py [--json FILE] [--tokens 8,64,...] [--zero-shares 0,.5] [--backends kernels] [--quick]
+    python kernels/bench.py --tiles                        # where the large tile begins, into zeda_kernels/tiles.json
 
-Random data, uniform routing; median of CUDA events after warming up. A back end that is not installed is left out and
-named. `--device cpu --tiny` walks through the same code without a GPU; its times mean nothing.
+Random data, uniform routing. Two times of every call: the device's (median of CUDA events around replays of its graph,
+or around calls where it cannot be captured) and the host's (the least that Python takes to launch it). `bound` is the
+least that the device could take, by its own speed at a large product and a large copy, measured first. A back end that
+is not installed is left out and named. `--device cpu --tiny` walks through the same code; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_backends import Shape, backends
+from bench_backends import BACKENDS, Shape, backends
 
 MODELS = {
     "qwen3_30b_a3b": Shape(experts=128, picks=8, hidden=2048, width=768),
@@ -30,6 +34,9 @@ MODELS = {
 TINY = {"tiny": Shape(experts=5, picks=2, hidden=16, width=8)}
 TOKENS = (8, 64, 512, 4096, 16384, 32768, 65536)
 SHARES = (0.0, 0.25, 0.5, 0.75)
+ROWS_PER_EXPERT = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+"""Where --tiles looks."""
+TILES = Path(__file__).parent / "zeda_kernels" / "tiles.json"
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,40 @@ class Timing:
     tokens: int
     zero_share: float
     rows: int
-    microseconds: float
+    device_us: float
+    """Median time on the device."""
+    how: str
+    """`graph`: of a replay; `events`: of a call, Python's time included where the device waits for it; `cpu`."""
+    host_us: float
+    """Least time that Python took until it had launched everything."""
+    bound_us: float
+    """The larger of the products' time at the device's rate and the bytes' at its bandwidth; 0: not measured."""
     tflops: float
+    """Of the products, by `device_us`."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches."""
+
+    flops: float = 0.0
+    """Per second, of a bf16 product of 8192 x 8192 x 8192."""
+    bandwidth: float = 0.0
+    """Bytes per second, read and written, of a copy of 4 GiB."""
+
+    @classmethod
+    def of(cls, device: str) -> Ceilings:
+        if device != "cuda":
+            return cls()
+        a = torch.randn(8192, 8192, device=device).bfloat16()
+        product, _ = device_time(lambda: a @ a, device, 10, graph=False)
+        source = torch.empty(2 << 30, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy, _ = device_time(lambda: target.copy_(source), device, 10, graph=False)
+        return cls(2 * 8192**3 / product * 1e6, 2 * source.numel() / copy * 1e6)
+
+    def bound_us(self, flop: float, moved: float) -> float:
+        return max(flop / self.flops, moved / self.bandwidth) * 1e6 if self.flops else 0.0
 
 
 def draw_counts(shape: Shape, tokens: int, share: float, seed: int) -> torch.Tensor:
@@ -56,10 +95,14 @@ def draw_counts(shape: Shape, tokens: int, share: float, seed: int) -> torch.Ten
     return torch.bincount(ids, minlength=shape.experts)
 
 
-def median_us(run, device: str, repeats: int) -> float:
-    """Median time of one call in microseconds."""
+def device_time(run, device: str, repeats: int, graph: bool = True) -> tuple[float, str]:
+    """Median time of one call in microseconds, and how it was measured."""
     for _ in range(3 if device == "cuda" else 1):
         run()
+    how = "cpu"
+    if device == "cuda":
+        captured = _captured(run) if graph else None
+        run, how = (captured.replay, "graph") if captured else (run, "events")
     times = []
     for _ in range(repeats):
         if device == "cuda":
@@ -73,41 +116,140 @@ def median_us(run, device: str, repeats: int) -> float:
             began = time.perf_counter()
             run()
             times.append((time.perf_counter() - began) * 1e6)
-    return statistics.median(times)
+    return statistics.median(times), how
+
+
+def _captured(run) -> torch.cuda.CUDAGraph | None:
+    """The call as a graph; None if it waits for the device or cannot be captured."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def host_time(run, device: str, repeats: int) -> float:
+    """Least time until a call has launched everything, in microseconds."""
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - began) * 1e6)
+    return min(times)
+
+
+def work(shape: Shape, counts: torch.Tensor, what: str) -> tuple[float, float]:
+    """Operations of the products, and bytes that must be moved at least: weights of experts with rows, rows once."""
+    rows, active = int(counts.sum()), int((counts > 0).sum())
+    hidden, inner = shape.hidden, shape.width
+    fc1, fc2 = active * 2 * inner * hidden, active * inner * hidden
+    product, layer = 2.0 * rows * hidden * 2 * inner, 6.0 * rows * hidden * inner
+    moved = {
+        "forward": 2 * fc1 + 2 * rows * (hidden + 2 * inner),
+        "dgrad": 2 * fc1 + 2 * rows * (hidden + 2 * inner),
+        "wgrad": 8 * fc1 + 2 * rows * (hidden + 2 * inner),
+        "fc1": 2 * fc1 + 2 * rows * (hidden + 3 * inner),
+        "act": 2 * fc1 + 2 * rows * (hidden + inner),
+        "layer": 2 * (fc1 + fc2) + 2 * rows * (2 * hidden + 2 * inner),
+        "layer_backward": (2 + 2 + 8) * (fc1 + fc2) + 2 * rows * (5 * hidden + 12 * inner),
+    }[what]
+    return {"layer": layer, "layer_backward": 3 * layer}.get(what, product), moved
 
 
 def measure(args) -> tuple[list[Timing], dict[str, str]]:
     """All timings, and the reason for each back end or case that was left out."""
-    rows, missing = [], {}
+    rows, missing, ceilings = [], {}, Ceilings.of(args.device)
     for name, shape in (TINY if args.tiny else MODELS).items():
         for tokens in args.tokens:
             for share in args.zero_shares:
                 counts = draw_counts(shape, tokens, share, seed=tokens)
-                found, absent = backends(args.device, shape, counts)
+                found, absent = backends(args.device, shape, counts, args.backends)
                 missing |= absent
                 total = int(counts.sum())
-                product = 2.0 * total * shape.hidden * 2 * shape.width
-                layer = 6.0 * total * shape.hidden * shape.width
                 for backend in found:
                     for what, run in backend.runs().items():
-                        flop = {"layer": layer, "layer_backward": 3 * layer}.get(what, product)
+                        flop, moved = work(shape, counts, what)
                         try:
-                            us = median_us(run, args.device, args.repeats)
+                            us, how = device_time(run, args.device, args.repeats)
+                            host = host_time(run, args.device, args.repeats)
                         except (RuntimeError, ValueError) as error:
                             missing[f"{backend.name} {what} {name} T={tokens} z={share}"] = str(error)[:200]
                             continue
-                        timing = Timing(name, backend.name, what, tokens, share, total, us, flop / us / 1e6)
+                        place = (name, backend.name, what, tokens, share, total)
+                        timing = Timing(
+                            *place, us, how, host, ceilings.bound_us(flop, moved), flop / us / 1e6
+                        )
                         rows.append(timing)
                         print(_line(timing), flush=True)
     return rows, missing
 
 
-HEAD = f"{'model':14} {'what':15} {'T':>6} {'z':>5} {'rows':>7} {'backend':12} {'us':>10} {'TFLOP/s':>8}"
+def crossover(times: dict[int, tuple[float, float]]) -> int:
+    """Rows per expert from which the large tile takes less time than the small one at every count that was tried.
+
+    Args:
+        times: rows per expert -> (small, large), in any unit.
+    """
+    found = None
+    for rows in sorted(times, reverse=True):
+        small, large = times[rows]
+        if large > small:
+            break
+        found = rows
+    return max(times) + 1 if found is None else found
+
+
+def find_tiles(args) -> int:
+    """Time act and forward with both tiles, and write the crossover of their sum over the models."""
+    times: dict[int, tuple[float, float]] = {}
+    for rows in (2, 4) if args.tiny else ROWS_PER_EXPERT:
+        sums = []
+        for tile in ("small", "large"):
+            os.environ["ZEDA_KERNEL_TILE"] = tile
+            total = 0.0
+            for shape in (TINY if args.tiny else MODELS).values():
+                counts = torch.full((shape.experts,), rows)
+                found, missing = backends(args.device, shape, counts, ["kernels"])
+                if missing:
+                    print(f"error: --tiles: {missing['kernels']}", file=sys.stderr)
+                    return 2
+                runs = found[0].runs()
+                total += sum(
+                    device_time(runs[name], args.device, args.repeats)[0] for name in ("act", "forward")
+                )
+            sums.append(total)
+        times[rows] = tuple(sums)
+        print(f"{rows:4} rows per expert: small {sums[0]:9.1f} us, large {sums[1]:9.1f} us", flush=True)
+    del os.environ["ZEDA_KERNEL_TILE"]
+    begins = crossover(times)
+    print(f"the large tile from {begins} rows per expert on")
+    if args.device == "cuda":
+        about = f"Mean rows per expert from which the large tile is taken. Measured on {torch.cuda.get_device_name(0)}."
+        measured = {str(rows): pair for rows, pair in times.items()}
+        text = json.dumps({"about": about, "large_from": begins, "small_and_large_us": measured}, indent=2)
+        TILES.write_text(text + "\n")
+    return 0
+
+
+HEAD = (
+    f"{'model':14} {'what':15} {'T':>6} {'z':>5} {'rows':>7} {'backend':12} {'device us':>10} {'host us':>8} "
+    f"{'bound us':>9} {'TFLOP/s':>8}"
+)
 
 
 def _line(t: Timing) -> str:
     place = f"{t.model:14} {t.what:15} {t.tokens:6} {t.zero_share:5.2f} {t.rows:7}"
-    return f"{place} {t.backend:12} {t.microseconds:10.1f} {t.tflops:8.1f}"
+    mark = "" if t.how != "events" else " (events)"
+    times = f"{t.device_us:10.1f} {t.host_us:8.1f} {t.bound_us:9.1f}"
+    return f"{place} {t.backend:12} {times} {t.tflops:8.1f}{mark}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,6 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tokens", type=numbers(int), help="tokens over the experts' group")
     parser.add_argument("--zero-shares", type=numbers(float), help="shares of slots that chose zero experts")
+    parser.add_argument("--backends", type=lambda text: text.split(","), help=f"of {', '.join(BACKENDS)}")
+    parser.add_argument(
+        "--tiles", action="store_true", help="find where the large tile begins, and write it down"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument(
@@ -127,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, to walk through the code")
     args = parser.parse_args(argv)
+    unknown = set(args.backends or ()) - set(BACKENDS)
+    if unknown:
+        parser.error(f"--backends: {sorted(unknown)[0]!r} is unknown; choose among {', '.join(BACKENDS)}")
     if args.quick:
         args.repeats = 10
     args.tokens = args.tokens or ((8, 4096, 32768) if args.quick else TOKENS)
@@ -134,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no CUDA device (--device cpu --tiny walks through)", file=sys.stderr)
         return 2
+    if args.tiles:
+        return find_tiles(args)
     print(HEAD)
     rows, missing = measure(args)
     for name, reason in missing.items():

@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from zeda_kernels import cuda_kernels, experts, kernel_call, reference
+from zeda_kernels.expert_table import ExpertTable
 from zeda_megatron.ops.grouped_mlp import grouped_mlp
-
-ops = torch.ops.zeda
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,9 @@ class Inputs:
         self.ends = counts.cumsum(0).to(torch.int32).to(device)
         self.device_counts = counts.to(device)
         self.x, self.probs = draw(rows, shape.hidden), torch.rand(rows, device=device, requires_grad=True)
-        self.fc1 = [draw(2 * shape.width, shape.hidden) for _ in range(shape.experts)]
-        self.fc2 = [draw(shape.hidden, shape.width) for _ in range(shape.experts)]
+        # As a layer keeps them.
+        self.fc1 = ExpertTable(draw(2 * shape.width, shape.hidden) for _ in range(shape.experts))
+        self.fc2 = ExpertTable(draw(shape.hidden, shape.width) for _ in range(shape.experts))
         self.dy, self.dout = draw(rows, 2 * shape.width, grad=False), draw(rows, shape.hidden, grad=False)
         self.main = [torch.zeros(2 * shape.width, shape.hidden, device=device) for _ in range(shape.experts)]
 
@@ -66,10 +66,10 @@ class Own:
     def runs(self) -> dict[str, Callable]:
         i = self.inputs
         return {
-            "forward": _quiet(lambda: ops.grouped_mm(i.x, i.fc1, i.ends)),
-            "dgrad": _quiet(lambda: ops.grouped_dgrad(i.dy, i.fc1, i.ends)),
-            "wgrad": _quiet(lambda: ops.grouped_wgrad_(i.main, i.dy, i.x, i.ends, True)),
-            "fc1": _quiet(lambda: ops.moe_fc1(i.x, i.fc1, i.probs, i.ends)),
+            "forward": _quiet(lambda: self.rows.grouped_mm(i.x, i.fc1, i.ends)),
+            "dgrad": _quiet(lambda: self.rows.grouped_dgrad(i.dy, i.fc1, i.ends)),
+            "wgrad": _quiet(lambda: self.rows.grouped_wgrad_(i.main, i.dy, i.x, i.ends, True)),
+            "fc1": _quiet(lambda: self.rows.moe_fc1(i.x, i.fc1, i.probs, i.ends)),
             "act": _quiet(lambda: self.rows.moe_act(i.x, i.fc1, i.probs, i.ends)),
             "layer": _quiet(lambda: i.layer("kernels")),
             "layer_backward": lambda: i.forward_and_backward("kernels"),
@@ -83,14 +83,16 @@ class Unfused:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
+        self.rows = cuda_kernels if inputs.x.is_cuda else reference
 
     def runs(self) -> dict[str, Callable]:
-        i = self.inputs
-        return {"fc1": _quiet(lambda: ops.swiglu(ops.grouped_mm(i.x, i.fc1, i.ends), i.probs, i.ends))}
+        i, rows = self.inputs, self.rows
+        return {"fc1": _quiet(lambda: rows.swiglu(rows.grouped_mm(i.x, i.fc1, i.ends), i.probs, i.ends))}
 
 
 class GroupedMm:
-    """torch's own. Its weight gradient is bfloat16 and is added to the float32 one in a second pass."""
+    """torch's own. Its weight gradient is bfloat16 and is added to the float32 one in a second pass. `layer` is what
+    this project runs without kernels: it stacks the weights at each call."""
 
     name = "grouped_mm"
 
@@ -115,6 +117,22 @@ class GroupedMm:
             "layer": _quiet(lambda: i.layer("grouped_mm")),
             "layer_backward": lambda: i.forward_and_backward("grouped_mm"),
         }
+
+
+class Stacked(GroupedMm):
+    """torch's own over weights that lie in one tensor."""
+
+    name = "stacked"
+
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        self.second = torch.stack(inputs.fc2).detach()
+
+    def _layer(self) -> torch.Tensor:
+        return F.grouped_mm(self._fc1(), self.second.transpose(1, 2), offs=self.inputs.ends)
+
+    def runs(self) -> dict[str, Callable]:
+        return {"layer": _quiet(self._layer)}
 
 
 class Triton:
@@ -177,19 +195,21 @@ def _quiet(run: Callable) -> Callable:
     return call
 
 
-def backends(device: str, shape: Shape, counts: torch.Tensor) -> tuple[list, dict[str, str]]:
-    """Those that run here, on one set of inputs; and why the others do not."""
+KINDS = (Own, Unfused, GroupedMm, Stacked, Triton, TransformerEngine)
+BACKENDS = tuple(kind.name for kind in KINDS)
+
+
+def backends(
+    device: str, shape: Shape, counts: torch.Tensor, names: list[str] | None = None
+) -> tuple[list, dict[str, str]]:
+    """Those of these names (default: all) that run here, on one set of inputs; and why the others do not."""
     inputs = Inputs(device, shape, counts)
     own = kernel_call.why_not(inputs.x.device, torch.bfloat16) if device == "cuda" else None
-    reasons = {
-        Own: own,
-        Unfused: own,
-        GroupedMm: None,
-        Triton: _lacks("triton", device),
-        TransformerEngine: _lacks("transformer_engine", device),
-    }
-    found = [kind(inputs) for kind, reason in reasons.items() if reason is None]
-    return found, {kind.name: reason for kind, reason in reasons.items() if reason}
+    reasons = {Own: own, Unfused: own}
+    reasons |= {Triton: _lacks("triton", device), TransformerEngine: _lacks("transformer_engine", device)}
+    wanted = [kind for kind in KINDS if names is None or kind.name in names]
+    found = [kind(inputs) for kind in wanted if reasons.get(kind) is None]
+    return found, {kind.name: reasons[kind] for kind in wanted if reasons.get(kind)}
 
 
 def _lacks(package: str, device: str) -> str | None:

@@ -62,6 +62,53 @@ def test_the_ampere_kernels(interpreted_library):
         near(mine, right, 2e-2)
 
 
+ORDERS = {
+    "the first block starves": lambda warp: warp.block.rank == 0,
+    "the second block starves": lambda warp: warp.block.rank == 1,
+    "the first warpgroup starves": lambda warp: warp.index < 4,
+    "the second warpgroup starves": lambda warp: 4 <= warp.index < 8,
+    "those that load starve": lambda warp: warp.index >= 8,
+}
+"""Who runs only when nobody else can."""
+
+
+def unsound(made, machine) -> bool:
+    """Whether a product of rows fails, or comes out wrong."""
+    x, fc1, probs, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
+    with interpreted(made, machine):
+        try:
+            pre, _ = ops.moe_fc1(x, fc1, probs, ends)
+        except (MemoryFault, Deadlock):
+            return True
+    expected = reference.grouped_mm(exact(x), exact(fc1), ends)
+    return not pre.isfinite().all() or bool((pre.double() - expected).norm() > 0.1 * expected.norm())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_large_tile_is_sound_whoever_starves(interpreted_library, order, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: 1)
+    made, machine = machine_of(interpreted_library)
+    machine.starves = ORDERS[order]
+    assert not unsound(made, machine)
+
+
+def test_a_cluster_that_does_not_wait_for_its_other_block_is_found_out_by_who_starves(
+    interpreted_library, monkeypatch
+):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: 1)
+    found = []
+    for order in ("the first block starves", "the second block starves"):
+        made, machine = machine_of(interpreted_library)
+        machine.starves, changed = ORDERS[order], 0
+        for kernel in machine.kernels.values():
+            for i, inst in enumerate(kernel.instructions):
+                if "sm904rows" in kernel.name and inst.opcode.startswith("barrier.cluster"):
+                    kernel.instructions[i], changed = _faulty(inst, NO), changed + 1
+        assert changed
+        found.append(unsound(made, machine))
+    assert any(found)
+
+
 @pytest.mark.parametrize("tile", [0, 1])
 def test_epilogues_have_no_bank_conflicts_and_store_whole_sectors(interpreted_library, tile, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
@@ -103,14 +150,7 @@ def test_a_kernel_with_a_fault_is_found_out(interpreted_library, fault, tile, mo
             if "sm904rows" in kernel.name and inst.opcode.startswith(FAULTS[fault][0]):
                 kernel.instructions[i], changed = _faulty(inst, FAULTS[fault][1]), changed + 1
     assert changed
-    x, fc1, probs, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
-    with interpreted(made, machine):
-        try:
-            pre, _ = ops.moe_fc1(x, fc1, probs, ends)
-        except (MemoryFault, Deadlock):
-            return
-    expected = reference.grouped_mm(exact(x), exact(fc1), ends)
-    assert not pre.isfinite().all() or (pre.double() - expected).norm() > 0.1 * expected.norm()
+    assert unsound(made, machine)
 
 
 def _faulty(inst, opcode):
@@ -126,6 +166,7 @@ def test_products_that_are_stored_without_a_fence_are_found_out(interpreted_libr
         for i, inst in enumerate(kernel.instructions):
             if inst.opcode.startswith("fence.proxy.async"):
                 kernel.instructions[i] = replace(inst, opcode=NO, operands=())
-    x, fc1, _, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
+    x, _, _, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
+    dy = torch.randn(len(x), 272).bfloat16()
     with interpreted(made, machine), pytest.raises(MemoryFault, match=r"no fence\.proxy\.async"):
-        ops.grouped_mm(x, fc1, ends)
+        ops.grouped_wgrad_([torch.zeros(272, 264) for _ in COUNTS], dy, x, ends, False)

@@ -73,12 +73,22 @@ class Grid:
     """One launch of one kernel, run to its end by `run`."""
 
     def __init__(
-        self, program: Program, launch: Launch, arguments: list[int], memory, seed: int, observe=None
+        self,
+        program: Program,
+        launch: Launch,
+        arguments: list[int],
+        memory,
+        seed: int,
+        observe=None,
+        starves=None,
     ):
         self.program, self.memory, self.random = program, memory, random.Random(seed)
         self.size, self.block, self.cluster = launch.grid, launch.block, launch.cluster
         self.observe = observe or (lambda opcode, addresses, size: None)
         """Told of every access of a warp's threads: the opcode, addresses of the active lanes, bytes of each."""
+        self.starves = starves
+        """Whether a warp is to run when no other can; copies land at once then. None: warps run and copies land at
+        random."""
         self.events = 0
         """Counts everything that a waiting warp may wait for."""
         self.under_way: list = []
@@ -131,12 +141,14 @@ class Grid:
         warps = [warp for block in self.blocks for warp in block.warps]
         while warps or self.under_way:
             ready = [warp for warp in warps if not warp.waiting]
-            if self.under_way and (not ready or self.random.random() < 0.1):
+            if self.under_way and (not ready or self.starves or self.random.random() < 0.1):
                 self.under_way.pop(self.random.randrange(len(self.under_way)))()
                 self.events += 1
                 continue
             if not ready:
                 raise Deadlock("\n".join(f"  {warp.where()}" for warp in warps))
+            if self.starves:
+                ready = [warp for warp in ready if not self.starves(warp)] or ready
             warp = self.random.choice(ready)
             warp.run(self.random.choice((1, 10, 100, 1000)))
             if warp.done:

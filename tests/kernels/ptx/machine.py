@@ -77,6 +77,8 @@ class Machine:
         """Names of the kernels that ran."""
         self.observe = None
         """See `Grid.observe`."""
+        self.starves = None
+        """See `Grid.starves`."""
         self.error: BaseException | None = None
         self._callback = _ON_LAUNCH(self._launched)
         functions.zk_on_launch(self._callback)
@@ -96,8 +98,9 @@ class Machine:
             pointers = [arguments[i] for i in range(len(kernel.parameters))]
             self.launches.append(kernel.name)
             self.seed += 1
+            program, watch = self.programs[kernel.name], (self.observe, self.starves)
             with np.errstate(all="ignore"):
-                Grid(self.programs[kernel.name], launch, pointers, self.memory, self.seed, self.observe).run()
+                Grid(program, launch, pointers, self.memory, self.seed, *watch).run()
             return 0
         except BaseException as error:
             self.error = self.error or error
