@@ -210,6 +210,9 @@ def main() -> int:
     parser.add_argument("--root", type=Path, required=True, help="the checkout")
     parser.add_argument("--out", type=Path, help="folder for the results (default: docs/gpu in the checkout)")
     parser.add_argument("--only", help="comma-separated names of checks, besides those that all others need")
+    parser.add_argument(
+        "--first", action="store_true", help="the kernels' first seven minutes on a new GPU instead"
+    )
     args = parser.parse_args()
     unknown = set((args.only or "").split(",")) - {"", *checks(Validation(args.root, Path(), "cpu"))}
     if unknown:
