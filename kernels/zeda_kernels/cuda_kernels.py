@@ -32,7 +32,7 @@ from .kernel_call import (
 )
 from .reference import wide as wide
 
-FORWARD, DGRAD, WGRAD, FC1 = range(4)
+FORWARD, DGRAD, WGRAD, FC1, DSWIGLU = range(5)
 HOPPER = 90
 MAP_BYTES = 128
 """Of what describes a weight to Hopper's memory engine."""
@@ -51,16 +51,18 @@ def tile_for(rows: int, groups: int) -> int:
     return TILES.index(forced)
 
 
-def _rows(product, x, weights, ends, columns: int, probs=None, pre=None) -> Tensor:
-    """[R, columns]: one of Hopper's kernels. `pre` is written too if it is given."""
+def _rows(
+    product, x, weights, ends, columns: int, out: Tensor, probs=None, pre=None, act=None, sums=None
+) -> Tensor:
+    """`out`, which one of Hopper's kernels writes, and what else is given."""
     _, sms = device_facts(x.device.index)
-    (rows, depth), groups, out = x.shape, len(weights), x.new_empty(x.shape[0], columns)
+    (rows, depth), groups = x.shape, len(weights)
     check_ends(ends, groups, x.device)
-    shape = {FORWARD: (columns, depth), DGRAD: (depth, columns), FC1: (2 * columns, depth)}[product]
+    shape = {FORWARD: (columns, depth), FC1: (2 * columns, depth)}.get(product, (depth, columns))
     maps = as_table(weights).maps(shape, x.dtype, x.device, _maps)
     choice = (product, type_code(x), tile_for(rows, groups), groups, rows, columns, depth)
     pointers = (ends.data_ptr(), x.data_ptr(), maps.data_ptr(), address(probs), address(pre), out.data_ptr())
-    launch(x, "zk_rows", *choice, *pointers, sms)
+    launch(x, "zk_rows", *choice, *pointers, address(act), address(sums), sms)
     return out
 
 
@@ -95,9 +97,9 @@ def _grouped(
 def _product(product, x: Tensor, weights: list[Tensor], ends: Tensor, n: int, k: int) -> Tensor:
     """forward or dgrad with E x [n, k]."""
     columns = n if product == FORWARD else k
-    if _on_hopper(x):
-        return _rows(product, x, weights, ends, columns)
     out = x.new_empty(x.shape[0], columns)
+    if _on_hopper(x):
+        return _rows(product, x, weights, ends, columns, out)
     _grouped(product, x, None, out, as_table(weights).array((n, k), x.dtype, x.device), n, k, ends, False)
     size = columns * out.element_size()
     tail = (ends.numel(), out.shape[0], size, ends.data_ptr(), out.data_ptr())
@@ -139,14 +141,28 @@ def moe_fc1(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor
     if not _on_hopper(x):
         pre = grouped_mm(x, weights, ends)
         return pre, swiglu(pre, probs, ends)
-    pre = x.new_empty(x.shape[0], n)
-    return pre, _rows(FC1, x, weights, ends, n // 2, probs, pre)
+    pre, act = x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], n // 2)
+    return pre, _rows(FC1, x, weights, ends, n // 2, act, probs, pre)
 
 
 def moe_act(x: Tensor, weights: list[Tensor], probs: Tensor | None, ends: Tensor) -> Tensor:
     if not _on_hopper(x):
         return swiglu(grouped_mm(x, weights, ends), probs, ends)
-    return _rows(FC1, packed(x), weights, int32(ends), weights[0].shape[0] // 2, float32(probs))
+    width = weights[0].shape[0] // 2
+    return _rows(FC1, packed(x), weights, int32(ends), width, x.new_empty(x.shape[0], width), float32(probs))
+
+
+def swiglu_dgrad(
+    dout: Tensor, weights: list[Tensor], pre: Tensor, probs: Tensor | None, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _on_hopper(dout):
+        return swiglu_backward(grouped_dgrad(dout, weights, ends), pre, probs, ends)
+    dout, pre, probs, ends, width = packed(dout), packed(pre), float32(probs), int32(ends), pre.shape[1] // 2
+    dpre, act = torch.empty_like(pre), pre.new_empty(pre.shape[0], width)
+    tiles = built_library().functions.zk_tiles(tile_for(pre.shape[0], len(weights)), width)
+    sums = torch.zeros(pre.shape[0], tiles, dtype=torch.float32, device=pre.device)
+    _rows(DSWIGLU, dout, weights, ends, width, dpre, probs, pre, act, sums)
+    return dpre, act, sums.sum(dim=1)
 
 
 def swiglu_backward(

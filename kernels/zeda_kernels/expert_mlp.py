@@ -43,8 +43,7 @@ def expert_mlp_forward(
 
 def _inner(rows, dout, x, pre, probs, ends, fc1, fc2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dprobs, and what the gradients of the weights need: dpre, act."""
-    dact = rows.grouped_dgrad(dout, fc2, ends)
-    dpre, act, dprobs = rows.swiglu_backward(dact, pre, probs, ends)
+    dpre, act, dprobs = rows.swiglu_dgrad(dout, fc2, pre, probs, ends)
     return rows.grouped_dgrad(dpre, fc1, ends), dprobs, dpre, act
 
 

@@ -19,6 +19,8 @@ SCHEMAS = {
     "grouped_wgrad_": "(Tensor(a!)[] outputs, Tensor dy, Tensor x, Tensor ends, bool accumulate) -> ()",
     "swiglu": "(Tensor pre, Tensor? probs, Tensor ends) -> Tensor",
     "swiglu_backward": "(Tensor dact, Tensor pre, Tensor? probs, Tensor ends) -> (Tensor, Tensor, Tensor)",
+    "swiglu_dgrad": "(Tensor dout, Tensor[] weights, Tensor pre, Tensor? probs, Tensor ends)"
+    " -> (Tensor, Tensor, Tensor)",
     "moe_fc1": "(Tensor x, Tensor[] weights, Tensor? probs, Tensor ends) -> (Tensor, Tensor)",
     "expert_mlp": "(Tensor x, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2) -> (Tensor, Tensor)",
     "expert_mlp_forward": "(Tensor x, Tensor probs, Tensor ends, Tensor[] fc1, Tensor[] fc2) -> Tensor",
@@ -62,6 +64,7 @@ def _fakes(library: torch.library.Library) -> None:
         "grouped_wgrad_": lambda outputs, dy, x, ends, accumulate: None,
         "swiglu": lambda pre, probs, ends: rows(pre, pre.shape[1] // 2),
         "swiglu_backward": swiglu_backward,
+        "swiglu_dgrad": lambda dout, weights, pre, probs, ends: swiglu_backward(None, pre, probs, ends),
         "moe_fc1": lambda x, weights, probs, ends: (
             rows(x, weights[0].shape[0]),
             rows(x, weights[0].shape[0] // 2),

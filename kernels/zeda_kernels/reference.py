@@ -83,6 +83,13 @@ def swiglu_backward(
     return _cut(dpre, ends), _cut(acted.to(pre.dtype), ends), dprobs
 
 
+def swiglu_dgrad(
+    dout: Tensor, weights: list[Tensor], pre: Tensor, probs: Tensor | None, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout [R, H], weights E x [H, F]: `swiglu_backward` of the product's gradient."""
+    return swiglu_backward(grouped_dgrad(dout, weights, ends), pre, probs, ends)
+
+
 def _acted(pre: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
     gate, up = pre.to(wide(pre.dtype)).chunk(2, dim=-1)
     silu, prob = F.silu(gate), 1.0 if probs is None else probs.to(gate.dtype)[:, None]

@@ -161,6 +161,30 @@ def test_fc1_and_its_activation(device, rows, counts, width, hidden, tile, weigh
         assert all(torch.equal(a, b) for a, b in zip(ops.moe_fc1(x, weights, probs, ends), (pre, act)))
 
 
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("width", "hidden", "weighted"), [(64, 64, False), (264, 136, True), (8, 328, True)])
+def test_the_gradient_of_the_activation(device, rows, counts, width, hidden, tile, weighted, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
+    draw, count = Draw(dtype=torch.bfloat16, device=device), sum(counts)
+    dout, pre, probs = draw(count + 3, hidden), draw(count + 3, 2 * width), draw(count + 3).float()
+    for part in (dout, pre, probs):
+        part[count:] = float("nan")
+    probs = probs if weighted else None
+    weights, ends = draw.experts(len(counts), hidden, width), ends_of(counts, device)
+    poison(device, pre, pre[:, :width].contiguous())
+    found = ops.swiglu_dgrad(dout, weights, pre, probs, ends)
+    wide = [exact(dout), exact(weights), exact(pre), exact(probs) if weighted else None, exact(ends)]
+    for mine, right in zip(found, reference.swiglu_dgrad(*wide)):
+        near(mine, right, 1e-2)
+        assert not mine[count:].any()
+    # The activation has the bits that the forward pass had.
+    assert torch.equal(found[1], ops.swiglu(pre, probs, ends))
+    for _ in range(3 if device.type == "cuda" else 1):
+        again = ops.swiglu_dgrad(dout, weights, pre, probs, ends)
+        assert all(torch.equal(a, b) for a, b in zip(again, found))
+
+
 @pytest.mark.parametrize("counts", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_weight_gradients_overwrite_poison_or_add(device, counts, accumulate):

@@ -33,7 +33,7 @@ def kernels(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(output))
     for name, (result, arguments) in kernel_library._SIGNATURES.items():
-        if not name.startswith(("zk_grouped", "zk_rows", "zk_maps", "zk_built", "zk_probe")):
+        if not name.startswith(("zk_grouped", "zk_rows", "zk_maps", "zk_tiles", "zk_built", "zk_probe")):
             function = getattr(library, name)
             function.restype, function.argtypes = result, list(arguments)
     for name in ("tiles_of", "tail_of"):
@@ -175,7 +175,7 @@ def test_bad_sizes_give_an_error_code(kernels):
     assert kernels.zk_swiglu(0, 1, -1, 8, at, at, None, at, 1, None) == -1
 
 
-FORWARD, FC1 = 0, 3
+FORWARD, FC1, DSWIGLU = 0, 3, 4
 
 
 def tiles_of_rows(kernels, product, tile, ends, rows, width):
@@ -260,4 +260,5 @@ def test_a_product_of_rows_refuses_what_it_cannot_compute(kernels):
         code(maps=None),
     ]
     assert refused == [-1] * 6
+    assert code(product=DSWIGLU) == 0 and code(product=DSWIGLU, pre=None) == -1
     assert code(rows=2**31 - 512, columns=2**24) == -1  # more units than an int counts

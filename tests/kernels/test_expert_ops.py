@@ -26,6 +26,7 @@ def arguments(counts=(3, 0, 2), extra_rows=2, grad=False):
         "grouped_wgrad_": (main, dout.detach(), x.detach(), ends, True),
         "swiglu": (pre, probs, ends),
         "swiglu_backward": (act, pre, probs, ends),
+        "swiglu_dgrad": (dout, fc2, pre, probs, ends),
         "moe_fc1": (x, fc1, probs, ends),
         "expert_mlp": (x, probs, ends, fc1, fc2),
         "expert_mlp_forward": (x, probs, ends, fc1, fc2),

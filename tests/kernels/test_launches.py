@@ -25,6 +25,9 @@ class Gpu:
     def zk_grouped_workspace(self, *sizes):
         return 256
 
+    def zk_tiles(self, tile, columns):
+        return -(-columns // (256 if tile else 128))
+
     def call(self, name, dtype, groups, n, k, table, maps):
         assert name == "zk_maps"
         self.maps.append((dtype, groups, n, k, [table[e] for e in range(groups)]))
@@ -49,7 +52,7 @@ def ampere(monkeypatch):
     return Gpu(monkeypatch, 80)
 
 
-ROWS = "product dtype tile groups rows columns depth ends x maps probs pre out sms".split()
+ROWS = "product dtype tile groups rows columns depth ends x maps probs pre out act sums sms".split()
 
 
 def test_one_kernel_writes_pre_and_act(hopper):
@@ -104,6 +107,18 @@ def test_without_a_gradient_pre_is_not_written(hopper):
     act = cuda_kernels.moe_act(x, fc1, None, ends)
     values = dict(zip(ROWS, hopper.launches[0][1]))
     assert values["pre"] is None and values["probs"] is None and values["out"] == act.data_ptr()
+
+
+def test_the_gradient_of_the_activation_is_one_kernel_and_a_sum(hopper):
+    _, probs, ends, _, fc2 = mlp_inputs([3, 0, 2], 16, 264, extra_rows=2, dtype=torch.bfloat16)
+    dout, pre = torch.randn(7, 16).bfloat16(), torch.randn(7, 528).bfloat16()
+    dpre, act, dprobs = cuda_kernels.swiglu_dgrad(dout, fc2, pre, probs, ends)
+    ((name, arguments),) = hopper.launches
+    values = dict(zip(ROWS, arguments))
+    sizes = {"product": 4, "columns": 264, "depth": 16, "out": dpre.data_ptr(), "act": act.data_ptr()}
+    assert name == "zk_rows" and {key: values[key] for key in sizes} == sizes
+    assert dpre.shape == pre.shape and act.shape == (7, 264) and not dprobs.any() and dprobs.shape == (7,)
+    assert hopper.maps[0][2:4] == (16, 264)
 
 
 def test_other_gpus_take_the_product_the_tail_and_the_activation_apart(ampere):

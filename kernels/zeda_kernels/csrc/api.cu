@@ -88,13 +88,17 @@ int zk_maps(int dtype, int groups, int n, int k, const void* const* experts, voi
 }
 
 int zk_rows(int product, int dtype, int tile, int groups, int64_t rows, int columns, int depth, const int32_t* ends,
-            const void* x, const void* maps, const float* probs, void* pre, void* out, int sm_count, void* stream) {
-  if (product < 0 || product > 3 || product == zk::kWgrad || tile < 0 || tile > 1) return zk::kBadArgument;
+            const void* x, const void* maps, const float* probs, void* pre, void* out, void* act, float* sums,
+            int sm_count, void* stream) {
+  if (product < 0 || product > 4 || product == zk::kWgrad || tile < 0 || tile > 1) return zk::kBadArgument;
   RowProduct p{};
   p.product = product, p.groups = groups, p.columns = columns, p.depth = depth, p.sm_count = sm_count, p.rows = rows;
-  p.ends = ends, p.x = x, p.maps = maps, p.probs = probs, p.pre = pre, p.out = out, p.stream = cudaStream_t(stream);
+  p.ends = ends, p.x = x, p.maps = maps, p.probs = probs, p.pre = pre, p.out = out, p.act = act, p.sums = sums;
+  p.stream = cudaStream_t(stream);
 #ifdef ZK_SM90
   if (dtype >= 0 && dtype < kTypes) return ZK_CALL(zk_sm90_rows, dtype, p, tile);
 #endif
   return zk::kNotBuilt;
 }
+
+int zk_tiles(int tile, int columns) { return int(zk::ceil_div(columns, zk::tiling_of(false, tile).columns)); }

@@ -29,12 +29,16 @@ ZK_API int zk_grouped(int product, int dtype, int arch, int groups, int64_t rows
 ZK_API int zk_maps(int dtype, int groups, int n, int k, const void* const* experts, void* maps);
 
 // Hopper: products of rows in one kernel, x [rows, depth], out [rows, columns]. forward and dgrad as above; product 3, the
-// fused fc1: pre [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], gate rows first, out = silu(gate) * up * prob.
-// probs may be null, pre too: it is not stored then. tile: 0 small, 1 large. At most 1024 groups. Rows past the last end
-// become zero.
+// fused fc1: pre [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], gate rows first, out = silu(gate) * up * prob;
+// probs may be null, pre too: it is not stored then. Product 4, its gradient behind dgrad's product, which is that of the
+// activation: out [rows, 2 columns] pre's, act [rows, columns] the activation again, sums [rows, zk_tiles] whose sum over
+// a row is prob's. tile: 0 small, 1 large. At most 1024 groups. Rows past the last end become zero, but those of sums.
 ZK_API int zk_rows(int product, int dtype, int tile, int groups, int64_t rows, int columns, int depth,
                    const int32_t* ends, const void* x, const void* maps, const float* probs, void* pre, void* out,
-                   int sm_count, void* stream);
+                   void* act, float* sums, int sm_count, void* stream);
+
+// Tiles of a row of product 4: columns of sums.
+ZK_API int zk_tiles(int tile, int columns);
 
 // pre [rows, 2 width], gate first -> act [rows, width]; probs may be null. Rows past the last end become zero.
 ZK_API int zk_swiglu(int dtype, int groups, int64_t rows, int width, const int32_t* ends, const void* pre,

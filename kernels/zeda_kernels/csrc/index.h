@@ -10,9 +10,9 @@
 
 namespace zk {
 
-// The three products of a linear layer y = x w^T over groups of rows, w[e] of shape [n, k]; and the first with SwiGLU
-// behind it.
-enum Product { kForward = 0, kDgrad = 1, kWgrad = 2, kFc1 = 3 };
+// The three products of a linear layer y = x w^T over groups of rows, w[e] of shape [n, k]; the first with SwiGLU behind
+// it, and the second with SwiGLU's derivative behind it.
+enum Product { kForward = 0, kDgrad = 1, kWgrad = 2, kFc1 = 3, kDswiglu = 4 };
 
 // Rows of one group. Sizes live on the device, so nobody checks them before: they are clamped here.
 struct Span {
@@ -114,7 +114,7 @@ ZK_HD RowTile tile_at(const int32_t* starts, int groups, int unit, int rank, con
 // A tile of the fused fc1 has the columns of gate and the same ones of up: its product is twice as wide.
 constexpr Tiling kFc1Small{64, 64, 1}, kFc1Large{128, 128, 2}, kPlainSmall{64, 128, 1}, kPlainLarge{128, 256, 2};
 
-ZK_HD constexpr Tiling tiling_of(bool fused, int tile) {
+constexpr Tiling tiling_of(bool fused, int tile) {
   return fused ? (tile == 0 ? kFc1Small : kFc1Large) : (tile == 0 ? kPlainSmall : kPlainLarge);
 }
 

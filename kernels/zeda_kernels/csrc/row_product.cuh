@@ -6,8 +6,10 @@
 namespace zk {
 
 // kForward: out [rows, columns] = x w_e^T, w_e [columns, depth]. kDgrad: out = x w_e, w_e [depth, columns]. kFc1: pre
-// [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], out = silu(gate) * up * prob. x [rows, depth]. Rows of out and pre
-// past the last end become zero.
+// [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], out = silu(gate) * up * prob. kDswiglu: with the product of kDgrad
+// for the gradient of that, and pre: out [rows, 2 columns] is pre's gradient, act [rows, columns] what was computed,
+// sums [rows, tiles of a row] parts of prob's gradient. x [rows, depth]. Rows of out, pre and act past the last end
+// become zero; those of sums are not written.
 struct RowProduct {
   int product, groups, columns, depth, sm_count;
   int64_t rows;
@@ -15,8 +17,10 @@ struct RowProduct {
   const void* x;
   const void* maps;    // a tensor map of each weight in boxes of 64 by 64, on the device
   const float* probs;  // null: one
-  void* pre;           // null: not stored
+  void* pre;           // kFc1: null: not stored
   void* out;
+  void* act;
+  float* sums;
   cudaStream_t stream;
 };
 
@@ -25,7 +29,8 @@ inline int check(const RowProduct& p, Tiling tiling) {
       p.rows < 0 || p.rows > INT32_MAX - 256 || p.sm_count <= 0)
     return kBadArgument;
   if (!p.ends || !p.maps || (p.rows > 0 && (!p.x || !p.out))) return kBadArgument;
-  if (p.columns % 8 || p.depth % 8 || !aligned(p.x) || !aligned(p.pre) || !aligned(p.out) ||
+  if (p.product == kDswiglu && p.rows > 0 && (!p.pre || !p.act || !p.sums)) return kBadArgument;
+  if (p.columns % 8 || p.depth % 8 || !aligned(p.x) || !aligned(p.pre) || !aligned(p.out) || !aligned(p.act) ||
       reinterpret_cast<uintptr_t>(p.maps) % 64)
     return kMisaligned;
   // Units are int32 even if every group had all rows, as ends that make no sense may claim.

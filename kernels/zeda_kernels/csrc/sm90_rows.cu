@@ -74,5 +74,6 @@ int ZK_NAME(zk_sm90_maps)(const void* const* experts, int groups, int n, int k, 
 
 int ZK_NAME(zk_sm90_rows)(const RowProduct& p, int tile) {
   if (p.product == zk::kFc1) return launch<zk::kFc1>(p, tile);
+  if (p.product == zk::kDswiglu) return launch<zk::kDswiglu>(p, tile);
   return p.product == zk::kDgrad ? launch<zk::kDgrad>(p, tile) : launch<zk::kForward>(p, tile);
 }

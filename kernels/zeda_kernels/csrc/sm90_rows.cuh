@@ -1,8 +1,8 @@
 // Hopper: every product of rows with their expert's weight, in one persistent kernel.
 //
-// One warp loads by TMA in boxes of 64 by 64, each other warpgroup multiplies 64 rows. A tile of the fused fc1 has boxes
-// of gate rows and those of the same up rows, so one thread's accumulators hold both halves of a pair, and weights stay
-// as checkpoints have them. Of what the two blocks of a cluster share, each loads a half for both.
+// One warp loads by TMA in boxes of 64 by 64, each other warpgroup multiplies 64 rows. A tile of the fused fc1 has
+// boxes of gate rows and those of the same up rows, so one thread's accumulators hold both halves of a pair, and weights
+// stay as checkpoints have them. Of what the two blocks of a cluster share, each loads a half for both.
 #pragma once
 #include "cute/tensor.hpp"
 #include "cute/arch/cluster_sm90.hpp"
@@ -41,10 +41,11 @@ struct Rows {
   using TileShape = cute::Shape<Int<kRows>, Int<2 * kHalf>, Int<kDepth>>;
   using Atom = SM90::GMMA::Layout_K_SW128_Atom<Element>;
   using LayoutA = decltype(tile_to_shape(Atom{}, cute::Shape<Int<kRows>, Int<kDepth>, Int<kStages>>{}));
-  // dgrad's weights are read across: their columns lie next to each other.
-  static constexpr auto kMajorB = product == kDgrad ? SM90::GMMA::Major::MN : SM90::GMMA::Major::K;
-  using AtomB = cute::conditional_t<product == kDgrad, SM90::GMMA::Layout_MN_SW128_Atom<Element>, Atom>;
-  using OrderB = cute::conditional_t<product == kDgrad, Step<_2, _1, _3>, Step<_1, _2, _3>>;
+  // The weights of these are read across: their columns lie next to each other.
+  static constexpr bool across = product == kDgrad || product == kDswiglu;
+  static constexpr auto kMajorB = across ? SM90::GMMA::Major::MN : SM90::GMMA::Major::K;
+  using AtomB = cute::conditional_t<across, SM90::GMMA::Layout_MN_SW128_Atom<Element>, Atom>;
+  using OrderB = cute::conditional_t<across, Step<_2, _1, _3>, Step<_1, _2, _3>>;
   using LayoutB = decltype(tile_to_shape(AtomB{}, cute::Shape<Int<2 * kHalf>, Int<kDepth>, Int<kStages>>{}, OrderB{}));
   using Mma = decltype(make_tiled_mma(
       SM90::GMMA::ss_op_selector<Element, Element, float, TileShape, SM90::GMMA::Major::K, kMajorB>(),
@@ -84,6 +85,26 @@ struct Rows {
       cutlass::arch::global_store<uint4, 16>(values[i], to, 4 * i + lane / 8 < rows && lane % 8 * 8 < columns);
   }
 
+  // The other way round: 16 rows by 64 columns of one warp; zeros outside.
+  static __device__ void fetch(uint32_t (&packed)[16], Element* staged, const Element* in, int64_t stride, int rows,
+                               int columns) {
+    const int lane = threadIdx.x % 32;
+    const auto piece = [&](int row, int j) { return reinterpret_cast<uint4*>(staged) + row * 8 + (j ^ row % 8); };
+    const Element* from = in + lane / 8 * stride + lane % 8 * 8;
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i, from += 4 * stride) {
+      uint4 value = make_uint4(0, 0, 0, 0);
+      cutlass::arch::global_load<uint4, 16>(value, from, 4 * i + lane / 8 < rows && lane % 8 * 8 < columns);
+      *piece(4 * i + lane / 8, lane % 8) = value;
+    }
+    __syncwarp();
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const uint128_t*>(piece(lane % 16, 2 * i + lane / 16)), packed[4 * i],
+                              packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
+    __syncwarp();  // read before the next call writes
+  }
+
   static __device__ uint32_t pack(float first, float second) {
     const cutlass::Array<float, 2> pair{first, second};
     const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>::convert(pair);
@@ -96,45 +117,68 @@ struct Rows {
     return float(Element::bitcast(uint16_t(packed >> 16 * i)));
   }
 
+  // A warp's 16 rows of a tile to memory, 64 columns at a time. `sums` are its threads' and may be overwritten.
   template <typename Accumulators>
-  static __device__ void epilogue(const Accumulators& sums, const RowTile& tile, const float (&prob)[2],
-                                  const RowProduct& p, Element* staged) {
-    const int64_t width = p.columns;
-    const int skipped = threadIdx.x / 32 * 16, rows = tile.rows - skipped;  // 16 rows a warp
+  static __device__ void epilogue(Accumulators& sums, const RowTile& tile, const float (&prob)[2], const RowProduct& p,
+                                  Element* staged) {
+    const int64_t width = p.columns, row = tile.row + threadIdx.x / 32 * 16;
+    const int rows = tile.rows - threadIdx.x / 32 * 16;
     if (rows <= 0) return;
-    Element* out = static_cast<Element*>(p.out) + (tile.row + skipped) * width;
-    if constexpr (!fused) {
-      CUTE_UNROLL
-      for (int chunk = 0; chunk < kBoxesB; ++chunk) {
-        const int column = tile.column + chunk * 64;
-        uint32_t packed[16];
-        CUTE_UNROLL
-        for (int i = 0; i < 16; ++i) packed[i] = pack(sums(chunk * 32 + 2 * i), sums(chunk * 32 + 2 * i + 1));
-        store(packed, staged, out + column, width, rows, p.columns - column);
-      }
-      return;
-    }
+    Element *out = static_cast<Element*>(p.out), *pre = static_cast<Element*>(p.pre);
+    Element* act = static_cast<Element*>(p.act);
+    float dprob[2] = {0.f, 0.f};
+    uint32_t gate[16], up[16];
     CUTE_UNROLL
-    for (int chunk = 0; chunk < kHalf / 64; ++chunk) {
-      const int column = tile.column + chunk * 64, columns = p.columns - column;
-      uint32_t gate[16], up[16];
+    for (int chunk = 0; chunk < (fused ? kHalf : 2 * kHalf) / 64; ++chunk) {
+      const int column = tile.column + chunk * 64, columns = p.columns - column, at = chunk * 32;
+      if (columns <= 0) break;
+      if constexpr (product == kFc1) {
+        CUTE_UNROLL
+        for (int i = 0; i < 16; ++i) {
+          gate[i] = pack(sums(at + 2 * i), sums(at + 2 * i + 1));
+          up[i] = pack(sums(kHalf / 2 + at + 2 * i), sums(kHalf / 2 + at + 2 * i + 1));
+        }
+        if (pre) {
+          store(gate, staged, pre + row * 2 * width + column, 2 * width, rows, columns);
+          store(up, staged, pre + row * 2 * width + width + column, 2 * width, rows, columns);
+        }
+        CUTE_UNROLL
+        for (int i = 0; i < 16; ++i) {  // from the rounded values: those that the backward pass sees
+          const float first = swiglu(part(gate[i], 0), part(up[i], 0), prob[i % 2]);
+          gate[i] = pack(first, swiglu(part(gate[i], 1), part(up[i], 1), prob[i % 2]));
+        }
+        store(gate, staged, out + row * width + column, width, rows, columns);
+      } else if constexpr (product == kDswiglu) {
+        fetch(gate, staged, pre + row * 2 * width + column, 2 * width, rows, columns);
+        fetch(up, staged, pre + row * 2 * width + width + column, 2 * width, rows, columns);
+        CUTE_UNROLL
+        for (int i = 0; i < 16; ++i) {
+          const SwigluGrad first = swiglu_grad(part(gate[i], 0), part(up[i], 0), prob[i % 2], sums(at + 2 * i));
+          const SwigluGrad second = swiglu_grad(part(gate[i], 1), part(up[i], 1), prob[i % 2], sums(at + 2 * i + 1));
+          dprob[i % 2] += first.prob + second.prob;
+          gate[i] = pack(first.gate, second.gate), up[i] = pack(first.up, second.up);
+          sums(at + 2 * i) = __uint_as_float(pack(first.act, second.act));  // kept where no register is to spare
+        }
+        store(gate, staged, out + row * 2 * width + column, 2 * width, rows, columns);
+        store(up, staged, out + row * 2 * width + width + column, 2 * width, rows, columns);
+        CUTE_UNROLL
+        for (int i = 0; i < 16; ++i) gate[i] = __float_as_uint(sums(at + 2 * i));
+        store(gate, staged, act + row * width + column, width, rows, columns);
+      } else {
+        CUTE_UNROLL
+        for (int i = 0; i < 16; ++i) gate[i] = pack(sums(at + 2 * i), sums(at + 2 * i + 1));
+        store(gate, staged, out + row * width + column, width, rows, columns);
+      }
+    }
+    if constexpr (product == kDswiglu) {
+      const int tiles = int(ceil_div(p.columns, tiling.columns)), own = threadIdx.x % 32 / 4;
       CUTE_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        const int at = chunk * 32 + 2 * i;
-        gate[i] = pack(sums(at), sums(at + 1));
-        up[i] = pack(sums(kHalf / 2 + at), sums(kHalf / 2 + at + 1));
+      for (int r = 0; r < 2; ++r) {  // four threads have a row; the same order each time
+        dprob[r] += __shfl_xor_sync(0xffffffffu, dprob[r], 1);
+        dprob[r] += __shfl_xor_sync(0xffffffffu, dprob[r], 2);
+        if (threadIdx.x % 4 == 0 && own + 8 * r < rows)
+          p.sums[(row + own + 8 * r) * tiles + tile.column / tiling.columns] = dprob[r];
       }
-      if (p.pre) {
-        Element* pre = static_cast<Element*>(p.pre) + (tile.row + skipped) * 2 * width + column;
-        store(gate, staged, pre, 2 * width, rows, columns);
-        store(up, staged, pre + width, 2 * width, rows, columns);
-      }
-      CUTE_UNROLL
-      for (int i = 0; i < 16; ++i) {  // from the rounded values: those that the backward pass sees
-        const float first = swiglu(part(gate[i], 0), part(up[i], 0), prob[i % 2]);
-        gate[i] = pack(first, swiglu(part(gate[i], 1), part(up[i], 1), prob[i % 2]));
-      }
-      store(gate, staged, out + column, width, rows, columns);
     }
   }
 
@@ -184,7 +228,7 @@ struct Rows {
         };
         const auto columns = [&](auto copy, int i, auto... both) {
           const int column = work.box(tile, i);
-          if constexpr (product == kDgrad) copy(weight, barrier, both..., hint, b + i * kBox, column, k);
+          if constexpr (across) copy(weight, barrier, both..., hint, b + i * kBox, column, k);
           else copy(weight, barrier, both..., hint, b + i * kBox, k, column);
         };
         const auto own = [](auto... arguments) { SM90_TMA_LOAD_2D::copy(arguments...); };
@@ -225,7 +269,7 @@ struct Rows {
     for (int unit = work.first; unit < work.units; unit += work.step) {
       const RowTile tile = work.at(unit);
       float prob[2] = {1.f, 1.f};
-      if (fused && work.p.probs) {
+      if ((fused || product == kDswiglu) && work.p.probs) {
         CUTE_UNROLL
         for (int r = 0; r < 2; ++r) prob[r] = row + 8 * r < tile.rows ? work.p.probs[tile.row + row + 8 * r] : 0.f;
       }
@@ -257,7 +301,9 @@ struct Rows {
       pipeline.consumer_release(release);  // before the epilogue: the next tile's loads run beside it
       epilogue(sums, tile, prob, work.p, shared.staged[threadIdx.x / 32]);
     }
-    clear_tail(static_cast<Element*>(work.p.out), work.p.columns, work.p);
+    constexpr bool derived = product == kDswiglu;
+    clear_tail(static_cast<Element*>(work.p.out), (derived ? 2LL : 1LL) * work.p.columns, work.p);
+    if (derived) clear_tail(static_cast<Element*>(work.p.act), work.p.columns, work.p);
     if (fused && work.p.pre) clear_tail(static_cast<Element*>(work.p.pre), 2LL * work.p.columns, work.p);
   }
 

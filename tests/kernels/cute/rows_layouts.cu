@@ -28,7 +28,7 @@ int wrong() {
         found += a(row, k, stage) != (stage * Own::kBoxesA + row / 64) * kBox + in_box(row % 64, k);
       for (int column = 0; column < 2 * kHalf; ++column) {
         // A box of dgrad's weights has one of their rows, a step of the sum, in a row.
-        const int inside = product == zk::kDgrad ? in_box(k, column % 64) : in_box(column % 64, k);
+        const int inside = Own::across ? in_box(k, column % 64) : in_box(column % 64, k);
         found += b(column, k, stage) != (stage * Own::kBoxesB + column / 64) * kBox + inside;
       }
     }
@@ -54,4 +54,4 @@ void tell() {
 
 }  // namespace
 
-int main() { tell<zk::kForward>(), tell<zk::kDgrad>(), tell<zk::kFc1>(); }
+int main() { tell<zk::kForward>(), tell<zk::kDgrad>(), tell<zk::kFc1>(), tell<zk::kDswiglu>(); }

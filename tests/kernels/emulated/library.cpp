@@ -76,6 +76,6 @@ ZK_API int check_rows(int product, int tile, int groups, int64_t rows, int colum
                       const void* x, const void* maps, void* pre, void* out) {
   zk::RowProduct p{};
   p.product = product, p.groups = groups, p.columns = columns, p.depth = depth, p.sm_count = 132, p.rows = rows;
-  p.ends = ends, p.x = x, p.maps = maps, p.pre = pre, p.out = out;
+  p.ends = ends, p.x = x, p.maps = maps, p.pre = pre, p.out = p.act = out, p.sums = static_cast<float*>(pre);
   return zk::check(p, own_tiling(product, tile));
 }
