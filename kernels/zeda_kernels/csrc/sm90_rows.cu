@@ -40,15 +40,18 @@ int launch(const RowProduct& p) {
   const int64_t full = p.rows / (tiling.rows * tiling.cluster) + std::min<int64_t>(p.groups, p.rows);
   const int64_t units = full * zk::ceil_div(p.columns, tiling.columns);
   const int64_t most = std::max(1, p.sm_count * Config::blocks / tiling.cluster);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = tiling.cluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = tiling.cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(std::min(units, most)) * tiling.cluster);
   config.blockDim = dim3(Kernel::kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = p.stream;
-  config.attrs = &cluster, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, x, p);
 }
 

@@ -317,6 +317,9 @@ struct Rows {
     params.is_leader = producer;  // only one thread of them loads
     params.num_consumers = kConsumers;
     Pipeline pipeline(shared.pipeline, params, Cluster{});
+    // Launched while the kernel before may still run: nothing that it may write is touched before this line.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x < 32) count_units(p.ends, p.groups, p.rows, p.columns, tiling, shared.starts);
     if (threadIdx.x == 0) prefetch_tma_descriptor(&x);
     if constexpr (kCluster) cluster_arrive_relaxed(), cluster_wait();  // the other block's barriers are there
