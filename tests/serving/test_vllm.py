@@ -192,12 +192,14 @@ def test_packed_experts_answer_as_their_numbers_say(folders, tmp_path, monkeypat
     assert made["counts"] == expected.counts
 
 
-def test_a_packed_folder_is_served_whole(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["qwen_paired", "q35_paired"])
+def test_a_packed_folder_is_served_whole(folders, tmp_path, monkeypatch, name):
     """With int8 attention as well, whose inputs vLLM's own kernel rounds: answers begin as the numbers say."""
-    packed = vllm_world.packed(folders["qwen_paired"], tmp_path / "packed", "int8")
+    packed = vllm_world.packed(folders[name], tmp_path / "packed", "int8")
     expected = vllm_world.reference(packed)
     monkeypatch.setenv("ZEDA_TEST_8_BITS", "1")
-    (made,) = vllm_world.offline(packed, enable_prefix_caching=False)["rounds"]
+    more = {"dtype": "bfloat16"} if name.startswith("q35") else {}
+    (made,) = vllm_world.offline(packed, enable_prefix_caching=False, **more)["rounds"]
     assert [one[0] for one in made] == [one[0] for one in expected.tokens]
 
 

@@ -41,7 +41,8 @@ def gather_on_cpus() -> None:
 
 def multiply_on_cpus() -> None:
     """vLLM's 8-bit experts want AMX on a CPU. This stand-in has their contract: rows, ids of local experts alone,
-    weights times scales; activations keep their type."""
+    weights times scales; activations keep their type. Kernels of 8-bit attention are those of any CPU: AMX's take no
+    float32, and no odd widths."""
     import vllm.model_executor.layers.fused_moe.modular_kernel as mk
     from vllm.model_executor.layers.fused_moe.oracle import fp8, int8
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
@@ -83,6 +84,7 @@ def multiply_on_cpus() -> None:
         return [DequantisedExperts] if backend.name == "TRITON" else []
 
     int8.backend_to_kernel_cls = fp8.backend_to_kernel_cls = kernels
+    torch.cpu._is_amx_tile_supported = lambda: False
 
 
 class OnCpus:

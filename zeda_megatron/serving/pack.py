@@ -23,17 +23,18 @@ from ..strict_json import read_json
 
 TYPES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """The type of a number format, and its largest number."""
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Names of modules that decide, and that no scale is for."""
+DECIDES = ("gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba")
+"""Names of modules that no scale is for: they decide on picks, or on what a gated delta network forgets. ModelOpt's
+recipe (0.47) leaves the same alone."""
 SCALE = "_scale"
 """`...weight` and `...weight_scale`."""
 
 
 def packs(key: str, shape: tuple[int, ...], arch: Architecture) -> bool:
-    """True for a matrix of a decoder layer that decides on no pick."""
+    """True for a matrix of a decoder layer that decides nothing."""
     inside = key.startswith("model.layers.") and not arch.is_carried(key)
-    router = any(f".{name}." in key for name in ROUTERS)
-    return inside and len(shape) == 2 and key.endswith(".weight") and not router
+    decides = any(f".{name}." in key for name in DECIDES)
+    return inside and len(shape) == 2 and key.endswith(".weight") and not decides
 
 
 def scale_of(weight_OI: torch.Tensor, number_format: str) -> torch.Tensor:
@@ -119,7 +120,7 @@ def _quantization(arch: Architecture, number_format: str) -> dict[str, Any]:
         },
         "ignore": [
             "lm_head",
-            *(rf"re:.*\.{name}$" for name in ROUTERS),
+            *(rf"re:.*\.{name}$" for name in DECIDES),
             *([rf"re:model\.layers\.({behind})\..*"] if behind else []),
         ],
     }
