@@ -42,6 +42,7 @@ WORLD_FLAGS = {
     "aligned paired": ALIGNED,
     "ce": {"distill_loss": "ce"},
     "router": ALIGNED | {"trainable": "router"},
+    "norms": ALIGNED | {"trainable": "router+norms"},
     "reverse": {"distill_loss": "reverse_kl"},
     "jsd": {"distill_loss": "jsd"},
     "adamoe": {"group_loss_variant": "adamoe", "renormalize_after_drop": True},
@@ -234,8 +235,8 @@ TRAIN = [
     case("ep2 loop", ep=2, flags={"expert_backend": "loop"}, slow=True),
     case("ep2 kernels", ep=2, flags={"expert_backend": "kernels"}, slow=True),
     *(
-        case(f"{memory} {name}", world="router", flags={"teacher_memory": memory}, slow=True, **layout)
-        for memory in ("offload", "shared")
+        case(f"{world} {memory} {name}", world=world, flags={"teacher_memory": memory}, slow=True, **layout)
+        for world, memory in (("router", "offload"), ("router", "shared"), ("norms", "shared"))
         for name, layout in {"ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}.items()
     ),
     case(

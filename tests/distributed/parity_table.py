@@ -37,6 +37,7 @@ WORLDS = {
     "aligned paired": "paired",
     "ce": "cross-entropy",
     "router": "routers train",
+    "norms": "routers and norms train",
     "reverse": "reverse KL",
     "jsd": "JSD",
     "adamoe": "AdaMoE's loss and weights",

@@ -175,6 +175,7 @@ def test_more_splitting_and_less_keeping_need_less(model):
         ["--teacher-schedule", "alongside"],
         ["--seq-length", 32768],
         ["--trainable", "router", "--teacher-memory", "shared"],
+        ["--trainable", "router+norms", "--teacher-memory", "shared"],
         ["--loss-chunk-tokens", 512, "--distill-loss", "ce", "--seq-length", 8192],
         ["--zero-share", 0.5],
     ):

@@ -46,6 +46,8 @@ MORE = {
         "2",
     ],
     "tp2 routers": ["--trainable", "router", "--tensor-model-parallel-size", "2"],
+    "tp2 routers and norms": ["--trainable", "router+norms", "--tensor-model-parallel-size", "2"],
+    "pp2 routers and norms": ["--trainable", "router+norms", "--pipeline-model-parallel-size", "2"],
     "paired": ["--zero-expert-routing", "paired", "--moe-router-load-balancing-type", "none"],
     "learned": ["--zero-experts-type", "learned", "--moe-router-load-balancing-type", "none"],
 }

@@ -123,6 +123,22 @@ def test_paired_zero_experts_are_fitted_trained_and_exported(name, target, tmp_p
     assert_same_logits_in_transformers(world, tmp_path / "run", tmp_path / "hf")
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_teacher_that_shares_weights_stays_what_it_is(name, world_of):
+    """Whatever trains, a router's bias too, has its first value in the teacher's passes."""
+    flags = {"trainable": "router+norms", "teacher_memory": "shared", "lr_warmup_fraction": 0.0}
+    run = tiny_world.start(world_of(name), train_iters=1, **flags)
+    teacher, before = tiny_world.weight_hash(run.teacher), weights_of(run)
+    run.run()
+    assert tiny_world.weight_hash(run.teacher) == teacher
+    moved = {key for key, weight in weights_of(run).items() if not torch.equal(weight, before[key])}
+    assert moved == {key for key in before if ".router." in key or key.endswith("norm.weight")}
+
+
+def weights_of(run):
+    return {name: p.detach().clone() for name, p in run.student.chunks[0].named_parameters()}
+
+
 @pytest.mark.parametrize("kind", ["copy", "learned"])
 def test_other_kinds_of_zero_experts_are_trained_and_exported(kind, glm, tmp_path):
     hf_to_megatron(glm.hf, tmp_path / "start", num_zero_experts=4, zero_experts_type=kind)

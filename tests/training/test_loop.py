@@ -432,7 +432,7 @@ def test_routers_alone_learn_the_same_with_recomputation(world, granularity, mem
     """Embeddings are frozen then, so the first recomputed block has no input that wants a gradient of its own."""
     ends = []
     for recompute in (None, granularity):
-        flags = {"trainable": "router", "teacher_memory": memory, "recompute_granularity": recompute}
+        flags = {"trainable": "router+norms", "teacher_memory": memory, "recompute_granularity": recompute}
         run = tiny_world.start(world, train_iters=2, **flags)
         run.run()
         ends.append(
@@ -443,21 +443,24 @@ def test_routers_alone_learn_the_same_with_recomputation(world, granularity, mem
         tiny.close(ends[1][name], weight, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("trainable", ["all", "router"])
+@pytest.mark.parametrize("trainable", ["all", "router", "router+norms"])
 def test_trainable_says_which_weights_move(world, trainable):
     run = tiny_world.start(world, trainable=trainable, lr_warmup_fraction=0.0, train_iters=1)
     before = {name: p.detach().clone() for name, p in run.student.chunks[0].named_parameters()}
     run.run()
     moved = {n for n, p in run.student.chunks[0].named_parameters() if not torch.equal(p, before[n])}
-    routers_only = {name for name in before if ".router." in name}
-    assert moved == (routers_only if trainable == "router" else set(before))
+    routers = {name for name in before if ".router." in name}
+    norms = {name for name in before if name.endswith(("norm.weight", "norm_weight"))}
+    assert moved == {"all": set(before), "router": routers, "router+norms": routers | norms}[trainable]
+    assert routers and norms
 
 
 # --- teacher ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("memory", "trainable"), [("own", "all"), ("offload", "all"), ("own", "router"), ("shared", "router")]
+    ("memory", "trainable"),
+    [("own", "all"), ("offload", "all"), ("own", "router"), ("shared", "router"), ("shared", "router+norms")],
 )
 def test_the_teacher_does_not_move_and_is_the_static_model(world, memory, trainable):
     flags = {"teacher_memory": memory, "trainable": trainable, "train_iters": 2, "lr_warmup_fraction": 0.0}
@@ -477,10 +480,11 @@ def test_the_teacher_does_not_move_and_is_the_static_model(world, memory, traina
     assert run.student.chunks[0].training and not after.requires_grad
 
 
-def test_the_three_memory_modes_give_the_same_losses_and_weights(world, tmp_path):
+@pytest.mark.parametrize("trainable", ["router", "router+norms"])
+def test_the_three_memory_modes_give_the_same_losses_and_weights(world, tmp_path, trainable):
     ends, lines = [], []
     for memory in ("own", "offload", "shared"):
-        flags = {"teacher_memory": memory, "trainable": "router", "train_iters": 3}
+        flags = {"teacher_memory": memory, "trainable": trainable, "train_iters": 3}
         run = tiny_world.start(world, save=tmp_path / memory, **flags)
         run.run()
         ends.append(tiny_world.snapshot(run))

@@ -87,8 +87,9 @@ class ModelOptions:
     moe_permute_fusion: bool = False
     """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
 
-    trainable: Literal["all", "router", "mtp"] = "all"
-    """all, router (only the routers train) or mtp (only the head of multi-token prediction, see --mtp-loss-scale)."""
+    trainable: Literal["all", "router", "router+norms", "mtp"] = "all"
+    """What trains: all, router (Router-KD, arXiv 2603.02217), router+norms (and the weights of all norms) or mtp (the
+    head of multi-token prediction alone, see --mtp-loss-scale). The rest stays bit for bit what it is."""
 
     bf16: bool = False
     """bfloat16 weights and activations with fp32 master weights; otherwise fp32."""

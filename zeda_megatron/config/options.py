@@ -146,7 +146,8 @@ class Options:
             )
         if self.distill.teacher_memory == "shared" and self.model.trainable == "all":
             raise UserError(
-                "--teacher-memory shared needs --trainable router or mtp: other weights must not move"
+                "--teacher-memory shared needs --trainable router, router+norms or mtp: where all weights train, a "
+                "second copy is needed (own)"
             )
         self._validate_mtp()
 

@@ -68,8 +68,9 @@ class DistillOptions:
     """Checkpoint of the teacher. Default: --pretrained-checkpoint."""
 
     teacher_memory: Literal["own", "offload", "shared"] = "own"
-    """own: a second copy of the weights. offload: that copy waits in host memory. shared: with --trainable
-    router or mtp, the student's own weights with the zero experts masked."""
+    """own: a second copy of the weights. offload: that copy waits in host memory. shared: unless
+    --trainable is all, the student's own weights with the zero experts masked, beside the first values of those that
+    train."""
 
     teacher_schedule: Literal["ahead", "alongside"] = "ahead"
     """ahead: the teacher runs all micro-batches of a step first; their hidden states wait on the last pipeline stage.

@@ -1,19 +1,19 @@
 """The frozen teacher: a pipeline of its own beside the student, forward only, hidden states kept.
 
 Memory modes (`--teacher-memory`): `own` keeps a second copy of the weights, `offload` parks that copy in host
-memory between passes, `shared` borrows the student's weights where only routers train.
+memory between passes, `shared` borrows the student's weights where few of them train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from ..data.packing import PackedBatch
 from ..moe.router_dials import zero_mask
-from ..moe.stats import evaluating, routers
+from ..moe.stats import evaluating
 from .passes import forward_model, forward_only
 
 
@@ -23,18 +23,18 @@ class Teacher:
     Args:
         model_chunks: unwrapped model chunks of this pipeline rank; for `shared`, the student's own.
         mode: own, offload or shared.
+        moves: for `shared`, the student's parameters that may train; their values now are the teacher's.
 
     Attributes:
         running: a pass is under way.
     """
 
-    def __init__(self, model_chunks: list[torch.nn.Module], mode: str):
+    def __init__(
+        self, model_chunks: list[torch.nn.Module], mode: str, moves: Sequence[torch.nn.Parameter] = ()
+    ):
         self.model_chunks, self.mode, self.running = model_chunks, mode, False
-        self._router_weights: list[torch.Tensor] = []
-        if mode == "shared":
-            # Routers train, so the teacher needs their first weights: N x H per layer, all it costs.
-            self._router_weights = [r.weight.detach().clone() for r in routers(model_chunks)]
-        else:
+        self._first = [(parameter, parameter.detach().clone()) for parameter in moves]
+        if mode != "shared":
             for chunk in model_chunks:
                 chunk.eval().requires_grad_(False)
             if mode == "offload":
@@ -67,10 +67,9 @@ class Teacher:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Teacher's weights in place, zero experts masked, evaluation mode; restored afterwards."""
-        mine = routers(self.model_chunks)
-        student = [router.weight.data for router in mine] if self.mode == "shared" else []
-        for router, weight in zip(mine, self._router_weights):
-            router.weight.data = weight
+        student = [parameter.data for parameter, _ in self._first]
+        for parameter, weight in self._first:
+            parameter.data = weight
         if self.mode == "offload":
             self._move("cuda" if torch.cuda.is_available() else "cpu")
         self.running = True
@@ -81,8 +80,8 @@ class Teacher:
             self.running = False
             if self.mode == "offload":
                 self._move("cpu")
-            for router, weight in zip(mine, student):
-                router.weight.data = weight
+            for (parameter, _), weight in zip(self._first, student):
+                parameter.data = weight
 
     def _move(self, device: str) -> None:
         for chunk in self.model_chunks:

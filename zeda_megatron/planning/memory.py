@@ -137,8 +137,8 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         made["optimizer"] = float(state * (dense + expert))
     if options.model.stage in ("1", "2"):
         mode = options.distill.teacher_memory
-        routers = count.router - count.paired - count.stand_ins
-        held = {"own": count.of_decoder, "offload": 0, "shared": routers}[mode]
+        first = dense + expert if options.model.trainable != "mtp" else 0
+        held = {"own": count.of_decoder, "offload": 0, "shared": first}[mode]
         made[f"teacher ({mode})"] = float(width * held)
     return made
 

@@ -45,6 +45,8 @@ class StageParameters:
     """The real experts of this rank."""
     router: int
     """Part of `dense`: everything under `.router.`, which `--trainable router` trains."""
+    norms: int
+    """Part of `dense`: weights of norms."""
     paired: int
     """Part of `router`: heads of paired zero experts, frozen unless `--paired-head-lr` is given."""
     stand_ins: int
@@ -70,7 +72,8 @@ class StageParameters:
         """(dense, expert) parameters that have gradients; `what`: --trainable."""
         part = self.mtp if what == "mtp" else self
         frozen = part.stand_ins + (0 if paired_trains else part.paired)
-        return (self.router - frozen, 0) if what == "router" else (part.dense - frozen, part.expert)
+        named = {"router": self.router, "router+norms": self.router + self.norms}
+        return (named[what] - frozen, 0) if what in named else (part.dense - frozen, part.expert)
 
 
 def stage_parameters(
@@ -115,6 +118,9 @@ def stage_parameters(
                 dense=dense + (mtp.dense if mtp else 0),
                 expert=(sparse + heads) * expert,
                 router=router + heads * _router(fields, zero),
+                norms=sum(_norms(fields, is_linear, tp) for is_linear in linear)
+                + last * fields["hidden_size"]
+                + heads * (_norms(fields, False, tp) + 3 * fields["hidden_size"]),
                 paired=(sparse + heads) * _paired(fields, zero),
                 stand_ins=(sparse + heads) * _stand_ins(fields, zero),
                 head=last * vocabulary,
@@ -151,6 +157,18 @@ def delta_network(fields: dict, tp: int) -> int:
     made = linear_attention(fields)
     whole = fields["linear_value_head_dim"] if made.others else 0
     return (made.projection + made.others - whole) // tp + whole
+
+
+def _norms(fields: dict, is_linear: bool, tp: int) -> int:
+    """Weights of a layer's norms, those inside its attention among them."""
+    around = 2 * fields["hidden_size"]
+    if is_linear:
+        return around + fields["linear_value_head_dim"]
+    if fields.get("multi_latent_attention"):
+        return around + fields["kv_lora_rank"] + (fields["q_lora_rank"] or 0)
+    heads, head = fields["num_attention_heads"] + fields["num_query_groups"], fields["kv_channels"]
+    over_heads = heads * head // tp if fields.get("qk_norm_over_heads") else 0
+    return around + over_heads + (2 * head if fields["qk_layernorm"] else 0)
 
 
 def mlp(fields: dict, width: int, tp: int) -> int:

@@ -49,6 +49,10 @@ from ..moe.router_dials import set_dials
 from ..runtime.megatron_api import forget_recorded_losses
 from .log import warn
 
+TRAINABLE = {"router": (".router.",), "router+norms": (".router.", "norm"), "mtp": (MTP,)}
+"""Parts of the names of parameters that train, by `--trainable`. Transformer Engine's layers hold norms in the
+projection behind them (`layer_norm_weight`)."""
+
 
 @dataclass(frozen=True)
 class Student:
@@ -58,6 +62,8 @@ class Student:
     """Bare model chunks (checkpoints, routers)."""
     wrapped: list[torch.nn.Module]
     """The same under Megatron's DDP (forward and backward)."""
+    moves: list[torch.nn.Parameter]
+    """Those of its parameters that train, or would."""
     arch: Architecture
     """Its geometry."""
     zero: ZeroExpertConfig
@@ -191,11 +197,11 @@ def build_student(options: Options, trains: bool = True) -> Student:
         verify = options.run.verify_checkpoint
         load_weights(chunks, folder, "--pretrained-checkpoint", heads="stored or fresh", verify=verify)
     if options.model.trainable != "all":
-        part = {"router": ".router.", "mtp": MTP}[options.model.trainable]
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 # Stand-ins, which are routers' too, never train.
-                parameter.requires_grad_(parameter.requires_grad and part in name)
+                named = any(part in name for part in TRAINABLE[options.model.trainable])
+                parameter.requires_grad_(parameter.requires_grad and named)
             if chunk.pre_process:
                 # Recomputation follows gradients through its inputs only: with frozen embeddings none would begin.
                 chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -205,12 +211,13 @@ def build_student(options: Options, trains: bool = True) -> Student:
         paired.requires_grad_(options.share.paired_head_lr > 0 and "head" in paired.terms)
     if options.model.moe_pick_rule:
         set_dials(chunks, pick_rule=parse_pick_rule(options.model.moe_pick_rule))
+    moves = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     if not trains:
         for chunk in chunks:
             chunk.requires_grad_(False)
             if options.model.bf16:
                 chunk.bfloat16()
-        return Student(chunks, chunks, arch, zero)
+        return Student(chunks, chunks, moves, arch, zero)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
@@ -224,7 +231,7 @@ def build_student(options: Options, trains: bool = True) -> Student:
         wrapped.append(DistributedDataParallel(config, ddp, module))
     config = get_model_config(chunks[0])
     config.finalize_model_grads_func = finalize_model_grads
-    return Student(chunks, wrapped, arch, zero)
+    return Student(chunks, wrapped, moves, arch, zero)
 
 
 def build_teacher(options: Options, student: Student) -> Teacher:
@@ -237,7 +244,7 @@ def build_teacher(options: Options, student: Student) -> Teacher:
                 "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal "
                 "--pretrained-checkpoint"
             )
-        return Teacher(student.chunks, mode)
+        return Teacher(student.chunks, mode, student.moves if options.model.trainable != "mtp" else ())
     zero = student.zero
     if options.distill.teacher_load and beside(source, ZEDA_NAME):
         # The teacher may be the static checkpoint: its zero experts are masked anyway.
