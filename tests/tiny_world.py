@@ -167,6 +167,11 @@ def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
+def parameters(run) -> dict[str, torch.Tensor]:
+    """Copies of the weights of a run of one stage."""
+    return {name: p.detach().clone() for name, p in run.student.chunks[0].named_parameters()}
+
+
 def snapshot(run) -> dict[str, torch.Tensor]:
     """Copies of all weights and optimizer states of a run."""
     state = {

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -171,8 +172,6 @@ class First:
 
 
 def _has(package: str) -> bool:
-    from importlib.util import find_spec
-
     return find_spec(package) is not None
 
 

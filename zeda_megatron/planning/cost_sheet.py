@@ -18,9 +18,7 @@ from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.hf_config import zero_experts_of
 from ..text_table import text_table
-from .flops import STATIC, Flops, Geometry, flop_ratio, flops_per_token
-
-BYTES = 2  # bf16 weights, activations and cache
+from .flops import BYTES, STATIC, Flops, Geometry, flop_ratio, flops_per_token
 
 
 @dataclass(frozen=True)

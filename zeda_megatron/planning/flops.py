@@ -22,8 +22,8 @@ from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
 from ..strict_json import read_json
 
-BF16 = 2
-"""Bytes of a number."""
+BYTES = 2
+"""Of a number in bf16: weights, activations and cache."""
 STATIC = ZeroExpertConfig()
 """No zero experts."""
 
@@ -57,7 +57,13 @@ class LinearAttention:
     """Multiply-adds of convolution and recurrence, token by token: what the state answers to the key, what it learns,
     what it answers to the query."""
     state: int
-    """Bytes kept per sequence: the state in float32, the convolution's last inputs in bf16."""
+    """Numbers of the state that is kept per sequence, in float32."""
+    inputs: int
+    """The convolution's last inputs, kept beside it."""
+
+    def kept(self, width: int) -> int:
+        """Bytes kept per sequence; `width`: of an activation."""
+        return 4 * self.state + width * self.inputs
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Geometry:
     @property
     def state(self) -> int:
         """Bytes that all layers together keep per sequence, however long it is."""
-        return self.linear_layers * self.linear.state
+        return self.linear_layers * self.linear.kept(BYTES)
 
     @property
     def routed_parameters(self) -> int:
@@ -237,7 +243,7 @@ def _grouped_query(sizes: dict) -> Attention:
 def linear_attention(sizes: dict) -> LinearAttention:
     """The gated delta network of a config; all zeros where there is none."""
     if not sizes.get("linear_attention_freq"):
-        return LinearAttention(0, 0, 0, 0)
+        return LinearAttention(0, 0, 0, 0, 0)
     key_heads, heads = sizes["linear_num_key_heads"], sizes["linear_num_value_heads"]
     key, value = sizes["linear_key_head_dim"], sizes["linear_value_head_dim"]
     taps, convolved = sizes["linear_conv_kernel_dim"], 2 * key_heads * key + heads * value
@@ -245,7 +251,8 @@ def linear_attention(sizes: dict) -> LinearAttention:
         projection=sizes["hidden_size"] * (convolved + 2 * heads * value + 2 * heads),
         others=convolved * taps + 2 * heads + value,
         per_token=convolved * taps + 3 * heads * key * value,
-        state=4 * heads * key * value + BF16 * convolved * (taps - 1),
+        state=heads * key * value,
+        inputs=convolved * (taps - 1),
     )
 
 

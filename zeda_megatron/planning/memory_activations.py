@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
+from .flops import linear_attention
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,9 @@ class Layer:
         return fields["num_attention_heads"] / tp * per_head * self.width
 
     def state(self) -> float:
-        """Bytes that a gated delta network keeps for an answer: the state in float32, the convolution's last inputs."""
-        fields = self.fields
-        if not fields.get("linear_attention_freq"):
-            return 0.0
-        heads, key_heads = fields["linear_num_value_heads"], fields["linear_num_key_heads"]
-        key, value = fields["linear_key_head_dim"], fields["linear_value_head_dim"]
-        inputs = (2 * key_heads * key + heads * value) * (fields["linear_conv_kernel_dim"] - 1)
-        return (4 * heads * key * value + self.width * inputs) / self.parallel.tensor_model_parallel_size
+        """Bytes that a gated delta network keeps for an answer."""
+        tp = self.parallel.tensor_model_parallel_size
+        return linear_attention(self.fields).kept(self.width) / tp
 
 
 def kept_per_layer(

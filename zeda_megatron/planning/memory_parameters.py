@@ -89,19 +89,20 @@ def stage_parameters(
         sparse = sum(bool(fields["moe_layer_freq"][layer]) for layer in layers)
         pattern = fields.get("linear_attention_freq")
         linear = [bool(pattern and pattern[layer]) for layer in layers]
+        inside = [delta_network(fields, tp) if it else attention(fields, tp) for it in linear]
         router = sparse * _router(fields, zero)
-        kinds = {False: attention(fields, tp), True: delta_network(fields, tp)}
-        inside = sum(kinds[is_linear] for is_linear in linear)
         norms = 2 * fields["hidden_size"]
         dense_mlp = mlp(fields, fields["ffn_hidden_size"], tp)
         beside = mlp(fields, fields.get("moe_shared_expert_intermediate_size") or 0, tp)
         beside += fields["hidden_size"] if fields.get("moe_shared_expert_gate") else 0
-        dense = inside + len(layers) * norms + (len(layers) - sparse) * dense_mlp + sparse * beside + router
+        dense = (
+            sum(inside) + len(layers) * norms + (len(layers) - sparse) * dense_mlp + sparse * beside + router
+        )
         # A tied head is the embedding itself on one stage, a copy of it on the last of several.
         copies = first + (last and not (first and arch.tie_word_embeddings))
         dense += copies * vocabulary + last * fields["hidden_size"]
         expert = experts_of_layer(fields, parallel)
-        norms += max(kinds[is_linear] for is_linear in linear)
+        norms += max(inside)
         moe = norms + beside + _router(fields, zero) + expert if sparse else 0
         mtp = None
         if last and arch.mtp_layers:
@@ -155,7 +156,7 @@ def attention(fields: dict, tp: int) -> int:
 def delta_network(fields: dict, tp: int) -> int:
     """Parameters of a layer's gated delta network on one tensor-parallel rank, its inner norm included."""
     made = linear_attention(fields)
-    whole = fields["linear_value_head_dim"] if made.others else 0
+    whole = fields["linear_value_head_dim"]
     return (made.projection + made.others - whole) // tp + whole
 
 

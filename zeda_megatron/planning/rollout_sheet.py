@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..text_table import text_table
-from .cost_sheet import BYTES, decode_seconds, gpu
-from .flops import Geometry
+from .cost_sheet import decode_seconds, gpu
+from .flops import BYTES, Geometry
 from .memory import GIB
 
 

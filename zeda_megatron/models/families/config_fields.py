@@ -37,7 +37,8 @@ def grouped_query_fields(hf: PreTrainedConfig) -> dict[str, Any]:
 
 
 def gated_delta_fields(hf: PreTrainedConfig) -> dict[str, Any]:
-    """Gated delta networks in the layers that `layer_types` names; the others have attention with an output gate."""
+    """Gated delta networks in the layers that `layer_types` names; the others have attention with an output gate, norms
+    of queries and keys, and a part of each head turned. Norms add their weight to 1."""
     return {
         "linear_attention_freq": [int(kind == "linear_attention") for kind in hf.layer_types],
         "linear_conv_kernel_dim": hf.linear_conv_kernel_dim,
@@ -46,6 +47,9 @@ def gated_delta_fields(hf: PreTrainedConfig) -> dict[str, Any]:
         "linear_num_key_heads": hf.linear_num_key_heads,
         "linear_num_value_heads": hf.linear_num_value_heads,
         "attention_output_gate": True,
+        "qk_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+        "partial_rotary": True,
     }
 
 

@@ -58,9 +58,6 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **softmax_router_fields(hf.num_experts_per_tok, over_picks=True),
         **gated_shared_fields(hf),
         "moe_layer_freq": [1] * hf.num_hidden_layers,
-        "qk_layernorm": True,
-        "layernorm_zero_centered_gamma": True,
-        "partial_rotary": True,
     }
 
 

@@ -58,9 +58,6 @@ def transformer_config_kwargs(hf: PreTrainedConfig) -> dict[str, Any]:
         **grouped_query_fields(hf),
         **gated_delta_fields(hf),
         **softmax_router_fields(hf.num_experts_per_tok, over_picks=hf.norm_topk_prob),
-        "qk_layernorm": True,
-        "layernorm_zero_centered_gamma": True,
-        "partial_rotary": True,
         **gated_shared_fields(hf),
         "moe_layer_freq": every_few_sparse(hf),
     }
