@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional as F
 
-from zeda_kernels import cuda_kernels, experts, kernel_call, reference
+from zeda_kernels import experts, kernel_call
 from zeda_kernels.expert_table import ExpertTable
 from zeda_megatron.ops.grouped_mlp import grouped_mlp
 
@@ -61,7 +61,7 @@ class Own:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self.rows = cuda_kernels if inputs.x.is_cuda else reference
+        self.rows = experts.rows_on(inputs.x)
 
     def runs(self) -> dict[str, Callable]:
         i = self.inputs
@@ -83,7 +83,7 @@ class Unfused:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self.rows = cuda_kernels if inputs.x.is_cuda else reference
+        self.rows = experts.rows_on(inputs.x)
 
     def runs(self) -> dict[str, Callable]:
         i, rows = self.inputs, self.rows

@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from zeda_kernels import cuda_kernels, kernel_call, reference
+from zeda_kernels import experts, kernel_call, reference
 
 COUNTS, HIDDEN, WIDTH = [3, 0, 130], 264, 136
-TILED = {"fc1", "act", "forward", "dgrad"}
+TILED = {"fc1", "act", "forward", "dgrad", "swiglu_dgrad"}
 """Kernels that have a small and a large tile."""
 
 
@@ -34,14 +34,16 @@ def inputs(device: str) -> dict:
     def made(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=draw) * 0.5).bfloat16().to(device)
 
-    rows, experts = sum(COUNTS) + 2, len(COUNTS)
+    rows, count = sum(COUNTS) + 2, len(COUNTS)
     return {
         "x": made(rows, HIDDEN),
         "pre": made(rows, 2 * WIDTH),
         "dact": made(rows, WIDTH),
         "probs": torch.rand(rows, generator=draw).to(device),
         "ends": torch.tensor(COUNTS).cumsum(0).to(torch.int32).to(device),
-        "fc1": [made(2 * WIDTH, HIDDEN) for _ in range(experts)],
+        "fc1": [made(2 * WIDTH, HIDDEN) for _ in range(count)],
+        "dout": made(rows, HIDDEN),
+        "fc2": [made(HIDDEN, WIDTH) for _ in range(count)],
     }
 
 
@@ -60,6 +62,9 @@ KERNELS = {
     "wgrad": _wgrad,
     "swiglu": lambda rows, i: rows.swiglu(i["pre"], i["probs"], i["ends"]),
     "swiglu_backward": lambda rows, i: rows.swiglu_backward(i["dact"], i["pre"], i["probs"], i["ends"])[0],
+    "swiglu_dgrad": lambda rows, i: rows.swiglu_dgrad(i["dout"], i["fc2"], i["pre"], i["probs"], i["ends"])[
+        0
+    ],
 }
 
 
@@ -74,9 +79,11 @@ def error_of(name: str, device: str) -> float:
         else value.cpu()
         for key, value in here.items()
     }
-    rows = cuda_kernels if device == "cuda" else reference
     with torch.no_grad():
-        found, right = KERNELS[name](rows, here).cpu().double(), KERNELS[name](reference, exact)
+        found, right = (
+            KERNELS[name](experts.rows_on(here["x"]), here).cpu().double(),
+            KERNELS[name](reference, exact),
+        )
     return float((found - right).norm() / right.norm()) if found.isfinite().all() else float("inf")
 
 
