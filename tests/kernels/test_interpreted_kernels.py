@@ -116,12 +116,8 @@ def test_a_cluster_that_does_not_wait_for_its_other_block_is_found_out_by_who_st
     found = []
     for order in ("the first block starves", "the second block starves"):
         made, machine = machine_of(interpreted_library)
-        machine.starves, changed = ORDERS[order], 0
-        for kernel in machine.kernels.values():
-            for i, inst in enumerate(kernel.instructions):
-                if "sm904rows" in kernel.name and inst.opcode.startswith("barrier.cluster"):
-                    kernel.instructions[i], changed = _faulty(inst, NO), changed + 1
-        assert changed
+        machine.starves = ORDERS[order]
+        put_in(machine, "barrier.cluster", NO)
         found.append(unsound(made, machine))
     assert any(found)
 
@@ -159,13 +155,18 @@ FAULTS = {
 def test_a_kernel_with_a_fault_is_found_out(interpreted_library, fault, tile, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: tile)
     made, machine = machine_of(interpreted_library)
+    put_in(machine, *FAULTS[fault])
+    assert unsound(made, machine)
+
+
+def put_in(machine, begins: str, fault: str) -> None:
+    """Put `fault` in the place of the instructions of products of rows that begin so."""
     changed = 0
     for kernel in machine.kernels.values():
         for i, inst in enumerate(kernel.instructions):
-            if "sm904rows" in kernel.name and inst.opcode.startswith(FAULTS[fault][0]):
-                kernel.instructions[i], changed = _faulty(inst, FAULTS[fault][1]), changed + 1
+            if "sm904rows" in kernel.name and inst.opcode.startswith(begins):
+                kernel.instructions[i], changed = _faulty(inst, fault), changed + 1
     assert changed
-    assert unsound(made, machine)
 
 
 def _faulty(inst, opcode):

@@ -63,21 +63,24 @@ struct Rows {
   };
   static_assert(sizeof(Shared) <= (228 * 1024 / Config::blocks - 1024), "shared memory of a multiprocessor");
 
+  // Piece `j` of 16 bytes of a row that a warp has staged; those of one column lie in different banks.
+  static __device__ uint4* piece(Element* staged, int row, int j) {
+    return reinterpret_cast<uint4*>(staged) + row * 8 + (j ^ row % 8);
+  }
+
   // 16 rows by 64 columns of one warp to `out`, whose first element is the first of these. packed[2 j + r]: the pair of
   // columns 8 j + 2 (lane % 4) in row lane / 4 + 8 r.
   static __device__ void store(const uint32_t (&packed)[16], Element* staged, Element* out, int64_t stride, int rows,
                                int columns) {
     const int lane = threadIdx.x % 32;
-    // Pieces of 16 bytes; those of one column lie in different banks.
-    const auto piece = [&](int row, int j) { return reinterpret_cast<uint4*>(staged) + row * 8 + (j ^ row % 8); };
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i)
       SM90_U32x4_STSM_N::copy(packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3],
-                              *reinterpret_cast<uint128_t*>(piece(lane % 16, 2 * i + lane / 16)));
+                              *reinterpret_cast<uint128_t*>(piece(staged, lane % 16, 2 * i + lane / 16)));
     __syncwarp();
     uint4 values[4];
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) values[i] = *piece(4 * i + lane / 8, lane % 8);
+    for (int i = 0; i < 4; ++i) values[i] = *piece(staged, 4 * i + lane / 8, lane % 8);
     __syncwarp();  // read before the next call writes
     Element* to = out + lane / 8 * stride + lane % 8 * 8;
     CUTE_UNROLL
@@ -89,18 +92,17 @@ struct Rows {
   static __device__ void fetch(uint32_t (&packed)[16], Element* staged, const Element* in, int64_t stride, int rows,
                                int columns) {
     const int lane = threadIdx.x % 32;
-    const auto piece = [&](int row, int j) { return reinterpret_cast<uint4*>(staged) + row * 8 + (j ^ row % 8); };
     const Element* from = in + lane / 8 * stride + lane % 8 * 8;
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i, from += 4 * stride) {
       uint4 value = make_uint4(0, 0, 0, 0);
       cutlass::arch::global_load<uint4, 16>(value, from, 4 * i + lane / 8 < rows && lane % 8 * 8 < columns);
-      *piece(4 * i + lane / 8, lane % 8) = value;
+      *piece(staged, 4 * i + lane / 8, lane % 8) = value;
     }
     __syncwarp();
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i)
-      SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const uint128_t*>(piece(lane % 16, 2 * i + lane / 16)), packed[4 * i],
+      SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const uint128_t*>(piece(staged, lane % 16, 2 * i + lane / 16)), packed[4 * i],
                               packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
     __syncwarp();  // read before the next call writes
   }
