@@ -218,6 +218,8 @@ def weight_hash(teacher) -> str:
     with teacher._in_place():
         for chunk in teacher.model_chunks:
             for name, parameter in sorted(chunk.named_parameters()):
+                if ".adapter." in name and not chunk.get_submodule(name.rsplit(".", 1)[0]).on:
+                    continue
                 digest.update(name.encode())
                 digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from tiny import assert_same_bits, weights_of
 from tiny_models import TINY, make_hf_folder
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from zeda_megatron.checkpoint.state import load_weights, require_checkpoint
+from zeda_megatron.checkpoint.state import require_checkpoint
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
@@ -24,6 +24,7 @@ from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
+from zeda_megatron.models.load import load_weights
 from zeda_megatron.moe.router_dials import zero_mask
 from zeda_megatron.runtime.process_groups import initialize
 from zeda_megatron.serving.load import load_zero_expert_model

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import assert_same_bits, weights_of
 from transformers import AutoModelForCausalLM, Glm4MoeLiteForCausalLM
 
-from zeda_megatron.checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
+from zeda_megatron.checkpoint.state import model_state, require_checkpoint, save_checkpoint
 from zeda_megatron.config.generate import SamplingConfig
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
@@ -20,6 +20,7 @@ from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
+from zeda_megatron.models.load import load_weights
 from zeda_megatron.runtime.process_groups import initialize
 from zeda_megatron.serving.load import load_zero_expert_model
 

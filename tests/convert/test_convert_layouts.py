@@ -40,10 +40,11 @@ def resave(rank, world, folder, layouts):
     cpu.install()
     from megatron.core import parallel_state
 
-    from zeda_megatron.checkpoint.state import load_weights, model_state, save_checkpoint
+    from zeda_megatron.checkpoint.state import model_state, save_checkpoint
     from zeda_megatron.config.parallel import ParallelConfig
     from zeda_megatron.models.architecture import read_architecture
     from zeda_megatron.models.build import build_gpt_model, transformer_config
+    from zeda_megatron.models.load import load_weights
     from zeda_megatron.runtime.process_groups import initialize
 
     torch.distributed.init_process_group(

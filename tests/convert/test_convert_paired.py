@@ -17,7 +17,7 @@ from tiny import assert_same_bits, weights_of
 from tiny_models import TINY, make_hf_folder
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from zeda_megatron.checkpoint.state import load_weights, model_state, require_checkpoint, save_checkpoint
+from zeda_megatron.checkpoint.state import model_state, require_checkpoint, save_checkpoint
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
@@ -27,7 +27,7 @@ from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.models.hf_config import describe_checkpoint
-from zeda_megatron.models.load import load_model
+from zeda_megatron.models.load import load_model, load_weights
 from zeda_megatron.models.on_disk import ModelFacts
 from zeda_megatron.runtime.process_groups import initialize
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
+from zeda_megatron.convert.bits import same_bits
 from zeda_megatron.convert.file_writer import FileWriter
 from zeda_megatron.convert.hf_files import HFReader
 from zeda_megatron.convert.safetensors_shards import Planned, plan_shards, write_index
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.bits import same_bits
 from zeda_megatron.runtime.whole_folder import Staging
 
 

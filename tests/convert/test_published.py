@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from zeda_megatron.convert.bits import same_bits
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.published import PublishedReader
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.bits import same_bits
 from zeda_megatron.models.families import qwen3_moe
 from zeda_megatron.models.weight_map import HALVES, TURNS, FusedExperts, PublishedNames
 

@@ -5,7 +5,7 @@ import tiny
 import tiny_mtp
 import torch
 
-from zeda_megatron.checkpoint.state import load_weights, require_checkpoint
+from zeda_megatron.checkpoint.state import require_checkpoint
 from zeda_megatron.config.parallel import ParallelConfig
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
@@ -15,6 +15,7 @@ from zeda_megatron.distill.passes import draft_states, forward_model
 from zeda_megatron.errors import UserError
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
+from zeda_megatron.models.load import load_weights
 from zeda_megatron.moe.router_dials import zero_mask
 
 pytestmark = pytest.mark.usefixtures("one_process")

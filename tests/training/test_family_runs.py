@@ -123,16 +123,35 @@ def test_paired_zero_experts_are_fitted_trained_and_exported(name, target, tmp_p
     assert_same_logits_in_transformers(world, tmp_path / "run", tmp_path / "hf")
 
 
+@pytest.mark.parametrize("trainable", ["router+norms", "lora"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_teacher_that_shares_weights_stays_what_it_is(name, world_of):
+def test_a_teacher_that_shares_weights_stays_what_it_is(name, trainable, world_of):
     """Whatever trains, a router's bias too, has its first value in the teacher's passes."""
-    flags = {"trainable": "router+norms", "teacher_memory": "shared", "lr_warmup_fraction": 0.0}
+    flags = {"trainable": trainable, "teacher_memory": "shared", "lr_warmup_fraction": 0.0}
     run = tiny_world.start(world_of(name), train_iters=1, **flags)
     teacher, before = tiny_world.weight_hash(run.teacher), tiny_world.parameters(run)
     run.run()
     assert tiny_world.weight_hash(run.teacher) == teacher
     moved = {key for key, w in tiny_world.parameters(run).items() if not torch.equal(w, before[key])}
-    assert moved == {key for key in before if ".router." in key or key.endswith("norm.weight")}
+    beside = ".adapter." if trainable == "lora" else "norm.weight"
+    assert moved == {key for key in before if ".router." in key or beside in key}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_adapters_are_trained_in_both_stages_and_merged_into_an_export(name, tmp_path, world_of):
+    """Stage 2 goes on with stage 1's adapters; the teacher, without them, is the original in the same memory."""
+    world, flags = world_of(name), {"trainable": "lora", "lora_rank": 8, "teacher_memory": "shared"}
+    assert tiny_world.start(world, save=tmp_path / "one", train_iters=3, **flags).run() == 0
+    flags |= {"stage": "2", "global_batch_size": 10, "samples_per_prompt": 2, "teacher_load": None}
+    second = tiny_world.start(
+        world, pretrained_checkpoint=tmp_path / "one", save=tmp_path / "two", train_iters=1, **flags
+    )
+    own = tiny_world.start(
+        world, stage="1", pretrained_checkpoint=world.dynamic, trainable="router", teacher_memory="own"
+    )
+    assert tiny_world.weight_hash(second.teacher) == tiny_world.weight_hash(own.teacher)
+    assert second.run() == 0
+    assert_same_logits_in_transformers(world, tmp_path / "two", tmp_path / "hf")
 
 
 @pytest.mark.parametrize("kind", ["copy", "learned"])

@@ -425,6 +425,8 @@ def test_a_run_may_go_on_with_another_learning_rate(world, halfway, tmp_path):
         ("full", "own", "router"),
         ("selective", "shared", "router"),
         ("full", "shared", "router+norms"),
+        ("selective", "shared", "lora"),
+        pytest.param("full", "shared", "lora", marks=pytest.mark.slow),
         pytest.param("full", "shared", "router", marks=pytest.mark.slow),
         pytest.param("selective", "own", "router", marks=pytest.mark.slow),
     ],
@@ -442,7 +444,7 @@ def test_what_trains_alone_learns_the_same_with_recomputation(world, granularity
         tiny.close(ends[1][name], weight, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("trainable", ["all", "router", "router+norms"])
+@pytest.mark.parametrize("trainable", ["all", "router", "router+norms", "lora"])
 def test_trainable_says_which_weights_move(world, trainable):
     run = tiny_world.start(world, trainable=trainable, lr_warmup_fraction=0.0, train_iters=1)
     before = tiny_world.parameters(run)
@@ -450,8 +452,10 @@ def test_trainable_says_which_weights_move(world, trainable):
     moved = {name for name, p in tiny_world.parameters(run).items() if not torch.equal(p, before[name])}
     routers = {name for name in before if ".router." in name}
     norms = {name for name in before if name.endswith(("norm.weight", "norm_weight"))}
-    assert moved == {"all": set(before), "router": routers, "router+norms": routers | norms}[trainable]
-    assert routers and norms
+    adapters = {name for name in before if ".adapter." in name}
+    few = {"router": routers, "router+norms": routers | norms, "lora": routers | adapters}
+    assert moved == few.get(trainable, set(before))
+    assert routers and norms and bool(adapters) == (trainable == "lora")
 
 
 # --- teacher ------------------------------------------------------------------------------------------------
@@ -459,7 +463,15 @@ def test_trainable_says_which_weights_move(world, trainable):
 
 @pytest.mark.parametrize(
     ("memory", "trainable"),
-    [("own", "all"), ("offload", "all"), ("own", "router"), ("shared", "router"), ("shared", "router+norms")],
+    [
+        ("own", "all"),
+        ("offload", "all"),
+        ("own", "router"),
+        ("shared", "router"),
+        ("shared", "router+norms"),
+        ("shared", "lora"),
+        ("own", "lora"),
+    ],
 )
 def test_the_teacher_does_not_move_and_is_the_static_model(world, memory, trainable):
     flags = {"teacher_memory": memory, "trainable": trainable, "train_iters": 2, "lr_warmup_fraction": 0.0}
@@ -479,7 +491,7 @@ def test_the_teacher_does_not_move_and_is_the_static_model(world, memory, traina
     assert run.student.chunks[0].training and not after.requires_grad
 
 
-@pytest.mark.parametrize("trainable", ["router", "router+norms"])
+@pytest.mark.parametrize("trainable", ["router", "router+norms", "lora"])
 def test_the_three_memory_modes_give_the_same_losses_and_weights(world, tmp_path, trainable):
     ends, lines = [], []
     for memory in ("own", "offload", "shared"):

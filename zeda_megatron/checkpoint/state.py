@@ -6,7 +6,7 @@ The front door of this room: what others need of `folders` and `saving` can be h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ _FITTED = re.compile(r"\.router\.(paired\.|zero_output\.(constant|down|up)$)")
 """Heads of paired zero experts, and stand-ins."""
 _MTP = "mtp."
 """How names of a head of multi-token prediction begin."""
+_ADAPTER = ".adapter."
+"""Part of the names of low-rank adapters."""
 _EXTRA = "._extra_state"
 """Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
@@ -98,20 +100,27 @@ def _first_line(error: BaseException) -> str:
 
 def load_weights(
     model_chunks: list[torch.nn.Module],
-    folder: Path,
+    folders: Sequence[Path],
     flag: str,
     heads: Literal["stored", "stored or fresh", "fresh"] = "stored",
     verify: str = "hash",
+    only: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Load the weights of a checkpoint into bare (unwrapped) model chunks.
+    """Load the weights of a checkpoint into bare (unwrapped) model chunks. `models.load` knows its folders.
 
     What a fit makes of paired zero experts is among them; or keeps its initial values, where the checkpoint has none of
-    it (`stored or fresh`) or in any case (`fresh`).
-    `verify` says how closely the files are looked at first (`config.run.VERIFY_LEVELS`).
+    it (`stored or fresh`) or in any case (`fresh`). Adapters keep theirs where it has none.
+
+    Args:
+        folders: that of the whole model, and those of checkpoints that hold part of it, each above the ones before.
+        verify: how closely the files are looked at first (`config.run.VERIFY_LEVELS`).
+        only: names of the module's parameters and buffers that are loaded.
     """
-    require_intact(folder, flag, verify)
-    index = _index(folder, flag)
-    stored = index.state_dict_metadata
+    for folder in folders:
+        require_intact(folder, flag, verify)
+    folder, indices = folders[-1], {place: _index(place, flag) for place in folders}
+    stored = {key: item for index in indices.values() for key, item in index.state_dict_metadata.items()}
+    place_of = {key: place for place, index in indices.items() for key in index.state_dict_metadata}
     for chunk in model_chunks:
         _check_zero_experts(stored, chunk, folder, flag)
         if _has_mtp_head(dict(chunk.named_parameters())) and not _has_mtp_head(stored):
@@ -120,24 +129,44 @@ def load_weights(
             )
     fresh = heads == "fresh" or (heads != "stored" and not any(map(_FITTED.search, stored)))
 
+    adapted = any(_ADAPTER in key for key in stored)
+
     def left_out(key: str) -> bool:
-        return _EXTRA in key or bool(fresh and _FITTED.search(key))
+        unfitted = fresh and _FITTED.search(key)
+        return _EXTRA in key or bool(unfitted) or (_ADAPTER in key and not adapted) or not only(key)
 
     wanted = {
-        name: {key: value for key, value in part.items() if not left_out(key)}
+        name: {key: item for key, item in part.items() if not left_out(key)}
         for name, part in model_state(model_chunks).items()
     }
-    state = _load(folder, index, wanted, flag)
+    found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    for place, index in indices.items():
+        # What nobody has is asked of the last, which then says so.
+        mine = {
+            name: {key: item for key, item in part.items() if place_of.get(item.key, folder) == place}
+            for name, part in wanted.items()
+        }
+        if any(mine.values()) or torch.distributed.get_world_size() > 1:  # all ranks read together
+            for name, part in _load(place, index, mine, flag).items():
+                if name in found:
+                    found[name].update(part)
     for name, chunk in _named(model_chunks):
-        missing, unexpected = chunk.load_state_dict(state[name], strict=False)
+        missing, unexpected = chunk.load_state_dict(found[name], strict=False)
         lost = [key for key in missing if not left_out(key)]
         if lost or unexpected:
             raise UserError(f"{flag} {folder}: does not fit this model: {(lost + unexpected)[0]}")
 
 
-def holds_mtp_head(folder: Path, flag: str) -> bool:
-    """Whether a head of multi-token prediction is among a checkpoint's weights."""
-    return _has_mtp_head(_index(folder, flag).state_dict_metadata)
+def stored_names(model_chunks: list[torch.nn.Module], folders: Sequence[Path], flag: str) -> set[str]:
+    """Names of the modules' parameters and buffers that are in one of these checkpoint folders."""
+    stored = {key for folder in folders for key in _index(folder, flag).state_dict_metadata}
+    parts = model_state(model_chunks).values()
+    return {name for part in parts for name, item in part.items() if item.key in stored}
+
+
+def holds_mtp_head(folders: Sequence[Path], flag: str) -> bool:
+    """Whether a head of multi-token prediction is among a checkpoint's weights, which lie in these folders."""
+    return any(_has_mtp_head(_index(folder, flag).state_dict_metadata) for folder in folders)
 
 
 def _has_mtp_head(names: Iterable[str]) -> bool:

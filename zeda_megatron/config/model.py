@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .arguments import Amount, Whole
+from .lora import LoRA
 from .zero_experts import (
     GROUP_LOSS_SCOPES,
     GROUP_LOSS_VARIANTS,
@@ -87,15 +88,32 @@ class ModelOptions:
     moe_permute_fusion: bool = False
     """Sort rows by expert with Transformer Engine's fused kernels (GPUs)."""
 
-    trainable: Literal["all", "router", "router+norms", "mtp"] = "all"
-    """What trains: all, router (Router-KD, arXiv 2603.02217), router+norms (and the weights of all norms) or mtp (the
-    head of multi-token prediction alone, see --mtp-loss-scale). The rest stays bit for bit what it is."""
+    trainable: Literal["all", "router", "router+norms", "lora", "mtp"] = "all"
+    """What trains: all, router (Router-KD, arXiv 2603.02217), router+norms (and the weights of all norms), lora
+    (routers, and low-rank adapters beside all other weights) or mtp (the head of multi-token prediction alone, see
+    --mtp-loss-scale). The rest stays bit for bit what it is, and is in no checkpoint but the one it came from."""
+
+    lora_rank: Whole = LoRA.rank
+    """Rank of the adapters."""
+
+    lora_alpha: Amount = LoRA.alpha
+    """Over the rank, the factor of an adapter's output."""
+
+    lora_targets: str = LoRA.targets
+    """What has adapters: attention, experts, shared (shared experts and dense MLPs), joined by '+'."""
 
     bf16: bool = False
     """bfloat16 weights and activations with fp32 master weights; otherwise fp32."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """None, full or selective activation recomputation."""
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters of this run; None unless they train."""
+        if self.trainable != "lora":
+            return None
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets)
 
     def zero(self, base: ZeroExpertConfig) -> ZeroExpertConfig:
         """These zero experts, with what steers them in this run."""

@@ -146,10 +146,23 @@ class Options:
             )
         if self.distill.teacher_memory == "shared" and self.model.trainable == "all":
             raise UserError(
-                "--teacher-memory shared needs --trainable router, router+norms or mtp: where all weights train, a "
-                "second copy is needed (own)"
+                "--teacher-memory shared needs --trainable router, router+norms, lora or mtp: where all weights train, "
+                "a second copy is needed (own)"
             )
+        self._validate_lora()
         self._validate_mtp()
+
+    def _validate_lora(self) -> None:
+        """Adapters can be trained on this layout."""
+        lora = self.model.lora
+        if lora is None:
+            return
+        lora.validate()
+        if lora.has("experts") and self.model.expert_backend == "kernels":
+            raise UserError(
+                "--lora-targets experts: --expert-backend kernels know no adapters; use auto, or --lora-targets "
+                "attention+shared"
+            )
 
     def _validate_mtp(self) -> None:
         """The head of multi-token prediction can be trained on this layout."""

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import UserError
 from ..models.architecture import Architecture
-from ..models.bits import same_bits
+from .bits import same_bits
 from .hf_files import INDEX_NAME, SINGLE_NAME, HFReader
 from .published import PublishedReader
 from .safetensors_shards import Planned

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from ..checkpoint.integrity import compare_file
 from ..config.zero_experts import ZeroExpertConfig
 from ..durable_file import write_atomically
-from ..models.bits import raw
 from ..runtime.whole_folder import Staging
+from .bits import raw
 
 TEMPORARY = ".unfinished"
 

@@ -18,7 +18,6 @@ import torch
 from ..checkpoint.state import TRACKER
 from ..errors import UserError
 from ..models.architecture import dims_of, read_architecture, weight_map_of
-from ..models.bits import HashingRead, caster, source_digest
 from ..models.hf_config import (
     adapted_steps_of,
     copy_side_files,
@@ -33,6 +32,7 @@ from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from ..models.weight_kinds import Added, ModelDims, ScoreBias, Setting, WeightMapping
 from ..moe.paired import KEEP_ALL
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
+from .bits import HashingRead, caster, source_digest
 from .carried import carried_plans, cast_carried, own_keys
 from .file_writer import FileStream, FileWriter, Summary
 from .import_checks import (

@@ -10,9 +10,9 @@ import torch
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import published_names
-from ..models.bits import DTYPES, same_bits
-from ..models.hf_config import zero_experts_of
+from ..models.hf_config import DTYPES, zero_experts_of
 from ..models.weight_kinds import Added, ModelDims, Repeated, WeightMapping
+from .bits import same_bits
 from .hf_files import HFReader
 from .layout import Layout
 

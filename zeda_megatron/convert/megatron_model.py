@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from ..checkpoint.folders import is_complete
 from ..checkpoint.integrity import INTEGRITY, REMEDY, compare_file, has_integrity, told_files
 from ..checkpoint.state import require_checkpoint
 from ..checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata
+from ..config.lora import LoRA
 from ..config.run import VERIFY_LEVELS
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
+from ..models.adapters import ADAPTER, names_of_adapter
 from ..models.architecture import Architecture
 from ..models.hf_config import zero_experts_of
-from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts
+from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts, weight_folders
 from ..models.weight_map import MTP
 from ..regular_file import open_regular
 from .layout import Box, Layout, Parameter, model_layout, stacked
@@ -221,9 +224,10 @@ _HEAD_KEY = re.compile(r"decoder\.layers\.(\d+\.)?mlp\.router\.paired\.\w+")
 
 
 class MegatronModel:
-    """Unsharded parameters of a checkpoint, read one by one.
+    """Unsharded parameters of a checkpoint, read one by one, wherever they lie.
 
     Attributes:
+        folder: the checkpoint's. folders: that of its base, if it has one, and its own.
         arch: architecture, with the head of multi-token prediction if the checkpoint holds one.
 
     Args:
@@ -237,21 +241,23 @@ class MegatronModel:
     """
 
     def __init__(self, folder: Path, arch: Architecture, config: dict[str, Any], verify: str = "hash"):
-        self._reader = TorchDistReader(folder, verify)
-        self.folder = self._reader.folder
-        keys = self._reader.keys()
+        places = weight_folders(folder, "--megatron")
+        self._readers = [TorchDistReader(place, verify) for place in places[::-1]]
+        self.folders, self.folder = places, places[-1]
+        keys = self._keys()
         has_head = any(key.startswith(MTP) for key in keys)
         self.arch = arch.with_mtp_head(str(self.folder)) if has_head else arch
         about = read_facts(folder) or read_facts(self.folder)
         self.zero = self._zero_experts(folder, about, config)
         self.adapted_steps = self._adapted_steps(about)
+        self.lora = self._adapters(about)
         self.layout: Layout = model_layout(self.arch, self.zero)
         self._check_keys()
 
     def read(self, parameter: Parameter) -> torch.Tensor:
         """One parameter, unsharded, in its stored type."""
         boxes = [self._stored(box) for box in parameter.boxes]
-        parts = [self._reader.read(box).reshape(-1, *parameter.shape[1:]) for box in boxes]
+        parts = [self._holder(box.key).read(box).reshape(-1, *parameter.shape[1:]) for box in boxes]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(parameter.shape)
 
     def checked_dtype(self, parameter: Parameter) -> torch.dtype:
@@ -262,19 +268,44 @@ class MegatronModel:
         """
         boxes = [self._stored(box) for box in parameter.boxes]
         for box in boxes:
-            self._reader.check(box)
-        types = {self._reader.dtype(box.key) for box in boxes}
+            self._holder(box.key).check(box)
+        types = {self._holder(box.key).dtype(box.key) for box in boxes}
         if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
             raise UserError(f"{self.folder}: {parameter.name} has type {' and '.join(map(str, types))}")
         return types.pop()
 
+    def adapter(self, parameter: Parameter) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`down` [D, in] and `up` [out, D] of a parameter's adapter; None: it has none."""
+        down, up, expert = names_of_adapter(parameter.name)
+        if down not in self._holder(down):
+            return None
+        return self._part(down, expert), self._part(up, expert)
+
+    def _part(self, key: str, expert: int | None) -> torch.Tensor:
+        """A stored tensor; or the part of it that is an expert's."""
+        reader = self._holder(key)
+        shape = reader.shape(key)
+        if expert is None:
+            return reader.read(Box(key, shape, (0,) * len(shape), shape))
+        return reader.read(Box(key, shape, (expert, *(0,) * (len(shape) - 1)), (1, *shape[1:])))[0]
+
+    def _keys(self) -> list[str]:
+        """Names of all tensors, adapters' too."""
+        return list(dict.fromkeys(chain.from_iterable(reader.keys() for reader in self._readers)))
+
+    def _holder(self, key: str) -> TorchDistReader:
+        """The reader that has a tensor: the checkpoint's own, before its base's. Where none has it, the last."""
+        return next((reader for reader in self._readers if key in reader), self._readers[-1])
+
     def _stored(self, box):
         """The box itself, or its place in a checkpoint that stacks all layers in one tensor."""
-        return box if box.key in self._reader else stacked(box, self.arch.megatron["num_layers"])
+        return box if box.key in self._holder(box.key) else stacked(box, self.arch.megatron["num_layers"])
 
     def _check_keys(self) -> None:
         known = {self._stored(box).key for parameter in self.layout.parameters for box in parameter.boxes}
-        extra = sorted(key for key in filter(_MODEL_KEY.match, self._reader.keys()) if key not in known)
+        extra = sorted(
+            key for key in filter(_MODEL_KEY.match, self._keys()) if key not in known and ADAPTER not in key
+        )
         if extra:
             raise UserError(
                 f"{self.folder}: holds {len(extra)} tensors that the config lacks, e.g. {extra[0]}; "
@@ -282,12 +313,12 @@ class MegatronModel:
             )
 
     def _zero_experts(self, root: Path, about: ModelFacts | None, config: dict[str, Any]) -> ZeroExpertConfig:
-        keys = self._reader.keys()
+        keys = self._keys()
         routers = [key for key in keys if _ROUTER_KEY.fullmatch(key)]
         if not routers:
             raise UserError(f"{self.folder}: holds no router weights; it is no Mixture-of-Experts model")
         real = self.arch.megatron["num_moe_experts"]
-        rows = self._reader.shape(routers[0])[-2]
+        rows = self._holder(routers[0]).shape(routers[0])[-2]
         if rows < real:
             raise UserError(f"{self.folder}: {routers[0]} has {rows} rows, the config {real} experts")
         facts = about or ModelFacts()
@@ -309,12 +340,21 @@ class MegatronModel:
         kind = (about or zero_experts_of(config)).zero_experts_type
         return ZeroExpertConfig(rows - real, kind)
 
+    def _adapters(self, about: ModelFacts | None) -> LoRA | None:
+        if not any(ADAPTER in key for key in self._keys()):
+            return None
+        if about is None or about.lora is None:
+            raise UserError(
+                f"{self.folder}: holds adapters, and no {ZEDA_NAME} says their --lora-alpha; put it back beside them"
+            )
+        return about.lora
+
     def _adapted_steps(self, about: ModelFacts | None) -> int | None:
         """Steps of distillation. Without zeda.json nobody knows what training has made: the number that the checkpoint
         itself holds is in a pickle, which a conversion never opens."""
         if about is not None:
             return about.adapted_steps
-        trained = not all(map(_MODEL_KEY.match, self._reader.keys()))  # an optimizer's state
+        trained = not all(map(_MODEL_KEY.match, self._keys()))  # an optimizer's state
         return None if trained else 0
 
     @staticmethod

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.folders import own_file
+from ..models.adapters import merged
 from ..models.architecture import Architecture, dims_of, read_architecture, weight_map_of
-from ..models.bits import caster
 from ..models.hf_config import (
     SettingsWriter,
     copy_side_files,
@@ -33,6 +33,7 @@ from ..models.weight_map import MTP_THRESHOLD, WeightMap
 from ..moe.paired import KEEP_ALL
 from ..runtime.whole_folder import check_space, check_target, files_of, staged_folder
 from ..strict_json import read_json
+from .bits import caster
 from .carried import carried_plans, carried_source, cast_carried
 from .file_writer import FileWriter, Summary
 from .hf_files import SINGLE_NAME
@@ -109,7 +110,7 @@ def megatron_to_hf(
                 return cast_carried(key, carried.read(key), cast)
             if parameter is not last:  # neighbours of one parameter (q, k and v) cost one read
                 last, parts = parameter, {}  # free one before the next is read
-                parts = target.take_apart(parameter, model.read(parameter))
+                parts = target.tensors_of(parameter)
             return parts[key][: plan.shape[0]]  # drafts take the rows of real experts
 
         for plan in shard.tensors:
@@ -121,7 +122,9 @@ def megatron_to_hf(
 
     request = {
         "direction": "megatron-to-hf",
-        "checkpoint": files_of(sorted(path for path in model.folder.iterdir() if path.is_file())),
+        "checkpoint": files_of(
+            sorted(path for folder in model.folders for path in folder.iterdir() if path.is_file())
+        ),
         "template": files_of([config_file, *(carried.files if carried else [])]),
         "max_shard_bytes": max_shard_bytes,
         "dtype": dtype,
@@ -200,10 +203,23 @@ class _Target:
                 writer.add(mapping, self._model.read(parameter))
         return writer.entries()
 
-    def take_apart(self, parameter: Parameter, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    def tensors_of(self, parameter: Parameter) -> dict[str, torch.Tensor]:
+        """The tensors that a parameter holds, its adapter merged into each of them, cast; they may be views."""
+        return self.take_apart(parameter, self._model.read(parameter), self._model.adapter(parameter))
+
+    def take_apart(
+        self,
+        parameter: Parameter,
+        tensor: torch.Tensor,
+        adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """The tensors that a parameter's tensor holds, cast; they may be views."""
         mapping: WeightMapping = self._mappings[parameter.name]
         parts = mapping.to_hf(tensor, self._dims)
+        if adapter is not None:
+            (down, up), scale = adapter, self._model.lora.scale
+            ups = mapping.to_hf(up, self._dims)
+            parts = {key: merged(part, down, ups[key], scale) for key, part in parts.items()}
         if isinstance(mapping, ScoreBias):
             return parts
         return {key: self._cast(part) for key, part in parts.items()}

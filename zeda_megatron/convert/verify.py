@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from ..models.architecture import dims_of, read_architecture, weight_map_of
-from ..models.bits import same_bits
 from ..models.hf_config import settings_of, zero_experts_of
 from ..models.weight_kinds import ModelDims, Setting, WeightMapping
+from .bits import same_bits
 from .carried import carried_differences, own_keys
 from .import_checks import check_added, check_not_quantised
 from .layout import Parameter

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from ..data.packing import PackedBatch
+from ..models.adapters import adapters_off
 from ..moe.router_dials import zero_mask
 from ..moe.stats import evaluating
 from .passes import forward_model, forward_only
@@ -23,17 +24,20 @@ class Teacher:
     Args:
         model_chunks: unwrapped model chunks of this pipeline rank; for `shared`, the student's own.
         mode: own, offload or shared.
-        moves: for `shared`, the student's parameters that may train; their values now are the teacher's.
+        values: for `shared`, those of the student's parameters that the teacher has otherwise, and what it has there.
 
     Attributes:
         running: a pass is under way.
     """
 
     def __init__(
-        self, model_chunks: list[torch.nn.Module], mode: str, moves: Sequence[torch.nn.Parameter] = ()
+        self,
+        model_chunks: list[torch.nn.Module],
+        mode: str,
+        values: Sequence[tuple[torch.nn.Parameter, torch.Tensor]] = (),
     ):
         self.model_chunks, self.mode, self.running = model_chunks, mode, False
-        self._first = [(parameter, parameter.detach().clone()) for parameter in moves]
+        self._values = values
         if mode != "shared":
             for chunk in model_chunks:
                 chunk.eval().requires_grad_(False)
@@ -66,21 +70,21 @@ class Teacher:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Teacher's weights in place, zero experts masked, evaluation mode; restored afterwards."""
-        student = [parameter.data for parameter, _ in self._first]
-        for parameter, weight in self._first:
+        """Teacher's weights in place, zero experts masked, adapters off, evaluation mode; restored afterwards."""
+        student = [parameter.data for parameter, _ in self._values]
+        for parameter, weight in self._values:
             parameter.data = weight
         if self.mode == "offload":
             self._move("cuda" if torch.cuda.is_available() else "cpu")
         self.running = True
         try:
-            with evaluating(self.model_chunks), zero_mask(self.model_chunks):
+            with evaluating(self.model_chunks), zero_mask(self.model_chunks), adapters_off(self.model_chunks):
                 yield
         finally:
             self.running = False
             if self.mode == "offload":
                 self._move("cpu")
-            for (parameter, _), weight in zip(self._first, student):
+            for (parameter, _), weight in zip(self._values, student):
                 parameter.data = weight
 
     def _move(self, device: str) -> None:

@@ -15,13 +15,7 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from ..checkpoint.state import (
-    holds_mtp_head,
-    load_weights,
-    model_state,
-    require_checkpoint,
-    save_checkpoint,
-)
+from ..checkpoint.state import holds_mtp_head, model_state, save_checkpoint
 from ..config.arguments import parse
 from ..config.fit import FitOptions
 from ..config.model import ModelOptions
@@ -33,7 +27,15 @@ from ..errors import UserError
 from ..models.architecture import read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import describe_checkpoint
-from ..models.on_disk import ZEDA_NAME, ModelFacts, adapted_steps, read_facts, weights_id
+from ..models.load import load_weights
+from ..models.on_disk import (
+    ZEDA_NAME,
+    ModelFacts,
+    adapted_steps,
+    read_facts,
+    weight_folders,
+    weights_id,
+)
 from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime import process_groups
@@ -84,11 +86,11 @@ class HeadFit:
         self.options, self.started = options, time.perf_counter()
         self.first = torch.distributed.get_rank() == 0
         source = ModelOptions(pretrained_checkpoint=options.pretrained_checkpoint)
-        folder = require_checkpoint(options.pretrained_checkpoint, "--pretrained-checkpoint")
         self.hf = hf_folder(source)
         arch = read_architecture(self.hf)
         # A head of multi-token prediction comes along; what it skips is left to training.
-        if holds_mtp_head(folder, "--pretrained-checkpoint"):
+        start = options.pretrained_checkpoint
+        if holds_mtp_head(weight_folders(start, "--pretrained-checkpoint"), "--pretrained-checkpoint"):
             arch = arch.with_mtp_head("--pretrained-checkpoint")
         have = zero_experts(source, arch)
         if have.num_zero_experts and not have.paired:
@@ -98,16 +100,15 @@ class HeadFit:
             )
         self.zero = options.zero(arch.megatron["num_moe_experts"], arch.megatron["moe_ffn_hidden_size"])
         # The weights stay what they are: an original's, or adapted ones.
-        start = options.pretrained_checkpoint
         self.facts = replace(
-            (read_facts(start) or ModelFacts()).with_zero(self.zero),
+            (read_facts(start) or ModelFacts()).with_zero(self.zero).whole(),
             adapted_steps=adapted_steps(start, "--pretrained-checkpoint"),
             source_sha256=weights_id(start, "--pretrained-checkpoint"),
         )
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         self.model = build_gpt_model(arch, transformer_config(arch, parallel, dtype), self.zero)
         self.rows = read_fit_rows(options, load_tokenizer(self.hf), warn)
-        load_weights([self.model], folder, "--pretrained-checkpoint", heads="fresh")
+        load_weights([self.model], start, "--pretrained-checkpoint", heads="fresh")
         self.model.to(dtype).eval().requires_grad_(False)
         self.layers = moe_layers(self.model)
         self.effect, self.floors = options.fit_target == "effect", {}

@@ -24,12 +24,13 @@ from ..errors import UserError
 from ..regular_file import is_regular
 from ..strict_json import is_int, is_number, read_json
 from .architecture import MODELS
-from .bits import DTYPES
 from .config_values import text_settings, with_text_settings
 from .on_disk import HF_CONFIG_NAME, ZEDA_NAME, ModelFacts
 from .weight_kinds import Setting, WeightMapping
 from .weight_map import MTP_THRESHOLD
 
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What `--dtype` of a conversion may be."""
 PAIRED_KEYS = ("zce_routing", "zce_score", "zce_threshold", MTP_THRESHOLD, "zce_head_width", "zce_rank")
 
 

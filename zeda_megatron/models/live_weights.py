@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ..errors import UserError
 from ..runtime.agreement import gathered, rank, world_size
 from ..runtime.process_groups import device
+from .adapters import ADAPTER, adapter_scale, merged, names_of_adapter
 from .architecture import Architecture, dims_of, weight_map_of
 from .weight_kinds import Added, Router, Setting
 from .weight_map import MTP
@@ -75,6 +76,9 @@ class LiveWeights:
         for owner, theirs in enumerate(gathered(mine)):
             for name, box, parameter in theirs:
                 plan.setdefault(name, parameter).owner.setdefault(box, owner)
+        # Adapters are handed over as part of the weights beside them.
+        self.halves = {name: plan.pop(name) for name in list(plan) if ADAPTER in name}
+        self.scale = next(filter(None, gathered(adapter_scale(chunks))), None)
         # The two largest, embedding and head, lie far apart: who still holds one when the next comes holds no second.
         self.plan = dict(
             sorted(plan.items(), key=lambda item: ("embedding" not in item[0], _natural(item[0])))
@@ -90,7 +94,15 @@ class LiveWeights:
             mapping = self.map.for_mcore_name(name)
             if isinstance(mapping, Setting) or (static and isinstance(mapping, Added)):
                 continue
-            for key, part in mapping.to_hf(self._whole(name, parameter, mine), self.dims).items():
+            parts = mapping.to_hf(self._whole(name, parameter, mine), self.dims)
+            down, up, expert = names_of_adapter(name)
+            if down in self.halves and not static:
+                down, up = (self._whole(half, self.halves[half], mine) for half in (down, up))
+                if expert is not None:
+                    down, up = down[expert], up[expert]
+                ups = mapping.to_hf(up, self.dims)
+                parts = {key: merged(part, down, ups[key], self.scale) for key, part in parts.items()}
+            for key, part in parts.items():
                 cut = static and isinstance(mapping, Router)
                 yield key, part[: self.dims.num_real_experts] if cut else part
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folders import require_checkpoint
+from ..checkpoint.folders import find_checkpoint, require_checkpoint
 from ..checkpoint.integrity import INTEGRITY, fingerprint
 from ..checkpoint.state import load_plain_values
+from ..config.lora import LoRA
 from ..config.zero_experts import SCORE_TERMS, ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES, ZeroExpertConfig
 from ..errors import UserError
 from ..strict_json import is_int, read_json
@@ -52,6 +53,12 @@ class ModelFacts:
     """`--dtype` of the conversion."""
     source_architecture: str | None = None
     """Architecture of the folder that was converted."""
+    lora: LoRA | None = None
+    """Adapters beside the weights."""
+    base: str | None = None
+    """Folder of the checkpoint that has the rest of the weights: this one holds routers and what has trained."""
+    base_weights: str | None = None
+    """`weights_id` of that checkpoint."""
 
     def with_zero(self, zero: ZeroExpertConfig) -> ModelFacts:
         """The same facts with these zero experts."""
@@ -65,6 +72,10 @@ class ModelFacts:
             stand_in_rank=zero.stand_in_rank,
             renormalize_after_drop=zero.renormalize_after_drop,
         )
+
+    def whole(self) -> ModelFacts:
+        """The same facts of a checkpoint that holds all weights, adapters among them."""
+        return replace(self, lora=None, base=None, base_weights=None)
 
     def zero(self) -> ZeroExpertConfig:
         """The zero experts, without what steers them in training."""
@@ -81,6 +92,7 @@ class ModelFacts:
     def entries(self) -> dict[str, Any]:
         """Keys of `zeda.json`: the zero experts, and what is not as it is by default."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["lora"] = self.lora and asdict(self.lora)
         defaults = {field.name: field.default for field in fields(self)}
         return {k: v for k, v in values.items() if k in _ALWAYS or v != defaults[k]}
 
@@ -106,6 +118,7 @@ def read_facts(checkpoint: str | Path) -> ModelFacts | None:
 
 def _checked(about: dict[str, Any], file: Path) -> ModelFacts:
     facts = ModelFacts(**{f.name: about[f.name] for f in fields(ModelFacts) if f.name in about})
+    lora = facts.lora and _read_lora(facts.lora)
     score = facts.paired_score
     terms = score.split("+") if isinstance(score, str) else [score]
     right = {
@@ -118,12 +131,43 @@ def _checked(about: dict[str, Any], file: Path) -> ModelFacts:
         "renormalize_after_drop": isinstance(facts.renormalize_after_drop, bool),
         "adapted_steps": facts.adapted_steps is None
         or (is_int(facts.adapted_steps) and facts.adapted_steps >= 0),
-        "source_sha256": facts.source_sha256 is None or isinstance(facts.source_sha256, str),
+        **{
+            key: getattr(facts, key) is None or isinstance(getattr(facts, key), str)
+            for key in ("source_sha256", "base", "base_weights")
+        },
+        "lora": facts.lora is None or lora is not None,
     }
     for key, is_right in right.items():
         if not is_right:
             raise UserError(f"{file}: {key} {str(about[key])[:60]!r} makes no sense; restore the file")
-    return facts
+    return replace(facts, lora=lora)
+
+
+def _read_lora(entry: Any) -> LoRA | None:
+    """None for what makes no sense."""
+    try:
+        lora = LoRA(**entry)
+        lora.validate()
+        return lora
+    except (TypeError, AttributeError, UserError):
+        return None
+
+
+def weight_folders(checkpoint: str | Path, flag: str) -> list[Path]:
+    """Where a checkpoint's weights lie: in its folder, or, where that holds only what has trained, in its base's too,
+    which then come first.
+
+    Raises `UserError` naming the flag if there is no readable checkpoint, or the base is gone or another one.
+    """
+    folder, facts = require_checkpoint(checkpoint, flag), read_facts(checkpoint)
+    if facts is None or facts.base is None:
+        return [folder]
+    told = f"{flag} {checkpoint}: holds what has trained; the rest is in {facts.base}, as its {ZEDA_NAME} says (base)"
+    if find_checkpoint(facts.base) is None:
+        raise UserError(f"{told}, where no checkpoint is; put it back, or write there where it is now")
+    if weights_id(facts.base, flag) != facts.base_weights:
+        raise UserError(f"{told}, but that checkpoint has other weights now; restore it")
+    return [*weight_folders(facts.base, flag), folder]
 
 
 def adapted_steps(checkpoint: str | Path, flag: str) -> int | None:

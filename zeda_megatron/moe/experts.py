@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..errors import UserError
 from ..ops import expert_kernels
-from ..ops.grouped_mlp import BACKENDS, SWIGLU, GatedUnit, grouped_mlp
+from ..ops.grouped_mlp import BACKENDS, SWIGLU, GatedUnit, LowRank, grouped_mlp
 
 
 class GroupedExperts(SequentialMLP):
@@ -50,20 +50,28 @@ class GroupedExperts(SequentialMLP):
 
     def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
         """rows [R, H] sorted by expert, counts [E_local], probs [R] -> ([R, H], None)."""
-        if not self.plain or self.backend == "loop":
+        low_rank = self.low_rank()
+        if low_rank is None and (not self.plain or self.backend == "loop"):
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         fc1, fc2, biases = self._parts()
+        # Kernels know no adapters.
+        backend = "grouped_mm" if low_rank is not None and self.backend == "kernels" else self.backend
         output = grouped_mlp(
             permuted_local_hidden_states,
             permuted_probs,
             tokens_per_expert,
             fc1,
             fc2,
-            self.backend,
+            backend,
             self.unit,
             biases,
+            low_rank,
         )
         return output, None
+
+    def low_rank(self) -> LowRank | None:
+        """Adapters of all local experts that are to answer now, or None. `models.adapters` gives them."""
+        return None
 
     def _parts(self) -> tuple[list, list, tuple[list, list] | None]:
         """fc1 and fc2 weights and biases of all experts, gathered once: that takes longer than to multiply few rows."""

@@ -40,6 +40,22 @@ class GatedUnit:
 SWIGLU = GatedUnit()
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What low-rank adapters add to both products: scale * up_e (down_e x) for each expert e, of rank D."""
+
+    fc1_down: torch.Tensor
+    """[E, D, H]."""
+    fc1_up: torch.Tensor
+    """[E, 2F, D]."""
+    fc2_down: torch.Tensor
+    """[E, D, F]."""
+    fc2_up: torch.Tensor
+    """[E, H, D]."""
+    scale: float
+    """Factor of what is added."""
+
+
 def grouped_mlp(
     rows_RH: torch.Tensor,
     probs_R: torch.Tensor,
@@ -49,6 +65,7 @@ def grouped_mlp(
     backend: str,
     unit: GatedUnit = SWIGLU,
     biases: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """Apply expert e to its `counts[e]` rows: fc2_e( unit(fc1_e x + b1_e) * prob ) + b2_e * prob.
 
@@ -56,8 +73,9 @@ def grouped_mlp(
         rows_RH: [R, H] rows sorted by expert, R = sum(counts); counts may be 0, and on any device.
         probs_R: [R] routing weights.
         fc1_weights: per expert [2F, H], gate rows first. fc2_weights: per expert [H, F].
-        backend: one of `BACKENDS`; `kernels` are for `SWIGLU` without biases.
+        backend: one of `BACKENDS`; `kernels` are for `SWIGLU` without biases and adapters.
         biases: b1 [2F] and b2 [H] per expert, or none.
+        low_rank: adapters of both products, or none.
 
     Returns:
         [R, H] in the dtype of the rows.
@@ -65,20 +83,28 @@ def grouped_mlp(
     counts = torch.as_tensor(counts)
     if backend == "loop":
         return reference_grouped_mlp(
-            rows_RH, probs_R, counts.tolist(), fc1_weights, fc2_weights, unit, biases
+            rows_RH, probs_R, counts.tolist(), fc1_weights, fc2_weights, unit, biases, low_rank
         )
     counts = counts.to(rows_RH.device, non_blocking=True)
     ends = counts.cumsum(0).to(torch.int32)
     if backend == "kernels":
         return installed().mlp(rows_RH, probs_R, ends, fc1_weights, fc2_weights)
-    hidden = F.grouped_mm(rows_RH, torch.stack(fc1_weights).transpose(1, 2), offs=ends)
+
+    def product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+
+    hidden = product(rows_RH, torch.stack(fc1_weights))
+    if low_rank is not None:
+        hidden = hidden + low_rank.scale * product(product(rows_RH, low_rank.fc1_down), low_rank.fc1_up)
     if biases is not None:
         first, second = (
             torch.stack(one).repeat_interleave(counts, 0, output_size=len(rows_RH)) for one in biases
         )
         hidden = hidden + first
     acted = (unit(hidden) * probs_R[:, None]).to(rows_RH.dtype)
-    output_RH = F.grouped_mm(acted, torch.stack(fc2_weights).transpose(1, 2), offs=ends)
+    output_RH = product(acted, torch.stack(fc2_weights))
+    if low_rank is not None:
+        output_RH = output_RH + low_rank.scale * product(product(acted, low_rank.fc2_down), low_rank.fc2_up)
     if output_RH.requires_grad:
         output_RH.register_hook(torch.Tensor.contiguous)  # its backward refuses an expanded gradient
     if biases is not None:
@@ -87,15 +113,28 @@ def grouped_mlp(
 
 
 def reference_grouped_mlp(
-    rows_RH, probs_R, counts, fc1_weights, fc2_weights, unit: GatedUnit = SWIGLU, biases=None
+    rows_RH,
+    probs_R,
+    counts,
+    fc1_weights,
+    fc2_weights,
+    unit: GatedUnit = SWIGLU,
+    biases=None,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """The definition, one expert after the other, gradients by autograd."""
     parts = []
-    none = [None] * len(fc1_weights)
-    for rows, probs, fc1, fc2, b1, b2 in zip(
-        rows_RH.split(counts), probs_R.split(counts), fc1_weights, fc2_weights, *(biases or (none, none))
-    ):
-        hidden = (unit(F.linear(rows, fc1, b1)) * probs[:, None]).to(rows.dtype)
-        output = F.linear(hidden, fc2)
+    for expert, (rows, probs) in enumerate(zip(rows_RH.split(counts), probs_R.split(counts))):
+        fc1, fc2 = fc1_weights[expert], fc2_weights[expert]
+        b1, b2 = (biases[0][expert], biases[1][expert]) if biases else (None, None)
+        hidden = F.linear(rows, fc1, b1)
+        if low_rank is not None:
+            low = F.linear(rows, low_rank.fc1_down[expert])
+            hidden = hidden + low_rank.scale * F.linear(low, low_rank.fc1_up[expert])
+        acted = (unit(hidden) * probs[:, None]).to(rows.dtype)
+        output = F.linear(acted, fc2)
+        if low_rank is not None:
+            low = F.linear(acted, low_rank.fc2_down[expert])
+            output = output + low_rank.scale * F.linear(low, low_rank.fc2_up[expert])
         parts.append(output if b2 is None else output + (b2 * probs[:, None]).to(rows.dtype))
     return torch.cat(parts)

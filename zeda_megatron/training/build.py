@@ -25,7 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
-from ..checkpoint.state import load_weights, require_checkpoint
+from ..checkpoint.state import require_checkpoint, stored_names
 from ..config.generate import GenerateOptions
 from ..config.model import ModelOptions
 from ..config.options import Options
@@ -38,10 +38,21 @@ from ..distill.student_servers import StudentServers
 from ..distill.teacher import Teacher
 from ..distill.vllm_engine import VLLMEngine
 from ..errors import UserError
+from ..models.adapters import ADAPTER, install_adapters
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import zero_experts_of
-from ..models.on_disk import HF_CONFIG_NAME, ZEDA_NAME, adapted_steps, beside, read_facts, weights_id
+from ..models.load import load_weights
+from ..models.on_disk import (
+    HF_CONFIG_NAME,
+    ZEDA_NAME,
+    ModelFacts,
+    adapted_steps,
+    beside,
+    read_facts,
+    weight_folders,
+    weights_id,
+)
 from ..models.weight_map import MTP
 from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
@@ -49,7 +60,12 @@ from ..moe.router_dials import set_dials
 from ..runtime.megatron_api import forget_recorded_losses
 from .log import warn
 
-TRAINABLE = {"router": (".router.",), "router+norms": (".router.", "norm"), "mtp": (MTP,)}
+TRAINABLE = {
+    "router": (".router.",),
+    "router+norms": (".router.", "norm"),
+    "lora": (".router.", ADAPTER),
+    "mtp": (MTP,),
+}
 """Parts of the names of parameters that train, by `--trainable`. Transformer Engine's layers hold norms in the
 projection behind them (`layer_norm_weight`)."""
 
@@ -191,11 +207,12 @@ def build_student(options: Options, trains: bool = True) -> Student:
             f"--recompute-granularity selective is not supported with {zero.zero_experts_type} zero experts; use full"
         )
     forget_recorded_losses()
-    chunks = build_chunks(options, arch, zero)
+    chunks, lora = build_chunks(options, arch, zero), options.model.lora
+    if lora is not None:
+        install_adapters(chunks, lora, options.optimizer.seed)
     if options.model.pretrained_checkpoint:
-        folder = require_checkpoint(options.model.pretrained_checkpoint, "--pretrained-checkpoint")
-        verify = options.run.verify_checkpoint
-        load_weights(chunks, folder, "--pretrained-checkpoint", heads="stored or fresh", verify=verify)
+        start, verify = options.model.pretrained_checkpoint, options.run.verify_checkpoint
+        load_weights(chunks, start, "--pretrained-checkpoint", lora, heads="stored or fresh", verify=verify)
     if options.model.trainable != "all":
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -239,12 +256,7 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     mode = options.distill.teacher_memory
     source = teacher_source(options)
     if mode == "shared":
-        if Path(source).resolve() != Path(options.model.pretrained_checkpoint or "").resolve():
-            raise UserError(
-                "--teacher-memory shared: the teacher is the student's start, --teacher-load must equal "
-                "--pretrained-checkpoint"
-            )
-        return Teacher(student.chunks, mode, student.moves if options.model.trainable != "mtp" else ())
+        return Teacher(student.chunks, mode, _values_of_teacher(options, student, source))
     zero = student.zero
     if options.distill.teacher_load and beside(source, ZEDA_NAME):
         # The teacher may be the static checkpoint: its zero experts are masked anyway.
@@ -255,20 +267,67 @@ def build_teacher(options: Options, student: Student) -> Teacher:
     # It is asked what the next token is, never for drafts.
     arch = student.arch.without_mtp_head()
     chunks = build_chunks(options, arch, replace(zero, group_loss_coeff=0.0))
-    folder = require_checkpoint(source, "--teacher-load")
     seen = source == options.model.pretrained_checkpoint  # and looked at, for the student
     verify = "none" if seen else options.run.verify_checkpoint
-    load_weights(chunks, folder, "--teacher-load", heads="stored or fresh", verify=verify)
+    load_weights(chunks, source, "--teacher-load", heads="stored or fresh", verify=verify)
     if options.model.bf16:
         for chunk in chunks:
             chunk.bfloat16()
     return Teacher(chunks, mode)
 
 
-def teacher_source(options: Options) -> str:
-    """Checkpoint of the teacher: --teacher-load, else where the student starts. Every default teacher is chosen here.
+def _values_of_teacher(
+    options: Options, student: Student, source: str
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """The student's parameters, adapters aside, that a teacher with the student's weights has otherwise, now or once
+    they have moved; and what it has there.
 
-    Raises `UserError` if there is none, or if the student starts from weights that have been adapted already.
+    Raises `UserError` unless the teacher is where the student starts, or what that was trained from.
+    """
+    start, flag = options.model.pretrained_checkpoint, "--pretrained-checkpoint"
+    line = [folder.resolve() for folder in weight_folders(start, flag)] if start else []
+    folder = require_checkpoint(source, "--teacher-load").resolve()
+    if folder not in line:
+        raise UserError(
+            f"--teacher-memory shared: --teacher-load {source} is not where the student starts, nor what "
+            f"{flag} {start} says it was trained from; give one of these, or own"
+        )
+    trained = line[line.index(folder) + 1 :]
+    if trained and (read_facts(start) or ModelFacts()).lora and options.model.lora is None:
+        raise UserError(
+            f"--teacher-memory shared: {flag} {start} has adapters, which are part of the student's weights now; give "
+            "--trainable lora, or own"
+        )
+    moves = student.moves if options.model.trainable != "mtp" else ()
+    named = [(name, p) for chunk in student.chunks for name, p in chunk.named_parameters()]
+    names = {name for name, parameter in named if any(parameter is one for one in moves)}
+    names |= stored_names(student.chunks, trained, flag)
+    swapped = [(name, p) for name, p in named if name in names and ADAPTER not in name]
+    mine = [parameter.detach().clone() for _, parameter in swapped]
+    if not trained:
+        return [(parameter, value) for (_, parameter), value in zip(swapped, mine)]
+    only = {name for name, _ in swapped}
+    load_weights(
+        student.chunks,
+        source,
+        "--teacher-load",
+        options.model.lora,
+        heads="stored or fresh",
+        verify="none",  # looked at for the student
+        only=only.__contains__,
+    )
+    values = [parameter.detach().clone() for _, parameter in swapped]
+    with torch.no_grad():
+        for (_, parameter), value in zip(swapped, mine):
+            parameter.copy_(value)
+    return [(parameter, value) for (_, parameter), value in zip(swapped, values)]
+
+
+def teacher_source(options: Options) -> str:
+    """Checkpoint of the teacher: --teacher-load, else where the student starts, or the original that this says it was
+    trained from. Every default teacher is chosen here.
+
+    Raises `UserError` if there is none, or if the student starts from adapted weights that do not say from which.
     """
     if options.distill.teacher_load:
         return options.distill.teacher_load
@@ -276,6 +335,9 @@ def teacher_source(options: Options) -> str:
     if source is None:
         raise UserError("--teacher-load is missing: the teacher needs a checkpoint (or use --stage pretrain)")
     if adapted_steps(source, "--pretrained-checkpoint") != 0:
+        original = str(weight_folders(source, "--pretrained-checkpoint")[0])
+        if adapted_steps(original, "--pretrained-checkpoint") == 0:
+            return original
         raise UserError(
             f"--teacher-load is missing: --pretrained-checkpoint {source} has been adapted already, so it is not the "
             "original; give the checkpoint of the original as teacher"

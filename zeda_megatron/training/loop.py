@@ -17,7 +17,7 @@ from ..distill.hidden_match import HiddenMatch
 from ..distill.passes import forward_only
 from ..errors import UserError
 from ..models.hf_config import describe_checkpoint
-from ..models.on_disk import ModelFacts, adapted_steps, read_facts
+from ..models.on_disk import ModelFacts, adapted_steps, read_facts, weights_id
 from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
@@ -49,6 +49,8 @@ class TrainingRun:
         self.teacher = build_teacher(options, self.student) if has_teacher else None
         self.teacher_id = teacher_id(options) if has_teacher else None
         self.facts = self._first_facts()
+        named = [pair for chunk in self.student.chunks for pair in chunk.named_parameters()]
+        self.trained = {name for name, parameter in named if parameter.requires_grad}
         self.optimizer, self.schedule = build_optimizer(
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
@@ -195,8 +197,12 @@ class TrainingRun:
     def state(self, is_loading: bool = False) -> dict[str, Any]:
         """Everything that a resumed run needs, as a Megatron sharded state dict."""
         model = model_state(self.student.chunks)
+        kept = {
+            name: {key: item for key, item in part.items() if self._is_kept(key)}
+            for name, part in model.items()
+        }
         return {
-            **model,
+            **kept,
             "optimizer": sharded_optimizer_state(
                 self.optimizer, model if len(self.student.chunks) > 1 else model["model"], is_loading
             ),
@@ -219,6 +225,10 @@ class TrainingRun:
             "guards": self.guards.state_dict(),
         }
 
+    def _is_kept(self, name: str) -> bool:
+        """A parameter or buffer is in this run's checkpoints: the rest is in the one that it started from."""
+        return self.facts.base is None or ".router." in name or name in self.trained
+
     def save(self) -> None:
         """Write `iter_*`, and beside it what export and evaluation need to know."""
         self.finite.weights()
@@ -232,9 +242,14 @@ class TrainingRun:
         """What is known of the weights that this run starts from."""
         start, flag = self.options.model.pretrained_checkpoint, "--pretrained-checkpoint"
         if not start:
-            return ModelFacts().with_zero(self.student.zero)
+            return replace(ModelFacts().with_zero(self.student.zero), lora=self.options.model.lora)
         facts = (read_facts(start) or ModelFacts()).with_zero(self.student.zero)
-        return replace(facts, adapted_steps=adapted_steps(start, flag))
+        facts = replace(facts, adapted_steps=adapted_steps(start, flag))
+        if self.options.model.trainable in ("all", "mtp"):
+            return facts.whole()
+        base = require_checkpoint(start, flag).resolve()
+        lora = self.options.model.lora or facts.lora
+        return replace(facts, lora=lora, base=str(base), base_weights=weights_id(base, flag))
 
     def adapted_steps(self) -> int | None:
         """Steps that the weights have been distilled for, by this run and by those before it; None: nobody knows."""
@@ -284,7 +299,7 @@ class TrainingRun:
                 "a new --save folder"
             )
         for name, chunk in zip(model_state(self.student.chunks), self.student.chunks):
-            chunk.load_state_dict(loaded[name], strict=True)
+            chunk.load_state_dict(loaded[name], strict=self.facts.base is None)
         load_optimizer_state(self.optimizer, loaded["optimizer"], progress.get("optimizer_step"))
         self.schedule.load_state_dict(loaded["schedule"])
         self.control.load_state_dict(loaded.get("share_control", {}))

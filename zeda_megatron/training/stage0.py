@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoint.state import load_weights, require_checkpoint
 from ..config.generate import SamplingConfig
 from ..config.options import Options
 from ..data.prompts import load_prompts
@@ -27,6 +26,7 @@ from ..distill.server_pool import open_servers
 from ..durable_file import write_atomically, writing
 from ..errors import UserError, cut_short
 from ..models.architecture import read_architecture
+from ..models.load import load_weights
 from ..moe.router_dials import set_dials
 from ..regular_file import is_regular
 from ..runtime.agreement import from_rank0, on_rank0, world_size
@@ -346,12 +346,11 @@ def _from_servers(options, arch, tokenizer, questions, sampling, should_stop) ->
 def _from_weights(options, arch, tokenizer, questions, sampling, should_stop) -> tuple[RolloutFile, int]:
     """The teacher is a checkpoint, run here on all ranks."""
     generate, source = options.generate, teacher_source(options)
-    folder = require_checkpoint(source, "--pretrained-checkpoint")
     file = _opened(options, tokenizer, sampling, teacher_id(options))
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)
-    load_weights(chunks, folder, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
+    load_weights(chunks, source, "--pretrained-checkpoint", verify=options.run.verify_checkpoint)
     set_dials(chunks, zero_mask=True)  # the teacher is the static model
     engine = rollout_engine(
         generate, chunks, arch, zero, tokenizer, arch.max_position_embeddings, static=True

@@ -15,8 +15,8 @@ import torch
 
 from ...errors import UserError
 from ...models.architecture import published_names
-from ...models.bits import DTYPES
 from ...models.config_values import text_settings
+from ...models.hf_config import DTYPES
 from ...models.weight_map import TURNS, FusedExperts
 from ...strict_json import is_int
 from ..hf_files import HFReader, TensorEntry, read_part

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..errors import UserError
-
-DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from ..models.hf_config import DTYPES
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
