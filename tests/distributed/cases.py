@@ -14,6 +14,7 @@ GLM = {"adam_eps": 1e-6}
 """For the same reason: gradients of latents that few tokens move."""
 MTP = GLM | {"mtp_loss_scale": 0.5}
 ALIGNED = {"pad_seq_to_mult": 4}
+LORA = {"trainable": "lora", "lora_rank": 8, "lora_alpha": 64, "teacher_memory": "shared", "adam_eps": 1e-6}
 MATCHED = {"hidden_loss_coeff": 5.0, "adam_eps": 1e-6}
 EVALUATED = {"eval_rows": 3, "eval_interval": 2}
 """Three rows: two data-parallel ranks have one silent row between them."""
@@ -43,6 +44,10 @@ WORLD_FLAGS = {
     "ce": {"distill_loss": "ce"},
     "router": ALIGNED | {"trainable": "router"},
     "norms": ALIGNED | {"trainable": "router+norms"},
+    "lora": ALIGNED | LORA,
+    "glm lora": LORA,
+    "qwen3_next lora": LORA,
+    "stage 2 lora": STAGE2 | LORA | {"teacher_load": None},
     "reverse": {"distill_loss": "reverse_kl"},
     "jsd": {"distill_loss": "jsd"},
     "adamoe": {"group_loss_variant": "adamoe", "renormalize_after_drop": True},
@@ -239,6 +244,30 @@ TRAIN = [
         for world, memory in (("router", "offload"), ("router", "shared"), ("norms", "shared"))
         for name, layout in {"ep2": {"ep": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "cp2": {"cp": 2}}.items()
     ),
+    case("lora tp2 ep2", world="lora", tp=2, ep=2),
+    *(
+        case(f"lora {name}", world="lora", slow=True, **layout)
+        for name, layout in {
+            "dp2": {},
+            "ep2": {"ep": 2},
+            "tp2": {"tp": 2},
+            "pp2": {"pp": 2},
+            "cp2": {"cp": 2},
+        }.items()
+    ),
+    *(
+        case(
+            f"lora {name}2 {how}", world="lora", flags={"recompute_granularity": how}, slow=True, **{name: 2}
+        )
+        for name, how in (("tp", "full"), ("ep", "selective"))
+    ),
+    case("lora ep2 loop", world="lora", ep=2, flags={"expert_backend": "loop"}, slow=True),
+    case("lora dp2 sharded", world="lora", flags={"use_distributed_optimizer": True}, slow=True),
+    *(
+        case(f"{world} {name}2", world=world, slow=True, **{name: 2})
+        for world in ("glm lora", "qwen3_next lora")
+        for name in ("tp", "ep", "pp")
+    ),
     case(
         "shared pp2 alongside",
         world="router",
@@ -248,6 +277,9 @@ TRAIN = [
     ),
 ]
 STAGE_2 = [
+    case("stage 2 lora tp2", world="stage 2 lora", tp=2, slow=True),
+    case("stage 2 lora ep2", world="stage 2 lora", ep=2, slow=True),
+    case("stage 2 lora pp2", world="stage 2 lora", pp=2, slow=True),
     case("stage 2 dp2", world="stage 2", slow=True),
     case("stage 2 ep2", world="stage 2", ep=2),
     case("stage 2 tp2", world="stage 2", tp=2, slow=True),
@@ -352,6 +384,7 @@ ASYNC = {"async_save": True, "save_interval": 1}
 UNEVEN = [
     case("uneven plain", "interrupted", world="odd", pp=2),
     case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}, slow=True),
+    case("uneven lora", "interrupted", world="lora", pp=2, flags=LORA, slow=True),
     case("uneven bf16", "interrupted", world="odd", pp=2, flags={"bf16": True}, slow=True),
     case("uneven sharded", "interrupted", world="odd", pp=2, flags=SHARDED, slow=True),
 ]
@@ -390,6 +423,16 @@ MOVED = [
         pp=2,
         last=1,
         flags=SHARDED | {"then": {"pp": 2, "first": 1}},
+        slow=True,
+    ),
+    case("lora ep2 then tp2", "moved", world="lora", ep=2, flags={"then": {"tp": 2}}),
+    case("lora pp2 then ep2", "moved", world="lora", pp=2, flags={"then": {"ep": 2}}, slow=True),
+    case(
+        "lora sharded ep2 then sharded tp2",
+        "moved",
+        world="lora",
+        ep=2,
+        flags=SHARDED | {"then": {"tp": 2}},
         slow=True,
     ),
     case("dp2 then pp2", "moved", flags={"then": {"pp": 2}}, slow=True),

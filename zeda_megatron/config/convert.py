@@ -90,6 +90,10 @@ class ExportOptions(_Written):
     verify_checkpoint: Literal[VERIFY_LEVELS] = "hash"
     """Compare the checkpoint's files with its integrity.json first: hash, size, none."""
 
+    adapters: Literal["merged", "beside"] = "merged"
+    """Low-rank adapters of a run with --trainable lora: merged into the weights, or beside them in OUT/adapter, as
+    peft opens it."""
+
 
 @dataclass(frozen=True)
 class VerifyOptions(_Conversion):

@@ -30,10 +30,11 @@ from ..config.lora import LoRA
 from ..config.run import VERIFY_LEVELS
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
-from ..models.adapters import ADAPTER, names_of_adapter
+from ..models.adapters import ADAPTER, merged, names_of_adapter
 from ..models.architecture import Architecture
 from ..models.hf_config import zero_experts_of
 from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts, weight_folders
+from ..models.weight_kinds import ModelDims, WeightMapping
 from ..models.weight_map import MTP
 from ..regular_file import open_regular
 from .layout import Box, Layout, Parameter, model_layout, stacked
@@ -260,6 +261,18 @@ class MegatronModel:
         parts = [self._holder(box.key).read(box).reshape(-1, *parameter.shape[1:]) for box in boxes]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(parameter.shape)
 
+    def parts(
+        self, parameter: Parameter, mapping: WeightMapping, dims: ModelDims, merges: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Hugging Face tensors of one parameter, its adapter merged into each of them; they may be views."""
+        parts = mapping.to_hf(self.read(parameter), dims)
+        adapter = self.adapter(parameter) if merges else None
+        if adapter is None:
+            return parts
+        down, up = adapter
+        ups = mapping.to_hf(up, dims)
+        return {key: merged(part, down, ups[key], self.lora.scale) for key, part in parts.items()}
+
     def checked_dtype(self, parameter: Parameter) -> torch.dtype:
         """Stored type of a parameter, whose shape is looked at too, without reading it.
 
@@ -280,6 +293,10 @@ class MegatronModel:
         if down not in self._holder(down):
             return None
         return self._part(down, expert), self._part(up, expert)
+
+    def stored(self, key: str) -> torch.Tensor | None:
+        """A tensor that is no parameter of the model, such as half an adapter of all experts; None: not there."""
+        return self._part(key, None) if key in self._holder(key) else None
 
     def _part(self, key: str, expert: int | None) -> torch.Tensor:
         """A stored tensor; or the part of it that is an expert's."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.folders import own_file
-from ..models.adapters import merged
+from ..errors import UserError
 from ..models.architecture import Architecture, dims_of, read_architecture, weight_map_of
 from ..models.hf_config import (
     SettingsWriter,
@@ -39,6 +39,7 @@ from .file_writer import FileWriter, Summary
 from .hf_files import SINGLE_NAME
 from .layout import Parameter
 from .megatron_model import MegatronModel
+from .peft_adapter import ADAPTER_FOLDER, write_adapter
 from .published.fused_experts import Joined, fused_plans
 from .safetensors_shards import (
     DEFAULT_SHARD_BYTES,
@@ -64,6 +65,7 @@ def megatron_to_hf(
     workers: int = 1,
     restart: bool = False,
     verify_checkpoint: str = "hash",
+    adapters: str = "merged",
 ) -> Summary:
     """Export a torch_dist checkpoint, written on any parallel layout, as a Hugging Face folder.
 
@@ -75,6 +77,8 @@ def megatron_to_hf(
         workers: threads; each holds one parameter.
         restart: throw away what an interrupted export to `out` has left, instead of going on from it.
         verify_checkpoint: how closely the checkpoint's files are looked at (`VERIFY_LEVELS`).
+        adapters: of a model that was trained with them: "merged" into the weights, or "beside" the weights that were
+            frozen, in the folder `adapter`, as peft opens it.
 
     Raises:
         UserError: checkpoint and template do not fit, or the target is in use; nothing is left behind then.
@@ -88,7 +92,10 @@ def megatron_to_hf(
     arch = model.arch
     carried = carried_source(template, arch)
     dims = dims_of(arch, paired=model.zero.paired)
-    target = _Target(model, weight_map_of(arch), dims, cast)
+    beside = adapters == "beside"
+    if beside and model.lora is None:
+        raise UserError(f"--adapters beside: {model.folder} has none; leave it away")
+    target = _Target(model, weight_map_of(arch), dims, cast, merges=not beside)
     along = carried_plans(carried, arch, cast) if carried else ()
     planned = [*target.tensors(), *(replace(plan, source=(None, plan.key)) for plan in along)]
     published = list(_published(planned, arch))
@@ -129,6 +136,7 @@ def megatron_to_hf(
         "max_shard_bytes": max_shard_bytes,
         "dtype": dtype,
         "adapted": model.adapted_steps,
+        "adapters": adapters if model.lora else None,
         "torch": torch.__version__,  # another one may write other bytes
     }
     with staged_folder(out, request, overwrite, restart) as staging:
@@ -139,6 +147,8 @@ def megatron_to_hf(
             write_index(staging.work, shards)
             copy_side_files(template, staging.work)
             write_config(staging.work, result)
+            if beside:
+                write_adapter(staging.work / ADAPTER_FOLDER, model, cast)
             if aside:
                 write_config(staging.work / DRAFTS, with_dtype(draft_config(config), dtype))
     return Summary(len(published), sum(plan.nbytes for plan in published), model.zero)
@@ -169,6 +179,7 @@ class _Target:
         weights: map of the architecture.
         dims: numbers of the model.
         cast: what `--dtype` asks for.
+        merges: adapters become part of the weights.
     """
 
     def __init__(
@@ -177,8 +188,9 @@ class _Target:
         weights: WeightMap,
         dims: ModelDims,
         cast: Callable[[torch.Tensor], torch.Tensor],
+        merges: bool,
     ):
-        self._model, self._dims, self._cast = model, dims, cast
+        self._model, self._dims, self._cast, self._merges = model, dims, cast, merges
         self._mappings = {p.name: weights.for_mcore_name(p.name) for p in model.layout.parameters}
 
     def tensors(self) -> Iterator[Planned]:
@@ -191,7 +203,8 @@ class _Target:
             shape_only = torch.empty(
                 parameter.shape, dtype=self._model.checked_dtype(parameter), device="meta"
             )
-            for key, part in self.take_apart(parameter, shape_only).items():
+            mapping = self._mappings[parameter.name]
+            for key, part in self._finished(mapping, mapping.to_hf(shape_only, self._dims)).items():
                 yield Planned(key, part.dtype, tuple(part.shape), (parameter, key))
 
     def settings(self) -> dict[str, float | list[float]]:
@@ -204,22 +217,11 @@ class _Target:
         return writer.entries()
 
     def tensors_of(self, parameter: Parameter) -> dict[str, torch.Tensor]:
-        """The tensors that a parameter holds, its adapter merged into each of them, cast; they may be views."""
-        return self.take_apart(parameter, self._model.read(parameter), self._model.adapter(parameter))
+        """The tensors that a parameter holds, cast; they may be views."""
+        mapping = self._mappings[parameter.name]
+        return self._finished(mapping, self._model.parts(parameter, mapping, self._dims, self._merges))
 
-    def take_apart(
-        self,
-        parameter: Parameter,
-        tensor: torch.Tensor,
-        adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """The tensors that a parameter's tensor holds, cast; they may be views."""
-        mapping: WeightMapping = self._mappings[parameter.name]
-        parts = mapping.to_hf(tensor, self._dims)
-        if adapter is not None:
-            (down, up), scale = adapter, self._model.lora.scale
-            ups = mapping.to_hf(up, self._dims)
-            parts = {key: merged(part, down, ups[key], scale) for key, part in parts.items()}
+    def _finished(self, mapping: WeightMapping, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if isinstance(mapping, ScoreBias):
             return parts
         return {key: self._cast(part) for key, part in parts.items()}

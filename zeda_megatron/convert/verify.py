@@ -72,10 +72,10 @@ def _comparer(
     dims: ModelDims,
 ) -> Callable[[Parameter], list[str]]:
     def compare(parameter: Parameter) -> list[str]:
-        mapping, ours, lines = bound[parameter.name], model.read(parameter), []
+        mapping, lines = bound[parameter.name], []
         if isinstance(mapping, Setting) and mapping.hf in settings:
-            lines += _difference(settings[mapping.hf], ours, mapping.hf, [(1,)])
-        parts = mapping.to_hf(ours, dims)
+            lines += _difference(settings[mapping.hf], model.read(parameter), mapping.hf, [(1,)])
+        parts = model.parts(parameter, mapping, dims)
         for key, allowed in mapping.hf_shapes(parameter.shape, dims).items():
             if key in reader:
                 lines += _difference(reader.read(key), parts[key], key, allowed)
