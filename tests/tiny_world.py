@@ -206,10 +206,12 @@ def given_out(student) -> dict[str, str]:
     """A hash of every weight that `LiveWeights` gives, by its Hugging Face name, in its order."""
     from zeda_megatron.models.live_weights import LiveWeights
 
-    return {
-        key: hashlib.sha256(part.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for key, part in LiveWeights(student.chunks, student.arch).tensors()
-    }
+    return {key: bits_of(part) for key, part in LiveWeights(student.chunks, student.arch).tensors()}
+
+
+def bits_of(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def weight_hash(teacher) -> str:

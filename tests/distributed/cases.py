@@ -384,7 +384,7 @@ ASYNC = {"async_save": True, "save_interval": 1}
 UNEVEN = [
     case("uneven plain", "interrupted", world="odd", pp=2),
     case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}, slow=True),
-    case("uneven lora", "interrupted", world="lora", pp=2, flags=LORA, slow=True),
+    case("uneven lora", "interrupted", world="odd", pp=2, flags=LORA, slow=True),
     case("uneven bf16", "interrupted", world="odd", pp=2, flags={"bf16": True}, slow=True),
     case("uneven sharded", "interrupted", world="odd", pp=2, flags=SHARDED, slow=True),
 ]

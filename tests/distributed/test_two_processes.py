@@ -24,6 +24,9 @@ from cases import (
     UNEVEN,
     WORLD_FLAGS,
 )
+from tiny import weights_of
+
+from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -103,6 +106,13 @@ def test_all_ranks_go_back_from_a_damaged_file_to_the_same_checkpoint(results):
 @each(TRAIN + STAGE_2)
 def test_the_teacher_does_not_move_on_any_rank(results, case):
     assert all(rank["teacher_still"] for rank in results(case["name"]))
+
+
+@each([case for case in TRAIN if case["flags"].get("trainable") == "lora"])
+def test_engines_get_the_merged_weights_that_an_export_has(results, runs, worlds, tmp_path, case):
+    megatron_to_hf(runs(case["name"])[1], worlds[case["world"]].hf, tmp_path / "hf")
+    expected = {key: tiny_world.bits_of(part) for key, part in weights_of(tmp_path / "hf").items()}
+    assert all(rank["given_out"] == expected for rank in results(case["name"]))
 
 
 @each(REPLAYED)

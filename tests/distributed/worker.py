@@ -66,6 +66,7 @@ def train(world, out: Path, layout: dict, flags: dict) -> dict:
         "code": code,
         "iteration": run.iteration,
         "teacher_still": tiny_world.weight_hash(run.teacher) == before,
+        "given_out": tiny_world.given_out(run.student) if flags.get("trainable") == "lora" else None,
     }
 
 

@@ -59,6 +59,17 @@ def test_they_follow_the_model_and_its_thresholds(world, tmp_path):
         assert torch.equal(part[:rows], before[key][:rows] + 1), key
 
 
+def test_adapters_are_part_of_the_weights_but_not_of_the_originals(world, tmp_path):
+    flags = {"trainable": "lora", "lora_rank": 8, "teacher_memory": "shared", "lr_warmup_fraction": 0.0}
+    run = tiny_world.start(world, save=tmp_path / "run", train_iters=2, **flags)
+    weights = LiveWeights(run.student.chunks, run.student.arch)
+    run.run()
+    megatron_to_hf(tmp_path / "run", world.hf, tmp_path / "hf")
+    equal(weights.tensors(), exported(tmp_path / "hf"))
+    still = {key: part for key, part in weights.tensors(static=True) if not key.endswith("gate.weight")}
+    equal(still, {key: part for key, part in exported(world.hf).items() if not key.endswith("gate.weight")})
+
+
 EXPERTS_OF_A_LAYER = 128 * 3 * 768 * 2048 * 2
 """Bytes, at Qwen3-30B-A3B's geometry in bf16."""
 
