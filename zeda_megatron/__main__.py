@@ -42,6 +42,7 @@ COMMANDS = {
     "evaluate export": ("evaluation.quality.export_check", "does an export answer as the checkpoint does?"),
     "plan steps": ("planning.step_plan", "rows per step, steps per epoch"),
     "plan memory": ("planning.memory_sheet", "GPU memory of a recipe, and what would make it fit"),
+    "plan fit": ("planning.first_fit", "the first recipe that fits your GPUs, and what it gives up"),
     "plan flops": ("planning.cost_sheet", "FLOPs, bytes and predicted speed-up by zero share"),
     "plan rollouts": ("planning.rollout_sheet", "tokens a second and memory that sampling answers takes"),
     "doctor": ("planning.doctor", "what is installed, and which path every operator takes here"),

@@ -32,6 +32,7 @@ FEW = {
     "ep2 sharded": ["--expert-model-parallel-size", "2", *SHARDED],
     "pp2 1+3": ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "1"],
     "routers": ["--trainable", "router", *SHARDED],
+    "tp2 adapters": ["--trainable", "lora", "--lora-rank", "8", "--tensor-model-parallel-size", "2"],
 }
 MORE = {
     "dp2": [],
@@ -48,6 +49,10 @@ MORE = {
     "tp2 routers": ["--trainable", "router", "--tensor-model-parallel-size", "2"],
     "tp2 routers and norms": ["--trainable", "router+norms", "--tensor-model-parallel-size", "2"],
     "pp2 routers and norms": ["--trainable", "router+norms", "--pipeline-model-parallel-size", "2"],
+    "pp2 adapters": ["--trainable", "lora", "--pipeline-model-parallel-size", "2"],
+    "ep2 adapters sharded": ["--trainable", "lora", "--expert-model-parallel-size", "2", *SHARDED],
+    "adapters of attention": ["--trainable", "lora", "--lora-targets", "attention"],
+    "adapters of shared": ["--trainable", "lora", "--lora-targets", "shared"],
     "paired": ["--zero-expert-routing", "paired", "--moe-router-load-balancing-type", "none"],
     "learned": ["--zero-experts-type", "learned", "--moe-router-load-balancing-type", "none"],
 }
@@ -163,7 +168,8 @@ def check(folder: Path, world: int, layouts: dict) -> None:
         case = f"{model}, {layout}"
         options, arch = read_options(folder, model, flags), read_architecture(folder / model)
         arch = arch.with_mtp_head("model") if options.distill.mtp_loss_scale else arch
-        counts = stage_parameters(arch, options.parallel, zero_experts(options.model, arch))
+        zero = zero_experts(options.model, arch)
+        counts = stage_parameters(arch, options.parallel, zero, options.model.lora)
         sharers = data_ranks(options, world) * options.parallel.context_parallel_size
         of_experts = (
             options.parallel.expert_model_parallel_size * options.parallel.expert_tensor_parallel_size
@@ -194,6 +200,7 @@ def test_counts_are_what_two_processes_allocate(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_counts_are_what_two_processes_allocate_on_more_layouts(tmp_path):
     check(tmp_path, 2, MORE)
 
@@ -241,3 +248,27 @@ def test_heads_with_hidden_units_and_stand_ins_are_counted_and_stand_ins_never_t
     assert count.stand_ins == sum(number for name, number in numbers.items() if ".zero_output." in name) > 0
     assert count.trainable("all", True) == (count.dense - count.stand_ins, count.expert)
     assert count.trainable("router", False) == (count.router - count.paired - count.stand_ins, 0)
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts", "shared", "attention+experts+shared"])
+@pytest.mark.parametrize("model", MODELS)
+def test_adapters_are_counted_as_a_built_model_has_them(one_process, model, targets):
+    from zeda_megatron.config.lora import LoRA
+    from zeda_megatron.config.parallel import ParallelConfig
+    from zeda_megatron.config.zero_experts import ZeroExpertConfig
+    from zeda_megatron.models.adapters import install_adapters
+    from zeda_megatron.models.architecture import read_architecture
+    from zeda_megatron.models.build import build_gpt_model, transformer_config
+    from zeda_megatron.planning.memory_parameters import stage_parameters
+
+    arch, zero, lora = read_architecture(MODELS[model]), ZeroExpertConfig(4), LoRA(8, 16.0, targets)
+    built = build_gpt_model(arch, transformer_config(arch), zero)
+    install_adapters([built], lora)
+    numbers = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    (count,) = stage_parameters(arch, ParallelConfig(), zero, lora)
+    adapters = {name: number for name, number in numbers.items() if ".adapter." in name}
+    expert = sum(number for name, number in adapters.items() if ".experts." in name)
+    assert (count.adapters, count.expert_adapters) == (sum(adapters.values()) - expert, expert)
+    assert count.total == sum(numbers.values()) and count.of_decoder == count.total - sum(adapters.values())
+    routers = sum(number for name, number in numbers.items() if ".router." in name)
+    assert count.trainable("lora", False) == (routers + count.adapters, expert)

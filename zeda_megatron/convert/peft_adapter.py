@@ -22,8 +22,8 @@ ADAPTER_FOLDER = "adapter"
 """Beside the weights of an export that does not merge them."""
 _PREFIX = "base_model.model."
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
-"""Modules of these names, of shared experts and dense MLPs, are asked for by their weight: peft takes a target module of
-such a name for the experts' and leaves the module itself alone."""
+"""Modules of these names, of shared experts and dense MLPs, are asked for by their weight: peft takes a target module
+of such a name for the experts' and leaves the module itself alone."""
 _EXPERTS = {"fc1": ("gate_up_proj", "base_layer."), "fc2": ("down_proj", "")}
 """Each product: transformers' name of the weights of all experts, and where peft puts the adapter beside them."""
 

@@ -91,7 +91,7 @@ def estimate(
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     copies = about.gpus // (ranks * parallel.pipeline_model_parallel_size)
     found = []
-    for stage, count in enumerate(stage_parameters(arch, parallel, zero)):
+    for stage, count in enumerate(stage_parameters(arch, parallel, zero, options.model.lora)):
         standing = standing_bytes(options, count, rows, copies)
         phases = {}
         for worst in (False, True):
@@ -137,7 +137,9 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         made["optimizer"] = float(state * (dense + expert))
     if options.model.stage in ("1", "2"):
         mode = options.distill.teacher_memory
-        first = dense + expert if options.model.trainable != "mtp" else 0
+        # Adapters are switched off in its passes.
+        apart = {"mtp": 0, "lora": dense - count.adapters}
+        first = apart.get(options.model.trainable, dense + expert)
         held = {"own": count.of_decoder, "offload": 0, "shared": first}[mode]
         made[f"teacher ({mode})"] = float(width * held)
     return made

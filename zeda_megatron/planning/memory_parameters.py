@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..config.lora import LoRA
 from ..config.parallel import ParallelConfig, stage_layers
 from ..config.zero_experts import ZeroExpertConfig
 from ..models.architecture import Architecture
@@ -55,6 +56,10 @@ class StageParameters:
     """Part of `dense`: rows of the LM head; 0 before the last stage."""
     largest_layer: int
     """Parameters of its largest layer."""
+    adapters: int = 0
+    """Part of `dense`: low-rank adapters of attention, dense MLPs and shared experts."""
+    expert_adapters: int = 0
+    """Part of `expert`: those of real experts."""
     mtp: MTPParameters | None = None
     """Those of `dense` and `expert` that are a head of multi-token prediction, which the teacher has not."""
 
@@ -65,21 +70,30 @@ class StageParameters:
 
     @property
     def of_decoder(self) -> int:
-        """All without a head of multi-token prediction."""
-        return self.total - (self.mtp.dense + self.mtp.expert if self.mtp else 0)
+        """All without a head of multi-token prediction, and without adapters: what a teacher has."""
+        head = self.mtp.dense + self.mtp.expert if self.mtp else 0
+        return self.total - head - self.adapters - self.expert_adapters
 
     def trainable(self, what: str, paired_trains: bool) -> tuple[int, int]:
         """(dense, expert) parameters that have gradients; `what`: --trainable."""
         part = self.mtp if what == "mtp" else self
         frozen = part.stand_ins + (0 if paired_trains else part.paired)
-        named = {"router": self.router, "router+norms": self.router + self.norms}
-        return (named[what] - frozen, 0) if what in named else (part.dense - frozen, part.expert)
+        named = {
+            "router": (self.router, 0),
+            "router+norms": (self.router + self.norms, 0),
+            "lora": (self.router + self.adapters, self.expert_adapters),
+        }
+        dense, expert = named.get(what, (part.dense, part.expert))
+        return dense - frozen, expert
 
 
 def stage_parameters(
-    arch: Architecture, parallel: ParallelConfig, zero: ZeroExpertConfig
+    arch: Architecture, parallel: ParallelConfig, zero: ZeroExpertConfig, lora: LoRA | None = None
 ) -> tuple[StageParameters, ...]:
-    """Counts of all pipeline stages. The layout must divide the model (`models.build.check_layout`)."""
+    """Counts of all pipeline stages. The layout must divide the model (`models.build.check_layout`).
+
+    `lora`: adapters that the model has.
+    """
     fields, tp = arch.megatron, parallel.tensor_model_parallel_size
     stages = stage_layers(fields["num_layers"], parallel)
     vocabulary = math.ceil(arch.vocab_size / tp) * fields["hidden_size"]
@@ -111,13 +125,14 @@ def stage_parameters(
             own = norms + beside + _router(fields, zero) + joined
             mtp = MTPParameters(own, expert, _paired(fields, zero), _stand_ins(fields, zero))
         heads = 1 if mtp else 0
+        adapters, expert_adapters = _adapters(fields, parallel, lora, linear, sparse) if lora else (0, 0)
         found.append(
             StageParameters(
                 layers=len(layers),
                 moe_layers=sparse,
                 linear_layers=sum(linear),
-                dense=dense + (mtp.dense if mtp else 0),
-                expert=(sparse + heads) * expert,
+                dense=dense + (mtp.dense if mtp else 0) + adapters,
+                expert=(sparse + heads) * expert + expert_adapters,
                 router=router + heads * _router(fields, zero),
                 norms=sum(_norms(fields, is_linear, tp) for is_linear in linear)
                 + last * fields["hidden_size"]
@@ -126,6 +141,8 @@ def stage_parameters(
                 stand_ins=(sparse + heads) * _stand_ins(fields, zero),
                 head=last * vocabulary,
                 largest_layer=max(moe, norms + dense_mlp if sparse < len(layers) else 0),
+                adapters=adapters,
+                expert_adapters=expert_adapters,
                 mtp=mtp,
             )
         )
@@ -184,6 +201,50 @@ def experts_of_layer(fields: dict, parallel: ParallelConfig) -> int:
     return experts * (
         mlp(fields, fields["moe_ffn_hidden_size"], parallel.expert_tensor_parallel_size) + biases
     )
+
+
+def _adapters(
+    fields: dict, parallel: ParallelConfig, lora: LoRA, linear: list[bool], sparse: int
+) -> tuple[int, int]:
+    """(dense, expert) parameters of a stage's adapters on one rank; `linear`: which of its layers have linear
+    attention; `sparse`: how many have experts."""
+    tp, rank, hidden = parallel.tensor_model_parallel_size, lora.rank, fields["hidden_size"]
+
+    def gated(width: int, ranks: int) -> int:
+        """Of an MLP of that width: both halves of a projection are whole but for the width's part."""
+        return rank * (2 * hidden + 3 * width // ranks) if width else 0
+
+    attention = dense = expert = 0
+    if lora.has("attention"):
+        attention = sum(_of_attention(fields, tp, rank, it) for it in linear)
+    if lora.has("shared"):
+        shared = gated(fields.get("moe_shared_expert_intermediate_size") or 0, tp)
+        dense = sparse * shared + (len(linear) - sparse) * gated(fields["ffn_hidden_size"], tp)
+    if lora.has("experts"):
+        experts = fields["num_moe_experts"] // parallel.expert_model_parallel_size
+        expert = sparse * experts * gated(fields["moe_ffn_hidden_size"], 1)
+    return attention + dense, expert
+
+
+def _of_attention(fields: dict, tp: int, rank: int, is_linear: bool) -> int:
+    """Adapters of a layer's attention: of each projection the whole side, and this rank's part of the other."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if is_linear:
+        key_heads, values = fields["linear_num_key_heads"], fields["linear_num_value_heads"]
+        value = values * fields["linear_value_head_dim"]
+        into = 2 * key_heads * fields["linear_key_head_dim"] + 2 * value + 2 * values
+        return rank * (2 * hidden + (into + value) // tp)
+    if not fields.get("multi_latent_attention"):
+        groups, head = fields["num_query_groups"], fields["kv_channels"]
+        gates = heads if fields.get("attention_output_gate") else 0
+        return rank * (2 * hidden + (heads + gates + 2 * groups + heads) * head // tp)
+    query = heads * (fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"])
+    latent, query_latent = fields["kv_lora_rank"], fields["q_lora_rank"]
+    value = heads * fields["v_head_dim"]
+    down = hidden + latent + fields["qk_pos_emb_head_dim"]
+    down += hidden + 2 * query_latent if query_latent else hidden
+    up = latent + (query + heads * fields["qk_head_dim"] + value) // tp
+    return rank * (down + up + value // tp + hidden)
 
 
 def _router(fields: dict, zero: ZeroExpertConfig) -> int:

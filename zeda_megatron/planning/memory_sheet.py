@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..config.options import Options, read_options
+from ..config.parallel import ParallelConfig
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
@@ -38,9 +39,9 @@ class Command:
     """text, json or markdown."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="zeda plan memory",
+        prog=prog,
         allow_abbrev=False,
         description="GPU memory of a training recipe: will it fit, and what to change if it does not",
         epilog="All other flags, --config FILE.yaml among them, are those of launch/pretrain_zeda.sh.",
@@ -60,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_command(argv: list[str]) -> Command:
-    """Read the command line. Raises `UserError` for what training would refuse too."""
-    mine, rest = _parser().parse_known_args(argv)
+def read_command(argv: list[str], prog: str = "zeda plan memory") -> Command:
+    """Read the command line of `prog`. Raises `UserError` for what training would refuse too."""
+    mine, rest = _parser(prog).parse_known_args(argv)
     for flag, value in (("--gpus", mine.gpus), ("--prompt-tokens", mine.prompt_tokens)):
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
@@ -71,13 +72,13 @@ def read_command(argv: list[str]) -> Command:
             raise UserError(f"{flag} {value} must be at least 0 and below 1")
     if not mine.gpu_memory > 0 or not mine.context >= 0:
         raise UserError("--gpu-memory must be above 0 and --context not negative")
-    options = read_options(rest, "zeda plan memory")
-    # Files come later.
-    replace(
+    options = read_options(rest, prog)
+    options = replace(  # files come later
         options,
         data=replace(options.data, data_path=options.data.data_path or ["data"]),
         generate=replace(options.generate, rollout_path=options.generate.rollout_path or "rollouts"),
-    ).validate()
+    )
+    options.validate()
     arch = read_architecture(mine.hf)
     if options.distill.mtp_loss_scale:
         arch = arch.with_mtp_head("--mtp-loss-scale")
@@ -138,19 +139,9 @@ def format_sheet(command: Command, sheet: dict) -> str:
     model, parallel, data = command.options.model, command.options.parallel, command.options.data
     number = sheet["worst_stage"]
     other, stage, about = sheet["worst_stage_at_worst_load"], sheet["stages"][number], command.about
-    sizes = {
-        "TP": parallel.tensor_model_parallel_size,
-        "PP": parallel.pipeline_model_parallel_size,
-        "VPP": parallel.virtual_pipeline_model_parallel_size,
-        "CP": parallel.context_parallel_size,
-        "EP": parallel.expert_model_parallel_size,
-        "ETP": parallel.expert_tensor_parallel_size,
-        "DP": about.gpus // parallel.model_parallel_size,
-    }
-    layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
     out = [
-        f"{command.arch.name}, stage {model.stage}, {about.gpus} GPUs of {about.gpu_memory:g} GiB, {layout}, "
-        f"rows of {data.seq_length:,} tokens",
+        f"{command.arch.name}, stage {model.stage}, {about.gpus} GPUs of {about.gpu_memory:g} GiB, "
+        f"{layout_name(parallel, about.gpus)}, rows of {data.seq_length:,} tokens",
         f"GiB on each GPU of pipeline stage {number + 1} of {len(sheet['stages'])}"
         + (", which needs most" if len(sheet["stages"]) > 1 else ""),
     ]
@@ -183,6 +174,20 @@ def format_sheet(command: Command, sheet: dict) -> str:
         "The optimizer cannot be offloaded.",
     ]
     return "\n".join(out)
+
+
+def layout_name(parallel: ParallelConfig, gpus: int) -> str:
+    """`TP2 EP8 DP4`."""
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "VPP": parallel.virtual_pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size,
+        "ETP": parallel.expert_tensor_parallel_size,
+        "DP": gpus // parallel.model_parallel_size,
+    }
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
 def _sizes(part: str, even: float, worst: float) -> list[str]:

@@ -1,0 +1,206 @@
+"""The first recipe that fits given GPUs, and what it gives up for that: `zeda plan fit`.
+
+The command line is that of `zeda plan memory`. What is given up is ordered: first what costs time alone, then the
+teacher's place, then what trains. Under each, rows get shorter while the tokens of a step stay what they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..config.options import Options
+from ..errors import UserError
+from ..models.build import check_layout
+from ..text_table import text_table
+from .memory import GIB, estimate
+from .memory_sheet import Command, layout_name, read_command, worst_stage
+
+RUNGS = (
+    ("nothing", {}, {}),
+    (
+        "the teacher waits in host memory between steps",
+        {},
+        {"teacher_memory": "offload", "teacher_schedule": "ahead"},
+    ),
+    (
+        "most weights: adapters (LoRA) and routers train, the teacher shares the rest",
+        {"trainable": "lora"},
+        {"teacher_memory": "shared"},
+    ),
+    (
+        "adapters too: routers and norms train",
+        {"trainable": "router+norms"},
+        {"teacher_memory": "shared"},
+    ),
+)
+"""What is given up, and what that changes in the model's and the distillation's options; each in place of the one
+before."""
+SHORTEST_ROW = 4096
+"""Tokens; shorter rows than that are not tried."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """The best layout of one kind of recipe."""
+
+    gives_up: str
+    """In words."""
+    flags: tuple[str, ...]
+    """What to add to the command."""
+    layout: str
+    """`TP2 EP8`."""
+    row: int
+    """Tokens of a row."""
+    total: float
+    """GiB of the stage that needs most, experts evenly loaded."""
+    total_at_worst_load: float
+    """The same where every pick that can go to one GPU's experts does."""
+    fits: bool
+    """Whether `total` is not above what a GPU has."""
+
+
+def first_fit(command: Command) -> list[Try]:
+    """The best of each kind of recipe, in the order of what they give up, to the first that fits.
+
+    Under each kind that fits, the longest rows and then the layout that splits least.
+    """
+    made = []
+    for gives_up, model, distill in RUNGS if command.options.model.stage in ("1", "2") else RUNGS[:1]:
+        if command.options.model.stage == "pretrain" and distill:
+            continue
+        options = replace(
+            command.options,
+            model=replace(command.options.model, **model),
+            distill=replace(command.options.distill, **distill),
+        )
+        found = _best(command, options, gives_up)
+        if found is not None:
+            made.append(found)
+            if found.fits:
+                break
+    return made
+
+
+def _best(command: Command, options: Options, gives_up: str) -> Try | None:
+    """None: the model has no layout on these GPUs."""
+    limit, least = command.about.gpu_memory, None
+    for shorter in _easier(options):
+        tries = [_tried(command, changed, gives_up) for changed in _layouts(command, shorter)]
+        fitting = [one for one in tries if one.fits]
+        if fitting:
+            safe = [one for one in fitting if one.total_at_worst_load <= limit]
+            return (safe or fitting)[0]
+        least = min([*tries, *([least] if least else [])], key=lambda one: one.total, default=None)
+    return least
+
+
+def _easier(options: Options) -> Iterator[Options]:
+    """The same recipe, then ways to make it need less that change nothing that is learned: recomputation, fewer answers
+    at a time, shorter rows."""
+    yield options
+    if options.model.stage in ("pretrain", "1", "2"):
+        model = replace(options.model, recompute_granularity="full")
+        sharded = replace(options.optimizer, use_distributed_optimizer=True)
+        options = replace(options, model=model, optimizer=sharded)
+        yield options
+    times = 1
+    while options.model.stage in ("pretrain", "1") and options.data.seq_length // times > SHORTEST_ROW:
+        times *= 2
+        data = replace(options.data, seq_length=options.data.seq_length // times)
+        rows = replace(options.optimizer, global_batch_size=options.optimizer.global_batch_size * times)
+        yield replace(options, data=data, optimizer=rows)
+    answers = options.generate.generate_batch_size
+    while options.model.stage in ("0", "2") and answers > 1:
+        answers //= 2
+        yield replace(options, generate=replace(options.generate, generate_batch_size=answers))
+
+
+def _layouts(command: Command, options: Options) -> Iterator[Options]:
+    """All that these GPUs can have, those first that split a sequence or a layer over fewer ranks."""
+    gpus, layers = command.about.gpus, command.arch.megatron["num_layers"]
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    few = [size for size in sizes if size & (size - 1) == 0]
+    found = []
+    for tp, cp, pp, ep in product(few, few, sizes, sizes):
+        uneven = layers - (pp - 1) * (layers // pp) if layers % pp else None
+        parallel = replace(
+            options.parallel,
+            tensor_model_parallel_size=tp,
+            context_parallel_size=cp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=1,
+            decoder_first_pipeline_num_layers=uneven,
+            decoder_last_pipeline_num_layers=None,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1,
+        )
+        changed = replace(options, parallel=parallel)
+        try:
+            check_layout(command.arch, parallel)
+            changed.validate()
+            estimate(changed, command.arch, command.zero, command.about)
+        except UserError:
+            continue
+        found.append((tp * cp, pp, -ep, cp, changed))
+    return (one[-1] for one in sorted(found, key=lambda one: one[:-1]))
+
+
+def _tried(command: Command, options: Options, gives_up: str) -> Try:
+    stages = estimate(options, command.arch, command.zero, command.about)
+    total = worst_stage(stages).total() / GIB
+    return Try(
+        gives_up,
+        tuple(_flags(command.options, options)),
+        layout_name(options.parallel, command.about.gpus),
+        options.data.seq_length,
+        total,
+        worst_stage(stages, worst=True).total(True) / GIB,
+        total <= command.about.gpu_memory,
+    )
+
+
+def _flags(asked: Options, options: Options) -> Iterator[str]:
+    """What has changed."""
+    for group in ("model", "data", "distill", "optimizer", "generate", "parallel"):
+        old, new = vars(getattr(asked, group)), vars(getattr(options, group))
+        for name, value in new.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True and not old[name]:
+                yield flag
+            elif value is not None and value != old[name]:
+                yield f"{flag} {value}"
+
+
+def format_tries(command: Command, tries: list[Try]) -> str:
+    """Lines for the terminal."""
+    about, model = command.about, command.options.model
+    lines = [f"{command.arch.name}, stage {model.stage}, {about.gpus} GPUs of {about.gpu_memory:g} GiB", ""]
+    rows = [["gives up", "layout", "rows of", "even load", "worst load", ""]]
+    for one in tries:
+        sizes = (f"{one.total:.1f}", f"{one.total_at_worst_load:.1f}")
+        rows.append(
+            [one.gives_up, one.layout, f"{one.row:,}", *sizes, "fits" if one.fits else "does not fit"]
+        )
+    lines += text_table(rows, "llrrrl", "  ")
+    if tries and tries[-1].fits:
+        lines += ["", "add to the recipe: " + (" ".join(tries[-1].flags) or "nothing")]
+    else:
+        lines += ["", "nothing fits: more GPUs, larger ones, or a smaller model"]
+    lines.append(
+        "GiB on the GPU that needs most; estimated as `zeda plan memory` does, which shows the parts"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point. Exit code 1 if nothing fits."""
+    command = read_command(argv, "zeda plan fit")
+    tries = first_fit(command)
+    if command.form == "json":
+        print(json.dumps([vars(one) for one in tries], indent=1))
+    else:
+        print(format_tries(command, tries))
+    return 0 if tries and tries[-1].fits else 1
