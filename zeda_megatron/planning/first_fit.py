@@ -119,7 +119,8 @@ def _easier(options: Options) -> Iterator[Options]:
 
 
 def _layouts(command: Command, options: Options) -> Iterator[Options]:
-    """All that these GPUs can have, those first that split a sequence or a layer over fewer ranks."""
+    """All that these GPUs can have: the recipe's own, then those first that split a sequence or a layer over fewer
+    ranks."""
     gpus, layers = command.about.gpus, command.arch.megatron["num_layers"]
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
     few = [size for size in sizes if size & (size - 1) == 0]
@@ -144,7 +145,7 @@ def _layouts(command: Command, options: Options) -> Iterator[Options]:
             estimate(changed, command.arch, command.zero, command.about)
         except UserError:
             continue
-        found.append((tp * cp, pp, -ep, cp, changed))
+        found.append((parallel != options.parallel, tp * cp, pp, -ep, cp, changed))
     return (one[-1] for one in sorted(found, key=lambda one: one[:-1]))
 
 

@@ -21,7 +21,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
@@ -58,6 +58,7 @@ from ..moe.paired import paired_modules
 from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
 from ..runtime.megatron_api import forget_recorded_losses
+from ..runtime.process_groups import device
 from .log import warn
 
 TRAINABLE = {
@@ -249,6 +250,26 @@ def build_student(options: Options, trains: bool = True) -> Student:
     config = get_model_config(chunks[0])
     config.finalize_model_grads_func = finalize_model_grads
     return Student(chunks, wrapped, moves, arch, zero)
+
+
+def trained_parameters(chunks: list[torch.nn.Module]) -> int:
+    """How many numbers of the whole model train; all ranks ask together."""
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    expert = parallel_state.get_expert_data_parallel_group()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    count = 0.0
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if not parameter.requires_grad or not param_is_not_shared(parameter):
+                continue
+            if not getattr(parameter, "allreduce", True):  # experts are the same in their own group alone
+                copies = expert.size()
+            else:
+                copies = dense.size() * (1 if getattr(parameter, "tensor_model_parallel", False) else ranks)
+            count += parameter.numel() / copies
+    total = torch.tensor(count, dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(total)
+    return round(total.item())
 
 
 def build_teacher(options: Options, student: Student) -> Teacher:

@@ -22,7 +22,7 @@ from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
-from .build import build_optimizer, build_student, build_teacher, hf_folder, teacher_id
+from .build import build_optimizer, build_student, build_teacher, hf_folder, teacher_id, trained_parameters
 from .build_feed import data_facts, prepare_feed, what_differs
 from .controls import build_share_control
 from .evaluate import build_evaluation
@@ -51,6 +51,7 @@ class TrainingRun:
         self.facts = self._first_facts()
         named = [pair for chunk in self.student.chunks for pair in chunk.named_parameters()]
         self.trained = {name for name, parameter in named if parameter.requires_grad}
+        self.trained_parameters = trained_parameters(self.student.chunks)
         self.optimizer, self.schedule = build_optimizer(
             options.optimizer, self.student, options.model.bf16, options.share.paired_head_lr
         )
@@ -174,6 +175,7 @@ class TrainingRun:
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
         metrics["peak_memory_gib"] = peak_memory_gib()
+        metrics["trained_parameters"] = self.trained_parameters
         if self.iteration == self.options.optimizer.train_iters:
             self._calibrate(log)
         metrics |= self.evaluation.after_step(self.iteration, log)
