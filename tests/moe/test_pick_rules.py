@@ -6,7 +6,15 @@ import torch
 
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.moe.pick_rules import DynamicSkipping, StaticTopK, TopP, apply_pick_rule, parse_pick_rule
+from zeda_megatron.moe.pick_rules import (
+    DynamicSkipping,
+    Piggyback,
+    StaticTopK,
+    TopP,
+    apply_pick_rule,
+    parse_pick_rule,
+    together,
+)
 from zeda_megatron.moe.router_dials import set_dials, zero_mask
 
 N, K = tiny.TINY["num_experts"], tiny.TINY["num_experts_per_tok"]
@@ -94,9 +102,56 @@ def test_rule_in_the_router_thins_the_real_picks_and_counts_the_dropped_as_zero(
     assert router.dials.pick_rule == StaticTopK(1)
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_tokens_decoded_together_pick_among_the_experts_that_one_of_them_asked_for(first):
+    """Batches of four, one token of padding; K=2 of 8 experts."""
+    router, hidden = tiny.router(ZeroExpertConfig(0)), tiny.hidden_states(13)
+    set_dials(router, pick_rule=Piggyback(first, 4))
+    padding_T = torch.arange(13) == 5
+    probs_TN, map_TN = router(hidden, padding_T[:, None])
+    logits = (hidden.reshape(13, -1) @ router.weight.t()).tolist()
+    best = [sorted(range(N), key=lambda e, row=row: -row[e]) for row in logits]
+    for token in range(13):
+        needed = {e for t in range(token % 4, 13, 4) if t != 5 for e in best[t][:first]} | set(
+            best[token][:first]
+        )
+        picks = [e for e in best[token] if e in needed][:K]
+        assert sorted(picks) == map_TN[token].nonzero().flatten().tolist()
+        weights = torch.tensor([logits[token][e] for e in picks]).softmax(0)
+        tiny.close(probs_TN[token, picks], weights, rtol=1e-5, atol=1e-6)
+    with zero_mask(router):
+        assert (router(hidden)[1].sum(1) == K).all()
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(13, 4), (3, 16), (32, 16), (0, 4), (5, 1)])
+def test_batches_are_no_larger_than_said_and_neighbours_are_apart(tokens, batch):
+    groups = together(tokens, batch).tolist()
+    assert all(groups.count(one) <= batch for one in groups)
+    assert len(set(groups)) == -(-tokens // batch)
+    assert len(set(groups)) < 2 or all(a != b for a, b in zip(groups, groups[1:]))
+
+
+def test_routers_that_choose_by_more_than_logits_refuse_to_piggyback(one_process):
+    from families import FAMILIES
+
+    from zeda_megatron.models.architecture import read_architecture
+    from zeda_megatron.models.build import build_gpt_model, transformer_config
+
+    arch = read_architecture(FAMILIES["glm4_moe_lite"].make().config.to_dict())
+    model = build_gpt_model(arch, transformer_config(arch), ZeroExpertConfig(0))
+    set_dials(model, pick_rule=Piggyback(1))
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(
+        UserError, match="--moe-pick-rule oea: this model's routers choose by more than their logits"
+    ):
+        model(tokens, tokens, None)
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
+        ("oea=1", Piggyback(1, 16)),
+        ("oea=2/32", Piggyback(2, 32)),
         ("topk=2", StaticTopK(2)),
         ("skip=0.4", DynamicSkipping(0.4)),
         ("top_p=0.7, renormalize", TopP(0.7, renormalize=True)),
@@ -107,7 +162,21 @@ def test_text_becomes_a_rule(text, rule):
 
 
 @pytest.mark.parametrize(
-    "text", ["topk=0", "topk=x", "skip=2", "top_p", "best=1", "topk=2,again", "", "skip=nan"]
+    "text",
+    [
+        "topk=0",
+        "topk=x",
+        "skip=2",
+        "top_p",
+        "best=1",
+        "topk=2,again",
+        "",
+        "skip=nan",
+        "oea=0",
+        "oea=1/0",
+        "oea",
+        "oea=1,renormalize",
+    ],
 )
 def test_text_that_is_no_rule_is_a_user_error(text):
     with pytest.raises(UserError, match="--moe-pick-rule"):

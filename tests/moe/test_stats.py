@@ -49,6 +49,18 @@ def test_share_equals_a_direct_count_over_passes_and_layers():
     assert report.zero_share == pytest.approx(zero / slots) and 0 < zero < slots
 
 
+def test_experts_that_tokens_decoded_together_need_are_counted():
+    routers, valid_T = model(2, 3), torch.arange(40) != 7
+    stats.record(routers)
+    expected = []
+    for router in routers:
+        hidden = tiny.hidden_states(40, seed=router.layer_number)
+        kept_TN = router(hidden, ~valid_T[:, None])[1][valid_T]
+        groups = [kept_TN[start::3] for start in range(3)]  # 39 tokens in groups of at most 16
+        expected += [group.any(0).sum() / N for group in groups]
+    assert stats.loaded_share(routers) == pytest.approx(float(sum(expected) / len(expected)))
+
+
 def test_collecting_starts_anew_unless_told_not_to():
     routers = model(1)
     routers[0](tiny.hidden_states())

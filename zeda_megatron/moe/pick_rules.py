@@ -1,7 +1,8 @@
-"""Rules that thin out the router's picks: halved top-k, Dynamic Skipping, top-p. The honest baselines.
+"""Rules that thin out the router's picks: halved top-k, Dynamic Skipping, top-p; and one that chooses them among the
+experts that a decoding batch needs anyway, OEA. The honest baselines.
 
-A rule sees the K picks of each token with their weights and says which to keep. The kept weights stay as the
-teacher's router gave them (its normaliser), or are rescaled to sum to the same total.
+A rule of the first kind sees the K picks of each token with their weights and says which to keep. The kept weights stay
+as the teacher's router gave them (its normaliser), or are rescaled to sum to the same total.
 """
 
 from __future__ import annotations
@@ -64,6 +65,39 @@ class TopP:
         return (share.cumsum(dim=1) - share) < self.p
 
 
+@dataclass(frozen=True)
+class Piggyback:
+    """Opportunistic expert activation (OEA, arXiv 2511.02237): of the tokens that are decoded together each asks for
+    its `first` best experts; all of them then pick their K among the experts that somebody asked for."""
+
+    first: int
+    """k0: experts that a token asks for."""
+    batch: int = 16
+    """Tokens decoded together."""
+    renormalize: bool = False
+    """Weights are the router's, over the picks it then makes."""
+
+    def keep(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        return weights_TK > 0
+
+    def limit(self, logits_TN: torch.Tensor, valid_T: torch.Tensor | None) -> torch.Tensor:
+        """Logits of experts that nobody of a token's batch asked for become -inf. [T, N]; valid_T: no padding."""
+        asked_TN = torch.zeros_like(logits_TN, dtype=torch.bool)
+        asked_TN.scatter_(1, logits_TN.topk(self.first, dim=1).indices, True)
+        needed_TN = asked_TN if valid_T is None else asked_TN & valid_T[:, None]
+        group_T = together(len(logits_TN), self.batch).to(logits_TN.device)
+        groups = int(group_T.max()) + 1 if len(group_T) else 0
+        needed_GN = needed_TN.new_zeros(groups, logits_TN.shape[1], dtype=torch.int64)
+        needed_GN.index_add_(0, group_T, needed_TN.long())
+        return logits_TN.masked_fill(~(asked_TN | (needed_GN[group_T] > 0)), -torch.inf)
+
+
+def together(tokens: int, batch: int) -> torch.Tensor:
+    """Number [T] of the batch that each of T tokens of a pass is decoded in: neighbours, which mostly are of one
+    sequence, fall into different ones."""
+    return torch.arange(tokens) % max(-(-tokens // batch), 1)
+
+
 def apply_pick_rule(
     rule: PickRule, probs_TN: torch.Tensor, map_TN: torch.Tensor, topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +117,7 @@ def apply_pick_rule(
 
 
 def parse_pick_rule(text: str) -> PickRule:
-    """`topk=2`, `skip=0.4`, `top_p=0.7`, each with an optional `,renormalize`."""
+    """`topk=2`, `skip=0.4`, `top_p=0.7`, each with an optional `,renormalize`; `oea=1`, or `oea=1/32`."""
     head, *flags = [part.strip() for part in text.split(",")]
     name, _, value = head.partition("=")
     if any(flag != "renormalize" for flag in flags):
@@ -96,6 +130,10 @@ def parse_pick_rule(text: str) -> PickRule:
             return DynamicSkipping(float(value), renormalize)
         if name == "top_p" and 0 <= float(value) <= 1:
             return TopP(float(value), renormalize)
+        if name == "oea" and not renormalize:
+            first, _, batch = value.partition("/")
+            if int(first) >= 1 and int(batch or 1) >= 1:
+                return Piggyback(int(first), int(batch or Piggyback.batch))
     except ValueError:
         pass
-    raise UserError(f"--moe-pick-rule {text!r} is unknown; write topk=2, skip=0.4 or top_p=0.7")
+    raise UserError(f"--moe-pick-rule {text!r} is unknown; write topk=2, skip=0.4, top_p=0.7 or oea=1")

@@ -17,7 +17,7 @@ from ..errors import UserError
 from .balancing import RoutedSlots, group_loss, null_expert_loss
 from .group_limit import LimitedPicks, limit_of
 from .paired import PairedZeroExperts
-from .pick_rules import apply_pick_rule
+from .pick_rules import Piggyback, apply_pick_rule
 from .replay import RoutingReplay
 from .router_dials import RouterDials
 from .stand_ins import zero_output
@@ -103,6 +103,15 @@ class ZeroExpertRouter(TopKRouter):
         """
         masked, logits_TE = self.dials.zero_mask, logits.reshape(-1, logits.shape[-1])
         padding_T = self._local_padding(padding_mask, logits_TE.shape[0])
+        rule = self.dials.pick_rule
+        if isinstance(rule, Piggyback):
+            if self.expert_bias is not None or self.limit is not None:
+                raise UserError(
+                    "--moe-pick-rule oea: this model's routers choose by more than their logits (a score bias, "
+                    "groups); use topk, skip or top_p"
+                )
+            logits_TE = rule.limit(logits_TE, None if padding_T is None else ~padding_T)
+            logits = logits_TE.view_as(logits)
         if self._stock:
             probs_TE, map_TE = super().routing(logits, padding_T)
         else:
@@ -113,8 +122,8 @@ class ZeroExpertRouter(TopKRouter):
             probs_TN = probs_TN * (total / probs_TN.sum(1, keepdim=True).clamp(min=1e-20))
         if self.zero_output is not None and self.paired is None and not masked:
             self.zero_output.hand_over(probs_TE[:, self.num_real :])
-        if self.dials.pick_rule is not None:
-            probs_TN, map_TN = apply_pick_rule(self.dials.pick_rule, probs_TN, map_TN, self.topk)
+        if rule is not None:
+            probs_TN, map_TN = apply_pick_rule(rule, probs_TN, map_TN, self.topk)
         learning = self.training and torch.is_grad_enabled()
         counting = learning or not self.training  # the first pass of a recomputed block counts nothing
         valid_T = None if padding_T is None else ~padding_T

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .pick_rules import together
+
+DECODED_TOGETHER = 16
+"""Tokens of a group whose experts are counted: what a decoding step of so many answers has to load."""
 SCORE_RANGE = (-24.0, 24.0)
 """Scores are logarithms of relative contributions (or a learned mask's logits)."""
 SCORE_BINS = 6144
@@ -32,11 +36,13 @@ class RoutingStats:
     score_counts: torch.Tensor | None = None
     """Histogram of the scores of all picks (paired routing), [SCORE_BINS] int64 over SCORE_RANGE."""
     recording: bool = False
-    """Also keep the two below (evaluation)."""
+    """Also keep the three below (evaluation)."""
     real_picks_T: list[torch.Tensor] = field(default_factory=list)
     """Number of real picks of every token: one [T] tensor per forward pass."""
     picks_2N: torch.Tensor | None = None
     """[2, N] int64: the router's picks of each real expert, and those it kept."""
+    loaded: torch.Tensor | None = None
+    """[2] int64: real experts that `DECODED_TOGETHER` tokens need, summed over such groups; and the groups."""
 
     def count(self, real_T: torch.Tensor, valid_T: torch.Tensor | None, topk: int) -> None:
         """Add one forward pass: real picks per token, which tokens are no padding, K."""
@@ -56,6 +62,13 @@ class RoutingStats:
         both = torch.stack([map_TN, kept_TN])
         counts = (both if valid_T is None else both & valid_T[:, None]).sum(1)
         self.picks_2N = counts if self.picks_2N is None else self.picks_2N + counts
+        kept_TN = kept_TN if valid_T is None else kept_TN[valid_T]
+        group_T = together(len(kept_TN), DECODED_TOGETHER).to(kept_TN.device)
+        groups = int(group_T.max()) + 1 if len(group_T) else 0
+        needed_GN = kept_TN.new_zeros(groups, kept_TN.shape[1], dtype=torch.int64)
+        needed_GN.index_add_(0, group_T, kept_TN.long())
+        loaded = torch.stack([(needed_GN > 0).sum(), torch.tensor(groups, device=kept_TN.device)])
+        self.loaded = loaded if self.loaded is None else self.loaded + loaded
 
     def add_scores(self, score_TN: torch.Tensor, map_TN: torch.Tensor, valid_T: torch.Tensor | None) -> None:
         """Add the scores of one pass's picks to the histogram; values outside the range count at its ends."""
@@ -76,7 +89,7 @@ class RoutingStats:
         self.group_loss_calls = call if self.group_loss_calls is None else self.group_loss_calls + call
 
     def reset(self) -> None:
-        self.zero_slots = self.slots = self.score_counts = self.picks_2N = None
+        self.zero_slots = self.slots = self.score_counts = self.picks_2N = self.loaded = None
         self.group_loss = self.group_loss_calls = None
         self.real_picks_T.clear()
 
@@ -210,6 +223,15 @@ def collect_experts(
             picks[layer_of(router)] += router.routing_stats.picks_2N.to(device)
     (picks,) = _sum_over_ranks(device, picks)
     return picks[:, 0], picks[:, 1]
+
+
+def loaded_share(model_chunks) -> float:
+    """Share of a layer's real experts that `DECODED_TOGETHER` tokens need, over this process's layers and recorded
+    passes."""
+    mine = [router for router in decoder_routers(model_chunks) if router.routing_stats.loaded is not None]
+    shares = [router.routing_stats.loaded.double() for router in mine]
+    needed = sum(experts / router.num_real for (experts, _), router in zip(shares, mine, strict=True))
+    return float(needed / sum(groups for _, groups in shares))
 
 
 def take_skipped(model_chunks) -> torch.Tensor:

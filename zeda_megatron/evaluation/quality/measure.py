@@ -96,13 +96,16 @@ def measure(
     from .token_skips import token_skips
 
     by_kind, layers, picks_2LN, tokens = {}, None, 0, {}
-    sums, slots, zero = total([]), 0.0, 0.0
+    sums, slots, zero, loaded = total([]), 0.0, 0.0, 0.0
     classes = TokenClasses(tokenizer, tokenizer.is_marker)
     for kind, rows in held_out.rows_by_kind.items():
-        mine, report, picks, tokens[kind] = _score(student, teacher, rows, vocab_size, seq_length, classes)
+        mine, report, picks, needs, tokens[kind] = _score(
+            student, teacher, rows, vocab_size, seq_length, classes
+        )
         picks_2LN = picks_2LN + picks
         routed = float(sum((~row.padding_mask).sum() for row in rows))
         sums, slots, zero = sums + mine, slots + routed, zero + routed * report.zero_share
+        loaded += routed * needs
         shares = torch.tensor([math.nan if s is None else s for s in report.zero_share_by_layer])
         layers = shares * routed if layers is None else layers + shares * routed
         found = means(mine)
@@ -118,6 +121,7 @@ def measure(
         **_answered(held_out.tasks, right),
         "zero_share": share,
         "expert_flops": 1.0 - share,
+        "experts_loaded": loaded / slots,
         "by_kind": by_kind,
         "zero_share_by_layer": [None if math.isnan(s) else s for s in (layers / slots).tolist()],
         **_by_expert(*picks_2LN),
@@ -137,20 +141,22 @@ def _by_expert(picks_LN: torch.Tensor, kept_LN: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def _score(student, teacher, rows, vocab_size, seq_length, classes):
-    """Sums over rows of one kind, their routing, the picks of every expert, and what is known of every token."""
+    """Sums over rows of one kind, their routing, the picks of every expert, the share of experts that tokens decoded
+    together need, and what is known of every token."""
     layers, where = student.config.num_layers, process_groups.device()
     with stats.evaluating(student):
         stats.record(student)
         compared = compare([student], teacher, rows, seq_length, LossConfig("forward_kl"), vocab_size)
         skipped_RS = stats.take_skipped(student).view(len(rows), -1)
         picks = stats.collect_experts(student, layers, student.config.num_moe_experts, where)
+        needs = stats.loaded_share(student)
         report = stats.collect(student, layers, where)
     head, teacher_head = student.head_weight(), teacher.head_weight()
     tokens = []
     for one, skipped_S in zip(compared, skipped_RS, strict=True):
         mine, theirs = (one.hidden.to(head.dtype), head), (one.teacher_hidden, teacher_head)
         tokens.append(ScoredTokens.of_row(one.row, skipped_S, mine, theirs, vocab_size, classes))
-    return total([one.sums for one in compared]), report, torch.stack(picks), ScoredTokens.join(tokens)
+    return total([one.sums for one in compared]), report, torch.stack(picks), needs, ScoredTokens.join(tokens)
 
 
 def _right_answers(student, tasks, tokenizer, max_new_tokens: int, slots: int = 64) -> list[bool]:
