@@ -15,8 +15,8 @@ class Arm:
     name: str
     """Name in report.json."""
     start: str = "dynamic"
-    """Checkpoint it starts from: `static`, `dynamic` (shared zero experts), `null` (as many as real experts), one of
-    `FITS` or `PRUNED`, or `arms/NAME`: what another arm, earlier in the list, has trained."""
+    """Checkpoint it starts from: `static`, one of `WIDENED`, `FITS`, `PRUNED` or `FITTED_OVER`, or `arms/NAME`: what
+    another arm, earlier in the list, has trained."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
@@ -42,11 +42,13 @@ def net(name: str, keep: int, seed: int | None = None) -> Arm:
     return Arm(name, "static", {**NET, **rule, **_seed(seed)}, rule)
 
 
-def zeda(name: str, weight: float, loss: str = "forward_kl", seed: int | None = None) -> Arm:
+def zeda(
+    name: str, weight: float, loss: str = "forward_kl", seed: int | None = None, start: str = "dynamic"
+) -> Arm:
     """Shared zero experts with group-loss weight w."""
     return Arm(
         name,
-        "dynamic",
+        start,
         {"--moe-zero-expert-weight": str(weight), "--distill-loss": loss, **_seed(seed)},
     )
 
@@ -74,6 +76,18 @@ FITS = {
 PRUNED = {"reap_25": "0.25", "reap_50": "0.5"}
 """Checkpoints with fewer experts (REAP): the share that is cut."""
 
+FITTED_OVER = {"reap_25_low_rank": "reap_25"}
+"""Checkpoints with paired zero experts over fewer experts: fitted (`FITS["low_rank"]`) to what such a model answers."""
+
+WIDENED = {
+    "dynamic": ("8", "zero"),
+    "null": ("16", "zero"),
+    "learned": ("8", "learned"),
+    "mean_output": ("8", "learned"),
+}
+"""Checkpoints with shared zero experts: how many, and of which type. `mean_output`: they begin with the mean output of
+the real ones."""
+
 PAIRED = {"--moe-router-load-balancing-type": "none"}
 
 
@@ -90,6 +104,22 @@ def matched(arm: Arm) -> Arm:
     """The same arm with hidden states matched."""
     first, _, end = arm.name.partition("_kl")
     return replace(arm, name=f"{first}_matched_kl{end}", train={**arm.train, **MATCHED})
+
+
+FEW = {
+    "router": {"--trainable": "router", "--lr": "3e-3"},
+    "norms": {"--trainable": "router+norms", "--lr": "3e-3"},
+    "lora": {"--trainable": "lora", "--lora-rank": "8", "--lora-alpha": "16", "--lr": "3e-3"},
+}
+"""What trains where not all does, at a learning rate that suits it; the teacher shares the rest of the weights."""
+
+
+def few(arm: Arm, what: str, steps: int | None = None) -> Arm:
+    """The same arm with few weights that train (`FEW`), in as many steps or in `steps`."""
+    first, _, end = arm.name.partition("_kl")
+    more = {} if steps is None else {"--train-iters": str(steps)}
+    name = f"{first}_{what}_kl{end}" + ("" if steps is None else "_same_time")
+    return replace(arm, name=name, train={**arm.train, "--teacher-memory": "shared", **FEW[what], **more})
 
 
 def skipping(start: str, share: float, name: str | None = None) -> Arm:

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 from arm import (
     FITS,
+    FITTED_OVER,
     NET,
     PRUNED,
     STAGE1_END,
+    WIDENED,
     ZEDA_WEIGHT,
     Arm,
     adamoe,
     also_on_own_answers,
     beam,
     dialled,
+    few,
     fewer,
     fresh,
     going_on,
@@ -31,7 +34,7 @@ from arm import (
 
 from zeda_megatron.config.fit import FitOptions
 
-__all__ = ["DEFAULT", "EXPORTED", "FITS", "FULL", "PRUNED", "Arm"]
+__all__ = ["DEFAULT", "EXPORTED", "FITS", "FITTED_OVER", "FULL", "PRUNED", "WIDENED", "Arm"]
 WEIGHTS = {25: 0.7, 62: 4.8, 75: 12.0}
 """w for other shares, found by trial."""
 SEEDS = (2, 3)
@@ -179,6 +182,19 @@ STAGE2 = (
         for start in STAGE1_END
     ),
 )
+FEW_TRAIN = tuple(
+    few(arm, what)
+    for arm in (WOKEN[1], paired("paired_kl", 0.5), zeda("zeda_kl", ZEDA_WEIGHT))
+    for what in ("router", "norms", "lora")
+)
+"""What trains: routers (Router-KD, arXiv 2603.02217), norms too, adapters too."""
+RIVALS = (
+    *(Arm(f"oea_{first}", "static", measure={"--moe-pick-rule": f"oea={first}"}) for first in (1, 2)),
+    *(skipping(name, SHAPE.share("low_rank", 0.5)) for name in FITTED_OVER),
+    *(zeda(f"zeda_{start}_kl", ZEDA_WEIGHT, start=start) for start in ("learned", "mean_output")),
+)
+"""OEA (arXiv 2511.02237), pruning and skipping together, and zero experts that begin with a mean output (in the manner
+of MoNE, arXiv 2507.00390) beside those that begin with nothing."""
 STUDY = (
     adamoe("adamoe"),
     Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
@@ -189,6 +205,8 @@ FULL = (
     *DEFAULT,
     *STAGE2,
     *STUDY,
+    *FEW_TRAIN,
+    *RIVALS,
     *RELATIVES,
     *FRONTIER,
     *DIAL,

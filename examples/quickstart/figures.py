@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from arm import Arm
 
@@ -25,6 +25,17 @@ def history_of(out: Path, arm: Arm) -> list[dict]:
                 made[key] += before[key]
             lines.append(made)
     return lines
+
+
+def cost_of(lines: list[dict]) -> dict:
+    """What an arm's last training took: parameters that trained, median time of a step, most memory of a process."""
+    if not lines:
+        return {}
+    return {
+        "trained_parameters": lines[-1].get("trained_parameters"),  # older runs do not tell
+        "step_seconds": median(line["seconds"] for line in lines),
+        "peak_memory_gib": lines[-1].get("peak_memory_gib"),
+    }
 
 
 def add_spread(arms: dict[str, dict]) -> None:

@@ -21,8 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from arms import EXPORTED, FITS, PRUNED, Arm  # noqa: E402
-from figures import add_spread, environment, history_of  # noqa: E402
+from arms import EXPORTED, FITS, FITTED_OVER, PRUNED, WIDENED, Arm  # noqa: E402
+from figures import add_spread, cost_of, environment, history_of  # noqa: E402
 from models import MODELS  # noqa: E402
 
 
@@ -87,9 +87,10 @@ def convert(walk: Walk, teacher: Path, starts: set[str]) -> None:
     tool += ["--hf", str(teacher)]
     common = ["--dtype", "fp32"]
     walk.run("convert static", [*tool, "--out", str(walk.out / "static"), *common], walk.out / "static")
-    for name, number in (("dynamic", "8"), ("null", "16")):
-        if name == "dynamic" or name in starts:
-            rows = ["--num-zero-experts", number, "--seed", "1234"]
+    starts |= {"learned"} if "mean_output" in starts else set()
+    for name, (number, kind) in WIDENED.items():
+        if (name == "dynamic" or name in starts) and name != "mean_output":
+            rows = ["--num-zero-experts", number, "--zero-experts-type", kind, "--seed", "1234"]
             walk.run(
                 f"convert {name}", [*tool, "--out", str(walk.out / name), *rows, *common], walk.out / name
             )
@@ -104,10 +105,18 @@ def answer(walk: Walk, prompts: Path) -> None:
     done.touch()
 
 
-def fit(walk: Walk, name: str, flags: dict[str, str]) -> None:
+def begin_with_mean_output(walk: Walk) -> None:
+    """Learned zero experts whose vectors are the mean output of the experts, on the teacher's own answers."""
+    out = walk.out / "mean_output"
+    command = [sys.executable, "-m", "examples.rivals.mean_output", "--checkpoint", str(walk.out / "learned")]
+    command += ["--calibration", str(walk.out / "rollouts.jsonl"), "--out", str(out)]
+    walk.run("begin with mean output", command, out)
+
+
+def fit(walk: Walk, name: str, flags: dict[str, str], start: str = "static") -> None:
     """Heads of paired zero experts, from the teacher's own answers; the threshold for half of the picks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tools" / "fit_zero_rows.py"), "--pretrained-checkpoint", str(walk.out / "static")]
+    command += [str(ROOT / "tools" / "fit_zero_rows.py"), "--pretrained-checkpoint", str(walk.out / start)]
     command += ["--data-path", str(walk.out / "rollouts.jsonl")]
     command += [part for pair in flags.items() for part in pair]
     walk.run(f"fit {name}", [*command, "--save", str(walk.out / name)], walk.out / name)
@@ -229,9 +238,15 @@ def main() -> int:
     for name, flags in FITS.items():
         if any(arm.start == name for arm in arms):
             fit(walk, name, flags)
+    starts = {arm.start for arm in arms}
     for name in PRUNED:
-        if any(arm.start == name for arm in arms):
+        if starts & {name, *(over for over, start in FITTED_OVER.items() if start == name)}:
             prune(walk, name, args.teacher.resolve())
+    for name, start in FITTED_OVER.items():
+        if name in starts:
+            fit(walk, name, FITS["low_rank"], start)
+    if "mean_output" in starts:
+        begin_with_mean_output(walk)
     heldout = args.heldout.resolve()
 
     def work(arm: Arm | None) -> dict:
@@ -254,6 +269,7 @@ def main() -> int:
             **measured[arm.name],
             "adapt_tokens": lines[-1]["consumed_tokens"] if lines else 0,
             "adapt_seconds": sum(line["seconds"] for line in lines),
+            **cost_of(lines),
         }
     add_spread(results)
     about = environment()

@@ -280,6 +280,7 @@ def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
         (tmp_path / "measured" / f"{name}.json").write_text(json.dumps(figures))
     lines = [
         {"step": i, "consumed_tokens": 10 * i, "seconds": 0.5, "kd_loss": 1 / i, "zero_share": 0.5}
+        | {"trained_parameters": 7, "peak_memory_gib": 0.25}
         for i in (1, 2, 3)
     ]
     for name in ("net_kl", "low_rank_matched_kl"):
@@ -295,17 +296,21 @@ def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
         "--arms",
         ",".join(arms),
     ]
+    from report.report import METRICS
+
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path / "report.json").read_text())
     assert (
-        list(made) == ["environment", "teacher", "arms", "commands"] and made["teacher"] == report["teacher"]
+        list(made) == ["environment", "teacher", "arms", "commands"]
+        and made["teacher"] == dict.fromkeys(METRICS) | report["teacher"]
     )
     assert made["environment"]["export_check"] == check
     for arm in arms:
         cost = {"adapt_tokens": 0, "adapt_seconds": 0} if arm == "low_rank_untrained" else {}
-        cost = cost or {"adapt_tokens": 30, "adapt_seconds": 1.5}
-        assert made["arms"][arm] == {**report["arms"][arm], **cost}
+        took = {"trained_parameters": 7, "step_seconds": 0.5, "peak_memory_gib": 0.25}
+        cost = cost or {"adapt_tokens": 30, "adapt_seconds": 1.5, **took}
+        assert made["arms"][arm] == {**dict.fromkeys(METRICS), **report["arms"][arm], **cost}
     assert "net_kl" in done.stdout and str(tmp_path / "report.html") in done.stdout
     assert '"loss per token over step"' in (tmp_path / "report.html").read_text()
 

@@ -129,8 +129,12 @@ def _figures(name: str, m: dict, teacher: dict, top: dict[str, str | None]) -> l
         cell(m["top1_agreement"], "{:.3f}", top=best["top1_agreement"]),
         cell(m["exact_match"], "{:.1%}", _answers_note(m, teacher), best["exact_match"]),
         cell(m["expert_flops"], "{:.3f}"),
+        cell(m["experts_loaded"], "{:.2f}"),
         cell(m["adapt_tokens"], count),
         cell(m["adapt_seconds"], duration),
+        cell(m["trained_parameters"], count),
+        cell(m["step_seconds"], "{:.2f} s"),
+        cell(m["peak_memory_gib"], "{:.2f} GiB"),
     ]
 
 

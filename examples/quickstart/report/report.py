@@ -32,8 +32,12 @@ METRICS = (
     "exact_match",
     "zero_share",
     "expert_flops",
+    "experts_loaded",
     "adapt_tokens",
     "adapt_seconds",
+    "trained_parameters",
+    "step_seconds",
+    "peak_memory_gib",
 )
 KEYS = ("environment", "teacher", "arms", "commands")
 
@@ -99,12 +103,16 @@ def sorted_arms(report: dict) -> list[str]:
 COLUMNS = (
     ("zero share", "zero_share", "{:.3f}"),
     ("expert FLOPs", "expert_flops", "{:.3f}"),
+    ("loaded", "experts_loaded", "{:.2f}"),
     ("KL", "kl_to_teacher", "{:.4f}"),
     ("CE", "ce", "{:.4f}"),
     ("top-1", "top1_agreement", "{:.3f}"),
     ("exact", "exact_match", "{:.3f}"),
     ("tokens", "adapt_tokens", "{:,.0f}"),
     ("seconds", "adapt_seconds", "{:,.0f}"),
+    ("trained", "trained_parameters", "{:,.0f}"),
+    ("s/step", "step_seconds", "{:.2f}"),
+    ("GiB", "peak_memory_gib", "{:.2f}"),
 )
 
 
@@ -120,7 +128,8 @@ def format_table(report: dict) -> str:
     notes = [found.sentence, *([found.caveat] if found.caveat else [])]
     if found.best:
         notes.append(
-            "(* lowest KL among the arms that skip about half; KL and CE in nats per token, held out)"
+            "(* lowest KL among the arms that skip about half; KL and CE in nats per token, held out; loaded: share of "
+            "a layer's experts that 16 tokens decoded together need; GiB: most that a training process held)"
         )
     return "\n".join([*text_table(rows), "", *notes])
 
