@@ -70,7 +70,7 @@ def parse(
     fields: dict[str, _Field] = {}
     for title, cls in groups.items():
         section = parser.add_argument_group(title)
-        hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
+        hints, docs = _hints(cls), field_docs(cls)
         for field in dataclasses.fields(cls):
             if field.name in fields:
                 raise ValueError(f"field {field.name} stands in two groups")
@@ -187,9 +187,14 @@ def require(options: Any, *names: str) -> None:
             raise UserError(f"{_flag(name)} is missing")
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def check_choices(options: Any) -> None:
     """Raise `UserError` for a value that is none of its field's `Literal[...]`, or out of its `Range`."""
-    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+    for name, hint in _hints(type(options)).items():
         value = getattr(options, name, None)
         for bare in (hint, *typing.get_args(hint)) if value is not None else ():
             allowed = typing.get_args(bare)

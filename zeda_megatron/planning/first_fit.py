@@ -89,6 +89,7 @@ def _best(command: Command, options: Options, gives_up: str) -> Try | None:
     limit, least = command.about.gpu_memory, None
     for shorter in _easier(options):
         tries = [_tried(command, changed, gives_up) for changed in _layouts(command, shorter)]
+        tries = [one for one in tries if one is not None]
         fitting = [one for one in tries if one.fits]
         if fitting:
             safe = [one for one in fitting if one.total_at_worst_load <= limit]
@@ -126,6 +127,8 @@ def _layouts(command: Command, options: Options) -> Iterator[Options]:
     few = [size for size in sizes if size & (size - 1) == 0]
     found = []
     for tp, cp, pp, ep in product(few, few, sizes, sizes):
+        if gpus % (tp * cp * pp) or gpus % (ep * pp):
+            continue
         uneven = layers - (pp - 1) * (layers // pp) if layers % pp else None
         parallel = replace(
             options.parallel,
@@ -138,19 +141,20 @@ def _layouts(command: Command, options: Options) -> Iterator[Options]:
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=1,
         )
-        changed = replace(options, parallel=parallel)
-        try:
-            check_layout(command.arch, parallel)
-            changed.validate()
-            estimate(changed, command.arch, command.zero, command.about)
-        except UserError:
-            continue
-        found.append((parallel != options.parallel, tp * cp, pp, -ep, cp, changed))
+        found.append(
+            (parallel != options.parallel, tp * cp, pp, -ep, cp, replace(options, parallel=parallel))
+        )
     return (one[-1] for one in sorted(found, key=lambda one: one[:-1]))
 
 
-def _tried(command: Command, options: Options, gives_up: str) -> Try:
-    stages = estimate(options, command.arch, command.zero, command.about)
+def _tried(command: Command, options: Options, gives_up: str) -> Try | None:
+    """None: the model, the GPUs or the rows cannot have this layout."""
+    try:
+        check_layout(command.arch, options.parallel)
+        options.validate()
+        stages = estimate(options, command.arch, command.zero, command.about)
+    except UserError:
+        return None
     total = worst_stage(stages).total() / GIB
     return Try(
         gives_up,
@@ -178,7 +182,8 @@ def _flags(asked: Options, options: Options) -> Iterator[str]:
 def format_tries(command: Command, tries: list[Try]) -> str:
     """Lines for the terminal."""
     about, model = command.about, command.options.model
-    lines = [f"{command.arch.name}, stage {model.stage}, {about.gpus} GPUs of {about.gpu_memory:g} GiB", ""]
+    gpus = f"{about.gpus} GPU{'s' * (about.gpus > 1)} of {about.gpu_memory:g} GiB"
+    lines = [f"{command.arch.name}, stage {model.stage}, {gpus}", ""]
     rows = [["gives up", "layout", "rows of", "even load", "worst load", ""]]
     for one in tries:
         sizes = (f"{one.total:.1f}", f"{one.total_at_worst_load:.1f}")
