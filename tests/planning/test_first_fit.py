@@ -33,7 +33,7 @@ def test_the_recipe_that_it_prints_fits_and_is_counted_alike(capsys, gpus, memor
     code, tries = found(capsys, gpus, memory)
     last = tries[-1]
     assert code == 0 and [one["fits"] for one in tries] == [False] * gives_up + [True]
-    assert [one["gives_up"] for one in tries] == [words for words, *_ in RUNGS[: gives_up + 1]]
+    assert [one["gives_up"] for one in tries] == [rung.gives_up for rung in RUNGS[: gives_up + 1]]
     flags = shlex.split(" ".join(last["flags"]))
     memory_sheet.main([*asked(gpus, memory), *flags, "--json"])
     sheet = json.loads(capsys.readouterr().out)
@@ -57,6 +57,13 @@ def test_tokens_of_a_step_stay_where_rows_get_shorter(capsys):
 def test_fewer_answers_at_a_time_come_before_fewer_weights_that_train(capsys):
     code, tries = found(capsys, 8, 79, "stage2")
     assert code == 0 and any(flag.startswith("--generate-batch-size") for flag in tries[0]["flags"])
+
+
+def test_answers_get_shorter_when_nothing_else_helps(capsys):
+    code, tries = found(capsys, 2, 47, "stage2")
+    flags = dict(pair.split() for pair in tries[-1]["flags"] if " " in pair)
+    assert code == 0 and tries[-1]["gives_up"] == RUNGS[4].gives_up and flags["--trainable"] == "lora"
+    assert 2 * int(flags["--max-new-tokens"]) <= int(flags["--seq-length"]) < 65536
 
 
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])

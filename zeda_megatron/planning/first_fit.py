@@ -18,26 +18,31 @@ from ..text_table import text_table
 from .memory import GIB, estimate
 from .memory_sheet import Command, layout_name, read_command, worst_stage
 
+
+@dataclass(frozen=True)
+class Rung:
+    """One kind of recipe."""
+
+    gives_up: str
+    """In words."""
+    trainable: str | None = None
+    """What trains; None: what the recipe says."""
+    teacher: str | None = None
+    """Its memory mode; None: the recipe's."""
+    shortens: bool = False
+    """Answers that the student samples get shorter too."""
+
+
+LORA, FEW = ("lora", "shared"), ("router+norms", "shared")
 RUNGS = (
-    ("nothing", {}, {}),
-    (
-        "the teacher waits in host memory between steps",
-        {},
-        {"teacher_memory": "offload", "teacher_schedule": "ahead"},
-    ),
-    (
-        "most weights: adapters (LoRA) and routers train, the teacher shares the rest",
-        {"trainable": "lora"},
-        {"teacher_memory": "shared"},
-    ),
-    (
-        "adapters too: routers and norms train",
-        {"trainable": "router+norms"},
-        {"teacher_memory": "shared"},
-    ),
+    Rung("nothing"),
+    Rung("the teacher waits in host memory between steps", teacher="offload"),
+    Rung("most weights: adapters (LoRA) and routers train, the teacher shares the rest", *LORA),
+    Rung("adapters too: routers and norms train", *FEW),
+    Rung("long answers: as above with adapters", *LORA, shortens=True),
+    Rung("long answers and adapters", *FEW, shortens=True),
 )
-"""What is given up, and what that changes in the model's and the distillation's options; each in place of the one
-before."""
+"""Each in place of the one before."""
 SHORTEST_ROW = 4096
 """Tokens; shorter rows than that are not tried."""
 
@@ -68,15 +73,17 @@ def first_fit(command: Command) -> list[Try]:
     Under each kind that fits, the longest rows and then the layout that splits least.
     """
     made = []
-    for gives_up, model, distill in RUNGS if command.options.model.stage in ("1", "2") else RUNGS[:1]:
-        if command.options.model.stage == "pretrain" and distill:
+    for rung in RUNGS:
+        stage, options = command.options.model.stage, command.options
+        if (rung.teacher and stage not in ("1", "2")) or (rung.shortens and stage != "2"):
             continue
-        options = replace(
-            command.options,
-            model=replace(command.options.model, **model),
-            distill=replace(command.options.distill, **distill),
-        )
-        found = _best(command, options, gives_up)
+        if rung.trainable:
+            options = replace(options, model=replace(options.model, trainable=rung.trainable))
+        if rung.teacher:
+            schedule = "ahead" if rung.teacher == "offload" else options.distill.teacher_schedule
+            teacher = replace(options.distill, teacher_memory=rung.teacher, teacher_schedule=schedule)
+            options = replace(options, distill=teacher)
+        found = _best(command, options, rung)
         if found is not None:
             made.append(found)
             if found.fits:
@@ -84,11 +91,11 @@ def first_fit(command: Command) -> list[Try]:
     return made
 
 
-def _best(command: Command, options: Options, gives_up: str) -> Try | None:
+def _best(command: Command, options: Options, rung: Rung) -> Try | None:
     """None: the model has no layout on these GPUs."""
     limit, least = command.about.gpu_memory, None
-    for shorter in _easier(options):
-        tries = [_tried(command, changed, gives_up) for changed in _layouts(command, shorter)]
+    for shorter in _easier(options, rung.shortens):
+        tries = [_tried(command, changed, rung.gives_up) for changed in _layouts(command, shorter)]
         tries = [one for one in tries if one is not None]
         fitting = [one for one in tries if one.fits]
         if fitting:
@@ -98,9 +105,9 @@ def _best(command: Command, options: Options, gives_up: str) -> Try | None:
     return least
 
 
-def _easier(options: Options) -> Iterator[Options]:
+def _easier(options: Options, shortens: bool) -> Iterator[Options]:
     """The same recipe, then ways to make it need less that change nothing that is learned: recomputation, fewer answers
-    at a time, shorter rows."""
+    at a time, shorter rows. `shortens`: then shorter answers, half a row at most."""
     yield options
     if options.model.stage in ("pretrain", "1", "2"):
         model = replace(options.model, recompute_granularity="full")
@@ -116,7 +123,17 @@ def _easier(options: Options) -> Iterator[Options]:
     answers = options.generate.generate_batch_size
     while options.model.stage in ("0", "2") and answers > 1:
         answers //= 2
-        yield replace(options, generate=replace(options.generate, generate_batch_size=answers))
+        options = replace(options, generate=replace(options.generate, generate_batch_size=answers))
+        yield options
+    length = options.data.seq_length
+    while shortens and length > SHORTEST_ROW:
+        length //= 2
+        tokens = min(options.generate.max_new_tokens, length // 2)
+        yield replace(
+            options,
+            data=replace(options.data, seq_length=length),
+            generate=replace(options.generate, max_new_tokens=tokens),
+        )
 
 
 def _layouts(command: Command, options: Options) -> Iterator[Options]:
