@@ -108,14 +108,14 @@ def matched(arm: Arm) -> Arm:
 
 FEW = {
     "router": {"--trainable": "router", "--lr": "3e-3"},
-    "norms": {"--trainable": "router+norms", "--lr": "3e-3"},
-    "lora": {"--trainable": "lora", "--lora-rank": "8", "--lora-alpha": "16", "--lr": "3e-3"},
+    "norms": {"--trainable": "router+norms", "--lr": "1e-3"},
+    "lora": {"--trainable": "lora", "--lr": "3e-3"},
 }
 """What trains where not all does, at a learning rate that suits it; the teacher shares the rest of the weights."""
 
 
 def few(arm: Arm, what: str, steps: int | None = None) -> Arm:
-    """The same arm with few weights that train (`FEW`), in as many steps or in `steps`."""
+    """The same arm with few weights that train (`FEW`), in as many steps, or in `steps`, which take as long."""
     first, _, end = arm.name.partition("_kl")
     more = {} if steps is None else {"--train-iters": str(steps)}
     name = f"{first}_{what}_kl{end}" + ("" if steps is None else "_same_time")

@@ -38,10 +38,14 @@ VARIANTS = {
     "routers only, no teacher": ("dynamic", ["--stage", "pretrain", "--trainable", "router"]),
     "routers only, own, ahead": ("dynamic", ["--trainable", "router"]),
     "routers only, shared, ahead": ("dynamic", ["--trainable", "router", "--teacher-memory", "shared"]),
+    "routers and norms, shared": ("dynamic", ["--trainable", "router+norms", "--teacher-memory", "shared"]),
+    "adapters, shared": ("dynamic", ["--trainable", "lora", "--teacher-memory", "shared"]),
 }
 """Name -> checkpoint it starts from and its flags."""
 BASE = {"routers only": "routers only, no teacher"}
 """First words of a variant -> what it is compared with; the others with fine-tuning of the static model."""
+FULL = "own, ahead"
+"""All weights train beside a teacher: what few weights that train are compared with, too."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -159,6 +163,8 @@ def main() -> int:
                 "times_plain": seconds[name] / seconds[base],
                 "peak_mib": memory[name] / 2**20,
                 "above_plain_mib": (memory[name] - memory[base]) / 2**20,
+                "times_full": seconds[name] / seconds[FULL],
+                "memory_of_full": memory[name] / memory[FULL],
             }
         )
     rows = [
@@ -168,10 +174,13 @@ def main() -> int:
             f"{row['times_plain']:.2f}",
             f"{row['peak_mib']:.0f} MiB",
             f"{row['above_plain_mib']:+.0f} MiB",
+            f"{row['times_full']:.2f}",
+            f"{row['memory_of_full']:.2f}",
         ]
         for row in table
     ]
-    print("\n".join(markdown_table(["teacher", "step", "× plain", "peak memory", "above plain"], rows)))
+    head = ["teacher", "step", "× plain", "peak memory", "above plain", "step × full", "memory × full"]
+    print("\n".join(markdown_table(head, rows)))
     if options.json:
         write_result("--json", options.json, json.dumps(table, indent=2) + "\n")
     return 0

@@ -82,7 +82,7 @@ ARMS = {
     **{name: Arm(*about, baseline=True) for name, about in _BASELINES.items()},
 }
 _OTHERS = (("#0b7285", "#66d9e8"), ("#862e9c", "#da77f2"), ("#e67700", "#ffd43b"), ("#364fc7", "#91a7ff"))
-_VARIANT = re.compile(r"(_lr[0-9.e-]+)?(_dial)?(_w?[0-9.]+)?(_\d+x)?(_seed\d+)?$")
+_VARIANT = re.compile(r"(_lr[0-9.e-]+)?(_dial)?(_w?[0-9.]+)?(_\d+x)?(_same_time)?(_seed\d+)?$")
 
 
 def family(name: str) -> str:
