@@ -73,6 +73,24 @@ def test_nothing_fits_into_too_little(capsys, stage):
     assert "nothing fits: more GPUs, larger ones, or a smaller model" in told and "add to" not in told
 
 
+MACHINES = [("1", "80"), ("2", "48"), ("8", "24"), ("8", "80"), ("8", "141")]
+
+
+def test_the_table_of_machines_is_what_the_tool_prints(capsys):
+    page = (EXAMPLES.parent / "docs" / "few_gpus.md").read_text()
+    table = page.split("<!-- machines: begin -->")[1].split("<!-- machines: end -->")[0]
+    rows = re.findall(r"^\| (\d+) × (\d+) GB \| `(\w+)/(\w+)\.yaml` \| (.*) \|$", table, re.M)
+    assert [row[:4] for row in rows] == [
+        (gpus, size, model, stage)
+        for model in ("qwen3_30b_a3b", "glm_4_7_flash")
+        for gpus, size in MACHINES
+        for stage in ("stage1", "stage2")
+    ]
+    for gpus, size, model, stage, cells in rows:
+        assert first_fit.main([*asked(gpus, int(size) - 1, stage, model), "--markdown"]) == 0
+        assert capsys.readouterr().out.strip() == cells
+
+
 def test_more_memory_never_gives_up_more(capsys):
     counts = []
     for memory in (23, 40, 60, 79, 100, 140):

@@ -37,10 +37,10 @@ LORA, FEW = ("lora", "shared"), ("router+norms", "shared")
 RUNGS = (
     Rung("nothing"),
     Rung("the teacher waits in host memory between steps", teacher="offload"),
-    Rung("most weights: adapters (LoRA) and routers train, the teacher shares the rest", *LORA),
+    Rung("most weights: adapters (LoRA) and routers train", *LORA),
     Rung("adapters too: routers and norms train", *FEW),
-    Rung("long answers: as above with adapters", *LORA, shortens=True),
-    Rung("long answers and adapters", *FEW, shortens=True),
+    Rung("long answers; adapters and routers train", *LORA, shortens=True),
+    Rung("long answers; routers and norms train", *FEW, shortens=True),
 )
 """Each in place of the one before."""
 SHORTEST_ROW = 4096
@@ -218,12 +218,22 @@ def format_tries(command: Command, tries: list[Try]) -> str:
     return "\n".join(lines)
 
 
+def markdown_row(tries: list[Try]) -> str:
+    """Cells of a table row: what is given up, flags, layout, tokens of a row, GiB evenly and at worst loaded."""
+    one = tries[-1]
+    flags = f"`{' '.join(one.flags)}`" if one.flags else ""
+    cells = [one.gives_up if one.fits else "does not fit", flags, one.layout, f"{one.row:,}"]
+    return " | ".join([*cells, f"{one.total:.1f}", f"{one.total_at_worst_load:.1f}"])
+
+
 def main(argv: list[str]) -> int:
     """Entry point. Exit code 1 if nothing fits."""
     command = read_command(argv, "zeda plan fit")
     tries = first_fit(command)
     if command.form == "json":
         print(json.dumps([vars(one) for one in tries], indent=1))
+    elif command.form == "markdown" and tries:
+        print(markdown_row(tries))
     else:
         print(format_tries(command, tries))
     return 0 if tries and tries[-1].fits else 1
