@@ -380,12 +380,14 @@ ANSWERS = [
     case("answers tp2 ep2", "answers", flags=SAMPLED, tp=2, ep=2, slow=True),
 ]
 SHARDED = {"use_distributed_optimizer": True}
+OFFLOADED = SHARDED | {"bf16": True, "optimizer_cpu_offload": True}
 ASYNC = {"async_save": True, "save_interval": 1}
 UNEVEN = [
     case("uneven plain", "interrupted", world="odd", pp=2),
     case("uneven routers", "interrupted", world="odd", pp=2, flags={"trainable": "router"}, slow=True),
     case("uneven lora", "interrupted", world="odd", pp=2, flags=LORA, slow=True),
     case("uneven bf16", "interrupted", world="odd", pp=2, flags={"bf16": True}, slow=True),
+    case("uneven offloaded", "interrupted", world="odd", pp=2, flags=OFFLOADED, slow=True),
     case("uneven sharded", "interrupted", world="odd", pp=2, flags=SHARDED, slow=True),
 ]
 OTHERS = [
@@ -393,6 +395,8 @@ OTHERS = [
     case("sharded optimizer dp2", "interrupted", flags=SHARDED),
     case("sharded optimizer ep2", "interrupted", flags=SHARDED, ep=2, slow=True),
     case("async ep2", "interrupted", ep=2, flags=ASYNC),
+    case("offloaded ep2", "interrupted", ep=2, flags=OFFLOADED),
+    case("bf16 sharded ep2", "interrupted", ep=2, flags=SHARDED | {"bf16": True}),
     case("diverged ep2", "diverged", ep=2),
     case("guarded ep2", "guarded", ep=2),
     case("damaged ep2", "damaged", ep=2),

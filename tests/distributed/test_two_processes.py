@@ -238,6 +238,15 @@ def test_distributed_optimizer_trains_and_resumes_like_the_plain_one(runs, resul
     assert_near(tiny_world.read_metrics(runs(case["name"])[1]), alone["plain"][0])
 
 
+def test_an_optimizer_in_host_memory_trains_and_resumes_like_one_beside_the_weights(runs, results):
+    names = ("offloaded ep2", "bf16 sharded ep2")
+    for name in names:
+        for rank in results(name):
+            assert rank == {"code": 0, "stopped": 2, "resumed": 2, "end": 0}
+    mine, theirs = (tiny_world.read_metrics(runs(name)[1]) for name in names)
+    assert_near(mine, theirs)
+
+
 @each(UNEVEN)
 def test_a_stage_without_moe_layers_saves_and_resumes_like_the_others(runs, results, alone, case):
     for rank in results(case["name"]):

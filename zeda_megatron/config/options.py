@@ -149,6 +149,10 @@ class Options:
                 "--teacher-memory shared needs --trainable router, router+norms, lora or mtp: where all weights train, "
                 "a second copy is needed (own)"
             )
+        if self.optimizer.optimizer_cpu_offload and not (
+            self.model.bf16 and self.optimizer.use_distributed_optimizer
+        ):
+            raise UserError("--optimizer-cpu-offload needs --bf16 and --use-distributed-optimizer")
         self._validate_lora()
         self._validate_mtp()
 

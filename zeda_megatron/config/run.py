@@ -157,6 +157,10 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = False
     """Shard optimizer states over data-parallel ranks."""
 
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer states and fp32 master weights in host memory, and update them there (Megatron-Core's own
+    optimizer for that; needs --bf16 and --use-distributed-optimizer)."""
+
     seed: int = 1234
     """Seed of initial weights and data order."""
 

@@ -29,6 +29,8 @@ class Rung:
     """What trains; None: what the recipe says."""
     teacher: str | None = None
     """Its memory mode; None: the recipe's."""
+    optimizer: bool = False
+    """The optimizer's states move to host memory."""
     shortens: bool = False
     """Answers that the student samples get shorter too."""
 
@@ -37,6 +39,7 @@ LORA, FEW = ("lora", "shared"), ("router+norms", "shared")
 RUNGS = (
     Rung("nothing"),
     Rung("the teacher waits in host memory between steps", teacher="offload"),
+    Rung("so do the optimizer's states, which are updated there", teacher="offload", optimizer=True),
     Rung("most weights: adapters (LoRA) and routers train", *LORA),
     Rung("adapters too: routers and norms train", *FEW),
     Rung("long answers; adapters and routers train", *LORA, shortens=True),
@@ -83,6 +86,11 @@ def first_fit(command: Command) -> list[Try]:
             schedule = "ahead" if rung.teacher == "offload" else options.distill.teacher_schedule
             teacher = replace(options.distill, teacher_memory=rung.teacher, teacher_schedule=schedule)
             options = replace(options, distill=teacher)
+        if rung.optimizer:
+            offloaded = replace(
+                options.optimizer, use_distributed_optimizer=True, optimizer_cpu_offload=options.model.bf16
+            )
+            options = replace(options, optimizer=offloaded)
         found = _best(command, options, rung)
         if found is not None:
             made.append(found)

@@ -56,6 +56,8 @@ class StageMemory:
     """Which one, from 0."""
     standing: dict[str, float]
     """Part -> bytes that are there all the time."""
+    on_host: float = 0.0
+    """Bytes of host memory beside it."""
     phases: dict[str, dict[str, Load]] = field(default_factory=dict)
     """Phase of a step -> part -> bytes it adds. Phases follow one another."""
     assumptions: Assumptions | None = None
@@ -102,7 +104,8 @@ def estimate(
             name: {part: Load(by[False][part], by[True][part]) for part in by[True]}
             for name, by in phases.items()
         }
-        found.append(StageMemory(stage, standing, loads, about))
+        host = host_bytes(options, count, rows, copies)
+        found.append(StageMemory(stage, standing, host, loads, about))
     return found
 
 
@@ -129,12 +132,11 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         return made
     dense, expert = count.trainable(options.model.trainable, options.share.paired_head_lr > 0)
     made["gradients (fp32)"] = 4.0 * (dense + expert)
-    # Two moments; under bf16 the fp32 weights too.
-    state = 12 if options.model.bf16 else 8
-    if options.optimizer.use_distributed_optimizer:
-        made["optimizer (sharded)"] = float(state * (math.ceil(dense / rows) + math.ceil(expert / copies)))
+    if options.optimizer.optimizer_cpu_offload:
+        made["optimizer (on the host)"] = 0.0
     else:
-        made["optimizer"] = float(state * (dense + expert))
+        sharded = " (sharded)" if options.optimizer.use_distributed_optimizer else ""
+        made[f"optimizer{sharded}"] = _optimizer_bytes(options, count, rows, copies)
     if options.model.stage in ("1", "2"):
         mode = options.distill.teacher_memory
         # Adapters are switched off in its passes.
@@ -143,6 +145,29 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         held = {"own": count.of_decoder, "offload": 0, "shared": first}[mode]
         made[f"teacher ({mode})"] = float(width * held)
     return made
+
+
+def _optimizer_bytes(options: Options, count: StageParameters, rows: int, copies: int) -> float:
+    dense, expert = count.trainable(options.model.trainable, options.share.paired_head_lr > 0)
+    # Two moments; under bf16 the fp32 weights too.
+    state = 12 if options.model.bf16 else 8
+    if options.optimizer.use_distributed_optimizer:
+        dense, expert = math.ceil(dense / rows), math.ceil(expert / copies)
+    return float(state * (dense + expert))
+
+
+def host_bytes(options: Options, count: StageParameters, rows: int, copies: int) -> float:
+    """Bytes of host memory that one GPU's process needs for what waits or is updated there; arguments as above."""
+    if options.model.stage == "0":
+        return 0.0
+    held = 0.0
+    if options.optimizer.optimizer_cpu_offload:  # gradients go there in fp32
+        dense, expert = count.trainable(options.model.trainable, options.share.paired_head_lr > 0)
+        held += _optimizer_bytes(options, count, rows, copies)
+        held += 4.0 * (math.ceil(dense / rows) + math.ceil(expert / copies))
+    if options.model.stage in ("1", "2") and options.distill.teacher_memory == "offload":
+        held += (2 if options.model.bf16 else 4) * count.of_decoder
+    return held
 
 
 def data_ranks(options: Options, gpus: int) -> int:

@@ -130,6 +130,7 @@ def _stage(stage: StageMemory) -> dict:
         },
         "peak": [stage.peak_phase(), stage.peak_phase(True)],
         "reserve": [stage.reserve() / GIB, stage.reserve(True) / GIB],
+        "on_host": stage.on_host / GIB,
         "total": [stage.total() / GIB, stage.total(True) / GIB],
     }
 
@@ -170,9 +171,10 @@ def format_sheet(command: Command, sheet: dict) -> str:
         "Weights, gradients, optimizer states, teacher: counted. The rest: estimated, not measured on a GPU.",
         f"Assumed: Transformer Engine, no pick dropped (zero share {about.zero_share:g}), prompts of at most "
         f"{about.prompt_tokens:,} tokens,",
-        f"reserve {about.context_gib:g} GiB for CUDA and NCCL + {about.fragmentation:.0%} lost by the allocator. "
-        "The optimizer cannot be offloaded.",
+        f"reserve {about.context_gib:g} GiB for CUDA and NCCL + {about.fragmentation:.0%} lost by the allocator.",
     ]
+    if stage["on_host"]:
+        out.append(f"In host memory, for each GPU: {stage['on_host']:.2f} GiB.")
     return "\n".join(out)
 
 
@@ -277,6 +279,9 @@ def _candidates(
         if not options.optimizer.use_distributed_optimizer:
             changed = replace(options.optimizer, use_distributed_optimizer=True)
             yield "--use-distributed-optimizer", replace(options, optimizer=changed), about.gpus
+        elif model.bf16 and not options.optimizer.optimizer_cpu_offload:
+            changed = replace(options.optimizer, optimizer_cpu_offload=True)
+            yield "--optimizer-cpu-offload", replace(options, optimizer=changed), about.gpus
         if distill.teacher_memory == "own":
             changed = replace(distill, teacher_memory="offload", teacher_schedule="ahead")
             more = " --teacher-schedule ahead" if distill.teacher_schedule != "ahead" else ""

@@ -273,7 +273,35 @@ def _cpu_generator(module) -> None:
     module._get_cuda_rng_state, module._set_cuda_rng_state = get_state, set_state
 
 
+def _no_transformer_engine(module) -> None:
+    # Asked for a version of what is not there, upstream compares None with it.
+    module.is_te_min_version = lambda version, check_equality=True: False
+
+
+def _offload_on_the_host(module) -> None:
+    # Megatron's optimizer with states in host memory keeps a copy there of every parameter that lies on a GPU. Here all
+    # lie in host memory already, and get the copy too, so that every step goes the same way: gradients to the copy, an
+    # update of the copy, the copy's values back.
+    def groups(self, fraction: float):
+        on_host, copies, originals, exact = [], {}, {}, {}
+        for group in self.param_groups:
+            mine = {**group, "params": []}
+            for parameter in group["params"]:
+                copy = parameter.detach().clone()
+                if self.param_update_in_fp32 and copy.dtype != torch.float32:
+                    copy = exact[parameter] = copy.float()
+                copies[parameter], originals[copy] = copy, parameter
+                mine["params"].append(copy)
+            if mine["params"]:
+                on_host.append(mine)
+        return on_host, [], copies, originals, exact
+
+    module.HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
+
+
 _EXTRA: dict[str, Callable] = {
+    "megatron.core.utils": _no_transformer_engine,
+    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer": _offload_on_the_host,
     "megatron.core.jit": _no_jit,
     "megatron.core.transformer.moe.moe_utils": _define_te_names,
     "megatron.core.transformer.moe.token_dispatcher": _splits_as_lists,

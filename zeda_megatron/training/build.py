@@ -378,6 +378,14 @@ def build_optimizer(
 
     Heads of paired zero experts have a learning rate of their own and no weight decay.
     """
+    offload = {}
+    if options.optimizer_cpu_offload:
+        offload = {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": 1.0,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+            "use_precision_aware_optimizer": True,
+        }
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -390,6 +398,7 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        **offload,
     )
     overrides = get_standard_config_overrides(config)
     if paired_head_lr:

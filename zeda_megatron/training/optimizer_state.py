@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..errors import UserError
@@ -44,6 +45,8 @@ def sharded_optimizer_state(
     """Megatron sharded state dict of an optimizer; `is_loading` gives the frame that a load fills."""
     states = {}
     for number, part in _parts(optimizer).items():
+        if is_loading and isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer.dummy_step()  # states come with the first step; what it does to weights a load undoes
         if isinstance(part, DistributedOptimizer) and _is_plain_adam(part):
             if is_loading:
                 _make_room(part)
@@ -54,6 +57,10 @@ def sharded_optimizer_state(
         states[number] = part.sharded_state_dict(
             model_state, is_loading=is_loading, metadata={"distrib_optim_sharding_type": _FORMAT}
         )
+        for group in _inner(states[number]).get("param_groups") or []:
+            # The offloading optimizer notes its classes there, which nobody would unpickle.
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
         add_prefix_for_sharding(states[number], f"chained_{number}.")
     return states
 
@@ -69,6 +76,17 @@ def load_optimizer_state(optimizer: MegatronOptimizer, states: dict[int, Any], s
             _load_sharded_adam(part, state)
         else:
             part.load_state_dict(state)
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            _count_apart(part.optimizer)
+
+
+def _count_apart(optimizer: HybridDeviceOptimizer) -> None:
+    """Loaded, all parameters of the offloading optimizer count their steps in one tensor (Megatron-Core 0.16.1): each
+    would count for all."""
+    for part in optimizer.sub_optimizers:
+        for values in part.state.values():
+            if torch.is_tensor(values.get("step")):
+                values["step"] = values["step"].clone()
 
 
 def _parts(optimizer: MegatronOptimizer) -> dict[int, MegatronOptimizer]:
@@ -114,12 +132,13 @@ def _complete(part: MegatronOptimizer, state: dict[str, Any], step: int) -> None
 
 
 def _take_rates(part: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Loaded groups get this run's rates: newer versions tell groups apart by them, and --lr may have changed."""
+    """Loaded groups get this run's rates: newer versions tell groups apart by them, and --lr may have changed. And its
+    kernel: the offloading optimizer asks for a fused one."""
     own_groups = {_group_key(group): group for group in part.optimizer.param_groups}
     loaded = state["optimizer"] if isinstance(part, DistributedOptimizer) else _inner(state)
     for group in loaded.get("param_groups") or []:
         own = own_groups.get(_group_key(group), {})
-        group.update({rate: own[rate] for rate in ("max_lr", "min_lr") if rate in own})
+        group.update({rate: own[rate] for rate in ("max_lr", "min_lr", "fused") if rate in own})
 
 
 def _group_key(group: dict[str, Any]) -> tuple:
