@@ -35,10 +35,10 @@ RIVALS = {
 
 
 def what_trains(report: dict) -> str:
-    """KL, exact answers and cost of each kind of zero experts, by what trains."""
+    """KL and exact answers of each kind of zero experts, by what trains."""
     lines = [
-        "| | trained | KL to teacher | × all weights | exact match | experts skipped | a step, × | memory, × |",
-        "|---" * 8 + "|",
+        "| | numbers that train | KL to teacher | × all weights | exact match | experts skipped |",
+        "|---" * 6 + "|",
     ]
     for kind, (full, few, untrained) in GROUPS.items():
         rows = {f"{kind}, all weights": full}
@@ -55,16 +55,12 @@ def what_trains(report: dict) -> str:
 
 def _cells(m: dict, full: dict) -> list[str]:
     kl = mean_of(m, "kl_to_teacher")
-    costs = ["", ""]
-    if m.get("step_seconds"):
-        costs = [f"{m[key] / full[key]:.2f}" for key in ("step_seconds", "peak_memory_gib")]
     return [
         f"{m['trained_parameters']:,}" if m.get("trained_parameters") else "0",
         f"{kl:.4f}",
         f"{kl / mean_of(full, 'kl_to_teacher'):.2f}",
         f"{mean_of(m, 'exact_match'):.1%}",
         f"{mean_of(m, 'zero_share'):.1%}",
-        *costs,
     ]
 
 

@@ -106,6 +106,19 @@ def test_the_readme_shows_the_table_of_the_committed_report():
     assert all(table(report) in paired for table in (ablations, budgets, rates))
 
 
+def test_the_page_of_few_gpus_shows_the_tables_of_its_committed_report():
+    sys.path.insert(0, str(QUICKSTART))
+    from arms import FEW_TRAIN, RIVALS
+    from few_gpus_table import rivals, what_trains
+
+    text = (QUICKSTART / "results" / "few_gpus.json").read_text()
+    report = json.loads(text)
+    page = (ROOT / "docs" / "few_gpus.md").read_text()
+    assert what_trains(report) in page and rivals(report) in page
+    assert {arm.name for arm in (*FEW_TRAIN, *RIVALS)} <= report["arms"].keys()
+    assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
+
+
 def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
     sys.path.insert(0, str(QUICKSTART))
     from arms_glm import DEFAULT, STAGE2
