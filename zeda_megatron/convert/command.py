@@ -32,6 +32,13 @@ def run(options: ImportOptions | ExportOptions | VerifyOptions) -> int:
     )
     if isinstance(options, ImportOptions) and not has_tokenizer(Path(options.hf)):
         print(f"note: {options.hf} has no tokenizer: training will need --tokenizer-model")
+    if isinstance(options, ImportOptions):
+        print(
+            f"next: sample its answers (zeda train --stage 0 --pretrained-checkpoint {options.out}), or fit zero "
+            f"experts to answers that you have (zeda fit --pretrained-checkpoint {options.out})"
+        )
+    else:
+        print(f"next: vllm serve {options.out}, or zeda evaluate run --model {options.out}")
     return 0
 
 

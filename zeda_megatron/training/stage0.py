@@ -314,7 +314,8 @@ def run_stage0(options: Options) -> int:
         file, count = answer(options, arch, tokenizer, questions, sampling, stop.agreed)
     if rank0:
         left = sum(question.key not in file.answered for question in questions)
-        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left")
+        then = "" if left else f"; next: zeda fit, or --stage 1, with --data-path {file.path}"
+        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left{then}")
         return options.run.stopped_exit_code if left else 0
     return 0
 
