@@ -124,6 +124,8 @@ def test_peft_opens_adapters_beside_the_weights_and_merges_the_same_bits(name, t
             assert torch.equal(theirs[key], weight), key
     moved = {key for key, weight in ours.items() if not torch.equal(start[key], weight)}
     halves = weights_of_adapter(tmp_path / "beside/adapter")
+    modes = {path.stat().st_mode for path in (tmp_path / "beside").rglob("*") if path.is_file()}
+    assert len(modes) == 1
     assert len(moved) == len(halves) // 2
 
 

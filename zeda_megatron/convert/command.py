@@ -37,6 +37,8 @@ def run(options: ImportOptions | ExportOptions | VerifyOptions) -> int:
             f"next: sample its answers (zeda train --stage 0 --pretrained-checkpoint {options.out}), or fit zero "
             f"experts to answers that you have (zeda fit --pretrained-checkpoint {options.out})"
         )
+    elif options.adapters == "beside":
+        print(f"next: PeftModel.from_pretrained(load_model('{options.out}'), '{options.out}/adapter')")
     else:
         print(f"next: vllm serve {options.out}, or zeda evaluate run --model {options.out}")
     return 0

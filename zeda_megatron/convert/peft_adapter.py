@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..durable_file import write_atomically
 from ..models.adapters import ADAPTER
@@ -64,7 +64,8 @@ def write_adapter(folder: Path, model: MegatronModel, cast: Callable[[torch.Tens
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = cast(down).contiguous().clone()
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = cast(up).contiguous().clone()
     folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # As the other files of an export: `save_file` would let nobody else read it.
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
