@@ -15,8 +15,8 @@ class Arm:
     name: str
     """Name in report.json."""
     start: str = "dynamic"
-    """Checkpoint it starts from: `static`, one of `WIDENED`, `FITS`, `PRUNED` or `FITTED_OVER`, or `arms/NAME`: what
-    another arm, earlier in the list, has trained."""
+    """Checkpoint it starts from: `static`, `mean_output`, one of `WIDENED`, `FITS`, `PRUNED` or `FITTED_OVER`, or
+    `arms/NAME`: what another arm, earlier in the list, has trained."""
     train: dict[str, str] = field(default_factory=dict)
     """Flags of the training command besides stage1.yaml; empty for an untrained arm."""
     measure: dict[str, str] = field(default_factory=dict)
@@ -83,10 +83,9 @@ WIDENED = {
     "dynamic": ("8", "zero"),
     "null": ("16", "zero"),
     "learned": ("8", "learned"),
-    "mean_output": ("8", "learned"),
 }
-"""Checkpoints with shared zero experts: how many, and of which type. `mean_output`: they begin with the mean output of
-the real ones."""
+"""Checkpoints with shared zero experts: how many, and of which type. `mean_output` is `learned` whose vectors
+begin with the mean output of the real experts."""
 
 PAIRED = {"--moe-router-load-balancing-type": "none"}
 

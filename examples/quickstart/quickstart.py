@@ -87,9 +87,9 @@ def convert(walk: Walk, teacher: Path, starts: set[str]) -> None:
     tool += ["--hf", str(teacher)]
     common = ["--dtype", "fp32"]
     walk.run("convert static", [*tool, "--out", str(walk.out / "static"), *common], walk.out / "static")
-    starts |= {"learned"} if "mean_output" in starts else set()
+    wanted = {"dynamic", *starts, *(["learned"] if "mean_output" in starts else [])}
     for name, (number, kind) in WIDENED.items():
-        if (name == "dynamic" or name in starts) and name != "mean_output":
+        if name in wanted:
             rows = ["--num-zero-experts", number, "--zero-experts-type", kind, "--seed", "1234"]
             walk.run(
                 f"convert {name}", [*tool, "--out", str(walk.out / name), *rows, *common], walk.out / name
@@ -232,13 +232,13 @@ def main() -> int:
     started = time.perf_counter()
     walk = Walk(out)
     print(f"quickstart -> {out}", flush=True)
-    convert(walk, args.teacher.resolve(), {arm.start for arm in arms})
+    starts = {arm.start for arm in arms}
+    convert(walk, args.teacher.resolve(), starts)
     prompts = args.prompts.resolve()
     answer(walk, prompts)
     for name, flags in FITS.items():
-        if any(arm.start == name for arm in arms):
+        if name in starts:
             fit(walk, name, flags)
-    starts = {arm.start for arm in arms}
     for name in PRUNED:
         if starts & {name, *(over for over, start in FITTED_OVER.items() if start == name)}:
             prune(walk, name, args.teacher.resolve())
@@ -275,7 +275,7 @@ def main() -> int:
     about = environment()
     if EXPORTED in results:
         about["export_check"] = export(walk, args.teacher.resolve(), heldout)
-    if {"paired", "sharp"} <= {arm.start for arm in arms}:
+    if {"paired", "sharp"} <= starts:
         about["oracle"] = judge_heads(walk)
     report = {
         "environment": about,

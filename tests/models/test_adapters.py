@@ -5,10 +5,10 @@ import tiny
 import torch
 from families import FAMILIES
 
-from zeda_megatron.config.lora import LORA_TARGETS, LoRA
+from zeda_megatron.config.lora import ADAPTER, LORA_TARGETS, LoRA
 from zeda_megatron.config.zero_experts import ZeroExpertConfig
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.adapters import ADAPTER, adapters_off, fold_adapters, install_adapters
+from zeda_megatron.models.adapters import adapters_of, fold_adapters, install_adapters, switched_off
 from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 
@@ -51,7 +51,7 @@ def test_adapters_answer_as_the_weights_that_they_are_folded_into(name):
     wake(model)
     adapted = logits(model)
     assert (adapted - plain).abs().max() > 1e-2
-    with adapters_off([model]):
+    with switched_off(adapters_of([model])):
         assert torch.equal(logits(model), plain)
     fold_adapters([model])
     assert not halves(model) and not any("Adapted" in type(m).__name__ for m in model.modules())

@@ -100,7 +100,8 @@ def allocated(options) -> dict:
     """What one rank holds after its first optimizer step."""
     from megatron.core import parallel_state
 
-    from zeda_megatron.training.build import build_optimizer, build_student
+    from zeda_megatron.training.build import build_student
+    from zeda_megatron.training.optimizer import build_optimizer
 
     student = build_student(options)
     parameters = [(name, p) for chunk in student.chunks for name, p in chunk.named_parameters()]

@@ -9,6 +9,7 @@ import tiny_world
 import torch
 from families import FAMILIES, seeing_model
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import weights_of
 
 from zeda_megatron.checkpoint.state import require_checkpoint
@@ -17,7 +18,7 @@ from zeda_megatron.convert.hf_to_megatron import hf_to_megatron
 from zeda_megatron.convert.megatron_to_hf import megatron_to_hf
 from zeda_megatron.convert.verify import verify
 from zeda_megatron.errors import UserError
-from zeda_megatron.models.adapters import adapters_off
+from zeda_megatron.models.adapters import adapters_of, switched_off
 from zeda_megatron.models.load import load_model
 from zeda_megatron.models.on_disk import read_facts
 from zeda_megatron.serving.load import load_zero_expert_model
@@ -123,16 +124,10 @@ def test_peft_opens_adapters_beside_the_weights_and_merges_the_same_bits(name, t
         else:
             assert torch.equal(theirs[key], weight), key
     moved = {key for key, weight in ours.items() if not torch.equal(start[key], weight)}
-    halves = weights_of_adapter(tmp_path / "beside/adapter")
+    halves = load_file(tmp_path / "beside/adapter/adapter_model.safetensors")
     modes = {path.stat().st_mode for path in (tmp_path / "beside").rglob("*") if path.is_file()}
     assert len(modes) == 1
     assert len(moved) == len(halves) // 2
-
-
-def weights_of_adapter(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def test_adapters_are_merged_into_bf16_weights_with_one_rounding(world, tmp_path):
@@ -176,7 +171,7 @@ def test_the_next_run_goes_on_with_the_adapters_and_asks_the_same_teacher(world,
     assert run.teacher_id == first.teacher_id
     assert tiny_world.weight_hash(run.teacher) == tiny_world.weight_hash(first.teacher)
     assert torch.equal(logits(run.student.chunks[0]), answers)
-    with adapters_off(run.student.chunks):
+    with switched_off(adapters_of(run.student.chunks)):
         assert not torch.equal(logits(run.student.chunks[0]), answers)
     run.student.chunks[0].train()
     run.run()

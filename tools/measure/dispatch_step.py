@@ -13,7 +13,8 @@ from zeda_megatron.distill.teacher import Teacher
 from zeda_megatron.moe import stats
 from zeda_megatron.moe.pick_rules import StaticTopK
 from zeda_megatron.moe.router_dials import calibrate_threshold, set_dials
-from zeda_megatron.training.build import build_optimizer, build_student
+from zeda_megatron.training.build import build_student
+from zeda_megatron.training.optimizer import build_optimizer
 from zeda_megatron.training.step import Stepper
 
 from .traffic import Traffic

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from ..config.lora import ADAPTER
 from ..errors import UserError
 from ..runtime.agreement import barrier
 from ..runtime.worker import is_lost_peer
@@ -41,8 +42,6 @@ _FITTED = re.compile(r"\.router\.(paired\.|zero_output\.(constant|down|up)$)")
 """Heads of paired zero experts, and stand-ins."""
 _MTP = "mtp."
 """How names of a head of multi-token prediction begin."""
-_ADAPTER = ".adapter."
-"""Part of the names of low-rank adapters."""
 _EXTRA = "._extra_state"
 """Of Transformer Engine's modules: statistics of FP8, and a pickle that they open themselves. No weights."""
 
@@ -128,12 +127,11 @@ def load_weights(
                 f"{flag} {folder}: has no head of multi-token prediction; convert the model with --mtp"
             )
     fresh = heads == "fresh" or (heads != "stored" and not any(map(_FITTED.search, stored)))
-
-    adapted = any(_ADAPTER in key for key in stored)
+    adapted = any(ADAPTER in key for key in stored)
 
     def left_out(key: str) -> bool:
         unfitted = fresh and _FITTED.search(key)
-        return _EXTRA in key or bool(unfitted) or (_ADAPTER in key and not adapted) or not only(key)
+        return _EXTRA in key or bool(unfitted) or (ADAPTER in key and not adapted) or not only(key)
 
     wanted = {
         name: {key: item for key, item in part.items() if not left_out(key)}

@@ -8,6 +8,8 @@ from ..errors import UserError
 
 LORA_TARGETS = ("attention", "experts", "shared")
 """Projections of attention (linear attention too); real experts; shared experts and dense MLPs."""
+ADAPTER = ".adapter."
+"""Part of the name of every parameter of an adapter."""
 RANK_STEP = 8
 """Grouped products want rows of whole 16 bytes, which 8 numbers of 2 bytes are."""
 

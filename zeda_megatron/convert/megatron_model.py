@@ -26,11 +26,11 @@ from ..checkpoint.folders import is_complete
 from ..checkpoint.integrity import INTEGRITY, REMEDY, compare_file, has_integrity, told_files
 from ..checkpoint.state import require_checkpoint
 from ..checkpoint.torch_dist_metadata import METADATA_NAME, read_metadata
-from ..config.lora import LoRA
+from ..config.lora import ADAPTER, LoRA
 from ..config.run import VERIFY_LEVELS
 from ..config.zero_experts import ZeroExpertConfig
 from ..errors import UserError
-from ..models.adapters import ADAPTER, merged, names_of_adapter
+from ..models.adapters import merged_parts, names_of_adapter
 from ..models.architecture import Architecture
 from ..models.hf_config import zero_experts_of
 from ..models.on_disk import ZEDA_NAME, ModelFacts, read_facts, weight_folders
@@ -265,13 +265,8 @@ class MegatronModel:
         self, parameter: Parameter, mapping: WeightMapping, dims: ModelDims, merges: bool = True
     ) -> dict[str, torch.Tensor]:
         """Hugging Face tensors of one parameter, its adapter merged into each of them; they may be views."""
-        parts = mapping.to_hf(self.read(parameter), dims)
         adapter = self.adapter(parameter) if merges else None
-        if adapter is None:
-            return parts
-        down, up = adapter
-        ups = mapping.to_hf(up, dims)
-        return {key: merged(part, down, ups[key], self.lora.scale) for key, part in parts.items()}
+        return merged_parts(mapping, self.read(parameter), adapter, self.lora and self.lora.scale, dims)
 
     def checked_dtype(self, parameter: Parameter) -> torch.dtype:
         """Stored type of a parameter, whose shape is looked at too, without reading it.
@@ -289,6 +284,8 @@ class MegatronModel:
 
     def adapter(self, parameter: Parameter) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`down` [D, in] and `up` [out, D] of a parameter's adapter; None: it has none."""
+        if self.lora is None:
+            return None
         down, up, expert = names_of_adapter(parameter.name)
         if down not in self._holder(down):
             return None

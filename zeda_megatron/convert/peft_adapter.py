@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from ..config.lora import ADAPTER
 from ..durable_file import write_atomically
-from ..models.adapters import ADAPTER
 from ..models.architecture import dims_of, weight_map_of
 from .megatron_model import MegatronModel
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from ..data.packing import PackedBatch
-from ..models.adapters import adapters_off
+from ..models.adapters import adapters_of, switched_off
 from ..moe.router_dials import zero_mask
 from ..moe.stats import evaluating
 from .passes import forward_model, forward_only
@@ -37,7 +37,7 @@ class Teacher:
         values: Sequence[tuple[torch.nn.Parameter, torch.Tensor]] = (),
     ):
         self.model_chunks, self.mode, self.running = model_chunks, mode, False
-        self._values = values
+        self._values, self._adapters = values, adapters_of(model_chunks)
         if mode != "shared":
             for chunk in model_chunks:
                 chunk.eval().requires_grad_(False)
@@ -78,7 +78,7 @@ class Teacher:
             self._move("cuda" if torch.cuda.is_available() else "cpu")
         self.running = True
         try:
-            with evaluating(self.model_chunks), zero_mask(self.model_chunks), adapters_off(self.model_chunks):
+            with evaluating(self.model_chunks), zero_mask(self.model_chunks), switched_off(self._adapters):
                 yield
         finally:
             self.running = False

@@ -27,14 +27,12 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn import functional as F
 
-from ..config.lora import LoRA
+from ..config.lora import ADAPTER, LoRA
 from ..errors import UserError
 from ..moe.experts import GroupedExperts
 from ..ops.grouped_mlp import LowRank
-from .weight_kinds import seeded_generator
+from .weight_kinds import ModelDims, WeightMapping, seeded_generator
 
-ADAPTER = ".adapter."
-"""Part of the name of every parameter of an adapter."""
 _EXPERT_WEIGHT = re.compile(
     r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<number>\d+)\.linear_(?P<part>fc[12])\.weight"
 )
@@ -46,6 +44,13 @@ _CUT = {
     **dict.fromkeys(("linear_q_down_proj", "linear_kv_down_proj"), _WHOLE),
 }
 """What of a projection's weight tensor-parallel ranks share out, by its name."""
+_ACROSS = {
+    (_ROWS, True): gather_from_sequence_parallel_region,
+    (_ROWS, False): copy_to_tensor_model_parallel_region,
+    (_COLUMNS, True): reduce_scatter_to_sequence_parallel_region,
+    (_COLUMNS, False): reduce_from_tensor_model_parallel_region,
+}
+"""What happens between `down` and `up`, by that and by whether sequences are split over these ranks."""
 
 
 class ProjectionAdapter(torch.nn.Module):
@@ -84,19 +89,7 @@ class ProjectionAdapter(torch.nn.Module):
         """[S, B, in] -> [S, B, out], both as the projection has them."""
         low_SBD = F.linear(hidden_SBH, self.down)
         if self.tp_group is not None and self.tp_group.size() > 1 and self.cut is not _WHOLE:
-            if self.cut == _ROWS:
-                across = (
-                    gather_from_sequence_parallel_region
-                    if self.sequence_parallel
-                    else copy_to_tensor_model_parallel_region
-                )
-            else:
-                across = (
-                    reduce_scatter_to_sequence_parallel_region
-                    if self.sequence_parallel
-                    else reduce_from_tensor_model_parallel_region
-                )
-            low_SBD = across(low_SBD, group=self.tp_group)
+            low_SBD = _ACROSS[self.cut, self.sequence_parallel](low_SBD, group=self.tp_group)
         return self.scale * F.linear(low_SBD, self.up)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
@@ -191,6 +184,21 @@ def merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: fl
     """weight + scale * up @ down: the product in float32, the sum rounded once to the weight's type, as peft's
     `merge_and_unload` does it. [out, in], [D, in], [out, D]."""
     return (weight.float() + (up.float() @ down.float()) * scale).to(weight.dtype)
+
+
+def merged_parts(
+    mapping: WeightMapping,
+    weight: torch.Tensor,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: float | None,
+    dims: ModelDims,
+) -> dict[str, torch.Tensor]:
+    """Hugging Face tensors of a whole parameter; its adapter (`down`, `up`), if it has one, is merged into each."""
+    parts = mapping.to_hf(weight, dims)
+    if adapter is None:
+        return parts
+    down, ups = adapter[0], mapping.to_hf(adapter[1], dims)
+    return {key: merged(part, down, ups[key], scale) for key, part in parts.items()}
 
 
 def _first_down(rank: int, width: int, seed: int, name: str) -> torch.Tensor:
@@ -294,15 +302,14 @@ def _adapted(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.nn.Module]:
                 yield module
 
 
-def adapter_scale(chunks: Sequence[torch.nn.Module]) -> float | None:
-    """The factor of what adapters add; None: there are none."""
-    return next((module.adapter.scale for module in _adapted(chunks)), None)
+def adapters_of(chunks: Sequence[torch.nn.Module]) -> list[ProjectionAdapter | ExpertAdapter]:
+    """All adapters of these model chunks."""
+    return [module.adapter for module in _adapted(chunks)]
 
 
 @contextmanager
-def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """The model without what its adapters add."""
-    adapters = [module.adapter for module in _adapted(chunks)]
+def switched_off(adapters: Sequence[ProjectionAdapter | ExpertAdapter]) -> Iterator[None]:
+    """Their model without what they add."""
     for adapter in adapters:
         adapter.on = False
     try:

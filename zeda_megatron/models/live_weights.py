@@ -15,10 +15,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from safetensors.torch import save_file
 
+from ..config.lora import ADAPTER
 from ..errors import UserError
 from ..runtime.agreement import gathered, rank, world_size
 from ..runtime.process_groups import device
-from .adapters import ADAPTER, adapter_scale, merged, names_of_adapter
+from .adapters import adapters_of, merged_parts, names_of_adapter
 from .architecture import Architecture, dims_of, weight_map_of
 from .weight_kinds import Added, Router, Setting
 from .weight_map import MTP
@@ -78,7 +79,7 @@ class LiveWeights:
                 plan.setdefault(name, parameter).owner.setdefault(box, owner)
         # Adapters are handed over as part of the weights beside them.
         self.halves = {name: plan.pop(name) for name in list(plan) if ADAPTER in name}
-        self.scale = next(filter(None, gathered(adapter_scale(chunks))), None)
+        self.scale = max(gathered(max((one.scale for one in adapters_of(chunks)), default=0.0)))
         # The two largest, embedding and head, lie far apart: who still holds one when the next comes holds no second.
         self.plan = dict(
             sorted(plan.items(), key=lambda item: ("embedding" not in item[0], _natural(item[0])))
@@ -94,17 +95,20 @@ class LiveWeights:
             mapping = self.map.for_mcore_name(name)
             if isinstance(mapping, Setting) or (static and isinstance(mapping, Added)):
                 continue
-            parts = mapping.to_hf(self._whole(name, parameter, mine), self.dims)
-            down, up, expert = names_of_adapter(name)
-            if down in self.halves and not static:
-                down, up = (self._whole(half, self.halves[half], mine) for half in (down, up))
-                if expert is not None:
-                    down, up = down[expert], up[expert]
-                ups = mapping.to_hf(up, self.dims)
-                parts = {key: merged(part, down, ups[key], self.scale) for key, part in parts.items()}
+            adapter = None if static else self._adapter(name, mine)
+            whole = self._whole(name, parameter, mine)
+            parts = merged_parts(mapping, whole, adapter, self.scale, self.dims)
             for key, part in parts.items():
                 cut = static and isinstance(mapping, Router)
                 yield key, part[: self.dims.num_real_experts] if cut else part
+
+    def _adapter(self, name: str, mine: dict) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`down` and `up` beside a parameter; None: it has none."""
+        down, up, expert = names_of_adapter(name)
+        if down not in self.halves:
+            return None
+        whole = (self._whole(half, self.halves[half], mine) for half in (down, up))
+        return tuple(half if expert is None else half[expert] for half in whole)
 
     def settings(self) -> dict[str, list[float]]:
         """Numbers that config.json has per MoE layer (`zce_threshold`), in layer order; all ranks ask together."""

@@ -85,17 +85,22 @@ class Piggyback:
         asked_TN = torch.zeros_like(logits_TN, dtype=torch.bool)
         asked_TN.scatter_(1, logits_TN.topk(self.first, dim=1).indices, True)
         needed_TN = asked_TN if valid_T is None else asked_TN & valid_T[:, None]
-        group_T = together(len(logits_TN), self.batch).to(logits_TN.device)
-        groups = int(group_T.max()) + 1 if len(group_T) else 0
-        needed_GN = needed_TN.new_zeros(groups, logits_TN.shape[1], dtype=torch.int64)
-        needed_GN.index_add_(0, group_T, needed_TN.long())
-        return logits_TN.masked_fill(~(asked_TN | (needed_GN[group_T] > 0)), -torch.inf)
+        group_T, needed_GN = needed_together(needed_TN, self.batch)
+        return logits_TN.masked_fill(~(asked_TN | needed_GN[group_T]), -torch.inf)
 
 
 def together(tokens: int, batch: int) -> torch.Tensor:
     """Number [T] of the batch that each of T tokens of a pass is decoded in: neighbours, which mostly are of one
     sequence, fall into different ones."""
     return torch.arange(tokens) % max(-(-tokens // batch), 1)
+
+
+def needed_together(map_TN: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`together` of the tokens of a routing map [T, N], and which experts each of these batches needs, [G, N] bool."""
+    group_T = together(len(map_TN), batch).to(map_TN.device)
+    groups = -(-len(map_TN) // batch)
+    counts_GN = torch.zeros(groups, map_TN.shape[1], dtype=torch.int64, device=map_TN.device)
+    return group_T, counts_GN.index_add_(0, group_T, map_TN.long()) > 0
 
 
 def apply_pick_rule(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .pick_rules import together
+from .pick_rules import needed_together
 
 DECODED_TOGETHER = 16
 """Tokens of a group whose experts are counted: what a decoding step of so many answers has to load."""
@@ -62,12 +62,8 @@ class RoutingStats:
         both = torch.stack([map_TN, kept_TN])
         counts = (both if valid_T is None else both & valid_T[:, None]).sum(1)
         self.picks_2N = counts if self.picks_2N is None else self.picks_2N + counts
-        kept_TN = kept_TN if valid_T is None else kept_TN[valid_T]
-        group_T = together(len(kept_TN), DECODED_TOGETHER).to(kept_TN.device)
-        groups = int(group_T.max()) + 1 if len(group_T) else 0
-        needed_GN = kept_TN.new_zeros(groups, kept_TN.shape[1], dtype=torch.int64)
-        needed_GN.index_add_(0, group_T, kept_TN.long())
-        loaded = torch.stack([(needed_GN > 0).sum(), torch.tensor(groups, device=kept_TN.device)])
+        _, needed_GN = needed_together(kept_TN if valid_T is None else kept_TN[valid_T], DECODED_TOGETHER)
+        loaded = torch.stack([needed_GN.sum(), torch.tensor(len(needed_GN), device=needed_GN.device)])
         self.loaded = loaded if self.loaded is None else self.loaded + loaded
 
     def add_scores(self, score_TN: torch.Tensor, map_TN: torch.Tensor, valid_T: torch.Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """The first recipe that fits given GPUs, and what it gives up for that: `zeda plan fit`.
 
-The command line is that of `zeda plan memory`. What is given up is ordered: first what costs time alone, then the
-teacher's place, then what trains. Under each, rows get shorter while the tokens of a step stay what they are.
+The command line is that of `zeda plan memory`. What is given up is ordered (`RUNGS`): first the places of teacher and
+optimizer, which costs time alone, then what trains. Under each, rows get shorter while the tokens of a step stay
+what they are.
 """
 
 from __future__ import annotations
@@ -101,15 +102,20 @@ def first_fit(command: Command) -> list[Try]:
 
 def _best(command: Command, options: Options, rung: Rung) -> Try | None:
     """None: the model has no layout on these GPUs."""
-    limit, least = command.about.gpu_memory, None
+    least = None
     for shorter in _easier(options, rung.shortens):
-        tries = [_tried(command, changed, rung.gives_up) for changed in _layouts(command, shorter)]
-        tries = [one for one in tries if one is not None]
-        fitting = [one for one in tries if one.fits]
-        if fitting:
-            safe = [one for one in fitting if one.total_at_worst_load <= limit]
-            return (safe or fitting)[0]
-        least = min([*tries, *([least] if least else [])], key=lambda one: one.total, default=None)
+        fitting = None
+        for one in (_tried(command, changed, rung.gives_up) for changed in _layouts(command, shorter)):
+            if one is None:
+                continue
+            if one.total_at_worst_load <= command.about.gpu_memory:
+                return one
+            if fitting is None and one.fits:
+                fitting = one
+            if least is None or one.total < least.total:
+                least = one
+        if fitting is not None:
+            return fitting
     return least
 
 

@@ -136,7 +136,8 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
         made["optimizer (on the host)"] = 0.0
     else:
         sharded = " (sharded)" if options.optimizer.use_distributed_optimizer else ""
-        made[f"optimizer{sharded}"] = _optimizer_bytes(options, count, rows, copies)
+        updated, state = _updated(options, count, rows, copies)
+        made[f"optimizer{sharded}"] = float(updated * state)
     if options.model.stage in ("1", "2"):
         mode = options.distill.teacher_memory
         # Adapters are switched off in its passes.
@@ -147,24 +148,21 @@ def standing_bytes(options: Options, count: StageParameters, rows: int, copies: 
     return made
 
 
-def _optimizer_bytes(options: Options, count: StageParameters, rows: int, copies: int) -> float:
+def _updated(options: Options, count: StageParameters, rows: int, copies: int) -> tuple[int, int]:
+    """Parameters that this rank's optimizer updates, and bytes of its states for each."""
     dense, expert = count.trainable(options.model.trainable, options.share.paired_head_lr > 0)
-    # Two moments; under bf16 the fp32 weights too.
-    state = 12 if options.model.bf16 else 8
     if options.optimizer.use_distributed_optimizer:
         dense, expert = math.ceil(dense / rows), math.ceil(expert / copies)
-    return float(state * (dense + expert))
+    # Two moments; under bf16 the fp32 weights too.
+    return dense + expert, 12 if options.model.bf16 else 8
 
 
 def host_bytes(options: Options, count: StageParameters, rows: int, copies: int) -> float:
     """Bytes of host memory that one GPU's process needs for what waits or is updated there; arguments as above."""
-    if options.model.stage == "0":
-        return 0.0
     held = 0.0
-    if options.optimizer.optimizer_cpu_offload:  # gradients go there in fp32
-        dense, expert = count.trainable(options.model.trainable, options.share.paired_head_lr > 0)
-        held += _optimizer_bytes(options, count, rows, copies)
-        held += 4.0 * (math.ceil(dense / rows) + math.ceil(expert / copies))
+    if options.optimizer.optimizer_cpu_offload and options.model.stage != "0":
+        updated, state = _updated(options, count, rows, copies)
+        held += updated * (state + 4)  # gradients go there in fp32
     if options.model.stage in ("1", "2") and options.distill.teacher_memory == "offload":
         held += (2 if options.model.bf16 else 4) * count.of_decoder
     return held

@@ -1,4 +1,4 @@
-"""From options to live objects: student, teacher, optimizer, the engine that samples answers."""
+"""From options to live objects: student, teacher, the engine that samples answers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    OptimizerConfig,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
-from megatron.core.optimizer.optimizer_config import ParamKey
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.core.utils import get_model_config
 
 from ..checkpoint.folders import require_folder
 from ..checkpoint.state import require_checkpoint, stored_names
 from ..config.generate import GenerateOptions
+from ..config.lora import ADAPTER
 from ..config.model import ModelOptions
 from ..config.options import Options
-from ..config.run import OptimizerOptions
 from ..config.zero_experts import ZeroExpertConfig
 from ..data.tokenizers import ChatTokenizer, load_tokenizer
 from ..distill.answers import RolloutEngine
@@ -38,7 +30,7 @@ from ..distill.student_servers import StudentServers
 from ..distill.teacher import Teacher
 from ..distill.vllm_engine import VLLMEngine
 from ..errors import UserError
-from ..models.adapters import ADAPTER, install_adapters
+from ..models.adapters import install_adapters
 from ..models.architecture import Architecture, read_architecture
 from ..models.build import build_gpt_model, transformer_config
 from ..models.hf_config import zero_experts_of
@@ -319,15 +311,15 @@ def _values_of_teacher(
             f"--teacher-memory shared: {flag} {start} has adapters, which are part of the student's weights now; give "
             "--trainable lora, or own"
         )
-    moves = student.moves if options.model.trainable != "mtp" else ()
+    moves = {id(parameter) for parameter in student.moves} if options.model.trainable != "mtp" else ()
     named = [(name, p) for chunk in student.chunks for name, p in chunk.named_parameters()]
-    names = {name for name, parameter in named if any(parameter is one for one in moves)}
+    names = {name for name, parameter in named if id(parameter) in moves}
     names |= stored_names(student.chunks, trained, flag)
-    swapped = [(name, p) for name, p in named if name in names and ADAPTER not in name]
-    mine = [parameter.detach().clone() for _, parameter in swapped]
+    names = {name for name in names if ADAPTER not in name}
+    swapped = [parameter for name, parameter in named if name in names]
+    mine = [parameter.detach().clone() for parameter in swapped]
     if not trained:
-        return [(parameter, value) for (_, parameter), value in zip(swapped, mine)]
-    only = {name for name, _ in swapped}
+        return list(zip(swapped, mine))
     load_weights(
         student.chunks,
         source,
@@ -335,13 +327,13 @@ def _values_of_teacher(
         options.model.lora,
         heads="stored or fresh",
         verify="none",  # looked at for the student
-        only=only.__contains__,
+        only=names.__contains__,
     )
-    values = [parameter.detach().clone() for _, parameter in swapped]
+    values = [parameter.detach().clone() for parameter in swapped]
     with torch.no_grad():
-        for (_, parameter), value in zip(swapped, mine):
+        for parameter, value in zip(swapped, mine):
             parameter.copy_(value)
-    return [(parameter, value) for (_, parameter), value in zip(swapped, values)]
+    return list(zip(swapped, values))
 
 
 def teacher_source(options: Options) -> str:
@@ -369,65 +361,6 @@ def teacher_source(options: Options) -> str:
 def teacher_id(options: Options) -> str:
     """What tells one teacher from another, whatever its folder is called (`on_disk.weights_id`)."""
     return weights_id(teacher_source(options), "--teacher-load")
-
-
-def build_optimizer(
-    options: OptimizerOptions, student: Student, bf16: bool, paired_head_lr: float = 0.0
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps.
-
-    Heads of paired zero experts have a learning rate of their own and no weight decay.
-    """
-    offload = {}
-    if options.optimizer_cpu_offload:
-        offload = {
-            "optimizer_cpu_offload": True,
-            "optimizer_offload_fraction": 1.0,
-            "overlap_cpu_optimizer_d2h_h2d": True,
-            "use_precision_aware_optimizer": True,
-        }
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=options.lr,
-        min_lr=options.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        clip_grad=options.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        **offload,
-    )
-    overrides = get_standard_config_overrides(config)
-    if paired_head_lr:
-        head = ParamGroupOverride(wd_mult=0.0)
-        if paired_head_lr != options.lr:
-            # Megatron's schedule takes the rates; when it resumes, it tells groups apart by the factor.
-            factor = paired_head_lr / options.lr
-            head.update(max_lr=paired_head_lr, min_lr=options.min_lr * factor, lr_mult=factor)
-        overrides[ParamKey(name="*.router.paired.*")] = head
-    optimizer = get_megatron_optimizer(
-        config, student.wrapped, config_overrides=overrides, use_gloo_process_groups=False
-    )
-    get_model_config(student.chunks[0]).grad_scale_func = optimizer.scale_loss
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=min(round(options.lr_warmup_fraction * options.train_iters), options.train_iters - 1),
-        lr_decay_steps=options.train_iters,
-        lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=options.train_iters,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return optimizer, schedule
 
 
 def rollout_engine(

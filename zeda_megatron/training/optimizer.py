@@ -1,4 +1,5 @@
-"""Optimizer state in checkpoints: plain, or sharded over data-parallel ranks, on every parallel layout.
+"""The optimizer and its schedule, and their state in checkpoints: plain, or sharded over data-parallel ranks, on every
+parallel layout.
 
 Megatron keeps one optimizer for the dense parameters and one for the experts. Plain values (the step count and
 the hyperparameters) are written by rank 0 alone. If rank 0 has no experts, they are in no checkpoint and a resume
@@ -12,17 +13,86 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.utils import get_model_config
 
+from ..config.run import OptimizerOptions
 from ..errors import UserError
 from ..runtime.process_groups import device
+from .build import Student
 
 # One tensor per parameter, in the model's own shapes: readable on every layout. Megatron's default stores flat
 # pieces, which its own checkpoint library no longer accepts.
 _FORMAT = "fully_reshardable"
 _DENSE, _EXPERTS = 0, 1
+
+
+def build_optimizer(
+    options: OptimizerOptions, student: Student, bf16: bool, paired_head_lr: float = 0.0
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's AdamW (fp32 master weights under bf16) and its schedule, counted in steps.
+
+    Heads of paired zero experts have a learning rate of their own and no weight decay.
+    """
+    offload = {}
+    if options.optimizer_cpu_offload:
+        offload = {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": 1.0,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+            "use_precision_aware_optimizer": True,
+        }
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        **offload,
+    )
+    overrides = get_standard_config_overrides(config)
+    if paired_head_lr:
+        head = ParamGroupOverride(wd_mult=0.0)
+        if paired_head_lr != options.lr:
+            # Megatron's schedule takes the rates; when it resumes, it tells groups apart by the factor.
+            factor = paired_head_lr / options.lr
+            head.update(max_lr=paired_head_lr, min_lr=options.min_lr * factor, lr_mult=factor)
+        overrides[ParamKey(name="*.router.paired.*")] = head
+    optimizer = get_megatron_optimizer(
+        config, student.wrapped, config_overrides=overrides, use_gloo_process_groups=False
+    )
+    get_model_config(student.chunks[0]).grad_scale_func = optimizer.scale_loss
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=min(round(options.lr_warmup_fraction * options.train_iters), options.train_iters - 1),
+        lr_decay_steps=options.train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=options.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, schedule
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
