@@ -2,7 +2,7 @@
 """Times the expert MLP of both models: own kernels, torch's grouped GEMM, Triton, Transformer Engine.
 
     python kernels/bench.py [--json FILE] [--tokens 8,64,...] [--zero-shares 0,.5] [--backends kernels] [--quick]
-    python kernels/bench.py --tiles                        # where the large tile begins, into zeda_kernels/tiles.json
+    python kernels/bench.py --tiles          # where the large tile begins, how: into zeda_kernels/tiles.json
 
 Random data, uniform routing. Two times of every call: the device's (median of CUDA events around replays of its graph,
 or around calls where it cannot be captured) and the host's (the least that Python takes to launch it). `bound` is the
@@ -27,6 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_backends import BACKENDS, Shape, backends
 
+from zeda_kernels import kernel_call
+from zeda_kernels.cuda_kernels import CHOSEN, LEADS
+from zeda_kernels.cuda_kernels import TILES as KERNEL_TILES
+
 MODELS = {
     "qwen3_30b_a3b": Shape(experts=128, picks=8, hidden=2048, width=768),
     "glm_4_7_flash": Shape(experts=64, picks=4, hidden=2048, width=1536),
@@ -35,7 +39,9 @@ TINY = {"tiny": Shape(experts=5, picks=2, hidden=16, width=8)}
 TOKENS = (8, 64, 512, 4096, 16384, 32768, 65536)
 SHARES = (0.0, 0.25, 0.5, 0.75)
 ROWS_PER_EXPERT = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
-"""Where --tiles looks."""
+"""Where --tiles looks for the tiles."""
+MANY_ROWS = (256, 1024)
+"""And for the lead."""
 TILES = Path(__file__).parent / "zeda_kernels" / "tiles.json"
 
 
@@ -207,35 +213,44 @@ def crossover(times: dict[int, tuple[float, float]]) -> int:
     return max(times) + 1 if found is None else found
 
 
+def times_of(args, rows: int, name: str, choices: tuple[str, ...]) -> tuple[float, ...]:
+    """Time of act and forward together, over the models, for each value of an environment variable of the kernels."""
+    sums = []
+    for choice in choices:
+        os.environ[name] = choice
+        total = 0.0
+        for shape in (TINY if args.tiny else MODELS).values():
+            found, _ = backends(args.device, shape, torch.full((shape.experts,), rows), ["kernels"])
+            runs = found[0].runs()
+            total += sum(device_time(runs[run], args.device, args.repeats)[0] for run in ("act", "forward"))
+        sums.append(total)
+    del os.environ[name]
+    told = ", ".join(f"{choice} {us:.1f}" for choice, us in zip(choices, sums))
+    print(f"{rows:4} rows per expert, {name}, us: {told}", flush=True)
+    return tuple(sums)
+
+
 def find_tiles(args) -> int:
-    """Time act and forward with both tiles, and write the crossover of their sum over the models."""
-    times: dict[int, tuple[float, float]] = {}
-    for rows in (2, 4) if args.tiny else ROWS_PER_EXPERT:
-        sums = []
-        for tile in ("small", "large"):
-            os.environ["ZEDA_KERNEL_TILE"] = tile
-            total = 0.0
-            for shape in (TINY if args.tiny else MODELS).values():
-                counts = torch.full((shape.experts,), rows)
-                found, missing = backends(args.device, shape, counts, ["kernels"])
-                if missing:
-                    print(f"error: --tiles: {missing['kernels']}", file=sys.stderr)
-                    return 2
-                runs = found[0].runs()
-                total += sum(
-                    device_time(runs[name], args.device, args.repeats)[0] for name in ("act", "forward")
-                )
-            sums.append(total)
-        times[rows] = tuple(sums)
-        print(f"{rows:4} rows per expert: small {sums[0]:9.1f} us, large {sums[1]:9.1f} us", flush=True)
-    del os.environ["ZEDA_KERNEL_TILE"]
-    begins = crossover(times)
-    print(f"the large tile from {begins} rows per expert on")
+    """Find which tile is faster from where on, and the lead of the large one that is fastest; write both down."""
+    missing = kernel_call.why_not(torch.device("cuda"), torch.bfloat16) if args.device == "cuda" else None
+    if missing:
+        print(f"error: --tiles: {missing}", file=sys.stderr)
+        return 2
+    counts, many = ((2, 4), (8,)) if args.tiny else (ROWS_PER_EXPERT, MANY_ROWS)
+    os.environ["ZEDA_KERNEL_TILE"] = "large"
+    leads = {rows: times_of(args, rows, "ZEDA_KERNEL_LEAD", LEADS) for rows in many}
+    sums = [sum(each) for each in zip(*leads.values())]
+    lead = min(range(len(LEADS)), key=sums.__getitem__)
+    os.environ["ZEDA_KERNEL_LEAD"] = LEADS[lead]
+    tiles = {rows: times_of(args, rows, "ZEDA_KERNEL_TILE", KERNEL_TILES) for rows in counts}
+    del os.environ["ZEDA_KERNEL_LEAD"]
+    begins = crossover(tiles)
+    print(f"the large tile from {begins} rows per expert on, its halves {lead} products apart")
     if args.device == "cuda":
-        about = f"Mean rows per expert from which the large tile is taken. Measured on {torch.cuda.get_device_name(0)}."
-        measured = {str(rows): pair for rows, pair in times.items()}
-        text = json.dumps({"about": about, "large_from": begins, "small_and_large_us": measured}, indent=2)
-        TILES.write_text(text + "\n")
+        about = f"{CHOSEN['about'].partition(' From ')[0]} Measured on {torch.cuda.get_device_name(0)}."
+        chosen = {"about": about, "large_from": begins, "lead": lead}
+        measured = {"small_and_large_us": tiles, "leads_us": leads}
+        TILES.write_text(json.dumps(chosen | measured, indent=2) + "\n")
     return 0
 
 
@@ -264,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--zero-shares", type=numbers(float), help="shares of slots that chose zero experts")
     parser.add_argument("--backends", type=lambda text: text.split(","), help=f"of {', '.join(BACKENDS)}")
     parser.add_argument(
-        "--tiles", action="store_true", help="find where the large tile begins, and write it down"
+        "--tiles", action="store_true", help="find where the large tile begins, and how; write it down"
     )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the result here")

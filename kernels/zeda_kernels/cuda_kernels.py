@@ -36,19 +36,28 @@ FORWARD, DGRAD, WGRAD, FC1, DSWIGLU = range(5)
 HOPPER = 90
 MAP_BYTES = 128
 """Of what describes a weight to Hopper's memory engine."""
-LARGE_FROM: int = json.loads(Path(__file__).with_name("tiles.json").read_text())["large_from"]
+CHOSEN: dict = json.loads(Path(__file__).with_name("tiles.json").read_text())
+LARGE_FROM: int = CHOSEN["large_from"]
 """Mean rows per group from which the large tile, which pads more, takes less time."""
+LEAD: int = CHOSEN["lead"]
+"""Products by which the first half of a large tile is ahead of the second, so that both do not write at one time."""
 TILES = ("small", "large")
+LEADS = ("0", "1", "2", "3")
 
 
 def tile_for(rows: int, groups: int) -> int:
     """Index in `TILES`. Decided by what the host knows, the length of the buffer, unless ZEDA_KERNEL_TILE names one."""
-    forced = os.environ.get("ZEDA_KERNEL_TILE")
-    if not forced:
-        return int(rows >= LARGE_FROM * groups)
-    if forced not in TILES:
-        raise UserError(f"ZEDA_KERNEL_TILE={forced}: choose from {', '.join(TILES)}, or unset it")
-    return TILES.index(forced)
+    return _forced("ZEDA_KERNEL_TILE", TILES, int(rows >= LARGE_FROM * groups))
+
+
+def _forced(name: str, known: tuple[str, ...], else_: int) -> int:
+    """Index in `known` of what an environment variable names; `else_` where it is not set."""
+    value = os.environ.get(name)
+    if not value:
+        return else_
+    if value not in known:
+        raise UserError(f"{name}={value}: choose from {', '.join(known)}, or unset it")
+    return known.index(value)
 
 
 def _rows(
@@ -60,7 +69,8 @@ def _rows(
     check_ends(ends, groups, x.device)
     shape = {FORWARD: (columns, depth), FC1: (2 * columns, depth)}.get(product, (depth, columns))
     maps = as_table(weights).maps(shape, x.dtype, x.device, _maps)
-    choice = (product, type_code(x), tile_for(rows, groups), groups, rows, columns, depth)
+    tile, lead = tile_for(rows, groups), _forced("ZEDA_KERNEL_LEAD", LEADS, LEAD)
+    choice = (product, type_code(x), tile, lead, groups, rows, columns, depth)
     pointers = (ends.data_ptr(), x.data_ptr(), maps.data_ptr(), address(probs), address(pre), out.data_ptr())
     launch(x, "zk_rows", *choice, *pointers, address(act), address(sums), sms)
     return out

@@ -19,7 +19,7 @@ _SIGNATURES = {
     "zk_grouped_workspace": (_L, (_I, _I, _I, _I, _L, _I, _I, _I)),
     "zk_grouped": (_I, (*[_I] * 4, _L, _I, _I, _P, _P, _P, _P, _P, _F, _P, _L, _I, _P)),
     "zk_maps": (_I, (*[_I] * 4, _P, _P)),
-    "zk_rows": (_I, (*[_I] * 4, _L, _I, _I, *[_P] * 8, _I, _P)),
+    "zk_rows": (_I, (*[_I] * 5, _L, _I, _I, *[_P] * 8, _I, _P)),
     "zk_tiles": (_I, (_I, _I)),
     "zk_swiglu": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _I, _P)),
     "zk_swiglu_grad": (_I, (_I, _I, _L, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P)),

@@ -332,10 +332,11 @@ def test_without_a_driver_every_launcher_returns_an_error_code(compiled):
             if product == 4 and pre is None:
                 continue
             operands = (at, at, at, None, pre, at, at, at, 132, None)
-            assert c.zk_rows(product, 0, tile, 2, 8, 64, 64, *operands) not in (0, -1, -2, -3, -4)
-            assert c.zk_rows(product, 0, tile, 2, 8, 60, 64, *operands) == -3
-            assert c.zk_rows(product, 0, tile, 1025, 8, 64, 64, *operands) == -1
-        assert c.zk_rows(2, 0, 0, 2, 8, 64, 64, *operands) == -1
+            assert c.zk_rows(product, 0, tile, 2, 2, 8, 64, 64, *operands) not in (0, -1, -2, -3, -4)
+            assert c.zk_rows(product, 0, tile, 2, 2, 8, 60, 64, *operands) == -3
+            assert c.zk_rows(product, 0, tile, 2, 1025, 8, 64, 64, *operands) == -1
+            assert c.zk_rows(product, 0, tile, 4, 2, 8, 64, 64, *operands) == -1
+        assert c.zk_rows(2, 0, 0, 2, 2, 8, 64, 64, *operands) == -1
     assert c.zk_probe() not in (0, -1)
     unknown = (0, 1 - compiled.has_half, 70, 2, 8, 64, 64, at, at, at, at, table, 0.0, at, 1, 1, None)
     assert c.zk_grouped(*unknown) == -4

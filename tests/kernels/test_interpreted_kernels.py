@@ -34,6 +34,7 @@ def test_no_order_of_warps_copies_and_products_changes_a_bit(interpreted_library
     x, fc1, probs, ends = fc1_inputs(COUNTS, 136, 264, extra_rows=5)
     found = []
     for seed in range(0, 500, 100):
+        monkeypatch.setenv("ZEDA_KERNEL_LEAD", str(seed // 100 % 4))
         made, machine = machine_of(interpreted_library, seed)
         with interpreted(made, machine):
             pre, act = ops.moe_fc1(x, fc1, probs, ends)
@@ -101,9 +102,11 @@ def unsound(made, machine) -> bool:
     return not pre.isfinite().all() or bool((pre.double() - expected).norm() > 0.1 * expected.norm())
 
 
+@pytest.mark.parametrize("lead", [0, 2, 3])
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_large_tile_is_sound_whoever_starves(interpreted_library, order, monkeypatch):
+def test_the_large_tile_is_sound_whoever_starves(interpreted_library, order, lead, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: 1)
+    monkeypatch.setenv("ZEDA_KERNEL_LEAD", str(lead))
     made, machine = machine_of(interpreted_library)
     machine.starves = ORDERS[order]
     assert not unsound(made, machine)
@@ -148,6 +151,13 @@ FAULTS = {
     "stages never given back": ("mbarrier.arrive.shared::cluster", NO),
     "copies never announced": ("mbarrier.arrive.expect_tx", NO),
 }
+
+
+def test_the_second_half_of_a_large_tile_waits_for_the_first(interpreted_library, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "tile_for", lambda rows, groups: 1)
+    made, machine = machine_of(interpreted_library)
+    put_in(machine, "bar.arrive", NO)
+    assert unsound(made, machine)  # it waits for ever
 
 
 @pytest.mark.parametrize("fault", FAULTS)

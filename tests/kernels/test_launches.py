@@ -8,6 +8,7 @@ from groups import fc1_inputs, mlp_inputs
 
 from zeda_kernels import cuda_kernels, kernel_library, reference
 from zeda_kernels.expert_table import ExpertTable
+from zeda_megatron.errors import UserError
 from zeda_megatron.ops import grouped_mlp
 
 
@@ -52,7 +53,7 @@ def ampere(monkeypatch):
     return Gpu(monkeypatch, 80)
 
 
-ROWS = "product dtype tile groups rows columns depth ends x maps probs pre out act sums sms".split()
+ROWS = "product dtype tile lead groups rows columns depth ends x maps probs pre out act sums sms".split()
 
 
 def test_one_kernel_writes_pre_and_act(hopper):
@@ -65,6 +66,7 @@ def test_one_kernel_writes_pre_and_act(hopper):
         "product": 3,
         "dtype": 0,
         "tile": 0,
+        "lead": 2,
         "groups": 3,
         "rows": 7,
         "columns": 8,
@@ -77,6 +79,16 @@ def test_one_kernel_writes_pre_and_act(hopper):
     assert hopper.maps == [(0, 3, 16, 16, [weight.data_ptr() for weight in fc1])]
 
 
+def test_the_lead_of_a_large_tile_may_be_named(hopper, monkeypatch):
+    x, weights, _, ends = fc1_inputs([3, 0, 2], 8, 16, extra_rows=2)
+    monkeypatch.setenv("ZEDA_KERNEL_LEAD", "3")
+    cuda_kernels.grouped_mm(x, weights, ends)
+    assert dict(zip(ROWS, hopper.launches[0][1]))["lead"] == 3
+    monkeypatch.setenv("ZEDA_KERNEL_LEAD", "4")
+    with pytest.raises(UserError, match=r"ZEDA_KERNEL_LEAD=4: choose from 0, 1, 2, 3, or unset it"):
+        cuda_kernels.grouped_mm(x, weights, ends)
+
+
 @pytest.mark.parametrize(("product", "columns", "depth"), [("grouped_mm", 16, 24), ("grouped_dgrad", 24, 16)])
 def test_forward_and_dgrad_are_one_kernel_each_over_the_same_maps(hopper, product, columns, depth):
     x, weights, _, ends = fc1_inputs([3, 0, 2], 8, 24, extra_rows=2)
@@ -87,7 +99,7 @@ def test_forward_and_dgrad_are_one_kernel_each_over_the_same_maps(hopper, produc
     values = dict(zip(ROWS, hopper.launches[0][1]))
     assert (values["columns"], values["depth"]) == (columns, depth) and values["pre"] is None
     assert values["product"] == (0 if product == "grouped_mm" else 1)
-    assert len(hopper.maps) == 1 and hopper.launches[0][1][9] == hopper.launches[1][1][9]
+    assert len(hopper.maps) == 1 and hopper.launches[0][1][10] == hopper.launches[1][1][10]
 
 
 def test_a_layer_is_two_launches_forward_and_its_maps_are_made_once(hopper):

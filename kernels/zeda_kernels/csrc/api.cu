@@ -87,13 +87,13 @@ int zk_maps(int dtype, int groups, int n, int k, const void* const* experts, voi
   return zk::kNotBuilt;
 }
 
-int zk_rows(int product, int dtype, int tile, int groups, int64_t rows, int columns, int depth, const int32_t* ends,
-            const void* x, const void* maps, const float* probs, void* pre, void* out, void* act, float* sums,
-            int sm_count, void* stream) {
+int zk_rows(int product, int dtype, int tile, int lead, int groups, int64_t rows, int columns, int depth,
+            const int32_t* ends, const void* x, const void* maps, const float* probs, void* pre, void* out, void* act,
+            float* sums, int sm_count, void* stream) {
   if (product < 0 || product > 4 || product == zk::kWgrad || tile < 0 || tile > 1) return zk::kBadArgument;
   RowProduct p{};
   p.product = product, p.groups = groups, p.columns = columns, p.depth = depth, p.sm_count = sm_count, p.rows = rows;
-  p.ends = ends, p.x = x, p.maps = maps, p.probs = probs, p.pre = pre, p.out = out, p.act = act, p.sums = sums;
+  p.lead = lead, p.ends = ends, p.x = x, p.maps = maps, p.probs = probs, p.pre = pre, p.out = out, p.act = act, p.sums = sums;
   p.stream = cudaStream_t(stream);
 #ifdef ZK_SM90
   if (dtype >= 0 && dtype < kTypes) return ZK_CALL(zk_sm90_rows, dtype, p, tile);

@@ -32,8 +32,9 @@ ZK_API int zk_maps(int dtype, int groups, int n, int k, const void* const* exper
 // fused fc1: pre [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], gate rows first, out = silu(gate) * up * prob;
 // probs may be null, pre too: it is not stored then. Product 4, its gradient behind dgrad's product, which is that of the
 // activation: out [rows, 2 columns] pre's, act [rows, columns] the activation again, sums [rows, zk_tiles] whose sum over
-// a row is prob's. tile: 0 small, 1 large. At most 1024 groups. Rows past the last end become zero, but those of sums.
-ZK_API int zk_rows(int product, int dtype, int tile, int groups, int64_t rows, int columns, int depth,
+// a row is prob's. tile: 0 small, 1 large. lead: 0 to 3, products of 64 along depth by which half of a large tile is ahead
+// of the other. At most 1024 groups. Rows past the last end become zero, but those of sums.
+ZK_API int zk_rows(int product, int dtype, int tile, int lead, int groups, int64_t rows, int columns, int depth,
                    const int32_t* ends, const void* x, const void* maps, const float* probs, void* pre, void* out,
                    void* act, float* sums, int sm_count, void* stream);
 

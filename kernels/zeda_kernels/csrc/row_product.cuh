@@ -9,9 +9,10 @@ namespace zk {
 // [rows, 2 columns] = x w_e^T, w_e [2 columns, depth], out = silu(gate) * up * prob. kDswiglu: with the product of kDgrad
 // for the gradient of that, and pre: out [rows, 2 columns] is pre's gradient, act [rows, columns] what was computed,
 // sums [rows, tiles of a row] parts of prob's gradient. x [rows, depth]. Rows of out, pre and act past the last end
-// become zero; those of sums are not written.
+// become zero; those of sums are not written. lead: products by which the first warpgroup of a large tile is ahead of the
+// second, which then has the tensor cores for itself while the first writes its rows.
 struct RowProduct {
-  int product, groups, columns, depth, sm_count;
+  int product, groups, columns, depth, lead, sm_count;
   int64_t rows;
   const int32_t* ends;
   const void* x;
@@ -24,9 +25,12 @@ struct RowProduct {
   cudaStream_t stream;
 };
 
+// Stages of operands in shared memory.
+constexpr int kStages = 4;
+
 inline int check(const RowProduct& p, Tiling tiling) {
   if (p.groups <= 0 || p.groups > kMaxGroups || p.columns <= 0 || p.columns > INT32_MAX / 2 || p.depth <= 0 ||
-      p.rows < 0 || p.rows > INT32_MAX - 256 || p.sm_count <= 0)
+      p.rows < 0 || p.rows > INT32_MAX - 256 || p.lead < 0 || p.lead >= kStages || p.sm_count <= 0)
     return kBadArgument;
   if (!p.ends || !p.maps || (p.rows > 0 && (!p.x || !p.out))) return kBadArgument;
   if (p.product == kDswiglu && p.rows > 0 && (!p.pre || !p.act || !p.sums)) return kBadArgument;

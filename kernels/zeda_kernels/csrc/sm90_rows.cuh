@@ -9,6 +9,7 @@
 #include "cute/arch/copy_sm90.hpp"
 #include "cute/arch/copy_sm90_desc.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
+#include "cutlass/arch/barrier.h"
 #include "cutlass/arch/memory.h"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/numeric_conversion.h"
@@ -34,7 +35,7 @@ template <int product, typename Element, typename Config>
 struct Rows {
   static constexpr bool fused = product == kFc1;
   static constexpr Tiling tiling = tiling_of(fused, Config::tile);
-  static constexpr int kRows = tiling.rows, kHalf = tiling.columns / (fused ? 1 : 2), kStages = 4, kGroups = kRows / 64;
+  static constexpr int kRows = tiling.rows, kHalf = tiling.columns / (fused ? 1 : 2), kGroups = kRows / 64;
   static constexpr int kConsumers = kGroups * 128, kThreads = kConsumers + Config::producers;
   static constexpr int kBox = 64 * kDepth, kBoxesA = kRows / 64, kBoxesB = 2 * kHalf / 64;
   static constexpr bool kCluster = tiling.cluster == 2;
@@ -267,6 +268,11 @@ struct Rows {
     const Tensor in_b = slice.make_fragment_B(slice.partition_B(b));
     Tensor sums = partition_fragment_C(mma, cute::Shape<Int<kRows>, Int<2 * kHalf>>{});
     const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    // The first warpgroup arrives once a tile, the second waits there. It cannot arrive twice before the other has waited:
+    // all stages are full by then, and the other has given none back.
+    const bool second = threadIdx.x >= 128;
+    const int lead = kGroups == 2 && work.depths > kStages ? work.p.lead : 0;
+    const cutlass::arch::NamedBarrier ahead(kConsumers, 0);
     State read;
     for (int unit = work.first; unit < work.units; unit += work.step) {
       const RowTile tile = work.at(unit);
@@ -276,6 +282,7 @@ struct Rows {
         for (int r = 0; r < 2; ++r) prob[r] = row + 8 * r < tile.rows ? work.p.probs[tile.row + row + 8 * r] : 0.f;
       }
       State release = read;
+      if (lead && second) ahead.sync();
       mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
       pipeline.consumer_wait(read);
       warpgroup_fence_operand(sums);
@@ -294,6 +301,7 @@ struct Rows {
         warpgroup_arrive();
         cute::gemm(mma, in_a(_, _, _, read.index()), in_b(_, _, _, read.index()), sums);
         warpgroup_commit_batch();
+        if (depth == lead && !second) ahead.arrive();
         warpgroup_wait<1>();  // the product before this one is done with its stage
         warpgroup_fence_operand(sums);
         pipeline.consumer_release(release);

@@ -22,7 +22,7 @@ int wrong() {
   const auto a = as_position_independent_swizzle_layout(typename Own::LayoutA{});
   const auto b = as_position_independent_swizzle_layout(typename Own::LayoutB{});
   int found = 0;
-  for (int stage = 0; stage < Own::kStages; ++stage)
+  for (int stage = 0; stage < zk::kStages; ++stage)
     for (int k = 0; k < kDepth; ++k) {
       for (int row = 0; row < kRows; ++row)
         found += a(row, k, stage) != (stage * Own::kBoxesA + row / 64) * kBox + in_box(row % 64, k);
