@@ -26,7 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_backends import BACKENDS, Shape, backends
-
 from zeda_kernels import kernel_call
 from zeda_kernels.cuda_kernels import CHOSEN, LEADS
 from zeda_kernels.cuda_kernels import TILES as KERNEL_TILES
