@@ -25,11 +25,11 @@ TEXT = """# Models
 You need this if you want to know whether your model is supported, and what skipping can gain for it.
 
 ```bash
-zeda plan flops --hf examples/qwen3_30b_a3b --paired      # what it can gain by share, batch and GPU; give your model's folder
+zeda plan flops --hf examples/qwen3_30b_a3b --paired      # by share, batch and GPU; give your model's folder
 ```
 
-This page is written by `python -m tools.models_page > docs/models.md`; the geometries are those of the published config.json
-files, kept in [docs/models/](models/) with their sources.
+This page is written by `python -m tools.models_page > docs/models.md`; the geometries are those of the published
+config.json files, kept in [docs/models/](models/) with their sources.
 
 ## What skipping can buy
 
@@ -52,9 +52,9 @@ tokens of transformers, exported, and served by transformers and by vLLM with th
 
 {families}
 
-Not supported, and refused with a message: context parallelism of gated delta networks; expert tensor parallelism of experts
-with biases; multi-token prediction under pipeline or context parallelism (the layers can be carried along instead);
-rope types whose frequencies depend on the length (`dynamic`, `longrope`). To add a family:
+Not supported, and refused with a message: context parallelism of gated delta networks; expert tensor parallelism of
+experts with biases; multi-token prediction under pipeline or context parallelism (the layers can be carried along
+instead); rope types whose frequencies depend on the length (`dynamic`, `longrope`). To add a family:
 [adding a model](add_a_model.md).
 """
 _HYBRID = "no context parallelism; vLLM on a CPU: bf16 only, nearly the same tokens"

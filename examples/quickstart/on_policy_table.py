@@ -1,4 +1,5 @@
-"""Prints the tables of docs/evidence/on_policy.md from a report: `python examples/quickstart/on_policy_table.py REPORT.json`.
+"""Prints the tables of docs/evidence/on_policy.md from a report: `python
+examples/quickstart/on_policy_table.py REPORT.json`.
 
 A test compares them with the page, letter for letter; the first one of another report with docs/evidence/glm.md.
 """
