@@ -22,14 +22,20 @@ SHARE = 0.5
 
 TEXT = """# Models
 
-Made by `python -m tools.models_page > docs/models.md`; the geometries are those of the published config.json files,
-kept in [docs/models/](models/) with their sources.
+You need this if you want to know whether your model is supported, and what skipping can gain for it.
+
+```bash
+zeda plan flops --hf examples/qwen3_30b_a3b --paired      # by share, batch and GPU; give your model's folder
+```
+
+This page is written by `python -m tools.models_page > docs/models.md`; the geometries are those of the published
+config.json files, kept in [docs/models/](models/) with their sources.
 
 ## What skipping can buy
 
 A step of decoding one token waits for the weights that it reads. If half of a model's picks are skipped, the routed
 experts' part of them halves: the step takes at best 1 - share / 2 of the time. Attention over a long context, kernels
-and batches lower the gain ([docs/serving.md](serving.md) has measurements); where the share is small, skipping buys
+and batches lower the gain ([measurements](evidence/serving.md)); where the share is small, skipping gains
 little.
 
 {gains}
@@ -46,10 +52,10 @@ tokens of transformers, exported, and served by transformers and by vLLM with th
 
 {families}
 
-Not supported, and refused in words: context parallelism of gated delta networks; expert tensor parallelism of experts
-with biases; multi-token prediction under pipeline or context parallelism (the layers can be carried along instead);
-rope types whose frequencies depend on the length (`dynamic`, `longrope`). A family of your own:
-[docs/add_a_model.md](add_a_model.md).
+Not supported, and refused with a message: context parallelism of gated delta networks; expert tensor parallelism of
+experts with biases; multi-token prediction under pipeline or context parallelism (the layers can be carried along
+instead); rope types whose frequencies depend on the length (`dynamic`, `longrope`). To add a family:
+[adding a model](add_a_model.md).
 """
 _HYBRID = "no context parallelism; vLLM on a CPU: bf16 only, nearly the same tokens"
 NOTES = {

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/few_gpus.md: `python examples/quickstart/few_gpus_table.py REPORT.json`."""
+"""Prints the tables of docs/evidence/few_gpus.md: `python examples/quickstart/few_gpus_table.py REPORT.json`."""
 
 from __future__ import annotations
 

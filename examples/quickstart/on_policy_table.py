@@ -1,6 +1,7 @@
-"""Prints the tables of docs/on_policy.md from a report: `python examples/quickstart/on_policy_table.py REPORT.json`.
+"""Prints the tables of docs/evidence/on_policy.md from a report: `python
+examples/quickstart/on_policy_table.py REPORT.json`.
 
-A test compares them with the page, letter for letter; the first one of another report with docs/glm.md.
+A test compares them with the page, letter for letter; the first one of another report with docs/evidence/glm.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Writes the table of docs/parallelism.md: `python tests/distributed/parity_table.py [--out FILE]`, or a part of it,
-`--only a,b --update` (without `--update` it is printed alone).
+"""Writes the table of docs/evidence/parallelism.md: `python tests/distributed/parity_table.py [--out FILE]`, or a part
+of it, `--only a,b --update` (without `--update` it is printed alone).
 
 Every row is a run of its own on CPU + gloo, three optimizer steps, compared with the same run in one process.
 """
@@ -27,6 +27,7 @@ from runs import Alone, Runs, differences, make_worlds  # noqa: E402
 from zeda_megatron.config.parallel import ParallelConfig  # noqa: E402
 from zeda_megatron.runtime.process_groups import initialize  # noqa: E402
 
+PAGE = HERE.parents[1] / "docs" / "evidence" / "parallelism.md"
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
 WORLDS = {
     "plain": "",
@@ -150,7 +151,7 @@ def merged(cases: list[dict], rows: list[str], written: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "parallelism.md")
+    parser.add_argument("--out", type=Path, default=PAGE)
     parser.add_argument("--only", help="comma-separated names of cases; prints the rows and writes nothing")
     parser.add_argument(
         "--update", action="store_true", help="with --only: write these rows, keep the others"

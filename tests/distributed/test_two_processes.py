@@ -45,6 +45,15 @@ def test_no_two_rows_of_the_table_in_the_docs_are_called_alike():
     assert len(set(map(head_of, EVERY))) == len(EVERY)
 
 
+def test_the_table_in_the_docs_has_a_row_of_every_run():
+    from parity_table import BEGIN, END, EVERY, PAGE, head_of
+
+    _, table = PAGE.read_text().split(BEGIN)
+    table, _ = table.split(END)
+    rows = [row.rsplit("|", 5)[0] + "|" for row in table.splitlines() if row.startswith("|")]
+    assert rows[2:] == list(map(head_of, EVERY))
+
+
 @each(TRAIN + STAGE_2)
 def test_same_numbers_everywhere(assert_same_run, case):
     assert_same_run(case)

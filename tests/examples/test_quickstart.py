@@ -100,9 +100,9 @@ def test_the_page_of_results_shows_the_tables_of_the_committed_report():
     from readme_table import ablations, budgets, frontier, markdown, rates
 
     report = json.loads((QUICKSTART / "results" / "report.json").read_text())
-    page = (ROOT / "docs" / "results.md").read_text()
+    page = (ROOT / "docs" / "evidence" / "results.md").read_text()
     assert markdown(report) in page and frontier(report) in page
-    paired = (ROOT / "docs" / "paired_zero_experts.md").read_text()
+    paired = (ROOT / "docs" / "evidence" / "paired_zero_experts.md").read_text()
     assert all(table(report) in paired for table in (ablations, budgets, rates))
 
 
@@ -113,7 +113,7 @@ def test_the_page_of_few_gpus_shows_the_tables_of_its_committed_report():
 
     text = (QUICKSTART / "results" / "few_gpus.json").read_text()
     report = json.loads(text)
-    page = (ROOT / "docs" / "few_gpus.md").read_text()
+    page = (ROOT / "docs" / "evidence" / "few_gpus.md").read_text()
     assert what_trains(report) in page and rivals(report) in page
     assert {arm.name for arm in (*FEW_TRAIN, *RIVALS)} <= report["arms"].keys()
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
@@ -127,7 +127,7 @@ def test_the_page_of_glm_shows_the_tables_of_its_committed_report():
 
     text = (QUICKSTART / "results" / "glm" / "report.json").read_text()
     report = json.loads(text)
-    page = (ROOT / "docs" / "glm.md").read_text()
+    page = (ROOT / "docs" / "evidence" / "glm.md").read_text()
     assert markdown(report) in page and stages(report) in page
     assert {arm.name for arm in (*DEFAULT, *STAGE2)} <= report["arms"].keys()
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work)/", text)
@@ -238,7 +238,7 @@ def test_the_page_of_stage_2_shows_the_tables_of_the_committed_report():
     from readme_table import token_table
 
     report = json.loads((QUICKSTART / "results" / "report.json").read_text())
-    page = (ROOT / "docs" / "on_policy.md").read_text()
+    page = (ROOT / "docs" / "evidence" / "on_policy.md").read_text()
     assert stages(report) in page and token_table(report) in page and len(token_table(report)) > 500
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the files for transformers with other versions of it, each in a small environment of its own:
 #   bash tests/serving/transformers_env.sh [VERSION...] [-- pytest arguments]
-# Without a version: those of docs/serving.md, and the newest. An environment sees the packages of .venv (launch/venv.sh)
+# Without a version: those of docs/evidence/serving.md, and the newest. An environment sees the packages of .venv (launch/venv.sh)
 # and has its own transformers, and what that wants in another version, before them: PyTorch is not installed again.
 # ZEDA_TRANSFORMERS_VENVS=DIR: where the environments are (default .venv-transformers).
 

@@ -1,4 +1,5 @@
-"""The table of docs/glm.md from what mtp.sh has measured: python examples/quickstart/glm/mtp_table.py WORK_DIR"""
+"""The table of docs/evidence/glm.md from what mtp.sh has measured: python
+examples/quickstart/glm/mtp_table.py WORK_DIR"""
 
 from __future__ import annotations
 

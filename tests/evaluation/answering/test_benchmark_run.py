@@ -246,9 +246,10 @@ def test_an_unknown_command_is_named():
 
 
 def documented() -> list[list[str]]:
-    """Commands of the page, without what follows a comment sign."""
-    page = Path(__file__).parents[3] / "docs" / "evaluation.md"
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
+    """Commands of the guide and of its page of evidence, without what follows a comment sign."""
+    docs = Path(__file__).parents[3] / "docs"
+    pages = ((docs / folder / "evaluation.md").read_text() for folder in ("", "evidence"))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join(pages), re.S))
     return [
         shlex.split(line, comments=True)
         for line in blocks.splitlines()

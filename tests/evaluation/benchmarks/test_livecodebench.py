@@ -144,8 +144,8 @@ AS_A_JUDGE = {
     "readline, then read": "import sys\na, b = sys.stdin.readline(), sys.stdin.read()\n"
     + "print(sum(map(int, a.split())) if not b else b)",
 }
-"""Right with the judges of contests. LiveCodeBench's runner calls most of them wrong: docs/evaluation.md says why ours
-does not."""
+"""Right with the judges of contests. LiveCodeBench's runner calls most of them wrong: docs/evidence/evaluation.md says
+why ours does not."""
 _QUICK = ("open(0)", "sys.stdin is open(0)", "/dev/stdin", "os.read(0)", "open(1)", "fileinput")
 AS_NO_JUDGE = {
     "read twice": "import sys\nsys.stdin.read()\n" + SUM_OF.format("sys.stdin.read()"),
