@@ -241,7 +241,7 @@ def test_help_of_a_field_that_makes_its_default_shows_no_machinery(capsys):
         (["--distill-loss", "kl"], ["--distill-loss", "'kl'", "forward_kl"]),
         (["--zero-experts-type", "x"], ["--zero-experts-type 'x'", "zero, copy, learned"]),
         (["--expert-backend", "x"], ["--expert-backend 'x'"]),
-        (["--moe-permute-fusion"], ["--moe-permute-fusion", "Transformer Engine", "leave the flag away"]),
+        (["--moe-permute-fusion"], ["--moe-permute-fusion", "Transformer Engine", "leave the flag out"]),
         (["--group-loss-variant", "x"], ["--group-loss-variant 'x'"]),
         (
             ["--context-parallel-size", "2", "--seq-length", "126"],

@@ -395,7 +395,7 @@ def test_a_head_that_is_missing_or_left_over_is_named(tmp_path):
     megatron_to_hf(tmp_path / "m", static, tmp_path / "out")
     with pytest.raises(UserError, match=r"--zero-expert-routing shared: .* already has 4 zero experts"):
         hf_to_megatron(tmp_path / "out", tmp_path / "again", zero_expert_routing="shared")
-    with pytest.raises(UserError, match=r"--paired-score head: .* paired routing; leave the flag away"):
+    with pytest.raises(UserError, match=r"--paired-score head: .* paired routing; leave the flag out"):
         hf_to_megatron(tmp_path / "out", tmp_path / "again", paired_score="head")
     shutil.copytree(tmp_path / "out", tmp_path / "stray")
     edit_config(tmp_path / "stray", zce_nums=None, zce_types=None, zce_routing=None)

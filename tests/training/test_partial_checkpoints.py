@@ -144,7 +144,7 @@ def test_adapters_are_merged_into_bf16_weights_with_one_rounding(world, tmp_path
 
 
 def test_an_export_without_adapters_has_none_beside(world, trained, tmp_path):
-    with pytest.raises(UserError, match=r"--adapters beside: .*router.* has none; leave it away"):
+    with pytest.raises(UserError, match=r"--adapters beside: .*router.* has none; leave it out"):
         megatron_to_hf(trained["router"][0], world.hf, tmp_path / "hf", adapters="beside")
     assert not (tmp_path / "hf").exists()
 

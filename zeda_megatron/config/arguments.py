@@ -307,7 +307,7 @@ def _read_yaml(file: str, fields: dict[str, _Field], habits: dict[str, Habit]) -
                 raise UserError(f"{place}: a name must be one word, not a {key.id}")
             name = key.value.replace("-", "_")
             if name in seen:
-                raise UserError(f"{place}: key {shown(key.value)} stands here twice")
+                raise UserError(f"{place}: key {shown(key.value)} is there twice")
             seen.add(name)
             habit = habits.get(name)
             if habit is not None and habit.field is None:

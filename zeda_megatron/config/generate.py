@@ -177,7 +177,7 @@ class GenerateOptions:
             if value != off:
                 raise UserError(
                     f"{flag} {value} does not work in stage 2: the loss compares whole distributions, so answers must "
-                    f"be sampled from the whole one; leave the flag away"
+                    f"be sampled from the whole one; leave the flag out"
                 )
         if not self.rollout_batch_size and global_batch_size % self.samples_per_prompt:
             raise UserError(

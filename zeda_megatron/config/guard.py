@@ -88,5 +88,5 @@ class GuardOptions:
         if share and stage != "2":
             raise UserError(
                 f"--min-response-length-share {share} is for --stage 2, where the student writes responses; "
-                "leave the flag away"
+                "leave the flag out"
             )

@@ -127,7 +127,7 @@ class Options:
         self.evaluation.validate(self.model.stage)
         self.guard.validate(self.model.stage, bool(self.evaluation.eval_data_path))
         if self.share.topk_range and self.model.moe_pick_rule:
-            raise UserError("--topk-range sets the pick rule of every step: leave --moe-pick-rule away")
+            raise UserError("--topk-range sets the pick rule of every step: leave --moe-pick-rule out")
         if self.share.paired_head_lr and not self.optimizer.lr:
             raise UserError("--paired-head-lr needs --lr above 0: it is kept as a multiple of it")
         self.generate.validate(self.model.stage, self.optimizer.global_batch_size)
@@ -177,7 +177,7 @@ class Options:
             return
         told = f"--mtp-loss-scale {scale}"
         if self.model.stage in ("0", "eval"):
-            raise UserError(f"{told}: --stage {self.model.stage} does not train; leave it away")
+            raise UserError(f"{told}: --stage {self.model.stage} does not train; leave it out")
         balancing = self.model.moe_router_load_balancing_type
         if balancing not in ("grouped_aux_loss", "none"):
             raise UserError(
@@ -199,7 +199,7 @@ class Options:
         """The loss fits the stage."""
         loss, stage = self.loss(), self.model.stage
         if self.distill.hidden_loss_coeff and stage == "pretrain":
-            raise UserError("--hidden-loss-coeff: --stage pretrain has no teacher to match; leave it away")
+            raise UserError("--hidden-loss-coeff: --stage pretrain has no teacher to match; leave it out")
         if stage == "2" and loss.kind == "ce":
             raise UserError(
                 "--distill-loss ce does not work in stage 2: on its own samples a model learns nothing from them; "
@@ -208,7 +208,7 @@ class Options:
         if stage == "2" and self.distill.distill_temperature not in (1.0, self.generate.temperature):
             raise UserError(
                 f"--distill-temperature {self.distill.distill_temperature}: stage 2 scores at the temperature it "
-                f"samples with, --temperature {self.generate.temperature}; leave it away"
+                f"samples with, --temperature {self.generate.temperature}; leave it out"
             )
         if loss.kind != "sampled_reverse_kl":
             return

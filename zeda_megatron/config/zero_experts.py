@@ -128,7 +128,7 @@ class ZeroExpertConfig:
         if self.num_zero_experts not in (0, num_moe_experts):
             raise UserError(
                 f"--num-zero-experts {self.num_zero_experts}: paired routing has one zero expert per real one, "
-                f"{num_moe_experts}; leave the flag away"
+                f"{num_moe_experts}; leave the flag out"
             )
         if self.zero_experts_type not in PAIRED_TYPES:
             raise UserError(

@@ -75,7 +75,7 @@ def wanted_zero_experts(
         if given is not None and given != has:
             raise UserError(
                 f"{flag} {given}: {reader.folder} already has {present.num_zero_experts} zero experts of type "
-                f"{present.zero_experts_type}, {present.zero_expert_routing} routing; leave the flag away"
+                f"{present.zero_experts_type}, {present.zero_expert_routing} routing; leave the flag out"
             )
     return present
 
@@ -92,7 +92,7 @@ def _new_zero_experts(
         if count not in (None, real):
             raise UserError(
                 f"--num-zero-experts {count}: paired routing has one zero expert per real one, {real}; "
-                "leave the flag away"
+                "leave the flag out"
             )
         return ZeroExpertConfig(real, kind, routing, score or ZeroExpertConfig.paired_score)
     if score is not None:

@@ -94,7 +94,7 @@ def megatron_to_hf(
     dims = dims_of(arch, paired=model.zero.paired)
     beside = adapters == "beside"
     if beside and model.lora is None:
-        raise UserError(f"--adapters beside: {model.folder} has none; leave it away")
+        raise UserError(f"--adapters beside: {model.folder} has none; leave it out")
     target = _Target(model, weight_map_of(arch), dims, cast, merges=not beside)
     along = carried_plans(carried, arch, cast) if carried else ()
     planned = [*target.tensors(), *(replace(plan, source=(None, plan.key)) for plan in along)]

@@ -167,7 +167,7 @@ def check_dispatcher(
     if permute_fusion and not (moe_utils.HAVE_TE and moe_utils.fused_permute_with_probs):
         raise UserError(
             "--moe-permute-fusion needs Transformer Engine 2.1 or newer, which is not installed (CONTRIBUTING.md, "
-            "extra te); leave the flag away"
+            "extra te); leave the flag out"
         )
     if kind != "flex":
         return

@@ -123,7 +123,7 @@ def zero_experts(
     if kind not in ("zero", "copy") and options.zero_experts_type not in (None, kind):
         raise UserError(
             f"--zero-experts-type {options.zero_experts_type}: {checkpoint} has {kind} zero experts, which this "
-            "would drop; leave the flag away"
+            "would drop; leave the flag out"
         )
     if options.zero_experts_type in ("constant", "low_rank") and options.zero_experts_type != kind:
         raise UserError(
@@ -135,7 +135,7 @@ def zero_experts(
     wanted = options.zero_expert_routing or routing
     if number and wanted != routing:
         raise UserError(
-            f"--zero-expert-routing {wanted}: {checkpoint} has {routing} zero experts; leave the flag away, or "
+            f"--zero-expert-routing {wanted}: {checkpoint} has {routing} zero experts; leave the flag out, or "
             "start from the static model"
         )
     if wanted == "paired" and options.num_zero_experts is None:
