@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..config.arguments import check_choices, parse, require
+from ..config.run import Watched
 from ..convert.hf_files import HFReader
 from ..convert.import_checks import check_not_quantised
 from ..errors import UserError
@@ -41,7 +42,7 @@ ROUTER = (
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(Watched):
     """What to quantise."""
 
     hf: str | None = None
@@ -89,7 +90,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     check_not_quantised(reader)
     check_target(target, options.overwrite)
     if options.packed:
-        return pack(source, target, arch, options.number_format, options.overwrite)
+        return pack(source, target, arch, options.number_format, options.overwrite, options.progress)
     check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
     plain = type(model)

@@ -22,12 +22,13 @@ from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
+from ..runtime.terminal import told, warn
 from .build import build_student, build_teacher, hf_folder, teacher_id, trained_parameters
 from .build_feed import data_facts, prepare_feed, what_differs
 from .controls import build_share_control
 from .evaluate import build_evaluation
 from .guards import FiniteCheck, Guards, GuardTripped, NotFinite
-from .log import RunLog, told, warn
+from .log import RunLog
 from .optimizer import build_optimizer, load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .signals import StopRequest, exit_code_if_stopped
 from .step import Stepper

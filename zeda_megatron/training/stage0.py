@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..config.generate import SamplingConfig
 from ..config.options import Options
@@ -31,6 +29,7 @@ from ..moe.router_dials import set_dials
 from ..regular_file import is_regular
 from ..runtime.agreement import from_rank0, on_rank0, world_size
 from ..runtime.lines_file import LinesFile
+from ..runtime.terminal import progress_bar, told, warn
 from ..strict_json import read_json
 from .build import (
     build_chunks,
@@ -41,7 +40,6 @@ from .build import (
     teacher_source,
     zero_experts,
 )
-from .log import warn
 from .signals import StopRequest
 
 
@@ -203,7 +201,7 @@ def answer_questions(
     pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), _stream(q), q.key))
     ranks, mine = engine.deal.places, engine.deal.place
     answered = 0
-    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress)) as bar:
+    with progress_bar(len(pending), "answer", "stage 0", progress) as bar:
         for start in range(0, len(pending), batch_size * ranks):
             batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
             made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
@@ -236,7 +234,7 @@ def ask_servers(
         return 0
     servers.check(asked[0])
     answered = 0
-    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not progress) as bar:
+    with progress_bar(len(pending), "answer", "stage 0", progress) as bar:
         for made in servers.answers(asked, sampling):
             if made:
                 file.append([_line(pending[number], answer, tokenizer) for number, answer in made])

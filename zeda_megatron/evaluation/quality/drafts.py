@@ -18,7 +18,7 @@ import torch
 
 from ...config.arguments import Count, Whole, check_choices, parse, require
 from ...config.generate import SamplingConfig
-from ...config.run import LossConfig
+from ...config.run import LossConfig, Watched
 from ...data.packing import PackedBatch, PackedDataset, TokenSample
 from ...distill.builtin_engine import BuiltinEngine
 from ...distill.passes import draft_loss, draft_states, forward_model, means, total
@@ -38,7 +38,7 @@ SLOTS = 64
 
 
 @dataclass(frozen=True)
-class DraftOptions:
+class DraftOptions(Watched):
     """What to measure."""
 
     teacher: str | None = None

@@ -13,6 +13,7 @@ import torch
 
 from ...config.arguments import parse, require
 from ...config.generate import SamplingConfig
+from ...config.run import Watched
 from ...data.conversation import tokenize_rollout
 from ...data.prompts import load_rollouts
 from ...distill.builtin_engine import BuiltinEngine
@@ -27,7 +28,7 @@ from ...runtime import process_groups
 
 
 @dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(Watched):
     """What to compare."""
 
     megatron: str | None = None

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ...config.arguments import check_choices, parse, require
+from ...config.run import Watched
 from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result
@@ -32,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class QualityOptions:
+class QualityOptions(Watched):
     """What to compare."""
 
     teacher: str | None = None

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...config.arguments import Amount, Count, Share, parse, require
+from ...config.run import Watched
 from ...data.packing import PackedBatch
 from ...data.rows import load_rows
 from ...distill.losses import LossConfig
@@ -41,7 +42,7 @@ ORACLES = ("oracle", "oracle, greedy in a layer", "oracle, greedy in a token")
 
 
 @dataclass(frozen=True)
-class OracleOptions:
+class OracleOptions(Watched):
     """What to compare."""
 
     students: list[str] | None = None
