@@ -121,11 +121,10 @@ UNTRAINED = (
 )
 TRAINED = (
     also_on_own_answers(net("net_kl", 2)),
-    zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     also_on_own_answers(zeda("zeda_stage1_kl", ZEDA_WEIGHT)),
     WOKEN[1],
 )
-DEFAULT = (*UNTRAINED, *TRAINED, stage2("net_kl"), stage2("zeda_stage1_kl"))
+DEFAULT = (*UNTRAINED, *TRAINED, stage2("zeda_stage1_kl"))
 RELATIVES = (
     Arm("paired_untrained", "paired"),
     also_on_own_answers(paired("paired_kl", 0.5)),
@@ -175,6 +174,7 @@ LONG = tuple(
     )
 )
 STAGE2 = (
+    stage2("net_kl"),
     stage2("paired_kl"),
     *map(more, STAGE1_END),
     *(
@@ -201,11 +201,12 @@ RIVALS = (
 """OEA (arXiv 2511.02237), pruning and skipping together, and zero experts that begin with a mean output (in the manner
 of MoNE, arXiv 2507.00390) beside those that begin with nothing."""
 STUDY = (
+    zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     adamoe("adamoe"),
     Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
     *(Arm(name, name) for name in PRUNED),
 )
-"""AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
+"""The text alone as the teacher; AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
 FULL = (
     *DEFAULT,
     *STAGE2,

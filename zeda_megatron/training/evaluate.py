@@ -26,7 +26,7 @@ from ..durable_file import write_result
 from ..errors import UserError
 from ..moe import stats
 from ..runtime.process_groups import device
-from ..runtime.terminal import progress_bar, told, warn
+from ..runtime.terminal import warn
 from .build import Student, build_student, build_teacher, run_tokenizer, teacher_source
 from .log import RunLog
 

@@ -29,7 +29,7 @@ from ..moe.router_dials import set_dials
 from ..regular_file import is_regular
 from ..runtime.agreement import from_rank0, on_rank0, world_size
 from ..runtime.lines_file import LinesFile
-from ..runtime.terminal import progress_bar, told, warn
+from ..runtime.terminal import progress_bar, warn
 from ..strict_json import read_json
 from .build import (
     build_chunks,
