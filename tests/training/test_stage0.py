@@ -429,6 +429,21 @@ def test_what_is_left_counts_the_questions_of_this_run(world, tmp_path, capsys):
     assert "0 answers now, 9 in all, 0 left" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_finished_stage_0_given_again_says_so_without_a_look_at_the_weights(
+    world, tmp_path, capsys, monkeypatch
+):
+    run_stage0(stage0_options(world, tmp_path / "a"))
+    first = capsys.readouterr().out.splitlines()[-1]
+    flags = f"--pretrained-checkpoint {world.static} --data-path {tmp_path / 'a'}"
+    assert f"next: zeda fit {flags} --save DIR" in first and "nothing to do" not in first
+    monkeypatch.setattr("zeda_megatron.training.stage0.build_chunks", None)
+    assert run_stage0(stage0_options(world, tmp_path / "a")) == 0
+    again = capsys.readouterr().out.splitlines()[-1]
+    assert again.startswith(
+        f"nothing to do: {tmp_path / 'a'}: 0 answers now, 9 in all, 0 left; next: zeda fit"
+    )
+
+
 def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_sampled(world, tokenizer, engine):
     assert tokenizer.vocab_size == 259 < tiny_world.MODEL["vocab_size"]
     hot, ids = SamplingConfig(max_new_tokens=40, temperature=50.0), list(range(30))

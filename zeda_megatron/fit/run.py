@@ -39,7 +39,7 @@ from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
-from ..runtime.terminal import progress_bar, warn
+from ..runtime.terminal import ending, progress_bar, warn
 from ..runtime.whole_folder import new_folder
 from ..text_table import text_table
 from ..training.build import hf_folder, zero_experts
@@ -70,7 +70,9 @@ def _check_target(options: FitOptions) -> None:
     if not folder.exists():
         return
     if not options.overwrite:
-        raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
+        raise UserError(
+            f"--save {folder}: exists; train or export it, choose another folder, or give --overwrite"
+        )
     if not (folder / ZEDA_NAME).is_file():
         raise UserError(
             f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
@@ -136,9 +138,10 @@ class HeadFit:
         if self.first:
             save, start = self.options.save, self.options.pretrained_checkpoint
             print(format_fit(report))
-            print(
-                f"saved {save}; next: train it (--pretrained-checkpoint {save} --teacher-load {start}) or export it"
-            )
+            data = " ".join(map(str, self.options.data_path))
+            train = f"zeda train --stage 1 --pretrained-checkpoint {save} --teacher-load {start} --data-path {data}"
+            export = f"zeda convert megatron-to-hf --megatron {save}"
+            print(ending(f"saved {save}", f"{train} trains it, {export} exports it"))
         return 0
 
     def _fit_and_calibrate(self) -> dict:

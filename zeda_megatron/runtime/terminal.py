@@ -24,6 +24,11 @@ def warn(text: str) -> None:
     told(f"warning: {text}")
 
 
+def ending(what: str, then: str = "") -> str:
+    """How a command ends: what it wrote, and what to type next."""
+    return f"{what}; next: {then}" if then else what
+
+
 def progress_bar(
     total: int | None, unit: str, title: str | None = None, shown: bool = True, **how: Any
 ) -> tqdm:

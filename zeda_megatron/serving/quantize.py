@@ -191,6 +191,10 @@ def main(argv: list[str]) -> int:
     require(options, "hf", "out")
     done = quantize(options)
     print(
-        f"{options.out}: {done['weights']} weights, {done['parameters']} parameters as {options.number_format}"
+        f"wrote {options.out}: {done['weights']} weights, {done['parameters']} parameters as {options.number_format}"
+    )
+    print(
+        f"next: vllm serve {options.out}; zeda evaluate folders --teacher ORIGINAL --models {options.hf} {options.out} "
+        "--heldout FILE says what it costs"
     )
     return 0

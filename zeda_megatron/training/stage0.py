@@ -29,7 +29,7 @@ from ..moe.router_dials import set_dials
 from ..regular_file import is_regular
 from ..runtime.agreement import from_rank0, on_rank0, world_size
 from ..runtime.lines_file import LinesFile
-from ..runtime.terminal import progress_bar, warn
+from ..runtime.terminal import ending, progress_bar, warn
 from ..strict_json import read_json
 from .build import (
     build_chunks,
@@ -312,8 +312,14 @@ def run_stage0(options: Options) -> int:
         file, count = answer(options, arch, tokenizer, questions, sampling, stop.agreed)
     if rank0:
         left = sum(question.key not in file.answered for question in questions)
-        then = "" if left else f"; next: zeda fit, or --stage 1, with --data-path {file.path}"
-        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left{then}")
+        start = options.model.pretrained_checkpoint
+        begin = f" --pretrained-checkpoint {start}" if start else ""
+        fit = f"zeda fit{begin} --data-path {file.path} --save DIR"
+        then = "" if left else f"{fit}, or zeda train --stage 1 with the same flags"
+        idle = "" if count or left else "nothing to do: "
+        print(
+            ending(f"{idle}{file.path}: {count} answers now, {len(file.answered)} in all, {left} left", then)
+        )
         return options.run.stopped_exit_code if left else 0
     return 0
 
@@ -346,6 +352,8 @@ def _from_weights(options, arch, tokenizer, questions, sampling, should_stop) ->
     """The teacher is a checkpoint, run here on all ranks."""
     generate, source = options.generate, teacher_source(options)
     file = _opened(options, tokenizer, sampling, teacher_id(options))
+    if from_rank0(all(question.key in file.answered for question in questions)):
+        return file, 0  # without a look at the weights
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)

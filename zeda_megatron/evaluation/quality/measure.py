@@ -34,7 +34,7 @@ from ...moe.router_dials import set_dials
 from ...moe.stats import evaluating
 from ...regular_file import read_regular
 from ...runtime import process_groups
-from ...runtime.terminal import progress_bar, told
+from ...runtime.terminal import ending, progress_bar, told
 from ..benchmarks.checkable import exactly
 from .heldout import load_held_out
 from .scored_tokens import ScoredTokens, TokenClasses
@@ -233,10 +233,10 @@ def main(argv: list[str]) -> int:
             text = json.dumps(result, indent=2)
             if options.out:
                 write_result("--out", options.out, text + "\n")
-                told(
-                    f"wrote {options.out}: KL {result['kl_to_teacher']:.4f} at a zero share of "
-                    f"{result['zero_share']:.1%}"
-                )
+                kl, share = result["kl_to_teacher"], result["zero_share"]
+                export = f"zeda convert megatron-to-hf --megatron {options.student} exports it"
+                then = export if options.student and not options.arms else ""
+                told(ending(f"wrote {options.out}: KL {kl:.4f} at a zero share of {share:.1%}", then))
             if not options.arms:
                 print(text)
     return 0
@@ -254,11 +254,12 @@ def read_arms(argv: Sequence[str]) -> list[MeasureOptions]:
     arms = []
     for number, line in enumerate(lines, 1):
         try:
-            arm = _read([*argv, *shlex.split(line, comments=True)]) if line.strip() else None
+            words = shlex.split(line, comments=True)
+            if not words:
+                continue
+            arm = _read([*argv, *words])
         except (UserError, ValueError) as error:
             raise UserError(f"--arms {asked.arms} line {number}: {error}") from None
-        if arm is None:
-            continue
         for name in ("arms", *SHARED):
             if getattr(arm, name) != getattr(asked, name):
                 flag = "--" + name.replace("_", "-")
