@@ -119,10 +119,10 @@ UNTRAINED = (
     Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
     WOKEN[0],
 )
-TRAINED = (
+TRAINED = (  # the longest first
+    WOKEN[1],
     also_on_own_answers(net("net_kl", 2)),
     also_on_own_answers(zeda("zeda_stage1_kl", ZEDA_WEIGHT)),
-    WOKEN[1],
 )
 DEFAULT = (*UNTRAINED, *TRAINED, stage2("zeda_stage1_kl"))
 RELATIVES = (

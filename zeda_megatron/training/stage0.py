@@ -204,6 +204,9 @@ def answer_questions(
     with progress_bar(len(pending), "answer", "stage 0", progress) as bar:
         for start in range(0, len(pending), batch_size * ranks):
             batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
+            # About as many answers have ended elsewhere as here; what is on disk is counted behind every batch.
+            goal = min(start + batch_size * ranks, len(pending))
+            engine.on_answer = lambda goal=goal: bar.update(min(ranks, goal - bar.n))
             made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
             lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if engine.deal.speaks else []
             gathered = [None] * torch.distributed.get_world_size() if rank0 else None
@@ -211,7 +214,7 @@ def answer_questions(
             new = [line for part in gathered for line in part] if rank0 else []
             on_rank0(lambda new=new: file.append(new))
             answered += len(new)
-            bar.update(len(new))
+            bar.update(answered - bar.n)
             if should_stop():
                 break
     return answered
