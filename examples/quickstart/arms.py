@@ -122,6 +122,7 @@ UNTRAINED = (
 TRAINED = (  # the longest first
     WOKEN[1],
     also_on_own_answers(net("net_kl", 2)),
+    zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     also_on_own_answers(zeda("zeda_stage1_kl", ZEDA_WEIGHT)),
 )
 DEFAULT = (*UNTRAINED, *TRAINED, stage2("zeda_stage1_kl"))
@@ -201,12 +202,11 @@ RIVALS = (
 """OEA (arXiv 2511.02237), pruning and skipping together, and zero experts that begin with a mean output (in the manner
 of MoNE, arXiv 2507.00390) beside those that begin with nothing."""
 STUDY = (
-    zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     adamoe("adamoe"),
     Arm("zeda_target_kl", "dynamic", {"--target-zero-share": "0.5"}),
     *(Arm(name, name) for name in PRUNED),
 )
-"""The text alone as the teacher; AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
+"""AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
 FULL = (
     *DEFAULT,
     *STAGE2,
