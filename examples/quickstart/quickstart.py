@@ -155,23 +155,25 @@ def file_of(walk: Walk, arm: Arm | None) -> Path:
 
 def measure(walk: Walk, arms: list[Arm | None], heldout: Path) -> None:
     """Measure several arms in one process, without those that are measured already."""
-    lines, missing = [], [arm for arm in arms if not file_of(walk, arm).exists()]
-    for arm in missing:
+
+    def flags(arm: Arm | None) -> str:
         words = ["--out", file_of(walk, arm)]
         if arm:
             source = walk.out / "arms" / arm.name if arm.train else walk.out / arm.start
             words = ["--student", source, *(part for pair in arm.measure.items() for part in pair), *words]
-        lines.append(shlex.join(map(str, words)))
-    names = ", ".join(arm.name if arm else "teacher" for arm in missing or arms)
-    last = file_of(walk, (missing or arms)[-1])
+        return shlex.join(_short(word) for word in words)
+
+    missing = [arm for arm in arms if not file_of(walk, arm).exists()] or arms
+    last = file_of(walk, missing[-1])
     listed = last.with_suffix(".arms")
-    if missing:
-        listed.parent.mkdir(exist_ok=True)
-        listed.write_text("\n".join(lines) + "\n")
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text("".join(f"{flags(arm)}\n" for arm in missing))
     command = [sys.executable, "-m", "zeda_megatron", "evaluate", "distance"]
     command += ["--teacher", str(walk.out / "static"), "--arms", str(listed)]
     command += ["--heldout", str(heldout), "--calibration", str(walk.out / "rollouts.jsonl")]
+    names = ", ".join(arm.name if arm else "teacher" for arm in missing)
     walk.run(f"measure {names}", command, last)
+    walk.commands += [f"# a line of {_short(listed)}: {flags(arm)}" for arm in arms]
 
 
 MEASURED_TOGETHER = 4

@@ -22,10 +22,10 @@ import torch
 from ...config.arguments import check_choices, parse, require
 from ...config.generate import SamplingConfig
 from ...config.run import LossConfig, Watched
-from ...data.packing import PackedBatch, PackedDataset, TokenSample
+from ...data.packing import PackedDataset, TokenSample
 from ...distill.builtin_engine import BuiltinEngine
 from ...distill.passes import compare, means, total
-from ...distill.teacher import Teacher
+from ...distill.teacher import Remembered, Teacher
 from ...durable_file import write_result
 from ...errors import UserError
 from ...models.load import load_model
@@ -308,11 +308,8 @@ class Yardstick:
     def measure_arm(self, options: MeasureOptions) -> dict:
         """Load the student, tune its rule if asked to, measure."""
         own = options.student or (options.teacher if self.several else None)
-        student, held_out, tokenizer = (
-            (load_model(own) if own else self.model).chunk,
-            self.held_out,
-            self.tokenizer,
-        )
+        student = (load_model(own) if own else self.model).chunk
+        held_out, tokenizer = self.held_out, self.tokenizer
         set_dials(student, zero_mask=options.mask)
         rule = apply_rule(student, options, tokenizer)
         dial = turn_dial(student, options, tokenizer) if options.zero_dial else {}
@@ -341,28 +338,6 @@ class Yardstick:
         costs = {"head_flops": head, "stand_in_flops": stand_in}
         more = {key: cost for key, cost in costs.items() if cost}
         return {**result, **dial, **({"rule": rule} if rule else {}), **more}
-
-
-class Remembered(Teacher):
-    """A teacher that runs over these rows once, and knows them from then on; hidden states wait in host memory."""
-
-    def __init__(self, model_chunks: list[torch.nn.Module], rows: list[PackedBatch]):
-        super().__init__(model_chunks, "own")
-        self._rows = rows
-        self._known: dict[int, torch.Tensor] = {}
-
-    def hidden_states(self, batches: list[PackedBatch], seq_length: int) -> list[torch.Tensor]:
-        """As `Teacher.hidden_states`."""
-        return [self._of_row(row, seq_length) for row in batches]
-
-    def _of_row(self, row: PackedBatch, seq_length: int) -> torch.Tensor:
-        place = next((i for i, known in enumerate(self._rows) if known is row), None)
-        if place in self._known:
-            return self._known[place].to(process_groups.device())
-        (hidden,) = super().hidden_states([row], seq_length)
-        if place is not None:
-            self._known[place] = hidden.cpu()
-        return hidden
 
 
 def extra_costs(student) -> tuple[float, float]:
