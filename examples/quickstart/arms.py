@@ -113,12 +113,15 @@ SHAPE = Shape()
 WOKEN = woken(SHAPE)
 
 UNTRAINED = (
-    Arm("injected_untrained"),
     Arm("static_topk_half", "static", measure={"--moe-pick-rule": "topk=2"}),
-    Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
-    Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
     WOKEN[0],
 )
+RULES = (
+    Arm("injected_untrained"),
+    Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
+    Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
+)
+"""Others that are not trained."""
 TRAINED = (  # the longest first
     WOKEN[1],
     also_on_own_answers(net("net_kl", 2)),
@@ -209,6 +212,7 @@ STUDY = (
 """AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
 FULL = (
     *DEFAULT,
+    *RULES,
     *STAGE2,
     *STUDY,
     *FEW_TRAIN,
