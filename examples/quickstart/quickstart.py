@@ -176,7 +176,7 @@ def measure(walk: Walk, arms: list[Arm | None], heldout: Path) -> None:
     walk.commands += [f"# a line of {_short(listed)}: {flags(arm)}" for arm in arms]
 
 
-MEASURED_TOGETHER = 4
+MEASURED_TOGETHER = 3
 """Arms that a process measures at most, so that nobody waits long for the last one."""
 
 
