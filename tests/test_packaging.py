@@ -173,7 +173,10 @@ def test_every_command_of_an_installed_zeda_is_told(installed, tmp_path):
 
 def test_installed_recipes_are_planned_and_an_installed_launcher_trains(installed, tmp_path):
     recipe = "examples/qwen3_30b_a3b"
-    assert zeda(installed, tmp_path, "recipes", "--out", ".").returncode == 0
+    copied = zeda(installed, tmp_path, "recipes", "--out", ".")
+    assert (
+        copied.returncode == 0 and (tmp_path / copied.stdout.split("next: ")[1].split(" says ")[0]).is_file()
+    )
     assert (tmp_path / "launch" / "slurm" / "submit_chain.sh").is_file()
     sheet = ["--hf", recipe, "--config", f"{recipe}/stage1.yaml", "--gpus", "8", "--gpu-memory", "80"]
     planned = zeda(installed, tmp_path, "plan", "memory", *sheet)

@@ -155,6 +155,7 @@ def copy_recipes(argv: list[str]) -> int:
         except OSError as error:
             raise UserError(f"--out {argv[1]}: cannot be written ({error.strerror or error})") from None
         print(target)
+    print(f"next: {Path(argv[1]) / 'examples/qwen3_30b_a3b/README.md'} says what to type")
     return 0
 
 

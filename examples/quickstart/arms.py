@@ -113,19 +113,22 @@ SHAPE = Shape()
 WOKEN = woken(SHAPE)
 
 UNTRAINED = (
-    Arm("injected_untrained"),
     Arm("static_topk_half", "static", measure={"--moe-pick-rule": "topk=2"}),
-    Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
-    Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
     WOKEN[0],
 )
-TRAINED = (
+RULES = (
+    Arm("injected_untrained"),
+    Arm("dynamic_skipping", "static", measure={"--moe-pick-rule": "skip"}),
+    Arm("top_p", "static", measure={"--moe-pick-rule": "top_p"}),
+)
+"""Others that are not trained."""
+TRAINED = (  # the longest first
+    WOKEN[1],
     also_on_own_answers(net("net_kl", 2)),
     zeda("zeda_stage1_ce", ZEDA_WEIGHT, "ce"),
     also_on_own_answers(zeda("zeda_stage1_kl", ZEDA_WEIGHT)),
-    WOKEN[1],
 )
-DEFAULT = (*UNTRAINED, *TRAINED, stage2("net_kl"), stage2("zeda_stage1_kl"))
+DEFAULT = (*UNTRAINED, *TRAINED, stage2("zeda_stage1_kl"))
 RELATIVES = (
     Arm("paired_untrained", "paired"),
     also_on_own_answers(paired("paired_kl", 0.5)),
@@ -175,6 +178,7 @@ LONG = tuple(
     )
 )
 STAGE2 = (
+    stage2("net_kl"),
     stage2("paired_kl"),
     *map(more, STAGE1_END),
     *(
@@ -208,6 +212,7 @@ STUDY = (
 """AdaMoE's loss; a share that is held by the controller of w; pruning (REAP)."""
 FULL = (
     *DEFAULT,
+    *RULES,
     *STAGE2,
     *STUDY,
     *FEW_TRAIN,

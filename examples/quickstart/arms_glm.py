@@ -12,7 +12,7 @@ ZEDA_WEIGHT = 2.5
 SEEDS = (2, 3)
 """Besides the one of stage1.yaml, with `--full`."""
 
-UNTRAINED = arms.UNTRAINED
+UNTRAINED = (*arms.UNTRAINED, *arms.RULES)
 shared = partial(zeda, weight=ZEDA_WEIGHT)
 TRAINED = (
     also_on_own_answers(net("net_kl", 2)),

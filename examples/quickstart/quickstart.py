@@ -14,7 +14,8 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -134,8 +135,6 @@ def prune(walk: Walk, name: str, teacher: Path) -> None:
 
 
 def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
-    if not arm.train:
-        return
     save = walk.out / "arms" / arm.name
     command = ["bash", str(ROOT / "launch" / "pretrain_zeda.sh")]
     command += ["--config", str(HERE / f"stage{arm.stage}.yaml")]
@@ -149,17 +148,93 @@ def train(walk: Walk, arm: Arm, prompts: Path, train_iters: int | None) -> None:
     walk.run(f"train {arm.name}", [*command, "--save", str(save)], save / "latest_checkpointed_iteration.txt")
 
 
-def measure(walk: Walk, arm: Arm | None, heldout: Path) -> dict:
-    name = arm.name if arm else "teacher"
-    out = walk.out / "measured" / f"{name}.json"
+def file_of(walk: Walk, arm: Arm | None) -> Path:
+    """Where the figures of an arm are, or of the teacher itself."""
+    return walk.out / "measured" / f"{arm.name if arm else 'teacher'}.json"
+
+
+def measure(walk: Walk, arms: list[Arm | None], heldout: Path) -> None:
+    """Measure several arms in one process, without those that are measured already."""
+
+    def flags(arm: Arm | None) -> str:
+        words = ["--out", file_of(walk, arm)]
+        if arm:
+            source = walk.out / "arms" / arm.name if arm.train else walk.out / arm.start
+            words = ["--student", source, *(part for pair in arm.measure.items() for part in pair), *words]
+        return shlex.join(_short(word) for word in words)
+
+    missing = [arm for arm in arms if not file_of(walk, arm).exists()] or arms
+    last = file_of(walk, missing[-1])
+    listed = last.with_suffix(".arms")
+    listed.parent.mkdir(exist_ok=True)
+    listed.write_text("".join(f"{flags(arm)}\n" for arm in missing))
     command = [sys.executable, "-m", "zeda_megatron", "evaluate", "distance"]
-    command += ["--teacher", str(walk.out / "static")]
+    command += ["--teacher", str(walk.out / "static"), "--arms", str(listed)]
     command += ["--heldout", str(heldout), "--calibration", str(walk.out / "rollouts.jsonl")]
-    if arm:
-        source = walk.out / "arms" / arm.name if arm.train else walk.out / arm.start
-        command += ["--student", str(source)] + [part for pair in arm.measure.items() for part in pair]
-    walk.run(f"measure {name}", [*command, "--out", str(out)], out)
-    return json.loads(out.read_text())
+    names = ", ".join(arm.name if arm else "teacher" for arm in missing)
+    walk.run(f"measure {names}", command, last)
+    walk.commands += [f"# a line of {_short(listed)}: {flags(arm)}" for arm in arms]
+
+
+MEASURED_TOGETHER = 3
+"""Arms that a process measures at most, so that nobody waits long for the last one."""
+
+
+class Work:
+    """What is left to do with the arms, for several workers: training first, and of that what others start from; then
+    the export; then measuring what is there.
+
+    Args:
+        train: trains one arm. export: exports `EXPORTED`. measure: measures some arms.
+    """
+
+    def __init__(
+        self,
+        arms: list[Arm],
+        train: Callable[[Arm], None],
+        export: Callable[[], None],
+        measure: Callable[[list[Arm | None]], None],
+    ):
+        self.train, self.export, self.measure = train, export, measure
+        begun_from = {arm.start for arm in arms}
+        trained = [arm for arm in arms if arm.train]
+        order = sorted(trained, key=lambda arm: (f"arms/{arm.name}" not in begun_from, not arm.waits))
+        self.to_train, self.there = order, {arm.start for arm in arms if not arm.waits}
+        self.to_measure: list[Arm | None] = [None, *arms]
+        self.exports = any(arm.name == EXPORTED for arm in arms)
+
+    def next_job(self) -> Callable[[], None] | None:
+        """Something that can be done now; it is not given again. None: nothing, until a job has ended."""
+        for arm in self.to_train:
+            if arm.start in self.there:
+                self.to_train.remove(arm)
+                return lambda: self._trained(arm)
+        if self.exports and f"arms/{EXPORTED}" in self.there:
+            self.exports = False
+            return self.export
+        some = [arm for arm in self.to_measure if self._is_there(arm)][:MEASURED_TOGETHER]
+        self.to_measure = [arm for arm in self.to_measure if arm not in some]
+        return (lambda: self.measure(some)) if some else None
+
+    def _trained(self, arm: Arm) -> None:
+        self.train(arm)
+        self.there.add(f"arms/{arm.name}")
+
+    def _is_there(self, arm: Arm | None) -> bool:
+        return arm is None or (f"arms/{arm.name}" if arm.train else arm.start) in self.there
+
+    def run(self, workers: int) -> None:
+        """Do all of it. Raises what a job raises."""
+        running: set[Future] = set()
+        with ThreadPoolExecutor(workers) as pool:
+            while True:
+                while len(running) < workers and (job := self.next_job()):
+                    running.add(pool.submit(job))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for one in done:
+                    one.result()
 
 
 def judge_heads(walk: Walk) -> dict:
@@ -172,12 +247,13 @@ def judge_heads(walk: Walk) -> dict:
     return json.loads(out.read_text().replace(f"{walk.out}/", ""))
 
 
-def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
-    trained, hf, check = (
-        walk.out / "arms" / EXPORTED,
-        walk.out / "hf",
-        walk.out / "measured" / "export_check.json",
-    )
+def check_of(walk: Walk) -> Path:
+    """What the reopened export was found to answer."""
+    return walk.out / "measured" / "export_check.json"
+
+
+def export(walk: Walk, teacher: Path, heldout: Path) -> None:
+    trained, hf, check = walk.out / "arms" / EXPORTED, walk.out / "hf", check_of(walk)
     tool = [sys.executable, str(ROOT / "tools" / "checkpoint_convert.py"), "megatron-to-hf"]
     paths = ["--megatron", str(trained), "--hf-template", str(teacher), "--out", str(hf)]
     walk.run("export to Hugging Face format", [*tool, *paths], hf)
@@ -195,7 +271,6 @@ def export(walk: Walk, teacher: Path, heldout: Path) -> dict:
         [*reopen, "--hf", str(hf), "--trust-remote-code", "--heldout", str(heldout), "--out", str(check)],
         check,
     )
-    return json.loads(check.read_text())
 
 
 def chosen(args: argparse.Namespace) -> list[Arm]:
@@ -249,19 +324,15 @@ def main() -> int:
         begin_with_mean_output(walk)
     heldout = args.heldout.resolve()
 
-    def work(arm: Arm | None) -> dict:
-        if arm:
-            train(walk, arm, prompts, args.train_iters)
-        return measure(walk, arm, heldout)
-
-    measured = {}
-    with ThreadPoolExecutor(args.workers) as pool:
-        # Trained arms first: they take longest. What starts from one of them has to wait.
-        by_work = sorted(arms, key=lambda arm: not arm.train)
-        first = [None, *(arm for arm in by_work if not arm.waits)]
-        for group in (first, [arm for arm in by_work if arm.waits]):
-            names = [arm.name if arm else "teacher" for arm in group]
-            measured |= dict(zip(names, pool.map(work, group)))
+    Work(
+        arms,
+        lambda arm: train(walk, arm, prompts, args.train_iters),
+        lambda: export(walk, args.teacher.resolve(), heldout),
+        lambda some: measure(walk, some, heldout),
+    ).run(args.workers)
+    measured = {
+        arm.name if arm else "teacher": json.loads(file_of(walk, arm).read_text()) for arm in [None, *arms]
+    }
     results = {}
     for arm in arms:
         lines = history_of(out, arm)
@@ -274,7 +345,7 @@ def main() -> int:
     add_spread(results)
     about = environment()
     if EXPORTED in results:
-        about["export_check"] = export(walk, args.teacher.resolve(), heldout)
+        about["export_check"] = json.loads(check_of(walk).read_text())
     if {"paired", "sharp"} <= starts:
         about["oracle"] = judge_heads(walk)
     report = {

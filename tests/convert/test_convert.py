@@ -412,3 +412,19 @@ def test_commands_never_overwrite_and_say_so_in_one_line(tmp_path, command):
         assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
     assert command(*to_megatron, "--overwrite", "--num-zero-experts", 2)[0] == 0
     assert json.loads((tmp_path / "m/zeda.json").read_text())["num_zero_experts"] == 2
+
+
+def test_a_terminal_sees_how_far_a_conversion_is_unless_it_is_told_not_to(
+    world, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for flags in ([], ["--no-progress"]):
+        there, back = (tmp_path / f"{name}{len(flags)}" for name in ("megatron", "hf"))
+        runs = {
+            "import": ["hf-to-megatron", "--hf", world.hf, "--out", there],
+            "verify": ["verify", "--hf", world.hf, "--megatron", there],
+            "export": ["megatron-to-hf", "--megatron", there, "--hf-template", world.hf, "--out", back],
+        }
+        for title, words in runs.items():
+            code, _, err = command(*words, *flags)
+            assert code == 0 and (f"{title}: 100%" in err) is (not flags), (title, err)

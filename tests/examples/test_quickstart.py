@@ -328,6 +328,57 @@ def test_a_walk_whose_steps_are_done_writes_report_and_page(tmp_path):
     assert '"loss per token over step"' in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_others_start_from_is_trained_first_and_everything_is_measured_once(workers):
+    sys.path.insert(0, str(QUICKSTART))
+    from arm import Arm
+    from quickstart import EXPORTED, MEASURED_TOGETHER, Work
+
+    arms = [
+        Arm("untrained", "static"),
+        Arm("long", "static", {"--lr": "1"}),
+        Arm("dialled", "arms/long"),
+        Arm("further", "arms/begun", {"--lr": "1"}, stage="2"),
+        Arm("begun", "dynamic", {"--lr": "1"}),
+        Arm(EXPORTED, "low_rank", {"--lr": "1"}),
+    ]
+    trained, measured, exported, needs = [], [], [], {arm.name: arm for arm in arms}
+
+    def train(arm):
+        assert not arm.waits or arm.start.removeprefix("arms/") in trained
+        trained.append(arm.name)
+
+    def measure(some):
+        assert 0 < len(some) <= MEASURED_TOGETHER
+        for arm in some:
+            source = arm and (arm.name if arm.train else arm.start.removeprefix("arms/"))
+            assert source not in needs or not needs[source].train or source in trained
+        measured.extend(arm and arm.name for arm in some)
+
+    def export():
+        assert EXPORTED in trained
+        exported.append(True)
+
+    Work(arms, train, export, measure).run(workers)
+    assert sorted(trained) == sorted(arm.name for arm in arms if arm.train) and exported == [True]
+    assert sorted(measured, key=str) == sorted([None, *needs], key=str)
+    if workers == 1:
+        assert trained == ["long", "begun", "further", EXPORTED]
+        assert measured == [None, "untrained", "long", "dialled", "further", "begun", EXPORTED]
+
+
+def test_a_job_that_fails_ends_the_walk():
+    sys.path.insert(0, str(QUICKSTART))
+    from arm import Arm
+    from quickstart import Work
+
+    def fail(arm):
+        raise SystemExit("error: train a failed")
+
+    with pytest.raises(SystemExit, match="train a failed"):
+        Work([Arm("a", "static", {"--lr": "1"})], fail, lambda: None, lambda some: None).run(2)
+
+
 ARMS = {"static_topk_half", "net_kl", "zeda_stage1_kl", "low_rank_matched_kl", "zeda_stage2"}
 
 

@@ -236,6 +236,17 @@ def test_zero_experts_wake_up_at_two_hundredths_of_an_experts_width_unless_told_
     zero.validate(8, 2)
 
 
+def test_a_fit_says_what_comes_next_and_given_again_that_it_is_there(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    fit(world, out, paired_score="weight")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"saved {out}; next: zeda train --stage 1 --pretrained-checkpoint {out} ")
+    assert f"--teacher-load {world.static} --data-path {world.rollouts} trains it" in last
+    assert last.endswith(f"zeda convert megatron-to-hf --megatron {out} exports it")
+    with pytest.raises(UserError, match=f"--save {out}: exists; train or export it, .*--overwrite"):
+        fit(world, out, paired_score="weight")
+
+
 def test_a_fit_that_breaks_off_leaves_nothing(world, tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise KeyboardInterrupt

@@ -251,6 +251,14 @@ def test_a_quantised_folder_is_not_quantised_again(modelopt, tmp_path):
         quantize(QuantizeOptions(str(tmp_path / "out"), str(tmp_path / "again")))
 
 
+def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path, capsys):
+    hf, out = make_folder(tmp_path, "qwen3_moe", "zero"), tmp_path / "out"
+    assert main(["--hf", str(hf), "--out", str(out), "--packed", "--no-progress"]) == 0
+    wrote, then = capsys.readouterr().out.splitlines()
+    assert wrote.startswith(f"wrote {out}: ") and wrote.endswith(" as int8")
+    assert then.startswith(f"next: vllm serve {out}; zeda evaluate folders ")
+
+
 def test_without_modelopt_the_package_to_install_is_named(tmp_path):
     if find_spec("modelopt") is not None:
         pytest.skip("it is installed")

@@ -1,6 +1,7 @@
 """Evaluation while training: what it measures, when, and that training does not notice."""
 
 import json
+import sys
 
 import pytest
 import tiny_world
@@ -319,3 +320,18 @@ def test_what_is_missing_is_named(world, changes, said):
     fields = {"stage": "eval", "teacher_load": world.static, "eval_rows": 3, "hf_config": world.hf} | changes
     with pytest.raises(UserError, match=said):
         run_evaluation(tiny_world.options(world, **fields))
+
+
+def test_an_evaluation_says_what_it_wrote_and_shows_a_terminal_how_far_it_is(
+    world, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    output = tmp_path / "out.json"
+    fields = {"stage": "eval", "eval_data_path": world.heldout, "teacher_load": world.static}
+    for progress in (True, False):
+        assert run_evaluation(tiny_world.options(world, **fields, eval_output=output, progress=progress)) == 0
+        said = capsys.readouterr().err
+        assert (
+            f"wrote {output}; next: zeda convert megatron-to-hf --megatron {world.dynamic} exports it" in said
+        )
+        assert ("held out: 100%" in said) is progress

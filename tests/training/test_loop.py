@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from functools import partial
 
 import pytest
@@ -670,7 +671,23 @@ def test_a_finished_run_says_where_it_is_and_a_finished_one_given_again_that_the
         tiny_world.start(world, save=tmp_path, train_iters=1).run()
     first, second = said(capsys)
     assert first.startswith(f"saved {tmp_path / 'iter_0000001'}; next: ")
-    assert second == f"nothing to do: all 1 steps of --train-iters are in {tmp_path}"
+    export = f"zeda convert megatron-to-hf --megatron {tmp_path}"
+    assert (
+        first.endswith(f"{export} exports it") and f"--stage 2 --pretrained-checkpoint {tmp_path} " in first
+    )
+    assert second.startswith(
+        f"nothing to do: all 1 steps of --train-iters are in {tmp_path}; a larger --train-iters"
+    )
+
+
+def test_a_terminal_sees_the_steps_of_a_run_unless_it_is_told_not_to(world, capsys, monkeypatch):
+    shown = []
+    for progress in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        tiny_world.start(world, train_iters=2, progress=progress).run()
+        shown.append(capsys.readouterr().err)
+    assert "2/2 [" in shown[0] and "step" in shown[0]
+    assert "2/2 [" not in shown[1]
 
 
 def test_a_schedule_that_has_changed_since_the_save_is_told_with_both_learning_rates(

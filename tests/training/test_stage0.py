@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 import stage0_files
@@ -12,6 +13,7 @@ from zeda_megatron.data.prompts import load_rollouts
 from zeda_megatron.data.tokenizers import load_tokenizer
 from zeda_megatron.distill.builtin_engine import BuiltinEngine
 from zeda_megatron.errors import UserError
+from zeda_megatron.runtime import terminal
 from zeda_megatron.training.stage0 import (
     RolloutFile,
     answer_questions,
@@ -427,6 +429,32 @@ def test_what_is_left_counts_the_questions_of_this_run(world, tmp_path, capsys):
     fewer.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
     run_stage0(stage0_options(world, tmp_path / "a", data_path=fewer))
     assert "0 answers now, 9 in all, 0 left" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_bar_moves_while_a_batch_is_answered_and_ends_at_what_is_on_disk(
+    world, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(terminal, "LOG_SECONDS", 0)
+    run_stage0(stage0_options(world, tmp_path / "a", progress=True))  # all 9 prompts are one batch
+    counts = [int(count) for count in re.findall(r"stage 0: .* (\d+)/9 ", capsys.readouterr().err)]
+    assert counts == sorted(counts) and counts[-1] == 9 and len(set(counts)) > 3
+    run_stage0(stage0_options(world, tmp_path / "b", progress=False))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_finished_stage_0_given_again_says_so_without_a_look_at_the_weights(
+    world, tmp_path, capsys, monkeypatch
+):
+    run_stage0(stage0_options(world, tmp_path / "a"))
+    first = capsys.readouterr().out.splitlines()[-1]
+    flags = f"--pretrained-checkpoint {world.static} --data-path {tmp_path / 'a'}"
+    assert f"next: zeda fit {flags} --save DIR" in first and "nothing to do" not in first
+    monkeypatch.setattr("zeda_megatron.training.stage0.build_chunks", None)
+    assert run_stage0(stage0_options(world, tmp_path / "a")) == 0
+    again = capsys.readouterr().out.splitlines()[-1]
+    assert again.startswith(
+        f"nothing to do: {tmp_path / 'a'}: 0 answers now, 9 in all, 0 left; next: zeda fit"
+    )
 
 
 def test_rows_of_the_embedding_that_the_tokenizer_lacks_are_never_sampled(world, tokenizer, engine):

@@ -403,7 +403,14 @@ def _plain(loader: _Loader, node: yaml.Node) -> Any:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, for help texts."""
+    """The docstring under each field of a dataclass, its own and those that it inherits, for help texts."""
+    docs = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        docs |= _docs_written_in(base)
+    return docs
+
+
+def _docs_written_in(cls: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     docs = {}
     for here, after in zip(body, body[1:]):

@@ -10,14 +10,14 @@ from typing import Literal
 
 from ..errors import UserError, shown
 from .arguments import Count, check_choices, parse, require
-from .run import VERIFY_LEVELS
+from .run import VERIFY_LEVELS, Watched
 from .zero_experts import ZERO_EXPERT_ROUTINGS, ZERO_EXPERT_TYPES
 
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
-class _Conversion:
+class _Conversion(Watched):
     """What every command has."""
 
     workers: Count = _WORKERS

@@ -9,6 +9,7 @@ from typing import Literal
 from ..errors import UserError
 from .arguments import Amount, Count, Positive, Share, check_choices, require
 from .parallel import ParallelConfig
+from .run import Watched
 from .share import BUDGETS
 from .zero_experts import PAIRED_TYPES, ZeroExpertConfig
 
@@ -22,7 +23,7 @@ def stand_in_rank(expert_width: int) -> int:
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class FitOptions(Watched):
     """What to fit."""
 
     pretrained_checkpoint: str | None = None

@@ -170,8 +170,16 @@ class OptimizerOptions:
         return {"--" + name.replace("_", "-"): getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What every command has that may take long."""
+
+    progress: bool = True
+    """Show on stderr how far the work is, and the time left; where that is no terminal, a line every half minute."""
+
+
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Watched):
     """Checkpoints, logging, end of the run."""
 
     save: str | None = None
@@ -201,9 +209,6 @@ class RunOptions:
 
     log_interval: Count = 1
     """Steps between TensorBoard entries; metrics.jsonl gets every step."""
-
-    progress: bool = True
-    """Progress bar on rank 0."""
 
     exit_interval: Whole = 0
     """Stop (and save) when the step is a multiple of this; 0 never."""

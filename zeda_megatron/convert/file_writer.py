@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..checkpoint.integrity import compare_file
 from ..config.zero_experts import ZeroExpertConfig
 from ..durable_file import write_atomically
+from ..runtime.terminal import progress_bar
 from ..runtime.whole_folder import Staging
 from .bits import raw
 
@@ -114,11 +115,15 @@ class FileWriter:
         staging: where to.
         files: what; the order decides which note belongs to which.
         workers: threads.
-        title: of the progress bar, which only a terminal gets.
+        title: of the progress bar.
+        progress: show it.
     """
 
-    def __init__(self, staging: Staging, files: Sequence[File], workers: int, title: str):
-        self._staging, self._files, self._workers, self._title = staging, files, workers, title
+    def __init__(
+        self, staging: Staging, files: Sequence[File], workers: int, title: str, progress: bool = True
+    ):
+        self._staging, self._files, self._workers = staging, files, workers
+        self._title, self._progress = title, progress
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._bar: tqdm | None = None
         self._notes = [self._noted(number) for number in range(len(files))]
@@ -140,7 +145,7 @@ class FileWriter:
         """
         total = sum(file.nbytes for file in self._files)
         with (
-            tqdm(total=total, desc=self._title, unit="B", unit_scale=True, disable=None) as self._bar,
+            progress_bar(total, "B", self._title, self._progress, unit_scale=True) as self._bar,
             ThreadPoolExecutor(self._workers, self._title) as pool,
         ):
             futures = [pool.submit(self._one, number, write) for number in range(len(self._files))]

@@ -66,6 +66,7 @@ def hf_to_megatron(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = 1,
     restart: bool = False,
+    progress: bool = True,
 ) -> Summary:
     """Import a Hugging Face folder as a Megatron torch_dist checkpoint.
 
@@ -79,6 +80,7 @@ def hf_to_megatron(
             tensors are carried along.
         max_shard_bytes: longest data file, in bytes (a longer tensor has a file of its own).
         workers: threads; each holds one parameter.
+        progress: show a bar.
         restart: throw away what an interrupted import to `out` has left, instead of going on from it.
 
     Raises:
@@ -131,7 +133,7 @@ def hf_to_megatron(
     }
     with staged_folder(out, request, overwrite, restart) as staging:
         if staging is not None:
-            writer = FileWriter(staging, [*files, *shards], workers, "import")
+            writer = FileWriter(staging, [*files, *shards], workers, "import", progress)
             check_space(Path(out), writer.missing_bytes())
             done = writer.run(write)[: len(files)]
             common = {"iteration": 0, "checkpoint_version": 3.0, "adapted_steps": facts.adapted_steps}

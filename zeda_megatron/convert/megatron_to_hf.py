@@ -66,6 +66,7 @@ def megatron_to_hf(
     restart: bool = False,
     verify_checkpoint: str = "hash",
     adapters: str = "merged",
+    progress: bool = True,
 ) -> Summary:
     """Export a torch_dist checkpoint, written on any parallel layout, as a Hugging Face folder.
 
@@ -75,6 +76,7 @@ def megatron_to_hf(
     Args:
         max_shard_bytes: longest shard, in bytes (a longer tensor has a shard of its own).
         workers: threads; each holds one parameter.
+        progress: show a bar.
         restart: throw away what an interrupted export to `out` has left, instead of going on from it.
         verify_checkpoint: how closely the checkpoint's files are looked at (`VERIFY_LEVELS`).
         adapters: of a model that was trained with them: "merged" into the weights, or "beside" the weights that were
@@ -141,7 +143,7 @@ def megatron_to_hf(
     }
     with staged_folder(out, request, overwrite, restart) as staging:
         if staging is not None:
-            writer = FileWriter(staging, [*shards, *aside], workers, "export")
+            writer = FileWriter(staging, [*shards, *aside], workers, "export", progress)
             check_space(Path(out), writer.missing_bytes())
             writer.run(lambda shard, stream: shard.write(stream, made(shard)))
             write_index(staging.work, shards)

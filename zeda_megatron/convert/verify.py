@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..models.architecture import dims_of, read_architecture, weight_map_of
 from ..models.hf_config import settings_of, zero_experts_of
 from ..models.weight_kinds import ModelDims, Setting, WeightMapping
+from ..runtime.terminal import progress_bar
 from .bits import same_bits
 from .carried import carried_differences, own_keys
 from .import_checks import check_added, check_not_quantised
@@ -27,6 +27,7 @@ def verify(
     *,
     workers: int = 1,
     verify_checkpoint: str = "hash",
+    progress: bool = True,
 ) -> list[str]:
     """Compare every tensor of a Hugging Face folder with a Megatron checkpoint, bit for bit.
 
@@ -55,10 +56,12 @@ def verify(
             differences.append(f"config.json: {key} {was} became {now}")
     compare = _comparer(reader, model, bound, settings, dims)
     parameters = model.layout.parameters
-    with ThreadPoolExecutor(workers, "verify") as pool:
+    bar = progress_bar(len(parameters), "tensor", "verify", progress)
+    with bar, ThreadPoolExecutor(workers, "verify") as pool:
         try:
-            for lines in tqdm(pool.map(compare, parameters), "verify", len(parameters), disable=None):
+            for lines in pool.map(compare, parameters):
                 differences += lines
+                bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
     return differences + carried_differences(reader, arch, Path(megatron))

@@ -5,8 +5,9 @@ Data- and context-parallel ranks share the prompts of a round, every rank gets t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -129,9 +130,11 @@ class RolloutEngine(Protocol):
     Attributes:
         deal: who gets prompts of its own. All ranks call `generate` equally often, with an empty list where there are
             no prompts left.
+        on_answer: what an engine that sees answers end one by one (the built-in one) calls then.
     """
 
     deal: Deal
+    on_answer: Callable[[], Any]
 
     def generate(
         self,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -146,6 +147,7 @@ class BuiltinEngine:
         max_length: longest prompt plus answer.
         vocab_size: ids from here on are never sampled: an embedding may have rows that no tokenizer knows.
         slots: answers under way at a time; the next prompt takes the place of one that has ended. None: all.
+        on_answer: called whenever an answer has ended.
 
     Raises:
         UserError: a dispatcher that generation cannot use.
@@ -159,11 +161,12 @@ class BuiltinEngine:
         max_length: int,
         vocab_size: int | None = None,
         slots: int | None = None,
+        on_answer: Callable[[], Any] = lambda: None,
     ):
         self.chunks = list(model) if isinstance(model, (list, tuple)) else [model]
         self._refuse_allgather()
         self.stop_ids, self.pad_id, self.max_length = stop_ids, pad_id, max_length
-        self.vocab_size, self.slots = vocab_size, slots
+        self.vocab_size, self.slots, self.on_answer = vocab_size, slots, on_answer
         self.deal = Deal.of_models()
 
     def _refuse_allgather(self) -> None:
@@ -288,6 +291,7 @@ class _Answers:
                 self.reasons[answer] = "stop"
             if stopped or len(self.prompts[answer]) + len(self.tokens[answer]) >= self.limits[answer]:
                 self.answer_of[slot] = None
+                self.engine.on_answer()
 
 
 def _left_padding(lengths: list[int]) -> torch.Tensor | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from tqdm import tqdm
 
 from ..checkpoint.state import holds_mtp_head, model_state, save_checkpoint
 from ..config.arguments import parse
@@ -40,10 +39,10 @@ from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime import process_groups
 from ..runtime.agreement import on_rank0
+from ..runtime.terminal import ending, progress_bar, warn
 from ..runtime.whole_folder import new_folder
 from ..text_table import text_table
 from ..training.build import hf_folder, zero_experts
-from ..training.log import warn
 from .hidden_units import RowStore, fit_hidden_units, store_bytes
 from .paired_fit import Sensitivity, WatchedPasses, moe_layers
 from .ridge import Explained, RidgeSums, fill_empty, sums_bytes
@@ -71,7 +70,9 @@ def _check_target(options: FitOptions) -> None:
     if not folder.exists():
         return
     if not options.overwrite:
-        raise UserError(f"--save {folder}: exists; choose another folder or give --overwrite")
+        raise UserError(
+            f"--save {folder}: exists; train or export it, choose another folder, or give --overwrite"
+        )
     if not (folder / ZEDA_NAME).is_file():
         raise UserError(
             f"--overwrite replaces checkpoints only: --save {folder} has no {ZEDA_NAME}; choose another folder"
@@ -115,7 +116,7 @@ class HeadFit:
         self.experts = parallel_state.get_expert_model_parallel_group()
         self.replicas = parallel_state.get_expert_data_parallel_group()
         self.without_rows = self.few_rows = 0
-        self.bar = tqdm(desc="fit", unit="row", disable=None if self.first else True)
+        self.bar = progress_bar(None, "row", "fit", options.progress)
         self.passes = WatchedPasses(self.model, self.layers, arch.vocab_size, self.effect, self.bar.update)
         self.stand_ins = None
         if self.zero.zero_experts_type != "zero":
@@ -137,9 +138,10 @@ class HeadFit:
         if self.first:
             save, start = self.options.save, self.options.pretrained_checkpoint
             print(format_fit(report))
-            print(
-                f"saved {save}; next: train it (--pretrained-checkpoint {save} --teacher-load {start}) or export it"
-            )
+            data = " ".join(map(str, self.options.data_path))
+            train = f"zeda train --stage 1 --pretrained-checkpoint {save} --teacher-load {start} --data-path {data}"
+            export = f"zeda convert megatron-to-hf --megatron {save}"
+            print(ending(f"saved {save}", f"{train} trains it, {export} exports it"))
         return 0
 
     def _fit_and_calibrate(self) -> dict:

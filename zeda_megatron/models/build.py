@@ -31,7 +31,6 @@ from ..moe.paired import install_residual_norms
 from ..moe.spec import apply_grouped_experts, apply_zero_experts, train_score_bias
 from ..runtime.megatron_api import mend_latent_attention, moe_submodules
 from .architecture import Architecture
-from .gated_delta import GatedDeltaNet
 from .latent_attention import LatentAttention, install_rotary
 from .local_layers import (
     KeyHeadsNorm,
@@ -359,6 +358,9 @@ def _use_linear_attention(
     """Give the layers that `linear_attention_freq` names their gated delta networks; says which layers they are."""
     if not config.linear_attention_freq:
         return [False] * len(block.layer_specs)
+    # It brings transformers' model with it: seconds that other models need not wait.
+    from .gated_delta import GatedDeltaNet
+
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     linear = [bool(it) for it in config.linear_attention_freq[first : first + len(block.layer_specs)]]
     # Layers of one kind share a spec.

@@ -260,7 +260,10 @@ def attend(
         sinks: [heads], a logit that joins each softmax and answers nothing.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    if k.shape[1] != q.shape[1]:
+    grouped = k.shape[1] != q.shape[1]
+    # The CPU's kernel finds a query's group itself, to the same bits but for gradients; CUDA's takes no mask then.
+    inside = grouped and sinks is None and not q.is_cuda and not torch.is_grad_enabled()
+    if grouped and not inside:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     queries, keys = q.shape[2], k.shape[2]
     seen = None if mask is None else ~mask
@@ -277,7 +280,14 @@ def attend(
     if sinks is not None:
         q, k, v, seen = _with_sinks(q, k, v, seen, sinks, scale)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal and seen is None, scale=scale
+        q,
+        k,
+        v,
+        attn_mask=seen,
+        dropout_p=dropout,
+        is_causal=causal and seen is None,
+        scale=scale,
+        enable_gqa=inside,
     )
     return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 

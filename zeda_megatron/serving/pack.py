@@ -51,7 +51,7 @@ def packed(weight_OI: torch.Tensor, number_format: str) -> torch.Tensor:
 
 
 def pack(
-    source: Path, target: Path, arch: Architecture, number_format: str, overwrite: bool
+    source: Path, target: Path, arch: Architecture, number_format: str, overwrite: bool, progress: bool = True
 ) -> dict[str, int]:
     """Write `target`; returns how many `weights` are packed, and the `parameters` in them.
 
@@ -78,7 +78,7 @@ def pack(
 
     with staged_folder(target, request, overwrite) as staging:
         if staging is not None:
-            writer = FileWriter(staging, shards, 1, "pack")
+            writer = FileWriter(staging, shards, 1, "pack", progress)
             check_space(target, writer.missing_bytes())
             writer.run(lambda shard, stream: shard.write(stream, made(shard)))
             write_index(staging.work, shards)

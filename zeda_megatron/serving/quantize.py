@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..config.arguments import check_choices, parse, require
+from ..config.run import Watched
 from ..convert.hf_files import HFReader
 from ..convert.import_checks import check_not_quantised
 from ..errors import UserError
@@ -41,7 +42,7 @@ ROUTER = (
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(Watched):
     """What to quantise."""
 
     hf: str | None = None
@@ -89,7 +90,7 @@ def quantize(options: QuantizeOptions) -> dict[str, int]:
     check_not_quantised(reader)
     check_target(target, options.overwrite)
     if options.packed:
-        return pack(source, target, arch, options.number_format, options.overwrite)
+        return pack(source, target, arch, options.number_format, options.overwrite, options.progress)
     check_space(target, sum(file.stat().st_size for file in source.iterdir()))
     model = load_model(source, dtype=stored_dtype(source))
     plain = type(model)
@@ -190,6 +191,10 @@ def main(argv: list[str]) -> int:
     require(options, "hf", "out")
     done = quantize(options)
     print(
-        f"{options.out}: {done['weights']} weights, {done['parameters']} parameters as {options.number_format}"
+        f"wrote {options.out}: {done['weights']} weights, {done['parameters']} parameters as {options.number_format}"
+    )
+    print(
+        f"next: vllm serve {options.out}; zeda evaluate folders --teacher ORIGINAL --models {options.hf} {options.out} "
+        "--heldout FILE says what it costs"
     )
     return 0

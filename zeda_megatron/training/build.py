@@ -51,7 +51,7 @@ from ..moe.pick_rules import parse_pick_rule
 from ..moe.router_dials import set_dials
 from ..runtime.megatron_api import forget_recorded_losses
 from ..runtime.process_groups import device
-from .log import warn
+from ..runtime.terminal import warn
 
 TRAINABLE = {
     "router": (".router.",),

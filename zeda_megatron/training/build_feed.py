@@ -14,9 +14,9 @@ from ..data.rows import training_rows
 from ..data.tokenizers import ChatTokenizer
 from ..errors import UserError
 from ..models.architecture import Architecture, read_architecture
+from ..runtime.terminal import warn
 from .build import Student, hf_folder, run_tokenizer
 from .feed import Feed, StoredFeed
-from .log import warn
 from .rollout_feed import RolloutFeed
 from .stage0 import make_questions
 

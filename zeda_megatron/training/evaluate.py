@@ -12,6 +12,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -26,8 +27,9 @@ from ..durable_file import write_result
 from ..errors import UserError
 from ..moe import stats
 from ..runtime.process_groups import device
+from ..runtime.terminal import ending, progress_bar, told, warn
 from .build import Student, build_student, build_teacher, run_tokenizer, teacher_source
-from .log import RunLog, warn
+from .log import RunLog
 
 
 class Evaluator:
@@ -53,22 +55,26 @@ class Evaluator:
         # The models' own distributions: no --distill-temperature here.
         self.loss = LossConfig("ce" if teacher is None else "forward_kl", chunk_tokens=chunk_tokens)
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, progress: bool = False) -> dict[str, float]:
         """All processes call it; all get the same, whatever the layout.
 
         Returns:
             Means over response tokens: `eval_ce` (nats), and with a teacher `eval_kl` (KL(teacher || student), nats)
             and `eval_top1_agreement`; and `eval_zero_share`, over all tokens that are no padding.
         """
-        return self.measure_layers()[0]
+        return self.measure_layers(progress, leave=False)[0]
 
-    def measure_layers(self) -> tuple[dict[str, float], list[float | None]]:
-        """`measure`, and the zero share of every layer (None: no MoE layer)."""
+    def measure_layers(
+        self, progress: bool = False, **how: Any
+    ) -> tuple[dict[str, float], list[float | None]]:
+        """`measure`, and the zero share of every layer (None: no MoE layer); `progress` shows a bar."""
         chunks, vocab, rows = self.student.chunks, self.student.arch.vocab_size, []
-        with stats.evaluating(chunks):
+        bar = progress_bar(len(self.rows.rows), "row", "held out", progress, **how)
+        with stats.evaluating(chunks), bar:
             for group in self.groups:
                 compared = compare(chunks, self.teacher, group, self.seq_length, self.loss, vocab)
                 rows += [one.sums for one in compared]
+                bar.update(len(group))
             report = stats.collect(chunks, chunks[0].config.num_layers, device())
         # Tensor-parallel ranks have the same sums.
         sums = total(rows if parallel_state.get_tensor_model_parallel_rank() == 0 else [])
@@ -108,7 +114,7 @@ class Evaluation:
         if self.evaluator is None:
             return {}
         begun = time.perf_counter()
-        found = self.evaluator.measure()
+        found = self.evaluator.measure(log.options.progress)
         log.scalars(step, found)
         when = f"after step {step}" if step else "before the first step"
         log.say(f"held out, {when}: {line_of(found)} ({time.perf_counter() - begun:.1f} s)")
@@ -163,7 +169,7 @@ def run_evaluation(options: Options) -> int:
     begun = time.perf_counter()
     student = build_student(options, trains=False)
     teacher = build_teacher(options, student)
-    found, by_layer = build_evaluator(options, rows, student, teacher).measure_layers()
+    found, by_layer = build_evaluator(options, rows, student, teacher).measure_layers(options.run.progress)
     if torch.distributed.get_rank() == 0:
         print(f"{checkpoint}: {line_of(found)} ({time.perf_counter() - begun:.1f} s)")
         if output:
@@ -174,4 +180,6 @@ def run_evaluation(options: Options) -> int:
                 "rows_fingerprint": rows.fingerprint,
             }
             write_result("--eval-output", output, json.dumps(report, indent=2) + "\n")
+        wrote = f"wrote {output}" if output else "no --eval-output: nothing is kept"
+        told(ending(wrote, f"zeda convert megatron-to-hf --megatron {checkpoint} exports it"))
     return 0

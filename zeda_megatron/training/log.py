@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..config.run import RunOptions
 from ..errors import UserError
-from ..runtime.agreement import on_rank0, rank
+from ..runtime.agreement import on_rank0
 from ..runtime.lines_file import rewind
+from ..runtime.terminal import progress_bar, told, warn
 
 _TENSORBOARD = {
     "loss": "loss",
@@ -32,17 +30,6 @@ _TENSORBOARD = {
 }
 
 
-def told(text: str) -> None:
-    """A line for the person who watches, once."""
-    if rank() == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def warn(text: str) -> None:
-    """A line about something that is not as it should be; the run goes on."""
-    told(f"warning: {text}")
-
-
 class RunLog:
     """Logs on one rank; silent on the others."""
 
@@ -51,14 +38,7 @@ class RunLog:
         self.file = self.writer = self.bar = None
         self._told(lambda: self._open(first_step))
         if options.progress and active:
-            self.bar = tqdm(
-                total=last_step,
-                initial=first_step,
-                unit="step",
-                file=sys.stderr,
-                mininterval=0.5,
-                dynamic_ncols=True,
-            )
+            self.bar = progress_bar(last_step, "step", initial=first_step)
 
     def _open(self, first_step: int) -> None:
         options = self.options

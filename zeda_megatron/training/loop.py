@@ -22,12 +22,13 @@ from ..moe import stats
 from ..moe.router_dials import calibrate_threshold, format_thresholds
 from ..runtime.lock import RunLock
 from ..runtime.process_groups import device, peak_memory_gib
+from ..runtime.terminal import ending, told, warn
 from .build import build_student, build_teacher, hf_folder, teacher_id, trained_parameters
 from .build_feed import data_facts, prepare_feed, what_differs
 from .controls import build_share_control
 from .evaluate import build_evaluation
 from .guards import FiniteCheck, Guards, GuardTripped, NotFinite
-from .log import RunLog, told, warn
+from .log import RunLog
 from .optimizer import build_optimizer, load_optimizer_state, optimizer_step, sharded_optimizer_state
 from .signals import StopRequest, exit_code_if_stopped
 from .step import Stepper
@@ -90,7 +91,10 @@ class TrainingRun:
         """Train to --train-iters (or to a signal). Returns the exit code of this rank."""
         options, run = self.options.optimizer, self.options.run
         if self.iteration >= options.train_iters:
-            told(f"nothing to do: all {self.iteration} steps of --train-iters are in {run.load or run.save}")
+            told(
+                f"nothing to do: all {self.iteration} steps of --train-iters are in {run.load or run.save}; a larger "
+                "--train-iters goes on from there, another --save begins anew"
+            )
             if self.saver and not run.load:
                 self.saver.tidy()
         elif not run.save:
@@ -118,10 +122,7 @@ class TrainingRun:
                 if self.iteration < options.train_iters:
                     return exit_code_if_stopped(run.stopped_exit_code)
             elif self.saver and self.iteration > begun:
-                log.say(
-                    f"saved {self.saver.folder(self.iteration)}; next: --stage eval measures it, "
-                    f"zeda convert megatron-to-hf --megatron {run.save} exports it"
-                )
+                log.say(ending(f"saved {self.saver.folder(self.iteration)}", self._next()))
         except (NotFinite, GuardTripped):
             self._finish_saving()  # a checkpoint of before, still on its way to the disk
             raise
@@ -132,6 +133,18 @@ class TrainingRun:
         finally:
             log.close()
         return 0
+
+    def _next(self) -> str:
+        """What becomes of a finished run."""
+        model, save = self.options.model, self.options.run.save
+        on = ""
+        if model.stage == "1":
+            teacher = self.options.distill.teacher_load or model.pretrained_checkpoint
+            on = f", zeda train --stage 2 --pretrained-checkpoint {save} --teacher-load {teacher} goes on"
+        return (
+            f"zeda train --stage eval --pretrained-checkpoint {save} measures it{on}, "
+            f"zeda convert megatron-to-hf --megatron {save} exports it"
+        )
 
     def _keep(self, due: bool) -> None:
         """Publish what was written in the background meanwhile; save if it is time to."""

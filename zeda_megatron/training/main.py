@@ -11,8 +11,8 @@ from ..moe.experts import choose_backend
 from ..moe.pick_rules import parse_pick_rule
 from ..runtime import process_groups
 from ..runtime.lock import NAME, locked
+from ..runtime.terminal import warn
 from .evaluate import run_evaluation
-from .log import warn
 from .loop import TrainingRun
 from .stage0 import run_stage0
 

@@ -23,10 +23,10 @@ from ..data.tokenizers import ChatTokenizer
 from ..distill.answers import Answer, Asked, Generation, RolloutEngine, Round, roll_out
 from ..runtime.agreement import from_rank0, on_rank0, rank
 from ..runtime.process_groups import device, seconds_now
+from ..runtime.terminal import told
 from .build import Student, rollout_engine
 from .feed import StepRows
 from .kept_answers import KeptAnswers, student_id
-from .log import told
 from .stage0 import Question
 
 

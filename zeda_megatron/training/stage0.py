@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..config.generate import SamplingConfig
 from ..config.options import Options
@@ -31,6 +29,7 @@ from ..moe.router_dials import set_dials
 from ..regular_file import is_regular
 from ..runtime.agreement import from_rank0, on_rank0, world_size
 from ..runtime.lines_file import LinesFile
+from ..runtime.terminal import ending, progress_bar, warn
 from ..strict_json import read_json
 from .build import (
     build_chunks,
@@ -41,7 +40,6 @@ from .build import (
     teacher_source,
     zero_experts,
 )
-from .log import warn
 from .signals import StopRequest
 
 
@@ -203,9 +201,12 @@ def answer_questions(
     pending = sorted((q for q in questions if q.key in wanted), key=lambda q: (len(q.ids), _stream(q), q.key))
     ranks, mine = engine.deal.places, engine.deal.place
     answered = 0
-    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not (rank0 and progress)) as bar:
+    with progress_bar(len(pending), "answer", "stage 0", progress) as bar:
         for start in range(0, len(pending), batch_size * ranks):
             batch = pending[start + mine * batch_size : start + (mine + 1) * batch_size]
+            # About as many answers have ended elsewhere as here; what is on disk is counted behind every batch.
+            goal = min(start + batch_size * ranks, len(pending))
+            engine.on_answer = lambda goal=goal: bar.update(min(ranks, goal - bar.n))
             made = engine.generate([q.ids for q in batch], sampling, [_stream(q) for q in batch])
             lines = [_line(q, g, tokenizer) for q, g in zip(batch, made)] if engine.deal.speaks else []
             gathered = [None] * torch.distributed.get_world_size() if rank0 else None
@@ -213,7 +214,7 @@ def answer_questions(
             new = [line for part in gathered for line in part] if rank0 else []
             on_rank0(lambda new=new: file.append(new))
             answered += len(new)
-            bar.update(len(new))
+            bar.update(answered - bar.n)
             if should_stop():
                 break
     return answered
@@ -236,7 +237,7 @@ def ask_servers(
         return 0
     servers.check(asked[0])
     answered = 0
-    with tqdm(total=len(pending), unit="answer", file=sys.stderr, disable=not progress) as bar:
+    with progress_bar(len(pending), "answer", "stage 0", progress) as bar:
         for made in servers.answers(asked, sampling):
             if made:
                 file.append([_line(pending[number], answer, tokenizer) for number, answer in made])
@@ -314,8 +315,14 @@ def run_stage0(options: Options) -> int:
         file, count = answer(options, arch, tokenizer, questions, sampling, stop.agreed)
     if rank0:
         left = sum(question.key not in file.answered for question in questions)
-        then = "" if left else f"; next: zeda fit, or --stage 1, with --data-path {file.path}"
-        print(f"{file.path}: {count} answers now, {len(file.answered)} in all, {left} left{then}")
+        start = options.model.pretrained_checkpoint
+        begin = f" --pretrained-checkpoint {start}" if start else ""
+        fit = f"zeda fit{begin} --data-path {file.path} --save DIR"
+        then = "" if left else f"{fit}, or zeda train --stage 1 with the same flags"
+        idle = "" if count or left else "nothing to do: "
+        print(
+            ending(f"{idle}{file.path}: {count} answers now, {len(file.answered)} in all, {left} left", then)
+        )
         return options.run.stopped_exit_code if left else 0
     return 0
 
@@ -348,6 +355,8 @@ def _from_weights(options, arch, tokenizer, questions, sampling, should_stop) ->
     """The teacher is a checkpoint, run here on all ranks."""
     generate, source = options.generate, teacher_source(options)
     file = _opened(options, tokenizer, sampling, teacher_id(options))
+    if from_rank0(all(question.key in file.answered for question in questions)):
+        return file, 0  # without a look at the weights
     # Nothing is learned here, so a static checkpoint needs no word about the group loss.
     zero = replace(zero_experts(options.model, arch, source), group_loss_coeff=0.0)
     chunks = build_chunks(options, arch, zero)

@@ -97,6 +97,13 @@ def test_a_run_writes_down_what_its_model_is_and_an_older_run_goes_on_without(go
     assert (arm["zero_experts"], arm["adapted_steps"]) == (None, None)
 
 
+def test_a_run_says_where_it_is_and_given_again_that_there_is_nothing_to_do(go, tmp_path, capsys):
+    report = f"; next: zeda evaluate report --runs {tmp_path / 'run'},OTHER --output DIR"
+    for said in ("wrote", "nothing to do: all answers and verdicts are in"):
+        go("run", Stub())
+        assert capsys.readouterr().err.splitlines() == [f"{said} {tmp_path / 'run'}{report}"]
+
+
 def figures(folder) -> dict:
     """The report without what depends on the clock and the place."""
 

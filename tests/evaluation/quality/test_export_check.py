@@ -37,12 +37,17 @@ def test_an_export_with_another_threshold_is_noticed(world, paired_export):
     [(2, True, 0), (1, True, 1), (2, False, 1)],
     ids=["equal", "answers", "logits"],
 )
-def test_the_exit_code_fails_for_other_answers_and_for_other_logits(monkeypatch, answers, logits, code):
+def test_the_exit_code_fails_for_other_answers_and_for_other_logits(
+    monkeypatch, capsys, answers, logits, code
+):
     found = {"prompts": 2, "equal_answers": answers, "equal_logits": logits}
     monkeypatch.setattr(export_check, "check", lambda options: found)
     for name in ("initialize", "destroy"):
         monkeypatch.setattr(export_check.process_groups, name, lambda *given: None)
     assert main(["--megatron", "m", "--hf", "h", "--heldout", "f"]) == code
+    good = "h answers as m does; next: vllm serve h, or zeda evaluate run --model h"
+    said = capsys.readouterr().err.strip()
+    assert said == (good if code == 0 else "h does not answer as m does: export it again, and tell us")
 
 
 def test_missing_flags_are_named(world):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...config.arguments import Count, check_choices, require
+from ...config.run import Watched
 from ...data.jsonl import parse_line
 from ...errors import UserError, cut_short
 from .engine import Engine
@@ -28,7 +29,7 @@ _OF_ENGINES = {
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Watched):
     """What is asked of which model, and where the answers go."""
 
     benchmarks: str | None = None

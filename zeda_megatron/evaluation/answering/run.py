@@ -12,8 +12,6 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ...config.arguments import parse
 from ...config.generate import SamplingConfig
 from ...durable_file import write_result, writing
@@ -21,6 +19,7 @@ from ...regular_file import is_regular
 from ...runtime.lines_file import LinesFile, Parse, read_whole_lines
 from ...runtime.lock import NAME as LOCK
 from ...runtime.lock import locked
+from ...runtime.terminal import ending, progress_bar, told
 from ..benchmarks.benchmark import TEMPERATURE, TOP_K, TOP_P, Benchmark, Question, Verdict
 from ..benchmarks.checkable import read_settings
 from ..benchmarks.registry import find, load
@@ -68,6 +67,7 @@ def run(options: RunOptions) -> Path:
         print(require_walls(options.allow_weak_sandbox).line(), flush=True)
     output = Path(options.output)
     arm = options.arm or Path(options.model.rstrip("/")).name
+    new = 0
     with locked(output / LOCK, "--output"):
         with open_engine(options) as engine:
             claim_run(output, engine, engine_name(options), arm, options.seed, _environment())
@@ -77,11 +77,14 @@ def run(options: RunOptions) -> Path:
                 asked = questions[benchmark.name]
                 prompts = engine.about.prompts([question.messages for question in asked])
                 claim_benchmark(folder, benchmark, asked, sampling, samples, engine.group, prompts)
-                ask_all(folder, benchmark, asked, engine, sampling, samples)
+                new += ask_all(folder, benchmark, asked, engine, sampling, samples, options.progress)
         for benchmark in benchmarks:
             folder, asked = output / folder_name(benchmark.name), questions[benchmark.name]
             samples = samples_of(options, benchmark)
-            judge_all(folder, benchmark, asked, samples, options.verify_workers, options.verify_again)
+            workers, again = options.verify_workers, options.verify_again
+            new += judge_all(folder, benchmark, asked, samples, workers, again, options.progress)
+    done = f"wrote {output}" if new else f"nothing to do: all answers and verdicts are in {output}"
+    told(ending(done, f"zeda evaluate report --runs {output},OTHER --output DIR"))
     return output
 
 
@@ -132,8 +135,10 @@ def ask_all(
     engine: Engine,
     sampling: SamplingConfig,
     samples: int,
-) -> None:
-    """Fill `answers.jsonl`. Every answer is on disk before the next group of its thread begins."""
+    progress: bool = True,
+) -> int:
+    """Fill `answers.jsonl`. Every answer is on disk before the next group of its thread begins. Returns how many were
+    missing."""
     jobs = [(question, sample) for question in questions for sample in range(samples)]
     groups = [jobs[i : i + engine.group] for i in range(0, len(jobs), engine.group)]
     uids = [question.uid for question in questions]
@@ -163,7 +168,7 @@ def ask_all(
         return len(lines)
 
     pending = [group for group in groups if missing(group)]
-    bar = tqdm(total=len(jobs), initial=len(done), desc=benchmark.name, unit="answer")
+    bar = progress_bar(len(jobs), "answer", benchmark.name, progress, initial=len(done))
     with bar, _slots_counted(folder, engine):
         if engine.parallel == 1:
             for group in pending:
@@ -171,6 +176,7 @@ def ask_all(
         else:
             for made in _in_threads(engine.parallel, make, pending):
                 bar.update(made)
+    return len(jobs) - len(done)
 
 
 def _drop_verdicts(file: Path, parse: Parse, done: set[tuple[str, int]]) -> None:
@@ -196,9 +202,16 @@ def _slots_counted(folder: Path, engine: Engine) -> Iterator[None]:
 
 
 def judge_all(
-    folder: Path, benchmark: Benchmark, questions: list[Question], samples: int, workers: int, again: bool
-) -> None:
-    """Fill `verdicts.jsonl`. Programs are judged `workers` at a time, other answers in this thread."""
+    folder: Path,
+    benchmark: Benchmark,
+    questions: list[Question],
+    samples: int,
+    workers: int,
+    again: bool,
+    progress: bool = True,
+) -> int:
+    """Fill `verdicts.jsonl`. Programs are judged `workers` at a time, other answers in this thread. Returns how many
+    were missing."""
     if again and is_regular(folder / VERDICTS):
         with writing(f"--output {folder / VERDICTS}"):
             (folder / VERDICTS).unlink()
@@ -212,13 +225,14 @@ def judge_all(
         verdict: Verdict = benchmark.verify(by_uid[line["uid"]], line["text"], line["finish"])
         return {"uid": line["uid"], "sample": line["sample"], **asdict(verdict)}
 
-    if not pending:
-        return
-    with tqdm(total=len(pending), desc=f"{benchmark.name}: judging", unit="answer") as bar:
+    with progress_bar(
+        len(pending), "answer", f"{benchmark.name}: judging", progress and bool(pending)
+    ) as bar:
         made = _in_threads(workers, judge, pending) if benchmark.runs_code else map(judge, pending)
         for line in made:
             file.append([line])
             bar.update()
+    return len(pending)
 
 
 def _in_threads(count: int, work, items: list) -> Iterator:

@@ -12,13 +12,15 @@ answers the steps follow one another as in an engine: a kept draft saves the nex
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ...config.arguments import Count, Whole, check_choices, parse, require
 from ...config.generate import SamplingConfig
-from ...config.run import LossConfig
+from ...config.run import LossConfig, Watched
 from ...data.packing import PackedBatch, PackedDataset, TokenSample
 from ...distill.builtin_engine import BuiltinEngine
 from ...distill.passes import draft_loss, draft_states, forward_model, means, total
@@ -28,6 +30,7 @@ from ...models.load import LoadedModel, load_model
 from ...moe import stats
 from ...moe.router_dials import set_dials
 from ...runtime import process_groups
+from ...runtime.terminal import progress_bar, told
 from ...text_table import text_table
 from .heldout import HeldOut, load_held_out
 
@@ -38,7 +41,7 @@ SLOTS = 64
 
 
 @dataclass(frozen=True)
-class DraftOptions:
+class DraftOptions(Watched):
     """What to measure."""
 
     teacher: str | None = None
@@ -77,6 +80,8 @@ def main(argv: list[str]) -> int:
     if options.out:
         write_result("--out", options.out, json.dumps(result, indent=2) + "\n")
     print("\n".join(format_drafts(result)))
+    if options.out:
+        told(f"wrote {options.out}")
     return 0
 
 
@@ -102,17 +107,22 @@ def measure_drafts(options: DraftOptions) -> dict[str, dict]:
             pairs["student, its own head"] = (student, student.chunk.mtp.layers[0])
     answered: dict[int, list[PackedBatch]] = {}
     result = {}
-    for name, (model, head) in pairs.items():
-        result[name] = on_text(model.chunk, head, held_out, model.arch.vocab_size)
-        if options.own_answers:
-            if id(model) not in answered:
-                answered[id(model)] = _answers(model, held_out, options)
-            result[name]["own_answers"] = on_own_answers(model.chunk, head, answered[id(model)])
+    rows = len(pairs) * sum(map(len, held_out.rows_by_kind.values()))
+    answers = len({id(model) for model, _ in pairs.values()}) * len(_asked(held_out, options))
+    with progress_bar(rows + answers, "row or answer", "drafts", options.progress) as bar:
+        for name, (model, head) in pairs.items():
+            result[name] = on_text(model.chunk, head, held_out, model.arch.vocab_size, bar.update)
+            if options.own_answers:
+                if id(model) not in answered:
+                    answered[id(model)] = _answers(model, held_out, options, bar.update)
+                result[name]["own_answers"] = on_own_answers(model.chunk, head, answered[id(model)])
     return result
 
 
 @torch.no_grad()
-def on_text(model, head, held_out: HeldOut, vocab_size: int) -> dict:
+def on_text(
+    model, head, held_out: HeldOut, vocab_size: int, on_row: Callable[[], Any] = lambda: None
+) -> dict:
     """Acceptance on held-out text.
 
     Args:
@@ -128,6 +138,7 @@ def on_text(model, head, held_out: HeldOut, vocab_size: int) -> dict:
                 drafted = draft_states(model, row, hidden, head)
                 theirs = hidden, model.head_weight()
                 mine.append(draft_loss(model, row, drafted, theirs, loss, vocab_size)[1])
+                on_row()
             by_kind[kind] = means(total(mine))["top1_agreement"]
             sums = sums + total(mine)
         share = stats.collect(model, model.config.num_layers, process_groups.device()).zero_share
@@ -190,14 +201,22 @@ def first_choices(hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Ten
     return torch.cat([(part @ weight_VH.t()).argmax(-1) for part in hidden_TH.split(CHUNK_TOKENS)])
 
 
-def _answers(model: LoadedModel, held_out: HeldOut, options: DraftOptions) -> list[PackedBatch]:
-    """Rows with the greedy answers of a model to some of the prompts, from all over the file."""
-    every = max(len(held_out.prompts) // options.own_answers, 1)
+def _asked(held_out: HeldOut, options: DraftOptions) -> list[list[int]]:
+    """Some of the prompts, from all over the file."""
+    every = max(len(held_out.prompts) // max(options.own_answers, 1), 1)
     prompts = held_out.prompts[::every][: options.own_answers]
-    prompts = [prompt for prompt in prompts if len(prompt) < options.seq_length]
+    return [prompt for prompt in prompts if len(prompt) < options.seq_length]
+
+
+def _answers(
+    model: LoadedModel, held_out: HeldOut, options: DraftOptions, on_answer: Callable[[], Any]
+) -> list[PackedBatch]:
+    """Rows with the greedy answers of a model to some of the prompts."""
+    prompts = _asked(held_out, options)
     tokenizer = model.tokenizer
     vocab = min(tokenizer.vocab_size, model.arch.vocab_size)
-    engine = BuiltinEngine(model.chunk, tokenizer.eos_ids, tokenizer.pad_id, options.seq_length, vocab, SLOTS)
+    stops, pad = tokenizer.eos_ids, tokenizer.pad_id
+    engine = BuiltinEngine(model.chunk, stops, pad, options.seq_length, vocab, SLOTS, on_answer)
     greedy = SamplingConfig(options.own_answer_tokens, temperature=0.0)
     made = engine.generate(prompts, greedy, [0] * len(prompts))
     samples = [

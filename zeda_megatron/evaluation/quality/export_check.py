@@ -13,6 +13,7 @@ import torch
 
 from ...config.arguments import parse, require
 from ...config.generate import SamplingConfig
+from ...config.run import Watched
 from ...data.conversation import tokenize_rollout
 from ...data.prompts import load_rollouts
 from ...distill.builtin_engine import BuiltinEngine
@@ -24,10 +25,11 @@ from ...models.load import load_model
 from ...moe.stats import evaluating
 from ...regular_file import read_regular
 from ...runtime import process_groups
+from ...runtime.terminal import ending, progress_bar, told
 
 
 @dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(Watched):
     """What to compare."""
 
     megatron: str | None = None
@@ -75,9 +77,10 @@ def check(options: CheckOptions) -> dict:
     rollouts = list(load_rollouts(options.heldout))
     rollouts = rollouts[:: max(1, len(rollouts) // options.prompts)][: options.prompts]
     prompts = [tokenizer.chat_ids(r.messages[:-1], add_generation_prompt=True) for r in rollouts]
-    engine = BuiltinEngine(
-        ours.chunk, tokenizer.eos_ids, tokenizer.pad_id, max(map(len, prompts)) + options.max_new_tokens
-    )
+    bar = progress_bar(2 * len(prompts), "answer", Path(options.hf).name, options.progress)
+    length = max(map(len, prompts)) + options.max_new_tokens
+    stops, pad = tokenizer.eos_ids, tokenizer.pad_id
+    engine = BuiltinEngine(ours.chunk, stops, pad, length, on_answer=bar.update)
     greedy = SamplingConfig(max_new_tokens=options.max_new_tokens, temperature=0.0)
     answers = [g.response_ids for g in engine.generate(prompts, greedy, [0] * len(prompts))]
     equal, largest, scale, compared = 0, 0.0, 0.0, 0
@@ -99,6 +102,8 @@ def check(options: CheckOptions) -> dict:
         largest = max(largest, (mine - others).abs().max().item())
         scale = max(scale, others.abs().max().item())
         compared += tokens.numel()
+        bar.update()
+    bar.close()
     result = {
         "prompts": len(prompts),
         "equal_answers": equal,
@@ -142,4 +147,11 @@ def main(argv: list[str]) -> int:
     if options.out:
         write_result("--out", options.out, text + "\n")
     print(text)
-    return 0 if result["equal_answers"] == result["prompts"] and result["equal_logits"] else 1
+    good = result["equal_answers"] == result["prompts"] and result["equal_logits"]
+    wrote = f"wrote {options.out}; " if options.out else ""
+    if good:
+        serve = f"vllm serve {options.hf}, or zeda evaluate run --model {options.hf}"
+        told(ending(f"{wrote}{options.hf} answers as {options.megatron} does", serve))
+    else:
+        told(f"{wrote}{options.hf} does not answer as {options.megatron} does: export it again, and tell us")
+    return 0 if good else 1

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from ...config.arguments import check_choices, parse, require
+from ...config.run import Watched
 from ...data.conversation import TokenSample
 from ...data.tokenizers import ChatTokenizer, load_tokenizer
 from ...durable_file import write_result
 from ...ops.vocab_kl import token_metrics
+from ...runtime.terminal import progress_bar, told
 from ...serving.load import load_model
 from ...text_table import markdown_table
 from ..answering.transformers_engine import left_padded, until_stop
@@ -32,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class QualityOptions:
+class QualityOptions(Watched):
     """What to compare."""
 
     teacher: str | None = None
@@ -93,13 +95,20 @@ def quality(
     tokenizer: ChatTokenizer,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Per model: `ce`, `kl_to_teacher`, `kl_to_first`, `top1_agreement_*`, `zero_share`, `exact_match`, all as in
     `quality.measure` (nats a token, means over response tokens).
 
     Args:
         models: by name; the first is what the others are compared with.
+        progress: show a bar.
     """
+    with progress_bar(len(samples) + len(models) * len(tasks), "conversation", "folders", progress) as bar:
+        return _quality(teacher, models, samples, tasks, tokenizer, batch_size, max_new_tokens, bar.update)
+
+
+def _quality(teacher, models, samples, tasks, tokenizer, batch_size, max_new_tokens, on_done) -> dict:
     sums = {name: Sums() for name in models}
     for model in models.values():
         _reset(model)
@@ -113,10 +122,11 @@ def quality(
             log_p_TV = _log_probs(model, tokens_BS, mask_BS, scored_BS)
             others.setdefault("first", log_p_TV)
             sums[name].add(log_p_TV, labels_T, others)
+        on_done(len(batch))
     result = {}
     for name, model in models.items():
         shares = model.zero_share() if hasattr(model, "zero_share") else [0.0]
-        right = exact_match(model, tasks, tokenizer, batch_size, max_new_tokens)
+        right = exact_match(model, tasks, tokenizer, batch_size, max_new_tokens, on_done)
         result[name] = {
             **sums[name].means(),
             "zero_share": sum(shares) / len(shares),
@@ -159,6 +169,7 @@ def exact_match(
     tokenizer: ChatTokenizer,
     batch_size: int,
     max_new_tokens: int,
+    on_done: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, float]:
     """Share of right greedy answers per family; texts are stripped and compared."""
     hits, counts = defaultdict(int), defaultdict(int)
@@ -179,6 +190,7 @@ def exact_match(
             text = tokenizer.decode(answer[:-1] if finish == "stop" else answer)
             counts[task.kind] += 1
             hits[task.kind] += exactly(text, task.label)
+        on_done(len(batch))
     return {kind: hits[kind] / counts[kind] for kind in sorted(counts)}
 
 
@@ -217,8 +229,11 @@ def main(argv: list[str]) -> int:
         tokenizer,
         options.batch_size,
         options.max_new_tokens,
+        options.progress,
     )
     if options.out:
         write_result("--out", options.out, json.dumps(result, indent=2) + "\n")
     print("\n".join(table(result)))
+    if options.out:
+        told(f"wrote {options.out}")
     return 0

@@ -17,10 +17,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ...config.arguments import Amount, Count, Share, parse, require
+from ...config.run import Watched
 from ...data.packing import PackedBatch
 from ...data.rows import load_rows
 from ...distill.losses import LossConfig
@@ -35,13 +37,15 @@ from ...moe import stats
 from ...moe.replay import enable_replay, set_targets
 from ...moe.router_dials import calibrate_threshold, zero_mask
 from ...runtime import process_groups
+from ...runtime.terminal import progress_bar, told
 from ...text_table import text_table
 
+CALIBRATION_PASSES = 4
 ORACLES = ("oracle", "oracle, greedy in a layer", "oracle, greedy in a token")
 
 
 @dataclass(frozen=True)
-class OracleOptions:
+class OracleOptions(Watched):
     """What to compare."""
 
     students: list[str] | None = None
@@ -118,8 +122,14 @@ def _probabilities(layers: dict) -> Iterator[dict[int, torch.Tensor]]:
         yield found
 
 
-def look_at_picks(model: LoadedModel, row: PackedBatch, samples: int, seed: int) -> RowPicks:
-    """Run the static model on a row, sample answers, and go backward from each."""
+def look_at_picks(
+    model: LoadedModel,
+    row: PackedBatch,
+    samples: int,
+    seed: int,
+    on_answer: Callable[[], Any] = lambda: None,
+) -> RowPicks:
+    """Run the static model on a row, sample answers, and go backward from each, `on_answer` called before."""
     chunk, topk = model.chunk, model.chunk.config.moe_router_topk
     layers = moe_layers(chunk)
     with zero_mask(chunk), _probabilities(layers) as probs, torch.no_grad():
@@ -129,7 +139,7 @@ def look_at_picks(model: LoadedModel, row: PackedBatch, samples: int, seed: int)
     ]
     found = {number: _EffectsInOrder() for number in layers}
     nowhere, none = dict.fromkeys(layers, lambda *rows: None), dict.fromkeys(layers, 0.0)
-    passes = WatchedPasses(chunk, layers, model.arch.vocab_size, effect=True, on_row=lambda: None)
+    passes = WatchedPasses(chunk, layers, model.arch.vocab_size, effect=True, on_row=on_answer)
     passes.run(answers, nowhere, none, found)
     by_layer = [_in_place(probs[number], found[number], topk) for number in sorted(layers)]
     return RowPicks(*(torch.stack(parts, 1) for parts in zip(*by_layer)))
@@ -222,20 +232,35 @@ class Comparison:
     def run(self) -> dict:
         """`decisions`: name -> KL to the teacher and share skipped; `closed`: how much of the way from the first
         student to the best oracle the others go."""
+        options = self.options
+        of_row = len(options.students) * (CALIBRATION_PASSES + 1) + options.samples + 1 + len(ORACLES)
+        with progress_bar(of_row * len(self.rows), "pass", "oracle", options.progress) as bar:
+            return self._run(bar.update)
+
+    def _run(self, on_pass: Callable[[], Any]) -> dict:
         decisions, first = {}, None
+
+        def forward(chunk, row):
+            on_pass()
+            return forward_model(chunk, row)
+
         for folder in self.options.students:
             student = self._student(folder)
             first = first or student
-            calibrate_threshold(student.chunk, self.rows, self.options.target_share, forward_model)
-            decisions[folder] = self._distance(student, lambda index: None)
-        looked = [look_at_picks(first, row, self.options.samples, seed) for seed, row in enumerate(self.rows)]
+            share = self.options.target_share
+            calibrate_threshold(student.chunk, self.rows, share, forward, CALIBRATION_PASSES)
+            decisions[folder] = self._distance(student, lambda index: None, on_pass)
+        looked = [
+            look_at_picks(first, row, self.options.samples, seed, on_pass)
+            for seed, row in enumerate(self.rows)
+        ]
         enable_replay([first.chunk])
         weights = [row.weight_TLK.double() for row in looked]
         for name, scores in {
             "routing weight": weights,
             **oracle_scores(looked, self.options.effect_floor),
         }.items():
-            decisions[name] = self._distance(first, self._targets(looked, scores, first))
+            decisions[name] = self._distance(first, self._targets(looked, scores, first), on_pass)
         begin = decisions[self.options.students[0]]["kl"]
         way = begin - min(decisions[name]["kl"] for name in ORACLES)
         closed = {name: (begin - decisions[name]["kl"]) / way for name in self.options.students[1:]}
@@ -269,7 +294,9 @@ class Comparison:
         return targets
 
     @torch.no_grad()
-    def _distance(self, student: LoadedModel, targets: Callable) -> dict[str, float]:
+    def _distance(
+        self, student: LoadedModel, targets: Callable, on_pass: Callable[[], Any] = lambda: None
+    ) -> dict[str, float]:
         chunk, options, sums = student.chunk, self.options, total([])
         with stats.evaluating(chunk):
             for index, row in enumerate(self.rows):
@@ -281,6 +308,7 @@ class Comparison:
                     [chunk], self.teacher, [row], options.seq_length, loss, student.arch.vocab_size
                 )
                 sums = sums + total([one.sums for one in found])
+                on_pass()
             report = stats.collect(chunk, chunk.config.num_layers, process_groups.device())
         return {"kl": means(sums)["kl"], "zero_share": report.zero_share}
 
@@ -307,4 +335,6 @@ def main(argv: list[str]) -> int:
     if options.out:
         write_result("--out", options.out, json.dumps(result, indent=2) + "\n")
     print(format_comparison(result))
+    if options.out:
+        told(f"wrote {options.out}")
     return 0
