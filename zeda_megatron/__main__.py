@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"zeda {argv[0]} needs one of {', '.join(known.split()[1] for known in several)} behind it"
             if several
-            else f"zeda {cut_short(name)} is no command; choose one of {', '.join(COMMANDS)}"
+            else f"zeda {cut_short(name)} is not a command; choose one of {', '.join(COMMANDS)}"
         )
     if name == "train":
         return start_training(rest)

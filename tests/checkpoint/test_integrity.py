@@ -54,7 +54,7 @@ WAYS = {
     "the common state is cut": (COMMON, cut, "bytes, "),
     "a bit of the index flips": (".metadata", flip, "has changed since it was written"),
     "the last file is missing": ("metadata.json", os.unlink, "is missing"),
-    "the list of hashes is no list": (INTEGRITY, garbage, "cannot be read"),
+    "the list of hashes is not a list": (INTEGRITY, garbage, "cannot be read"),
 }
 damaged = pytest.mark.parametrize(("name", "damage", "words"), WAYS.values(), ids=WAYS)
 

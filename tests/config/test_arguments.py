@@ -119,7 +119,7 @@ def test_text_stays_as_it_is_written(tmp_path):
 def test_what_has_no_end_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for file in (tmp_path / "fifo", "/dev/zero"):
-        with pytest.raises(UserError, match="is no plain file"):
+        with pytest.raises(UserError, match="is not a plain file"):
             read("--config", str(file))
 
 

@@ -284,7 +284,7 @@ def test_after_midnight_nothing_is_answered_again_and_the_rest_knows_the_first_d
     assert by_key(tmp_path / "a") == by_key(tmp_path / "whole")
     assert json.loads((tmp_path / "a.meta.json").read_text())["day"] == "2030-01-02"
     (tmp_path / "a.meta.json").write_text('{"day": "soon"}')
-    with pytest.raises(UserError, match=r'a.meta.json: "day" is no date'):
+    with pytest.raises(UserError, match=r'a.meta.json: "day" is not a date'):
         run_stage0(options)
 
 

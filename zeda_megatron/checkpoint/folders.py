@@ -107,10 +107,10 @@ def own_file(folder: Path, name: Any, where: str | Path, root: Path | None = Non
         root: the checkpoint's folder, if `folder` is one inside it.
 
     Raises:
-        UserError: `name` is no plain file name, or leads out of the folder.
+        UserError: `name` is not a plain file name, or leads out of the folder.
     """
     if not is_plain(name):
-        raise UserError(f"{where}: names the file {str(name)[:100]!r}, which is no plain file name")
+        raise UserError(f"{where}: names the file {str(name)[:100]!r}, which is not a plain file name")
     path = folder / name
     linked = path.is_symlink() or (root is not None and folder.is_symlink())
     if linked and not any(_is_below(path, base) for base in _roots(root or folder)):

@@ -337,7 +337,7 @@ def _yaml_text(file: str) -> str:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(
-                f"--config {file}: is no plain file"
+                f"--config {file}: is not a plain file"
             )  # a pipe may have no writer, a device no end
         with open(path, "rb") as stream:
             data = stream.read(MAX_YAML_BYTES + 1)

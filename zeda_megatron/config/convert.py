@@ -128,7 +128,7 @@ def read_conversion(argv: Sequence[str]) -> ImportOptions | ExportOptions | Veri
         print(USAGE)
         sys.exit()
     if name not in COMMANDS:
-        raise UserError(f"zeda convert: {shown(name)} is no command; choose one of {', '.join(COMMANDS)}")
+        raise UserError(f"zeda convert: {shown(name)} is not a command; choose one of {', '.join(COMMANDS)}")
     options = parse(argv[1:], {name: COMMANDS[name]}, prog=f"zeda convert {name}")[name]
     options.validate()
     return options

@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         except ValueError as error:
             raise UserError(f"{path}: damaged safetensors header ({error}); download it again") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: damaged safetensors header (it is no JSON object); download it again")
+        raise UserError(f"{path}: damaged safetensors header (it is not a JSON object); download it again")
     header.pop("__metadata__", None)
     entries = {key: _entry(path, key, item, 8 + length, size) for key, item in header.items()}
     _check_places(path, entries, 8 + length, size)
@@ -209,7 +209,7 @@ class HFReader:
     def _shard(self, index: Path, key: str, name: str) -> Path:
         path = own_file(self.folder, name, f"{index}: {key}")
         if path.suffix != ".safetensors":
-            raise UserError(f"{index}: {key} is in {name}, which is no safetensors file; only those are read")
+            raise UserError(f"{index}: {key} is in {name}, which is not a safetensors file; only those are read")
         return path
 
     def _refuse_other_sources(self) -> None:

@@ -24,7 +24,7 @@ _OTHERS = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
-"""What a file begins with that is no JSON, and what to do with it."""
+"""What a file begins with that is not JSON, and what to do with it."""
 
 
 def open_lines(file: str | Path) -> BinaryIO:
@@ -52,7 +52,7 @@ def read_lines(file: str | Path, longest: int = MAX_BYTES) -> Iterator[tuple[str
         longest: bytes that a line may have.
 
     Raises:
-        UserError: the file cannot be read, has no lines with content, or a line is no JSON; it names the line.
+        UserError: the file cannot be read, has no lines with content, or a line is not JSON; it names the line.
     """
     number = 0
     with open_lines(file) as stream:

@@ -176,8 +176,8 @@ class BuiltinEngine:
         strangers = experts > 1 or parallel_state.get_expert_tensor_parallel_world_size() > tensor
         if strangers and self.chunks[0].config.moe_token_dispatcher_type == "allgather":
             raise UserError(
-                "--moe-token-dispatcher-type allgather wants equally many tokens on all expert-parallel ranks, "
-                "which generation has not: use alltoall"
+                "--moe-token-dispatcher-type allgather needs the same number of tokens on all expert-parallel "
+                "ranks, which answering does not have: use alltoall"
             )
 
     @torch.no_grad()

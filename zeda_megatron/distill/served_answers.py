@@ -203,5 +203,5 @@ def _ids(where: str, choice: dict, name: str, said: dict | None = None) -> list[
     if found is None:
         return None
     if not (isinstance(found, list) and all(is_int(one) and one >= 0 for one in found)):
-        raise UserError(f"{where}: {name} is no list of token ids: {brief(found)}")
+        raise UserError(f"{where}: {name} is not a list of token ids: {brief(found)}")
     return found

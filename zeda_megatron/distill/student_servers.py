@@ -257,15 +257,15 @@ def _start_update(say) -> None:
 def _versions(choice: dict, where: str) -> set[str]:
     spans = choice.get("weight_versions")
     if not isinstance(spans, list) or not all(isinstance(one, dict) for one in spans):
-        raise UserError(f"{where}: does not tell which weights answered; vLLM 0.32 or newer does")
+        raise UserError(f"{where}: does not say which weights answered; vLLM 0.32 or newer does")
     return {str(one.get("version")) for one in spans}
 
 
 def _generation(choice: dict, finish: str, where: str) -> Generation:
     ids, told = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
     if not (isinstance(ids, list) and ids and all(is_int(one) and one >= 0 for one in ids)):
-        raise UserError(f"{where}: token_ids is no list of token ids: {brief(ids)}")
+        raise UserError(f"{where}: token_ids is not a list of token ids: {brief(ids)}")
     values = [one.get("logprob") for one in told if isinstance(one, dict)] if isinstance(told, list) else []
     if len(values) != len(ids) or not all(is_number(value) for value in values):
-        raise UserError(f"{where}: tells no log-probability of every token")
+        raise UserError(f"{where}: gives no log-probability for every token")
     return Generation(ids, [float(value) for value in values], finish)

@@ -280,7 +280,7 @@ def _check_keys(
     for key in hf:
         has = getattr(kind, key, None)
         if callable(has) or isinstance(has, dict) or (isinstance(has, property) and has.fset is None):
-            raise UserError(f"{where}: {key[:60]!r} is no setting; transformers cannot read it either")
+            raise UserError(f"{where}: {key[:60]!r} is not a setting; transformers cannot read it either")
 
 
 def _aliases(key: str, names: dict[str, str]) -> set[str]:

@@ -103,7 +103,7 @@ class OpenAIServer:
 
         Raises:
             NoAnswer: none in time, or the server was busy or gone every time.
-            UserError: a refusal, a redirect, or an answer that is no JSON object.
+            UserError: a refusal, a redirect, or an answer that is not a JSON object.
         """
         headers = {"Content-Type": "application/json"}
         if self._key:
@@ -116,7 +116,7 @@ class OpenAIServer:
                 said = json.loads(fetch(address, self.timeout, most, data, headers))
                 if isinstance(said, dict):
                     return said
-                raise UserError(f"{address}: its answer is no JSON object")
+                raise UserError(f"{address}: its answer is not a JSON object")
             except Refused as error:
                 if error.code not in _PASSING or last:
                     reason = f"{error.code} {brief(error.reason)}: {self._without_key(error.said)}"
@@ -125,7 +125,7 @@ class OpenAIServer:
             except (ValueError, RecursionError) as error:
                 reason = self._without_key(str(error))
                 raise UserError(
-                    f"{address}: no address, or its answer is no JSON ({brief(reason)})"
+                    f"{address}: no address, or its answer is not JSON ({brief(reason)})"
                 ) from None
             except (OSError, http.client.HTTPException) as error:
                 if last or time.monotonic() - begun >= self.timeout:
@@ -169,14 +169,14 @@ def usage_of(said: dict, where: str) -> dict[str, Any]:
     `zero_share` (or None)."""
     usage = said.get("usage") or {}
     if not isinstance(usage, dict):
-        raise UserError(f"{where}: usage is no object")
+        raise UserError(f"{where}: usage is not an object")
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     for name, value in counts.items():
         if value is not None and not (is_int(value) and 0 <= value < 1 << 31):
-            raise UserError(f"{where}: usage.{name} is no count: {brief(value)}")
+            raise UserError(f"{where}: usage.{name} is not a count: {brief(value)}")
     share = usage.get("zero_share")
     if share is not None and not (is_number(share) and 0 <= share <= 1):
-        raise UserError(f"{where}: usage.zero_share is no share: {brief(share)}")
+        raise UserError(f"{where}: usage.zero_share is not a share: {brief(share)}")
     return {name: value or 0 for name, value in counts.items()} | {"zero_share": share}
 
 
@@ -216,4 +216,4 @@ def _require_address(url: str, flag: str) -> None:
     if parts is not None and (parts.username is not None or parts.query or parts.fragment):
         raise UserError(f"{flag}: an address has no password, ? or # in it; keys come from OPENAI_API_KEY")
     if not right:
-        raise UserError(f"{flag} {url}: is no address (http://host:port/v1)")
+        raise UserError(f"{flag} {url}: is not an address (http://host:port/v1)")

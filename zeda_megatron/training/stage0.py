@@ -118,7 +118,7 @@ def begun_on(path: str | Path) -> datetime.date:
     try:
         return datetime.date.today() if day is None else datetime.date.fromisoformat(day)
     except (TypeError, ValueError):
-        raise UserError(f'{meta}: "day" is no date; repair it, or give another --rollout-path') from None
+        raise UserError(f'{meta}: "day" is not a date; repair it, or give another --rollout-path') from None
 
 
 def _meta_of(path: str | Path) -> Path:

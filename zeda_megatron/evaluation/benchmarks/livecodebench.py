@@ -112,7 +112,7 @@ def decode_tests(packed: str | list | None, where: str) -> list[dict]:
     """Tests as `{"input", "output", "testtype"}`: a list as it is, JSON text, or the packed form.
 
     Raises `UserError`, opened by `where`, for anything else: more than `MOST` bytes, a pickle that holds more than a
-    string, text that is no list of tests.
+    string, text that is not a list of tests.
     """
     if isinstance(packed, list):
         tests = packed

@@ -89,7 +89,7 @@ def encode(value, opaque=False):
         return ["I", items]
     if opaque:
         return ["?"]
-    raise NotPlain(f"{kind.__name__} is no plain data")
+    raise NotPlain(f"{kind.__name__} is not plain data")
 
 
 def decode(data, hashing=True):

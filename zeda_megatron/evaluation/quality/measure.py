@@ -224,7 +224,7 @@ def _by_family(tasks, right: list[bool]) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point. Prints the metrics and writes them to --out."""
+    """Entry point. Writes the metrics to --out, or prints them."""
     first, *_ = arms = read_arms(argv)
     with process_groups.started():
         yardstick = Yardstick(first, len(arms) > 1)
@@ -237,7 +237,7 @@ def main(argv: list[str]) -> int:
                 export = f"zeda convert megatron-to-hf --megatron {options.student} exports it"
                 then = export if options.student and not options.arms else ""
                 told(ending(f"wrote {options.out}: KL {kl:.4f} at a zero share of {share:.1%}", then))
-            if not options.arms:
+            else:
                 print(text)
     return 0
 
