@@ -209,7 +209,9 @@ class HFReader:
     def _shard(self, index: Path, key: str, name: str) -> Path:
         path = own_file(self.folder, name, f"{index}: {key}")
         if path.suffix != ".safetensors":
-            raise UserError(f"{index}: {key} is in {name}, which is not a safetensors file; only those are read")
+            raise UserError(
+                f"{index}: {key} is in {name}, which is not a safetensors file; only those are read"
+            )
         return path
 
     def _refuse_other_sources(self) -> None:

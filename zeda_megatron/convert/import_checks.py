@@ -114,8 +114,8 @@ def check_float_types(reader: HFReader, dtype: str) -> None:
     few = min(halves.values(), key=len)
     if few and DTYPES[dtype] is None:
         raise UserError(
-            f"{reader.entry(few[0]).file}: tensor {few[0]} has type {reader.dtype(few[0])}, which the other half "
-            "precision weights have not; pass --dtype to make them one"
+            f"{reader.entry(few[0]).file}: tensor {few[0]} has type {reader.dtype(few[0])}, unlike the other "
+            "half-precision weights; pass --dtype to make them one"
         )
 
 
