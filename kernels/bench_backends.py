@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from zeda_kernels import experts, kernel_call
 from zeda_kernels.expert_table import ExpertTable
-from zeda_megatron.ops.grouped_mlp import grouped_mlp
+from zeda_megatron.ops.grouped_mlp import grouped_mlp, lay_side_by_side, stacked
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Inputs:
         # As a layer keeps them.
         self.fc1 = ExpertTable(draw(2 * shape.width, shape.hidden) for _ in range(shape.experts))
         self.fc2 = ExpertTable(draw(shape.hidden, shape.width) for _ in range(shape.experts))
+        for weights in (self.fc1, self.fc2):
+            lay_side_by_side(weights)
         self.dy, self.dout = draw(rows, 2 * shape.width, grad=False), draw(rows, shape.hidden, grad=False)
         self.main = [torch.zeros(2 * shape.width, shape.hidden, device=device) for _ in range(shape.experts)]
 
@@ -92,13 +94,13 @@ class Unfused:
 
 class GroupedMm:
     """torch's own. Its weight gradient is bfloat16 and is added to the float32 one in a second pass. `layer` is what
-    this project runs without kernels: it stacks the weights at each call."""
+    this project runs without kernels."""
 
     name = "grouped_mm"
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self.stacked = torch.stack(inputs.fc1).detach()
+        self.stacked = stacked(inputs.fc1).detach()
         self.main = torch.zeros(self.stacked.shape, device=self.stacked.device)
 
     def _fc1(self) -> torch.Tensor:
@@ -119,22 +121,6 @@ class GroupedMm:
         }
 
 
-class Stacked(GroupedMm):
-    """torch's own over weights that lie in one tensor."""
-
-    name = "stacked"
-
-    def __init__(self, inputs: Inputs):
-        super().__init__(inputs)
-        self.second = torch.stack(inputs.fc2).detach()
-
-    def _layer(self) -> torch.Tensor:
-        return F.grouped_mm(self._fc1(), self.second.transpose(1, 2), offs=self.inputs.ends)
-
-    def runs(self) -> dict[str, Callable]:
-        return {"layer": _quiet(self._layer)}
-
-
 class Triton:
     """A plain Triton grouped GEMM, forward only."""
 
@@ -144,7 +130,7 @@ class Triton:
         from triton_grouped import grouped_mm
 
         self.inputs, self.run = inputs, grouped_mm
-        self.stacked = torch.stack(inputs.fc1).detach()
+        self.stacked = stacked(inputs.fc1).detach()
 
     def runs(self) -> dict[str, Callable]:
         i = self.inputs
@@ -195,7 +181,7 @@ def _quiet(run: Callable) -> Callable:
     return call
 
 
-KINDS = (Own, Unfused, GroupedMm, Stacked, Triton, TransformerEngine)
+KINDS = (Own, Unfused, GroupedMm, Triton, TransformerEngine)
 BACKENDS = tuple(kind.name for kind in KINDS)
 
 

@@ -26,11 +26,11 @@ def test_the_benchmark_walks_through_on_the_cpu_and_writes_what_it_measured(tmp_
     result = json.loads(file.read_text())
     rows = result["timings"]
     assert result["device"] == "cpu" and result["left_out"] == {"triton": "needs a GPU", "te": "needs a GPU"}
-    assert {row["backend"] for row in rows} == {"kernels", "unfused", "grouped_mm", "stacked"}
+    assert {row["backend"] for row in rows} == {"kernels", "unfused", "grouped_mm"}
     names = {"forward", "dgrad", "wgrad", "fc1", "act", "layer", "layer_backward"}
     assert {row["what"] for row in rows} == names
     assert {row["backend"] for row in rows if row["what"] == "fc1"} == {"kernels", "unfused", "grouped_mm"}
-    assert len(rows) == (7 + 1 + 6 + 1) * 2 * 3
+    assert len(rows) == (7 + 1 + 6) * 2 * 3
     assert all(row["device_us"] > 0 and row["host_us"] > 0 and row["how"] == "cpu" for row in rows)
     assert {row["rows"] for row in rows if row["zero_share"] == 0} == {8, 64}
     assert {row["rows"] for row in rows if row["zero_share"] == 1} == {0}
@@ -52,7 +52,7 @@ def test_the_crossover_of_the_tiles_is_found_and_kept_off_the_file_without_a_gpu
 
 def test_one_backend_is_measured_alone_and_an_unknown_one_is_named():
     line = [sys.executable, str(BENCH), "--device", "cpu", "--tiny", "--tokens", "4", "--zero-shares", "0"]
-    done = subprocess.run([*line, "--backends", "stacked"], capture_output=True, text=True)
+    done = subprocess.run([*line, "--backends", "unfused"], capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     done = subprocess.run([*line, "--backends", "fast"], capture_output=True, text=True)
     assert done.returncode == 2 and "'fast' is unknown; choose among kernels," in done.stderr

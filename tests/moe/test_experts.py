@@ -12,7 +12,7 @@ from zeda_megatron.models.architecture import read_architecture
 from zeda_megatron.models.build import build_gpt_model, transformer_config
 from zeda_megatron.moe.experts import GroupedExperts, backend_for
 from zeda_megatron.ops import expert_kernels
-from zeda_megatron.ops.grouped_mlp import BACKENDS, grouped_mlp
+from zeda_megatron.ops.grouped_mlp import BACKENDS, grouped_mlp, stacked
 
 H, F = 32, 16
 
@@ -150,6 +150,8 @@ def test_weights_are_gathered_once_and_again_when_they_are_other_objects(backend
 
     same()
     assert kept() is kept()
+    beside = stacked(kept()[0]).data_ptr() == kept()[0][0].data_ptr()
+    assert beside == (backend == "grouped_mm")  # not copied at each call; kernels take them wherever they lie
     for layer in layers:  # in place, as optimizers and checkpoints do; then as other objects
         for expert in layer.experts.local_experts:
             expert.linear_fc1.weight.mul_(2)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from zeda_megatron.models.families.gpt_oss import gate
-from zeda_megatron.ops.grouped_mlp import SWIGLU, GatedUnit, grouped_mlp
+from zeda_megatron.ops.grouped_mlp import SWIGLU, GatedUnit, grouped_mlp, lay_side_by_side, stacked
 
 H, HIDDEN, COUNTS = 16, 8, [5, 0, 7, 1]
 UNITS = {"swiglu": SWIGLU, "gpt-oss": GatedUnit(partial(gate, 1.702), 1.0, 1.0)}
@@ -59,3 +59,31 @@ def test_values_and_gradients_are_those_of_the_definition(kind, biased, backend)
     for a, b, x in zip(mine, theirs, inputs):
         a, b = (torch.zeros_like(x) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_lie_side_by_side_are_multiplied_where_they_lie_with_the_same_bits():
+    rows, probs = drawn(sum(COUNTS), H, seed=0), torch.rand(sum(COUNTS)).requires_grad_()
+    first = [drawn(2 * HIDDEN, H, seed=e) for e in range(len(COUNTS))]
+    second = [drawn(H, HIDDEN, seed=9 + e) for e in range(len(COUNTS))]
+    found = []
+    for _ in range(2):
+        out = grouped_mlp(rows, probs, COUNTS, first, second, "grouped_mm")
+        found.append([out, *torch.autograd.grad(out.square().sum(), [rows, probs, *first, *second])])
+        lay_side_by_side(first)
+        lay_side_by_side(second)
+    for apart, beside in zip(*found):
+        assert torch.equal(apart, beside)
+    for weights in (first, second):
+        assert stacked(weights).data_ptr() == weights[0].data_ptr() and weights[0].requires_grad
+        assert torch.equal(stacked(weights), torch.stack(weights))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [0, 2, 1]])
+def test_weights_in_somebodys_buffer_stay_there(order):
+    buffer = torch.randn(4 * 6)
+    weights = [torch.nn.Parameter(buffer[6 * place : 6 * place + 6].view(2, 3)) for place in order]
+    before = [weight.data_ptr() for weight in weights]
+    lay_side_by_side(weights)
+    assert [weight.data_ptr() for weight in weights] == before
+    assert torch.equal(stacked(weights), torch.stack(weights))
+    assert (stacked(weights).data_ptr() == before[0]) == (order == [0, 1, 2])

@@ -21,13 +21,13 @@ def row(backend, what="layer", tokens=4096, share=0.0, device=100.0, host=10.0, 
 def test_figures_are_judged_against_torch_s_and_against_the_host():
     rows = [
         row("kernels"),
-        row("stacked", device=90.0),
+        row("grouped_mm", device=90.0),
         row("kernels", share=0.5, device=68.0, tflops=612.0),
         row("kernels", tokens=8, device=50.0, host=80.0),
         row("kernels", what="forward", device=20.0),
         row("grouped_mm", what="forward", device=30.0, tflops=900.0),
     ]
-    assert first.slower(rows) == ["layer m 4096 0.0: 1.11 times stacked's time"]
+    assert first.slower(rows) == ["layer m 4096 0.0: 1.11 times grouped_mm's time"]
     assert first.host_bound(rows) == ["m 8 0.0: 80 us for 50"]
     assert first.judgement(rows) == (
         "m: t(.5)/t(0) = 0.68 at 4096; at best 612 TFLOP/s; 1 cases slower than torch's; Python is the limit in 1 cases"

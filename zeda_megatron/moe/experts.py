@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..errors import UserError
 from ..ops import expert_kernels
-from ..ops.grouped_mlp import BACKENDS, SWIGLU, GatedUnit, LowRank, grouped_mlp
+from ..ops.grouped_mlp import BACKENDS, SWIGLU, GatedUnit, LowRank, grouped_mlp, lay_side_by_side
 
 
 class GroupedExperts(SequentialMLP):
@@ -84,6 +84,9 @@ class GroupedExperts(SequentialMLP):
             keep = expert_kernels.installed().keep if self.backend == "kernels" else list
             layers = [[getattr(one, name) for one in experts] for name in ("linear_fc1", "linear_fc2")]
             fc1, fc2 = (keep([layer.weight for layer in part]) for part in layers)
+            if self.backend == "grouped_mm":  # kernels take weights wherever they lie
+                lay_side_by_side(fc1)
+                lay_side_by_side(fc2)
             biases = tuple([layer.bias for layer in part] for part in layers) if self.biased else None
             self._gathered = kept = fc1, fc2, biases
         return kept

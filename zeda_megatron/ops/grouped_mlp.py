@@ -93,7 +93,7 @@ def grouped_mlp(
     def product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
-    hidden = product(rows_RH, torch.stack(fc1_weights))
+    hidden = product(rows_RH, stacked(fc1_weights))
     if low_rank is not None:
         hidden = hidden + low_rank.scale * product(product(rows_RH, low_rank.fc1_down), low_rank.fc1_up)
     if biases is not None:
@@ -102,7 +102,7 @@ def grouped_mlp(
         )
         hidden = hidden + first
     acted = (unit(hidden) * probs_R[:, None]).to(rows_RH.dtype)
-    output_RH = product(acted, torch.stack(fc2_weights))
+    output_RH = product(acted, stacked(fc2_weights))
     if low_rank is not None:
         output_RH = output_RH + low_rank.scale * product(product(acted, low_rank.fc2_down), low_rank.fc2_up)
     if output_RH.requires_grad:
@@ -110,6 +110,42 @@ def grouped_mlp(
     if biases is not None:
         output_RH = output_RH + (second * probs_R[:, None]).to(rows_RH.dtype)
     return output_RH
+
+
+def lay_side_by_side(weights: list[torch.Tensor]) -> None:
+    """Move E matrices [N, K] into one piece of memory, one behind the other, so that `stacked` need not copy them.
+
+    They stay the same objects. Those that lie in a buffer (Megatron's distributed optimizer has one) stay there.
+    """
+    if all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights):
+        for weight, place in zip(weights, torch.stack([weight.data for weight in weights]).unbind(0)):
+            weight.data = place
+
+
+def stacked(weights: list[torch.Tensor]) -> torch.Tensor:
+    """E matrices [N, K] as [E, N, K]: a view where they lie one behind the other, else a copy."""
+    first, last = weights[0], weights[-1]
+    begin, size = first.data_ptr(), first.nbytes
+    if (
+        any(weight.data_ptr() != begin + i * size for i, weight in enumerate(weights))
+        or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr()
+        or not first.is_contiguous()
+    ):
+        return torch.stack(weights)
+    return _View.apply(*weights)
+
+
+class _View(torch.autograd.Function):
+    """`torch.stack` of matrices that lie one behind the other."""
+
+    @staticmethod
+    def forward(ctx, *weights: torch.Tensor) -> torch.Tensor:
+        first = weights[0].detach()
+        return first.as_strided((len(weights), *first.shape), (first.numel(), *first.stride()))
+
+    @staticmethod
+    def backward(ctx, grad_ENK: torch.Tensor):
+        return grad_ENK.unbind(0)
 
 
 def reference_grouped_mlp(
