@@ -110,7 +110,8 @@ class VLLMEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="zeda-vllm-")
         with torch.random.fork_rng():  # vLLM seeds the generators that training draws from
             self._write(Path(self._folder.name), config, dtype)
-            self.llm = _start(self._folder.name, static, dtype, max_length, slots, ranks)
+            latent = bool(config.get("kv_lora_rank"))
+            self.llm = _start(self._folder.name, static, dtype, latent, max_length, slots, ranks)
         self.sleeps = torch.cuda.is_available() and not static
         if self.sleeps:
             self.llm.sleep(level=2)
@@ -195,7 +196,7 @@ class VLLMEngine:
         return Generation(tokens, logprobs, reason, picks.get(made.request_id))
 
 
-def _start(folder: str, static: bool, dtype: str, max_length: int, slots: int, ranks: int):
+def _start(folder: str, static: bool, dtype: str, latent: bool, max_length: int, slots: int, ranks: int):
     # In this process, so that weights can be handed over as tensors; and the training's threads stay where they are.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -203,11 +204,14 @@ def _start(folder: str, static: bool, dtype: str, max_length: int, slots: int, r
     from vllm import LLM
 
     gpu = torch.cuda.is_available()
+    # Latent attention: where a processor has AMX vLLM 0.32 would take a backend that knows no float32.
+    attention = "CPU_MLA" if latent and dtype == "float32" and not gpu else None
     place = {"RANK": rank(), "LOCAL_RANK": torch.cuda.current_device() if gpu else 0}
     with patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
         return LLM(
             folder,
             dtype=dtype,
+            attention_backend=attention,
             skip_tokenizer_init=True,
             load_format="auto" if static else "dummy",  # what is handed over is not read
             max_model_len=max_length,
