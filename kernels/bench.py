@@ -246,10 +246,9 @@ def find_tiles(args) -> int:
     begins = crossover(tiles)
     print(f"the large tile from {begins} rows per expert on, its halves {lead} products apart")
     if args.device == "cuda":
-        about = f"{CHOSEN['about'].partition(' From ')[0]} Measured on {torch.cuda.get_device_name(0)}."
-        chosen = {"about": about, "large_from": begins, "lead": lead}
+        chosen = {"source": torch.cuda.get_device_name(0), "large_from": begins, "lead": lead}
         measured = {"small_and_large_us": tiles, "leads_us": leads}
-        TILES.write_text(json.dumps(chosen | measured, indent=2) + "\n")
+        TILES.write_text(json.dumps(CHOSEN | chosen | measured, indent=2) + "\n")
     return 0
 
 

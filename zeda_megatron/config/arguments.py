@@ -405,19 +405,13 @@ def _plain(loader: _Loader, node: yaml.Node) -> Any:
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, its own and those that it inherits, for help texts."""
     docs = {}
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        docs |= _docs_written_in(base)
-    return docs
-
-
-def _docs_written_in(cls: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    docs = {}
-    for here, after in zip(body, body[1:]):
-        if (
-            isinstance(here, ast.AnnAssign)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-        ):
-            docs[here.target.id] = " ".join(str(after.value.value).split())
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for here, after in zip(body, body[1:]):
+            if (
+                isinstance(here, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[here.target.id] = " ".join(str(after.value.value).split())
     return docs

@@ -110,7 +110,7 @@ class VLLMEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="zeda-vllm-")
         with torch.random.fork_rng():  # vLLM seeds the generators that training draws from
             self._write(Path(self._folder.name), config, dtype)
-            latent = bool(config.get("kv_lora_rank"))
+            latent = chunks[0].config.multi_latent_attention
             self.llm = _start(self._folder.name, static, dtype, latent, max_length, slots, ranks)
         self.sleeps = torch.cuda.is_available() and not static
         if self.sleeps:

@@ -93,7 +93,8 @@ int zk_rows(int product, int dtype, int tile, int lead, int groups, int64_t rows
   if (product < 0 || product > 4 || product == zk::kWgrad || tile < 0 || tile > 1) return zk::kBadArgument;
   RowProduct p{};
   p.product = product, p.groups = groups, p.columns = columns, p.depth = depth, p.sm_count = sm_count, p.rows = rows;
-  p.lead = lead, p.ends = ends, p.x = x, p.maps = maps, p.probs = probs, p.pre = pre, p.out = out, p.act = act, p.sums = sums;
+  p.lead = lead, p.ends = ends, p.x = x, p.maps = maps, p.probs = probs;
+  p.pre = pre, p.out = out, p.act = act, p.sums = sums;
   p.stream = cudaStream_t(stream);
 #ifdef ZK_SM90
   if (dtype >= 0 && dtype < kTypes) return ZK_CALL(zk_sm90_rows, dtype, p, tile);

@@ -32,7 +32,7 @@ from ...moe.router_dials import set_dials
 from ...runtime import process_groups
 from ...runtime.terminal import progress_bar, told
 from ...text_table import text_table
-from .heldout import HeldOut, load_held_out
+from .heldout import HeldOut, load_held_out, spread
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time."""
@@ -108,13 +108,15 @@ def measure_drafts(options: DraftOptions) -> dict[str, dict]:
     answered: dict[int, list[PackedBatch]] = {}
     result = {}
     rows = len(pairs) * sum(map(len, held_out.rows_by_kind.values()))
-    answers = len({id(model) for model, _ in pairs.values()}) * len(_asked(held_out, options))
+    asked = spread(held_out.prompts, options.own_answers)
+    asked = [prompt for prompt in asked if len(prompt) < options.seq_length]
+    answers = len({id(model) for model, _ in pairs.values()}) * len(asked)
     with progress_bar(rows + answers, "row or answer", "drafts", options.progress) as bar:
         for name, (model, head) in pairs.items():
             result[name] = on_text(model.chunk, head, held_out, model.arch.vocab_size, bar.update)
             if options.own_answers:
                 if id(model) not in answered:
-                    answered[id(model)] = _answers(model, held_out, options, bar.update)
+                    answered[id(model)] = _answers(model, asked, options, bar.update)
                 result[name]["own_answers"] = on_own_answers(model.chunk, head, answered[id(model)])
     return result
 
@@ -201,18 +203,10 @@ def first_choices(hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Ten
     return torch.cat([(part @ weight_VH.t()).argmax(-1) for part in hidden_TH.split(CHUNK_TOKENS)])
 
 
-def _asked(held_out: HeldOut, options: DraftOptions) -> list[list[int]]:
-    """Some of the prompts, from all over the file."""
-    every = max(len(held_out.prompts) // max(options.own_answers, 1), 1)
-    prompts = held_out.prompts[::every][: options.own_answers]
-    return [prompt for prompt in prompts if len(prompt) < options.seq_length]
-
-
 def _answers(
-    model: LoadedModel, held_out: HeldOut, options: DraftOptions, on_answer: Callable[[], Any]
+    model: LoadedModel, prompts: list[list[int]], options: DraftOptions, on_answer: Callable[[], Any]
 ) -> list[PackedBatch]:
-    """Rows with the greedy answers of a model to some of the prompts."""
-    prompts = _asked(held_out, options)
+    """Rows with the greedy answers of a model to these prompts."""
     tokenizer = model.tokenizer
     vocab = min(tokenizer.vocab_size, model.arch.vocab_size)
     stops, pad = tokenizer.eos_ids, tokenizer.pad_id

@@ -26,6 +26,7 @@ from ...moe.stats import evaluating
 from ...regular_file import read_regular
 from ...runtime import process_groups
 from ...runtime.terminal import ending, progress_bar, told
+from .heldout import spread
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def check(options: CheckOptions) -> dict:
     # Our own files, or those that the user trusts.
     theirs = AutoModelForCausalLM.from_pretrained(options.hf, trust_remote_code=True, dtype=torch.float32)
     theirs = theirs.eval().to(where)
-    rollouts = list(load_rollouts(options.heldout))
-    rollouts = rollouts[:: max(1, len(rollouts) // options.prompts)][: options.prompts]
+    rollouts = spread(list(load_rollouts(options.heldout)), options.prompts)
     prompts = [tokenizer.chat_ids(r.messages[:-1], add_generation_prompt=True) for r in rollouts]
     bar = progress_bar(2 * len(prompts), "answer", Path(options.hf).name, options.progress)
     length = max(map(len, prompts)) + options.max_new_tokens

@@ -75,3 +75,8 @@ def load_held_out(
         packed = PackedDataset(some, seq_length, tokenizer.pad_id, seed=0)
         rows[kind] = [packed[i] for i in range(packed.rows_in_epoch(0))]
     return HeldOut(rows, tasks, prompts, [sample for some in samples.values() for sample in some])
+
+
+def spread(items: list, number: int) -> list:
+    """`number` of them at most, from all over the list."""
+    return items[:: max(len(items) // max(number, 1), 1)][:number]

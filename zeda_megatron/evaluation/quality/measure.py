@@ -36,7 +36,7 @@ from ...regular_file import read_regular
 from ...runtime import process_groups
 from ...runtime.terminal import ending, progress_bar, told
 from ..benchmarks.checkable import exactly
-from .heldout import load_held_out
+from .heldout import load_held_out, spread
 from .scored_tokens import ScoredTokens, TokenClasses
 from .tune import apply_rule, turn_dial
 
@@ -313,8 +313,7 @@ class Yardstick:
         set_dials(student, zero_mask=options.mask)
         rule = apply_rule(student, options, tokenizer)
         dial = turn_dial(student, options, tokenizer) if options.zero_dial else {}
-        every = max(len(held_out.prompts) // max(options.own_answers, 1), 1)
-        prompts = held_out.prompts[::every][: options.own_answers]
+        prompts = spread(held_out.prompts, options.own_answers)
         parts = sum(map(len, held_out.rows_by_kind.values())) + len(held_out.tasks) + len(prompts)
         title = Path(options.student or options.teacher).name
         with progress_bar(parts, "row or answer", title, options.progress) as bar:
